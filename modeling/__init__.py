@@ -1,0 +1,1 @@
+"""The files that travel inside every converted checkpoint; they import torch and transformers only."""

@@ -1,0 +1,266 @@
+"""The command line: parse, call, print."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import __version__
+from .errors import PaceError
+from .options import ConvertOptions, load_options, option_name
+from .progress import Progress
+
+EXPERTS = ("experts", "exact_restarts", "seed")
+GROUPS = {
+    "Experts": EXPERTS,
+    "Memory": tuple(name for name in ConvertOptions.model_fields if name not in EXPERTS),
+}
+
+
+class GroupedCommand(click.Command):
+    """A command whose help shows the method's options in groups of their own."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        group_of = {name: title for title, names in GROUPS.items() for name in names}
+        sections: dict[str, list] = {"Options": []}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
+            if record is not None:
+                sections.setdefault(group_of.get(param.name or "", "Options"), []).append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+def method_options(command: Callable) -> Callable:
+    """One click option for each field of ConvertOptions; what is not given stays out of the call."""
+    for name, field in reversed(ConvertOptions.model_fields.items()):
+        help_text = f"{field.description}" if field.default is False else f"{field.description}  [default: {field.default}]"
+        kind: Any = {int: click.INT, float: click.FLOAT}.get(field.annotation, click.STRING)  # type: ignore[arg-type]
+        flag = field.annotation is bool
+        decorate = click.option(option_name(name), name, help=help_text, **({"is_flag": True} if flag else {"type": kind}), default=None)
+        command = decorate(command)
+    return command
+
+
+def hub_options(command: Callable) -> Callable:
+    """Where a source on the Hub is found."""
+    command = click.option("--cache-dir", type=click.Path(path_type=Path), help="Where downloads are kept.")(command)
+    command = click.option("--token", envvar="HF_TOKEN", help="Hub token; HF_TOKEN or the stored login otherwise.")(command)
+    return click.option("--revision", help="Branch, tag or commit of a source on the Hub.")(command)
+
+
+def output_options(command: Callable) -> Callable:
+    """How results are printed."""
+    command = click.option("-q", "--quiet", is_flag=True, help="No progress.")(command)
+    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(command)
+
+
+def friendly(command: Callable) -> Callable:
+    """Errors become a line or two and an exit code: 2 for a wrong call, 1 for a failure."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except PaceError as error:
+            _fail(error.message, error.hint, error.exit_code)
+        except OSError as error:
+            _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), "", 1)
+        except KeyboardInterrupt:
+            _fail("stopped", "", 130)
+
+    return run
+
+
+def _fail(message: str, hint: str, code: int) -> None:
+    click.secho("error: ", fg="red", err=True, nl=False)
+    click.echo(message, err=True)
+    if hint:
+        click.echo(f"       {hint}", err=True)
+    sys.exit(code)
+
+
+@click.command(cls=GroupedCommand, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.argument("source")
+@click.argument("out", type=click.Path(path_type=Path))
+@hub_options
+@click.option("--config", type=click.Path(path_type=Path), help="YAML file of options; the command line goes first.")
+@click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier conversion in OUT.")
+@output_options
+@method_options
+@click.version_option(__version__)
+@friendly
+def pace_convert(
+    source: str, out: Path, revision: str | None, token: str | None, cache_dir: Path | None, config: Path | None,
+    dry_run: bool, overwrite: bool, as_json: bool, quiet: bool, **given: Any,
+) -> None:  # fmt: skip
+    """Convert SOURCE, a model folder or a Hub id, into a PaceLLM in the folder OUT.
+
+    \b
+    pace-convert Qwen/Qwen2-7B ./out
+    pace-convert ./my-llama ./out --experts 128 --memory-layers 10,20
+    """
+    options = load_options(config, {name: value for name, value in given.items() if value is not None})
+    from . import convert as job
+    from .source import open_source
+
+    opened = open_source(source, revision, token, cache_dir)
+    plan = job.prepare(opened, out, options, overwrite)
+    if dry_run:
+        click.echo(_json(plan.as_dict()) if as_json else _plan_text(source, out, plan))
+        return
+    if not as_json:
+        click.echo(_plan_text(source, out, plan), err=True)
+    made = job.convert(opened, out, plan, Progress(quiet))
+    if as_json:
+        click.echo(_json({"out": str(made.out), "tensors": made.tensors, "bytes": made.nbytes, "plan": plan.as_dict()}))
+    else:
+        click.echo(_made_text(made))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def pace() -> None:
+    """Turn Hugging Face causal language models into PaceLLMs (arXiv 2506.17310)."""
+
+
+pace.add_command(pace_convert, "convert")
+
+
+@pace.command()
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def families(as_json: bool) -> None:
+    """List the supported model families."""
+    from .families import FAMILIES
+
+    rows = [{"model_type": spec.model_type, "class": spec.causal_lm_class} for spec in FAMILIES.values()]
+    click.echo(_json(rows) if as_json else "\n".join(f"{row['model_type']:12}{row['class']}" for row in rows))
+
+
+@pace.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@friendly
+def inspect(out: Path, as_json: bool) -> None:
+    """Say what is in the converted folder OUT."""
+    from .describe import describe
+    from .verify import open_converted
+
+    facts = describe(open_converted(out))
+    click.echo(_json(facts) if as_json else _facts_text(facts))
+
+
+@pace.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--source", required=True, help="The model that was converted: folder or Hub id.")
+@hub_options
+@click.option("--no-logits", is_flag=True, help="Compare tensors only; loads no model.")
+@click.option("--trust-remote-code", is_flag=True, help="Run OUT's modeling files even where they were edited.")
+@output_options
+@friendly
+def verify(
+    out: Path, source: str, revision: str | None, token: str | None, cache_dir: Path | None, no_logits: bool,
+    trust_remote_code: bool, as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Prove that OUT is SOURCE, permuted: tensors bit for bit, logits with the memory off."""
+    from . import verify as job
+    from .source import open_source
+
+    converted = job.open_converted(out)
+    opened = open_source(source, revision, token, cache_dir)
+    result = job.verify(converted, opened, Progress(quiet), logits=not no_logits, trust=trust_remote_code)
+    click.echo(_json(result.as_dict()) if as_json else verification_text(result))
+    if not result.passed:
+        sys.exit(1)
+
+
+@pace.command()
+@click.argument("out", type=click.Path(path_type=Path), default=Path("pace-demo"))
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@friendly
+def demo(out: Path, quiet: bool) -> None:
+    """Convert the embedded reference model into OUT and compare both on needle questions."""
+    from .reference.demo import run_demo
+
+    run_demo(out, Progress(quiet), verification_text)
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, indent=2)
+
+
+def _plan_text(source: str, out: Path, plan: Any) -> str:
+    experts = f"{plan.options.experts} of {plan.intermediate_size} neurons a layer"
+    lines = [
+        f"{source} -> {out}",
+        f"  family     {plan.family.causal_lm_class}, {plan.layers} layers",
+        f"  experts    {experts}",
+        f"  memory     {_memory_line(plan.options, plan.memory_layers)}",
+        f"  to write   {_size(plan.weights_bytes)}, {len(plan.ffn)} tensors permuted",
+        f"  needs      about {_size(plan.working_bytes)} of memory for clustering",
+    ]
+    return "\n".join(lines)
+
+
+def _memory_line(options: ConvertOptions, layers: tuple[int, ...]) -> str:
+    if options.no_memory:
+        return "none; the original architecture is kept"
+    where = f"layers {', '.join(map(str, layers))}" if layers else "no layers"
+    return f"{where}; {options.slots} slots, updated every {options.update_interval} tokens"
+
+
+def _made_text(made: Any) -> str:
+    remote = "" if made.plan.options.no_memory else ", trust_remote_code=True"
+    return (
+        f"Made {made.out}: {made.tensors} tensors, {_size(made.nbytes)}. Load it with\n\n"
+        "    from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f'    model = AutoModelForCausalLM.from_pretrained("{made.out}"{remote})\n'
+        f'    tokenizer = AutoTokenizer.from_pretrained("{made.out}")\n'
+    )
+
+
+def _facts_text(facts: dict) -> str:
+    memory = facts["memory"]
+    experts = facts["experts"]
+    lines = [
+        f"{facts['folder']}: {facts['model_type']} made from {facts['base_model_type']}",
+        f"  weights    {facts['tensors']} tensors, {_size(facts['bytes'])}",
+        f"  experts    {experts['count']} a layer over {facts['intermediate_size']} neurons ({experts['method']}, seed {experts['seed']})",
+        f"  memory     {'in layers ' + ', '.join(map(str, memory['layers'])) if memory['enabled'] else 'none'}",
+    ]
+    if memory["enabled"]:
+        lines += [f"    {name:18}{value}" for name, value in memory.items() if name not in ("enabled", "layers")]
+    lines.append("  layer  memory  expert sizes")
+    for row in facts["layers"]:
+        mark = "yes" if row["layer"] in memory["layers"] else "-"
+        sizes = ", ".join(f"{count} x {size}" for size, count in row["sizes"].items())
+        lines.append(f"  {row['layer']:5}  {mark:6}  {sizes}")
+    return "\n".join(lines)
+
+
+def verification_text(result: Any) -> str:
+    """A Verification in words."""
+    same = result.tensors - len(result.different)
+    lines = [f"tensors    {same} of {result.tensors} bit-identical to the source ({result.permuted} after undoing the permutation)"]
+    lines += [f"  differs  {name}" for name in result.different[:10]]
+    lines += [f"edited     {name}" for name in result.edited_files]
+    if result.logit_difference is not None:
+        verdict = "match" if result.logits_match else "DO NOT MATCH"
+        lines.append(
+            f"logits     {verdict} with the memory off: largest difference {result.logit_difference:.2e}, "
+            f"largest logit {result.largest_logit:.2f}"
+        )
+    lines.append("verified" if result.passed else "NOT the same model")
+    return "\n".join(lines)
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"

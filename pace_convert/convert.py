@@ -1,0 +1,104 @@
+"""The story of one conversion, top to bottom."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .cluster import cluster_neurons
+from .errors import DamagedSourceError
+from .options import ConvertOptions
+from .package import CARD, SOURCE_CARD, converted_config, model_card, modeling_files, to_json
+from .permute import canonical_permutation
+from .plan import Plan, check_places, make_plan
+from .progress import Progress
+from .shards import as_float, first_bad_row, raw
+from .source import Source
+from .writer import OutputFolder, check_free, clear
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was made."""
+
+    out: Path
+    plan: Plan
+    tensors: int
+    nbytes: int
+
+
+def prepare(source: Source, out: Path, options: ConvertOptions, overwrite: bool = False) -> Plan:
+    """Check everything that can be checked without reading weights. Changes nothing."""
+    check_places(source, out)
+    check_free(out, overwrite)
+    return make_plan(source, options, out)
+
+
+def convert(source: Source, out: Path, plan: Plan, progress: Progress) -> Conversion:
+    """Carry out a plan. Raises DamagedSourceError; OUT is then as if nothing had happened."""
+    source = source.fetch()
+    _refuse_non_finite(source, progress)
+    layers = _cluster_layers(source, plan, progress)
+    if out.exists():
+        clear(out)  # `prepare` has made sure that it is empty or an earlier conversion
+    with OutputFolder(out) as folder:
+        _write_shards(folder, source, plan, layers, progress)
+        folder.permutation(layers)
+        card = _copy_side_files(folder, source)
+        if not plan.options.no_memory:
+            for name, text in modeling_files(plan.family).items():
+                folder.write(name, text)
+        folder.write(CARD, model_card(source, plan, out.name, card))
+        folder.index(source.tensors)
+        folder.write("config.json", to_json(converted_config(source.config, plan)))
+    return Conversion(out, plan, len(source.tensors), source.nbytes)
+
+
+def _refuse_non_finite(source: Source, progress: Progress) -> None:
+    with progress.step("checking weights", source.nbytes, "B") as bar:
+        for name, info in source.tensors.items():
+            row = first_bad_row(source.path(name), info)
+            if row is not None:
+                raise DamagedSourceError(f"{name} has a NaN or an infinity in row {row}", "get an undamaged copy of the model")
+            bar.update(info.nbytes)
+
+
+def _cluster_layers(source: Source, plan: Plan, progress: Progress) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Per layer the permutation and the expert sizes."""
+    layers = []
+    with progress.step("grouping neurons", plan.layers, "layer") as bar:
+        for layer in range(plan.layers):
+            name = plan.features(layer)
+            info = source.tensors[name]
+            features = as_float(raw(source.path(name), info), info.dtype).float().numpy()
+            labels = cluster_neurons(features, plan.options.experts, plan.options.seed, plan.options.exact_restarts)
+            layers.append(canonical_permutation(labels))
+            bar.update(1)
+    return layers
+
+
+def _write_shards(
+    folder: OutputFolder, source: Source, plan: Plan, layers: list[tuple[np.ndarray, np.ndarray]], progress: Progress
+) -> None:
+    permutations = {
+        tensor.name.format(layer): (tensor.axis, permutation)
+        for layer, (permutation, _) in enumerate(layers)
+        for tensor in plan.family.ffn
+        if tensor.name.format(layer) in plan.ffn
+    }
+    with progress.step("writing weights", source.nbytes, "B") as bar:
+        for shard in source.shards:
+            tensors = {name: info for name, info in source.tensors.items() if info.shard == shard}
+            here = {name: permutations[name] for name in tensors if name in permutations}
+            folder.shard(source.folder / shard, tensors, here)
+            bar.update(sum(info.nbytes for info in tensors.values()))
+
+
+def _copy_side_files(folder: OutputFolder, source: Source) -> str | None:
+    """Copy every side file; the source's card under another name. Returns the card's text."""
+    for name in source.side_files:
+        folder.copy(name, source.folder, SOURCE_CARD if name == CARD else None)
+    card = source.folder / CARD
+    return card.read_text(encoding="utf-8", errors="replace") if CARD in source.side_files else None

@@ -1,0 +1,24 @@
+"""Errors for people: what is wrong, where, and what to do next."""
+
+from __future__ import annotations
+
+
+class PaceError(Exception):
+    """Something failed. `hint` says what to do next; the command ends with `exit_code`."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class CallError(PaceError):
+    """The call itself can't be carried out: a wrong path, option or kind of source."""
+
+    exit_code = 2
+
+
+class DamagedSourceError(PaceError):
+    """The source is of the right kind but its files are broken."""

@@ -1,0 +1,87 @@
+"""Every option of a conversion, declared once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import CallError
+
+Layer = Annotated[int, Field(ge=0)]
+
+
+def _parse_layers(value: object) -> object:
+    """'12,26' as the command line gives it."""
+    if isinstance(value, str) and value not in ("auto", "none"):
+        parts = [part.strip() for part in value.split(",")]
+        if not all(part.isdigit() for part in parts):
+            raise ValueError("give auto, none or 0-based layer numbers like 12,26")
+        return tuple(sorted({int(part) for part in parts}))
+    return value
+
+
+class ConvertOptions(BaseModel):
+    """Options of the method; names and help texts of the command line come from here.
+
+    Defaults are the released code's (github.com/KangcongLi/PaceLLM) where the paper leaves a value open.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    experts: int = Field(64, ge=1, description="Cortical experts (clusters of FFN neurons) per layer, K.")
+    exact_restarts: int = Field(1, ge=1, description="Restarts of k-means per layer; the released code takes 10.")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of the clustering.")
+    memory_layers: Annotated[Literal["auto", "none"] | tuple[Layer, ...], BeforeValidator(_parse_layers)] = Field(
+        "auto", description="Layers with memory, 0-based: auto, none or a list like 12,26."
+    )
+    slots: int = Field(100, ge=1, description="Slots of the bank, M.")
+    theta_high: float = Field(0.75, ge=-1, le=1, description="Reuse above this cosine similarity.")
+    theta_low: float = Field(0.25, ge=-1, le=1, description="Leave the token alone up to this cosine similarity.")
+    top_k: int = Field(5, ge=1, description="Most similar slots that are fused, k.")
+    bottom_k: int = Field(2, ge=0, description="Least similar slots that are added as noise, k'.")
+    fusion_weight: float = Field(0.2, ge=0, le=1, description="Share of what was retrieved in the fused activation, lambda.")
+    reuse_weight: float = Field(1.0, allow_inf_nan=False, description="Weight of the similar slots when reusing.")
+    mix_weight: float = Field(0.5, allow_inf_nan=False, description="Weight of the similar slots when mixing.")
+    noise_weight: float = Field(0.1, allow_inf_nan=False, description="Weight of the dissimilar slots.")
+    momentum: float = Field(0.5, ge=0, le=1, description="Share of the old slot when it merges with new tokens.")
+    update_interval: int = Field(1024, ge=1, description="Tokens per block, U; the bank is updated after each block.")
+    no_memory: bool = Field(False, description="Only cluster the weights; keep the original architecture.")
+
+    @model_validator(mode="after")
+    def _check(self) -> ConvertOptions:
+        if self.theta_low > self.theta_high:
+            raise ValueError(f"--theta-low {self.theta_low} is above --theta-high {self.theta_high}")
+        return self
+
+    def memory_config(self, layers: tuple[int, ...]) -> dict:
+        """The `pace.memory` object of config.json, for these resolved layers."""
+        names = (
+            "slots", "theta_high", "theta_low", "top_k", "bottom_k", "fusion_weight",
+            "reuse_weight", "mix_weight", "noise_weight", "momentum", "update_interval",
+        )  # fmt: skip
+        return {"enabled": bool(layers), "layers": list(layers), **{name: getattr(self, name) for name in names}}
+
+
+def option_name(field: str) -> str:
+    """The command line's name of a field."""
+    return "--" + field.replace("_", "-")
+
+
+def load_options(config: Path | None, given: dict) -> ConvertOptions:
+    """Options from a YAML file, overridden by those `given`. Raises CallError, naming the option."""
+    try:
+        values = yaml.safe_load(config.read_text()) if config else {}
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise CallError(f"can't read {config}: {str(error).splitlines()[0]}", "give a YAML file of option: value lines") from error
+    if not isinstance(values or {}, dict):
+        raise CallError(f"{config} is not a mapping", "give a YAML file of option: value lines")
+    try:
+        return ConvertOptions(**{**(values or {}), **given})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = option_name(str(first["loc"][0])) + ": " if first["loc"] else ""
+        message = first["msg"].removeprefix("Value error, ")
+        raise CallError(f"{where}{message}", "see pace-convert --help") from error

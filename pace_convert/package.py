@@ -1,0 +1,106 @@
+"""What makes a folder of weights a PaceLLM repository: config, modeling files, card."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from typing import TYPE_CHECKING
+
+from jinja2 import Environment, StrictUndefined
+
+from . import __version__
+from .families import FamilySpec
+
+if TYPE_CHECKING:
+    from .plan import Plan
+    from .source import Source
+
+MODELING = "modeling_pace.py"
+PERMUTATION = "pace_permutation.safetensors"
+CARD = "README.md"
+SOURCE_CARD = "README.source.md"
+FORMAT_VERSION = 1
+
+
+def modeling_files(family: FamilySpec) -> dict[str, str]:
+    """Name -> text of every Python file that a checkpoint of this family ships."""
+    folder = files("pace_convert.modeling")
+    shipped = {
+        entry.name: entry.read_text(encoding="utf-8")
+        for entry in sorted(folder.iterdir(), key=lambda entry: entry.name)
+        if entry.name.endswith(".py") and entry.name != "__init__.py"
+    }
+    return {**shipped, MODELING: _render("modeling_pace.py.jinja", family=family)}
+
+
+def shipped_names() -> list[str]:
+    """Names that a conversion adds to a repository; a source must not have them."""
+    names = [entry.name for entry in files("pace_convert.modeling").iterdir() if entry.name.endswith(".py")]
+    return [MODELING, PERMUTATION, SOURCE_CARD, *names]
+
+
+def converted_config(source: dict, plan: Plan) -> dict:
+    """The source's config plus what a PaceLLM needs (DESIGN 4)."""
+    family, options = plan.family, plan.options
+    config = dict(source)
+    config["pace"] = {
+        "version": FORMAT_VERSION,
+        "base_model_type": family.model_type,
+        "experts": {"count": options.experts, "method": "k-means-constrained", "seed": options.seed},
+        "memory": options.memory_config(plan.memory_layers),
+    }
+    if options.no_memory:
+        return config
+    module = MODELING.removesuffix(".py")
+    config["model_type"] = f"pace_{family.model_type}"
+    config["architectures"] = [f"Pace{family.causal_lm_class}"]
+    config["auto_map"] = {
+        **(source.get("auto_map") or {}),
+        "AutoConfig": f"{module}.Pace{family.config_class}",
+        "AutoModel": f"{module}.Pace{family.model_class}",
+        "AutoModelForCausalLM": f"{module}.Pace{family.causal_lm_class}",
+    }
+    return config
+
+
+def to_json(value: object) -> str:
+    """As transformers writes it."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def model_card(source: Source, plan: Plan, title: str, source_card: str | None) -> str:
+    """The repository's README.md. source_card: the text of the source's own, if it has one."""
+    return _render(
+        "model_card.md.jinja",
+        plan=plan,
+        options=plan.options,
+        memory=plan.options.memory_config(plan.memory_layers),
+        source=source.name,
+        revision=source.hub.commit if source.hub else None,
+        on_hub=source.hub is not None,
+        title=title,
+        metadata=_inherited_metadata(source_card),
+        source_card=SOURCE_CARD if source_card is not None else None,
+        version=__version__,
+    )
+
+
+def _inherited_metadata(card: str | None) -> dict:
+    """Licence and language of the source's card, as it states them."""
+    if not card or not card.startswith("---"):
+        return {}
+    import yaml
+
+    try:
+        metadata = yaml.safe_load(card.split("---", 2)[1])
+    except (yaml.YAMLError, IndexError):
+        return {}
+    keep = ("license", "license_name", "license_link", "language")
+    return {key: metadata[key] for key in keep if key in metadata} if isinstance(metadata, dict) else {}
+
+
+def _render(template: str, **values: object) -> str:
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    environment.filters["json"] = lambda value: json.dumps(value, ensure_ascii=False)
+    text = files("pace_convert.templates").joinpath(template).read_text(encoding="utf-8")
+    return environment.from_string(text).render(**values)

@@ -1,0 +1,36 @@
+"""Labels to a permutation; apply it; invert it. Pure."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def canonical_permutation(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Order neurons by expert (DESIGN 1.2): clusters contiguous, ordered by their smallest neuron, each
+    in the original order.
+
+    labels: [D] int, any numbering. Returns the permutation [D] int32, new neuron j being old neuron
+    p[j], and the expert sizes [K] int32. Relabelling the clusters changes neither.
+    """
+    _, first, cluster = np.unique(labels, return_index=True, return_inverse=True)
+    rank = np.empty(len(first), dtype=np.int64)
+    rank[np.argsort(first)] = np.arange(len(first))
+    expert = rank[cluster]
+    return np.argsort(expert, kind="stable").astype(np.int32), np.bincount(expert).astype(np.int32)
+
+
+def invert(permutation: np.ndarray) -> np.ndarray:
+    """The permutation that undoes this one. [D] int32."""
+    inverse = np.empty_like(permutation)
+    inverse[permutation] = np.arange(len(permutation), dtype=permutation.dtype)
+    return inverse
+
+
+def apply(tensor: np.ndarray, axis: int, permutation: np.ndarray) -> np.ndarray:
+    """`tensor` with its entries along `axis` in the permutation's order; a new array, the same bits."""
+    return np.take(tensor, permutation, axis=axis)
+
+
+def is_permutation(permutation: np.ndarray) -> bool:
+    """Whether every index below its length occurs once."""
+    return permutation.ndim == 1 and np.array_equal(np.sort(permutation), np.arange(len(permutation)))

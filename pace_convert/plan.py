@@ -1,0 +1,148 @@
+"""Everything that is checked before any work, from the config and the shards' headers alone."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import CallError, DamagedSourceError
+from .families import FamilySpec, FfnTensor, find_family
+from .options import ConvertOptions
+from .package import shipped_names
+from .shards import FLOAT_DTYPES
+from .source import Source
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion will do. Sizes in bytes."""
+
+    family: FamilySpec
+    options: ConvertOptions
+    layers: int
+    intermediate_size: int
+    memory_layers: tuple[int, ...]
+    ffn: dict[str, int]  # tensor name -> axis of the neurons
+    weights_bytes: int
+    working_bytes: int
+
+    def features(self, layer: int) -> str:
+        """Name of the tensor whose rows are clustered."""
+        return self.family.features.format(layer)
+
+    def as_dict(self) -> dict:
+        """For `--dry-run --json`."""
+        return {
+            "family": self.family.model_type,
+            "layers": self.layers,
+            "intermediate_size": self.intermediate_size,
+            "experts": self.options.experts,
+            "memory_layers": list(self.memory_layers),
+            "tensors_permuted": len(self.ffn),
+            "bytes_to_write": self.weights_bytes,
+            "bytes_of_memory": self.working_bytes,
+            "options": self.options.model_dump(mode="json"),
+        }
+
+
+def make_plan(source: Source, options: ConvertOptions, out: Path) -> Plan:
+    """Check source, options and room on the disk. Raises CallError or DamagedSourceError."""
+    config = source.config
+    _refuse_quantised(config)
+    family = find_family(config["model_type"], config.get("architectures") or [])
+    layers = _positive(config, "num_hidden_layers")
+    neurons = _positive(config, "intermediate_size")
+    if options.experts > neurons:
+        raise CallError(
+            f"--experts {options.experts} is more than the model's intermediate_size {neurons}", "choose fewer experts"
+        )
+    ffn = {}
+    for layer in range(layers):
+        for tensor in family.ffn:
+            name = _check_tensor(source, tensor, layer, neurons)
+            if name:
+                ffn[name] = tensor.axis
+    taken = sorted(set(source.side_files) & set(shipped_names()))
+    if taken:
+        raise CallError(f"the source has a file named {taken[0]}, which a PaceLLM ships", "remove or rename it")
+    memory_layers = () if options.no_memory else resolve_layers(options.memory_layers, layers)
+    _check_room(source, out)
+    # The largest gate projection in fp32 twice (rows and their directions), while it is clustered.
+    working = 2 * 4 * max(_elements(source, family.features.format(layer)) for layer in range(layers))
+    return Plan(family, options, layers, neurons, memory_layers, ffn, source.nbytes, working)
+
+
+def resolve_layers(wanted: str | tuple[int, ...], layers: int) -> tuple[int, ...]:
+    """0-based memory layers; "auto" takes Qwen2-7B's relative depths, 13 and 27 of 28 (1-based).
+
+    Raises CallError for a layer the model does not have.
+    """
+    if wanted == "none":
+        return ()
+    if wanted == "auto":
+        return tuple(sorted({max(0, round(13 * layers / 28) - 1), max(0, layers - 2)}))
+    for layer in wanted:
+        if not isinstance(layer, int) or layer >= layers:
+            raise CallError(f"--memory-layers: the model has no layer {layer}", f"its layers are 0 to {layers - 1}")
+    return tuple(layer for layer in wanted if isinstance(layer, int))
+
+
+def check_places(source: Source, out: Path) -> None:
+    """OUT and SOURCE must not lie in each other. Raises CallError."""
+    if source.hub is not None:
+        return
+    here, there = out.resolve(), source.folder.resolve()
+    if here == there or there in here.parents:
+        raise CallError(f"OUT {out} lies inside SOURCE {source.folder}", "choose another folder")
+    if here in there.parents:
+        raise CallError(f"SOURCE {source.folder} lies inside OUT {out}", "choose another folder")
+
+
+def _refuse_quantised(config: dict) -> None:
+    quantisation = config.get("quantization_config")
+    if quantisation:
+        method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else "unknown"
+        raise CallError(
+            f"the source is quantised ({method}): its FFN rows can't be clustered", "convert the full-precision model, then quantise"
+        )
+
+
+def _positive(config: dict, key: str) -> int:
+    value = config.get(key)
+    if not isinstance(value, int) or value < 1:
+        raise CallError(f"config.json: {key} is {value!r}", "give a checkpoint whose config states it")
+    return value
+
+
+def _check_tensor(source: Source, tensor: FfnTensor, layer: int, neurons: int) -> str | None:
+    name = tensor.name.format(layer)
+    info = source.tensors.get(name)
+    if info is None:
+        if tensor.optional:
+            return None
+        raise DamagedSourceError(f"the source lacks the tensor {name}", "check that all its shards are there")
+    if info.dtype not in FLOAT_DTYPES:
+        raise CallError(f"{name} is {info.dtype}, not a float type: the source is quantised", "convert the full-precision model")
+    if len(info.shape) <= tensor.axis or info.shape[tensor.axis] != neurons:
+        raise DamagedSourceError(
+            f"{name} has shape {list(info.shape)}; axis {tensor.axis} should be intermediate_size {neurons}",
+            "config.json and weights do not belong together",
+        )
+    return name
+
+
+def _elements(source: Source, name: str) -> int:
+    rows, columns = source.tensors[name].shape
+    return rows * columns
+
+
+def _check_room(source: Source, out: Path) -> None:
+    parent = next(p for p in (out.resolve(), *out.resolve().parents) if p.exists())
+    if not parent.is_dir():
+        raise CallError(f"{parent} is a file", "choose another OUT")
+    free = shutil.disk_usage(parent).free
+    if free < source.nbytes:
+        raise CallError(
+            f"{out} needs {source.nbytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free", "choose another disk"
+        )

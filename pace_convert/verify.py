@@ -1,0 +1,164 @@
+"""Does OUT match SOURCE? Every tensor bit for bit, and the logits with the memory off."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .errors import CallError, DamagedSourceError
+from .families import FAMILIES, FamilySpec
+from .package import PERMUTATION, modeling_files
+from .permute import apply, invert, is_permutation
+from .progress import Progress
+from .shards import blocks, raw
+from .source import Source, open_folder
+from .writer import UNFINISHED, read_permutation
+
+# Reordering the sum over an FFN's neurons moves logits by rounding only; relative to the largest logit.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was compared. `logit_difference` is the largest absolute one; None where logits were not asked for."""
+
+    tensors: int
+    permuted: int
+    nbytes: int
+    different: tuple[str, ...]
+    edited_files: tuple[str, ...]
+    logit_difference: float | None = None
+    largest_logit: float | None = None
+    logits_match: bool | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether OUT is the source, permuted."""
+        return not self.different and self.logits_match is not False
+
+    def as_dict(self) -> dict:
+        """For `--json`."""
+        return {**asdict(self), "passed": self.passed}
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A converted folder."""
+
+    files: Source
+    pace: dict
+    family: FamilySpec
+    layers: list[tuple[np.ndarray, np.ndarray]]
+
+
+def open_converted(out: Path) -> Converted:
+    """Raises CallError for a folder that is not a finished conversion, DamagedSourceError for a broken one."""
+    if not out.is_dir():
+        raise CallError(f"no such folder: {out}", "give the folder that pace-convert wrote")
+    if (out / UNFINISHED).exists():
+        raise CallError(f"{out} holds an unfinished conversion", "run pace-convert again with --overwrite")
+    files = open_folder(out)
+    pace = files.config.get("pace")
+    if not isinstance(pace, dict) or pace.get("base_model_type") not in FAMILIES or not (out / PERMUTATION).is_file():
+        raise CallError(f"{out} is not a PaceLLM", "give the folder that pace-convert wrote")
+    layers = read_permutation(out)
+    for layer, (permutation, sizes) in enumerate(layers):
+        if not is_permutation(permutation) or sizes.sum() != len(permutation):
+            raise DamagedSourceError(f"{PERMUTATION}: layer {layer} is not a permutation", "convert again")
+    return Converted(files, pace, FAMILIES[pace["base_model_type"]], layers)
+
+
+def verify(converted: Converted, source: Source, progress: Progress, logits: bool = True, trust: bool = False) -> Verification:
+    """Compare a conversion with its source.
+
+    Tensors are compared as bits, one at a time. Logits are compared on random tokens, in fp32 below
+    4 GB of weights and else in the stored type; the models are loaded one after the other. OUT's
+    modeling files run only if they are the ones this version ships, or with `trust`.
+    """
+    source = source.fetch()
+    if source.config["model_type"] != converted.family.model_type:
+        raise CallError(
+            f"{source.name} is a {source.config['model_type']}, the conversion's base a {converted.family.model_type}",
+            "give the source that was converted",
+        )
+    permutations = {
+        tensor.name.format(layer): (tensor.axis, invert(permutation))
+        for layer, (permutation, _) in enumerate(converted.layers)
+        for tensor in converted.family.ffn
+        if tensor.name.format(layer) in source.tensors
+    }
+    different = _different_tensors(converted.files, source, permutations, progress)
+    edited = _edited_files(converted)
+    result = Verification(len(source.tensors), len(permutations), source.nbytes, tuple(different), tuple(edited))
+    if not logits or different:
+        return result
+    if edited and not trust:
+        raise CallError(
+            f"{edited[0]} is not the file this version ships, so it is not run",
+            "read it, then give --trust-remote-code, or --no-logits to compare tensors only",
+        )
+    return _with_logits(result, converted, source)
+
+
+def _different_tensors(out: Source, source: Source, permutations: dict, progress: Progress) -> list[str]:
+    different = sorted(set(out.tensors) ^ set(source.tensors))
+    with progress.step("comparing tensors", source.nbytes, "B") as bar:
+        for name in sorted(set(out.tensors) & set(source.tensors)):
+            if not _same_tensor(out, source, name, permutations.get(name)):
+                different.append(name)
+            bar.update(source.tensors[name].nbytes)
+    return different
+
+
+def _same_tensor(out: Source, source: Source, name: str, undo: tuple[int, np.ndarray] | None) -> bool:
+    a, b = out.tensors[name], source.tensors[name]
+    if (a.dtype, a.shape) != (b.dtype, b.shape) or (undo and len(undo[1]) != a.shape[undo[0]]):
+        return False
+    converted, original = raw(out.path(name), a), raw(source.path(name), b)
+    if undo:
+        return np.array_equal(apply(converted, *undo), original)
+    return all(np.array_equal(x, y) for (_, x), (_, y) in zip(blocks(converted), blocks(original)))
+
+
+def _edited_files(converted: Converted) -> list[str]:
+    if not converted.files.config["model_type"].startswith("pace_"):
+        return []
+    folder = converted.files.folder
+    shipped = modeling_files(converted.family)
+    ours = [name for name, text in shipped.items() if not _reads(folder / name, text)]
+    return ours + sorted(path.name for path in folder.glob("*.py") if path.name not in shipped)
+
+
+def _reads(path: Path, text: str) -> bool:
+    return path.is_file() and path.read_bytes() == text.encode()
+
+
+def _with_logits(result: Verification, converted: Converted, source: Source) -> Verification:
+    from dataclasses import replace
+
+    dtype = torch.float32 if source.nbytes < 4e9 else "auto"
+    ids = torch.randint(source.config["vocab_size"], (2, 64), generator=torch.Generator().manual_seed(0))
+    expected, kind = _logits(source.folder, dtype, ids, remote=False)
+    got, _ = _logits(converted.files.folder, dtype, ids, remote=converted.files.config["model_type"].startswith("pace_"))
+    difference, largest = (got - expected).abs().max().item(), expected.abs().max().item()
+    return replace(
+        result,
+        logit_difference=difference,
+        largest_logit=largest,
+        logits_match=difference <= TOLERANCE[kind] * largest,
+    )
+
+
+@torch.no_grad()
+def _logits(folder: Path, dtype: torch.dtype | str, ids: torch.Tensor, remote: bool) -> tuple[torch.Tensor, torch.dtype]:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=remote).eval()
+    if remote:
+        model.set_memory_enabled(False)
+    return model(ids).logits.double(), model.dtype
