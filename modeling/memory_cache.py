@@ -76,6 +76,7 @@ class MemoryEntry(DummyLayer):
         self.settings = settings
         self.clock: BlockClock | None = None
         self.memories: dict[int, LayerMemory] = {}
+        self.columns = 0  # how many columns of the cache the memory has seen
 
     def advance(self, rows: int, length: int, real: torch.Tensor | None, device: torch.device) -> list[Segment]:
         """Begin a call: cut it into segments and count its tokens."""
@@ -83,6 +84,7 @@ class MemoryEntry(DummyLayer):
             self.clock = BlockClock(rows, self.settings.update_interval, device)
         if len(self.clock.seen) != rows:
             raise ValueError(f"the cache's memory has {len(self.clock.seen)} rows, the input has {rows}")
+        self.columns += length
         return self.clock.advance(length, real)
 
     def fuse(self, layer: int, h: torch.Tensor, segments: list[Segment]) -> torch.Tensor:
@@ -95,11 +97,13 @@ class MemoryEntry(DummyLayer):
         """Forget everything."""
         self.clock = None
         self.memories = {}
+        self.columns = 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the latest tokens (a negative number, as in `Cache.crop`)."""
         if self.clock is not None and tokens_to_remove:
             self.clock.take_back(abs(tokens_to_remove))
+            self.columns -= abs(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Give each row the memory of the beam it continues."""
@@ -127,13 +131,16 @@ def memory_entry(cache: Cache, settings: MemorySettings, num_hidden_layers: int)
 
     Raises ValueError for a cache that already holds tokens the memory has not seen.
     """
-    if cache.layers and isinstance(cache.layers[-1], MemoryEntry):
-        return cache.layers[-1]
-    if cache.get_seq_length() > 0:
+    entry = cache.layers[-1] if cache.layers else None
+    if not isinstance(entry, MemoryEntry):
+        entry = None
+    if cache.get_seq_length() != (entry.columns if entry else 0):
         raise ValueError(
-            "this cache already holds tokens that the memory has not seen (it was filled with the memory off "
-            "or by another model); start with a new cache or switch the memory off"
+            "this cache holds tokens that the memory has not seen (it was filled with the memory off or by another "
+            "model); start with a new cache or switch the memory off"
         )
+    if entry is not None:
+        return entry
     if cache.layer_class_to_replicate is not None:  # a lazy cache would append its layers behind ours
         while len(cache.layers) < num_hidden_layers:
             cache.layers.append(cache.layer_class_to_replicate())

@@ -72,7 +72,7 @@ def _cluster_layers(source: Source, plan: Plan, progress: Progress) -> list[tupl
         for layer in range(plan.layers):
             name = plan.features(layer)
             info = source.tensors[name]
-            features = as_float(raw(source.path(name), info), info.dtype).float().numpy()
+            features = as_float(raw(source.path(name), info), info.dtype).astype(np.float32, copy=False)
             labels = cluster_neurons(features, plan.options.experts, plan.options.seed, plan.options.exact_restarts)
             layers.append(canonical_permutation(labels))
             bar.update(1)

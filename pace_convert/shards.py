@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 
 from .errors import DamagedSourceError
 
-FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 ITEM_SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 _SCAN_BYTES = 64 << 20
 
@@ -67,10 +66,12 @@ def raw(path: Path, info: TensorInfo, mode: str = "c") -> np.ndarray:
     return np.memmap(path, dtype=f"u{size}", mode=mode, offset=info.offset, shape=shape)  # type: ignore[call-overload]
 
 
-def as_float(bits: np.ndarray, dtype: str) -> torch.Tensor:
+def as_float(bits: np.ndarray, dtype: str) -> np.ndarray:
     """The bits of a float tensor as fp32 (fp64 stays). dtype: as safetensors names it."""
-    tensor = torch.from_numpy(np.ascontiguousarray(bits).view(f"i{bits.itemsize}")).view(FLOAT_DTYPES[dtype])
-    return tensor if dtype == "F64" else tensor.float()
+    if dtype == "BF16":  # the upper half of an fp32
+        return (bits.astype(np.uint32) << 16).view(np.float32)
+    floats = bits.view(f"f{bits.itemsize}")
+    return floats.astype(np.float32) if dtype == "F16" else floats
 
 
 def blocks(bits: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
@@ -87,7 +88,7 @@ def first_bad_row(path: Path, info: TensorInfo) -> int | None:
     if info.dtype not in FLOAT_DTYPES:
         return None
     for start, rows in blocks(raw(path, info)):
-        finite = torch.isfinite(as_float(rows, info.dtype)).reshape(len(rows), -1).all(1)
-        if not bool(finite.all()):
-            return start + int((~finite).nonzero()[0])
+        finite = np.isfinite(as_float(rows, info.dtype)).reshape(len(rows), -1).all(1)
+        if not finite.all():
+            return start + int(np.argmin(finite))
     return None

@@ -21,11 +21,15 @@ TURN_WORDS = 11  # <user> what is the code of NAME ? <assistant> CODE <end>
 
 @dataclass(frozen=True)
 class Question:
-    """One question and where its answer stands in the story (index of the answer's word)."""
+    """One question: its answer stands at word `position` of the story, the fact's own code at `source`.
+
+    hops: 1 if the fact names the one asked for, 2 if a link leads to it.
+    """
 
     name: str
     answer: str
     position: int
+    source: int
     hops: int
 
 
@@ -63,9 +67,9 @@ def make_story(
     """A story of exactly `length` words.
 
     `facts` distinct names get distinct codes; `links` further names have "the same code as" one of
-    them. `questions` ask for the linked names if there are any, else for the others, in random order
-    and again from the start when there are more questions than names. With `depth` (0 = beginning,
-    1 = end) all facts stand together at that share of the filler, else anywhere.
+    them. At most `questions` of the linked names, or of the others if there are none, are asked for,
+    in random order. With `depth` (0 = beginning, 1 = end) all facts stand together at that share of the
+    filler, else anywhere.
 
     Raises ValueError if the facts and questions do not fit into `length`.
     """
@@ -75,8 +79,7 @@ def make_story(
     sentences = [["the", "code", "of", n, "is", c, "."] for n, c in pairs]
     sentences += [[n, "has", "the", "same", "code", "as", target, "."] for n, target, _ in linked]
     asked = [(n, c, 2) for n, _, c in linked] or [(n, c, 1) for n, c in pairs]
-    order = rng.permutation(len(asked))
-    asked = [asked[order[i % len(asked)]] for i in range(questions)]
+    asked = [asked[i] for i in rng.permutation(len(asked))][:questions]
 
     room = length - sum(map(len, sentences)) - TURN_WORDS * len(asked)
     if room < 0:
@@ -131,10 +134,11 @@ def _filler_sentence(rng: np.random.Generator) -> list[str]:
 def _ask(words: list[str], asked: list[tuple[str, str, int]]) -> Story:
     """Open the first user turn, then one turn per question."""
     words = [USER, *words]
+    source = {words[i + 2]: i + 2 for i in range(len(words) - 2) if words[i + 1] == "is"}
     questions = []
     for i, (name, code, hops) in enumerate(asked):
         words += [USER] if i else []
         words += ["what", "is", "the", "code", "of", name, "?", ASSISTANT]
-        questions.append(Question(name, code, len(words), hops))
+        questions.append(Question(name, code, len(words), source[code], hops))
         words += [code, END]
     return Story(words, questions)

@@ -1,0 +1,150 @@
+"""Promise 6: the converted repository stands alone."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import convert_folder, load, random_ids
+from safetensors import safe_open
+
+SHIPPED = ["memory_bank.py", "memory_blocks.py", "memory_cache.py", "modeling_pace.py", "pace_memory.py"]
+
+# A process where importing pace_convert fails, as on a machine that does not have it.
+ALONE = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in ('pace_convert', 'modeling'):
+            raise ImportError(name + ' is not installed')
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def run_alone(code: str, *args: object, modules: Path) -> dict:
+    environment = {"HF_MODULES_CACHE": str(modules), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", ALONE + code, *map(str, args)], capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+LOAD = """
+import json, torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+folder = sys.argv[1]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float64).eval()
+ids = torch.tensor(json.loads(sys.argv[2]))
+with torch.no_grad():
+    logits = model(ids).logits
+    tokens = model.generate(ids, max_new_tokens=6, do_sample=False)
+    inner = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float64).eval()
+    hidden = inner(ids).last_hidden_state
+    if model.get_output_embeddings() is not None:
+        same = torch.equal(model.get_output_embeddings()(hidden), logits)
+if len(sys.argv) > 3:
+    model.save_pretrained(sys.argv[3])
+print(json.dumps({"sum": logits.sum().item(), "tokens": tokens.tolist(), "same": same, "class": type(model).__name__,
+    "type": AutoConfig.from_pretrained(folder, trust_remote_code=True).model_type, "pace": "pace_convert" in sys.modules}))
+"""
+
+
+def test_loads_generates_and_saves_without_the_package(family_pair, tmp_path):
+    _, out = family_pair
+    ids = random_ids(1, 40)
+    text = json.dumps(ids.tolist())
+    first = run_alone(LOAD, out, text, tmp_path / "saved", modules=tmp_path / "m1")
+    shutil.move(tmp_path / "saved", tmp_path / "elsewhere")
+    second = run_alone(LOAD, tmp_path / "elsewhere", text, modules=tmp_path / "m2")
+    assert first == second
+    assert first["same"] and not first["pace"] and first["class"].startswith("Pace") and first["type"].startswith("pace_")
+    model = load(out)
+    with torch.no_grad():
+        assert model(ids).logits.sum().item() == pytest.approx(first["sum"], rel=1e-12)
+        with model.memory_disabled():
+            assert model(ids).logits.sum().item() != pytest.approx(first["sum"], rel=1e-9)
+
+
+def test_forgetting_trust_remote_code_is_an_error(qwen2_pair, tmp_path):
+    code = """
+import json
+from transformers import AutoModelForCausalLM
+try:
+    AutoModelForCausalLM.from_pretrained(sys.argv[1])
+    print(json.dumps("loaded"))
+except Exception as error:
+    print("\\n" + json.dumps(str(error)))  # behind transformers' question, which finds no stdin
+"""
+    assert "trust_remote_code" in run_alone(code, qwen2_pair[1], modules=tmp_path)
+
+
+def test_exact_files(make_source, tmp_path):
+    source = make_source("qwen2")
+    for name in ("LICENSE", "tokenizer.json", "chat_template.jinja", "README.md", "nested/notes.txt", "pytorch_model.bin", ".git/HEAD"):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text(f"{name} of the source")
+    out = tmp_path / "out"
+    convert_folder(source, out)
+    files = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
+    assert files == sorted(
+        [
+            "LICENSE", "README.md", "README.source.md", "chat_template.jinja", "config.json", "generation_config.json",
+            "model.safetensors", "model.safetensors.index.json", "nested/notes.txt", "pace_permutation.safetensors",
+            "tokenizer.json", *SHIPPED,
+        ]
+    )  # fmt: skip
+    for name in ("LICENSE", "tokenizer.json", "chat_template.jinja", "nested/notes.txt"):
+        assert (out / name).read_bytes() == (source / name).read_bytes()
+    assert (out / "README.source.md").read_text() == "README.md of the source"
+    assert "README.source.md" in (out / "README.md").read_text()
+
+
+def test_config_is_the_sources_plus_pace(qwen2_pair):
+    source, out = qwen2_pair
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in qwen2_pair)
+    assert {key: after[key] for key in before if key not in ("model_type", "architectures")} == {
+        key: value for key, value in before.items() if key not in ("model_type", "architectures")
+    }
+    assert set(after) - set(before) == {"pace", "auto_map"}
+    assert after["model_type"] == "pace_qwen2" and after["architectures"] == ["PaceQwen2ForCausalLM"]
+    assert after["pace"]["memory"]["layers"] == [1, 2] and after["pace"]["memory"]["slots"] == 6
+
+
+def test_no_memory_keeps_the_architecture(make_source, tmp_path):
+    source = make_source("llama")
+    convert_folder(source, tmp_path / "out", no_memory=True)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_type"] == "llama" and "auto_map" not in config
+    assert not list((tmp_path / "out").glob("*.py"))
+    from transformers import LlamaForCausalLM
+
+    a, b = (LlamaForCausalLM.from_pretrained(f, dtype=torch.float64) for f in (source, tmp_path / "out"))
+    ids = random_ids(2, 30)
+    with torch.no_grad():
+        torch.testing.assert_close(b(ids).logits, a(ids).logits, rtol=1e-9, atol=1e-9)
+    assert not torch.equal(a.model.layers[0].mlp.gate_proj.weight, b.model.layers[0].mlp.gate_proj.weight)
+
+
+def test_readers_of_all_safetensors_can_skip_the_permutation(qwen2_pair):
+    """vLLM and SGLang read every *.safetensors that the index names; so the index is there for one shard too."""
+    index = json.loads((qwen2_pair[1] / "model.safetensors.index.json").read_text())
+    with safe_open(qwen2_pair[1] / "model.safetensors", "pt") as file:
+        assert set(index["weight_map"]) == set(file.keys())
+    assert set(index["weight_map"].values()) == {"model.safetensors"}
+
+
+def test_shipped_files_import_torch_and_transformers_only(qwen2_pair):
+    import ast
+
+    for name in SHIPPED:
+        tree = ast.parse((qwen2_pair[1] / name).read_text())
+        for node in ast.walk(tree):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
+            for module in names:
+                top = module.split(".")[0]
+                assert top in {"torch", "transformers"} or top in sys.stdlib_module_names, f"{name} imports {module}"

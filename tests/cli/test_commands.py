@@ -1,0 +1,103 @@
+"""The commands as a user calls them."""
+
+import fcntl
+import json
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
+
+from test_errors import pace_convert
+
+from pace_convert.families import FAMILIES
+from pace_convert.options import ConvertOptions, option_name
+
+
+def test_convert_prints_what_was_made_and_how_to_load_it(make_source, tmp_path):
+    out = tmp_path / "out"
+    done = pace_convert(make_source("qwen2"), out, "--experts", 8)
+    assert done.returncode == 0, done.stderr
+    assert "from_pretrained(" in done.stdout and "trust_remote_code=True" in done.stdout
+    assert "grouping neurons: 4 layers" in done.stderr and "writing weights" in done.stderr
+    snippet = "\n".join(line.strip() for line in done.stdout.splitlines() if line.startswith("    ") and "tokenizer =" not in line)
+    assert subprocess.run([sys.executable, "-c", snippet], capture_output=True).returncode == 0
+
+
+def test_json_goes_to_stdout_and_quiet_is_quiet(make_source, tmp_path):
+    source = make_source("qwen2")
+    done = pace_convert(source, tmp_path / "out", "--experts", 8, "--json", "-q")
+    assert json.loads(done.stdout)["tensors"] == 51 and done.stderr == ""
+    done = pace_convert(tmp_path / "out", "--source", source, "--json", "-q", command=("verify",))
+    assert json.loads(done.stdout)["passed"] is True
+    done = pace_convert(tmp_path / "out", "--json", command=("inspect",))
+    facts = json.loads(done.stdout)
+    assert facts["memory"]["layers"] == [1, 2] and facts["layers"][3]["sizes"] == {"9": 8}
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(make_source, tmp_path):
+    source = make_source("llama")
+    done = pace_convert(source, tmp_path / "out", "--experts", 8, "--dry-run")
+    assert done.returncode == 0 and "layers 1, 2" in done.stdout and "LlamaForCausalLM, 4 layers" in done.stdout
+    plan = json.loads(pace_convert(source, tmp_path / "out", "--experts", 8, "--dry-run", "--json").stdout)
+    assert plan["memory_layers"] == [1, 2] and plan["tensors_permuted"] == 20
+    assert not (tmp_path / "out").exists()
+
+
+def test_verify_says_so_with_numbers(qwen2_pair):
+    done = pace_convert(qwen2_pair[1], "--source", qwen2_pair[0], command=("verify",))
+    assert done.returncode == 0
+    assert "51 of 51 bit-identical" in done.stdout and "largest difference" in done.stdout and "verified" in done.stdout
+
+
+def test_inspect_names_what_was_converted(qwen2_pair):
+    text = pace_convert(qwen2_pair[1], command=("inspect",)).stdout
+    for words in ("pace_qwen2 made from qwen2", "in layers 1, 2", "update_interval   5", "8 x 9"):
+        assert words in text
+
+
+def test_families(qwen2_pair):
+    text = pace_convert(command=("families",)).stdout
+    assert all(name in text for name in FAMILIES)
+
+
+def test_options_reach_the_config(make_source, tmp_path):
+    source = make_source("qwen2")
+    values = {
+        "experts": 4, "seed": 3, "memory_layers": "0,3", "slots": 9, "theta_high": 0.6, "theta_low": -0.5, "top_k": 3,
+        "bottom_k": 0, "fusion_weight": 0.3, "reuse_weight": 0.9, "mix_weight": 0.4, "noise_weight": 0.05, "momentum": 0.7,
+        "update_interval": 77, "exact_restarts": 2,
+    }  # fmt: skip
+    assert set(values) == set(ConvertOptions.model_fields) - {"no_memory"}
+    arguments = [part for name, value in values.items() for part in (option_name(name), value)]
+    assert pace_convert(source, tmp_path / "out", *arguments).returncode == 0
+    pace = json.loads((tmp_path / "out" / "config.json").read_text())["pace"]
+    assert pace["experts"] == {"count": 4, "method": "k-means-constrained", "seed": 3}
+    memory = {name: value for name, value in values.items() if name not in ("experts", "seed", "memory_layers", "exact_restarts")}
+    assert pace["memory"] == {"enabled": True, "layers": [0, 3], **memory}
+
+
+def test_help_groups_the_methods_options():
+    text = pace_convert("--help").stdout
+    assert text.index("Options:") < text.index("Experts:") < text.index("Memory:") < text.index("--theta-high")
+
+
+def test_progress_bar_on_a_terminal(make_source, tmp_path):
+    main, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    code = "from pace_convert.cli import pace; pace()"
+    arguments = ["convert", str(make_source("qwen2")), str(tmp_path / "out"), "--experts", "8"]
+    process = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=terminal, stdout=subprocess.DEVNULL)
+    os.close(terminal)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(main, 4096)
+        except OSError:  # the other end is closed
+            break
+        if not piece:
+            break
+        shown += piece
+    assert process.wait() == 0
+    assert b"writing weights: 100%" in shown and b"B/s" in shown

@@ -1,0 +1,274 @@
+"""Promise 9: bad input gives one clear error, the right exit code, no traceback, and nothing is written or lost."""
+
+import json
+import shutil
+import struct
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+WEIGHTS = "model.safetensors"
+
+
+def pace_convert(*args, command=("convert",), cwd=None):
+    """The real command in a real process, far from the network."""
+    code = "from pace_convert.cli import pace; pace()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *command, *map(str, args)], capture_output=True, text=True, cwd=cwd, stdin=subprocess.DEVNULL
+    )
+
+
+@pytest.fixture
+def source(make_source, tmp_path):
+    folder = tmp_path / "source"
+    shutil.copytree(make_source("qwen2"), folder)
+    return folder
+
+
+@pytest.fixture
+def sharded(make_source, tmp_path):
+    folder = tmp_path / "source"
+    shutil.copytree(make_source("qwen2", shards=True), folder)
+    return folder
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def edit_weights(folder, change):
+    weights = load_file(folder / WEIGHTS)
+    change(weights)
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def refuse(done, code, *words, out=None):
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    error = done.stderr[done.stderr.index("rror: ") :]
+    assert len(error.strip().splitlines()) <= 2, error
+    for word in words:
+        assert word in error, error
+    if out is not None:
+        assert not out.exists()
+
+
+def test_no_such_folder(tmp_path):
+    refuse(pace_convert("./nowhere/at/all", tmp_path / "out"), 2, "no such folder: ./nowhere/at/all", out=tmp_path / "out")
+
+
+def test_not_a_model_folder(tmp_path):
+    (tmp_path / "empty").mkdir()
+    refuse(pace_convert(tmp_path / "empty", tmp_path / "out"), 2, "not a model folder", "config.json", out=tmp_path / "out")
+
+
+def test_source_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("x")
+    refuse(pace_convert(tmp_path / "file", tmp_path / "out"), 2, "is a file", out=tmp_path / "out")
+
+
+def test_unknown_family_with_did_you_mean(source, tmp_path):
+    edit_config(source, model_type="qwen22")
+    refuse(pace_convert(source, tmp_path / "out"), 2, "'qwen22' is not supported", "did you mean qwen2?", out=tmp_path / "out")
+
+
+def test_not_a_causal_language_model(source, tmp_path):
+    edit_config(source, architectures=["Qwen2ForSequenceClassification"])
+    refuse(pace_convert(source, tmp_path / "out"), 2, "Qwen2ForSequenceClassification, not a causal", out=tmp_path / "out")
+
+
+def test_already_converted(qwen2_pair, tmp_path):
+    refuse(pace_convert(qwen2_pair[1], tmp_path / "out"), 2, "is a PaceLLM already", out=tmp_path / "out")
+
+
+def test_pickled_only(source, tmp_path):
+    (source / WEIGHTS).rename(source / "pytorch_model.bin")
+    refuse(pace_convert(source, tmp_path / "out"), 2, "only pickled weights", "safetensors", out=tmp_path / "out")
+
+
+def test_no_weights(source, tmp_path):
+    (source / WEIGHTS).unlink()
+    refuse(pace_convert(source, tmp_path / "out"), 2, "no model.safetensors", out=tmp_path / "out")
+
+
+def test_quantised_source(source, tmp_path):
+    edit_config(source, quantization_config={"quant_method": "gptq", "bits": 4})
+    refuse(pace_convert(source, tmp_path / "out"), 2, "quantised (gptq)", "full-precision", out=tmp_path / "out")
+
+
+def test_quantised_without_saying_so(source, tmp_path):
+    name = "model.layers.0.mlp.gate_proj.weight"
+    edit_weights(source, lambda w: w.update({name: w[name].to(torch.int8)}))
+    refuse(pace_convert(source, tmp_path / "out"), 2, name, "quantised", out=tmp_path / "out")
+
+
+def test_truncated_shard(source, tmp_path):
+    data = (source / WEIGHTS).read_bytes()
+    (source / WEIGHTS).write_bytes(data[: len(data) // 2])
+    refuse(pace_convert(source, tmp_path / "out"), 1, WEIGHTS, "not a whole safetensors file", out=tmp_path / "out")
+
+
+def test_garbage_header(source, tmp_path):
+    (source / WEIGHTS).write_bytes(struct.pack("<Q", 5) + b"hello")
+    refuse(pace_convert(source, tmp_path / "out"), 1, WEIGHTS, "not a whole safetensors file", out=tmp_path / "out")
+
+
+def test_index_names_a_missing_shard(sharded, tmp_path):
+    gone = sorted(sharded.glob("model-*.safetensors"))[1]
+    gone.unlink()
+    refuse(pace_convert(sharded, tmp_path / "out"), 1, gone.name, "missing", out=tmp_path / "out")
+
+
+def test_index_names_a_tensor_that_is_not_in_its_shard(sharded, tmp_path):
+    index = sharded / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.extra"] = sorted(set(content["weight_map"].values()))[0]
+    index.write_text(json.dumps(content))
+    refuse(pace_convert(sharded, tmp_path / "out"), 1, "lacks model.extra", out=tmp_path / "out")
+
+
+def test_index_leads_out_of_the_folder(sharded, tmp_path):
+    index = sharded / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"] = dict.fromkeys(content["weight_map"], "../model.safetensors")
+    index.write_text(json.dumps(content))
+    refuse(pace_convert(sharded, tmp_path / "out"), 1, "'../model.safetensors'", out=tmp_path / "out")
+
+
+def test_tensor_missing(source, tmp_path):
+    name = "model.layers.2.mlp.up_proj.weight"
+    edit_weights(source, lambda w: w.pop(name))
+    refuse(pace_convert(source, tmp_path / "out"), 1, f"lacks the tensor {name}", out=tmp_path / "out")
+
+
+def test_config_and_weights_do_not_belong_together(source, tmp_path):
+    edit_config(source, intermediate_size=80)
+    refuse(pace_convert(source, tmp_path / "out"), 1, "gate_proj.weight", "72", "80", out=tmp_path / "out")
+
+
+def test_more_experts_than_neurons(source, tmp_path):
+    refuse(pace_convert(source, tmp_path / "out", "--experts", 73), 2, "--experts 73", "72", out=tmp_path / "out")
+
+
+def test_layer_out_of_range(source, tmp_path):
+    done = pace_convert(source, tmp_path / "out", "--experts", 8, "--memory-layers", "1,4")
+    refuse(done, 2, "--memory-layers", "no layer 4", "0 to 3", out=tmp_path / "out")
+
+
+def test_layers_that_are_no_numbers(source, tmp_path):
+    refuse(pace_convert(source, tmp_path / "out", "--memory-layers", "1,x"), 2, "--memory-layers", out=tmp_path / "out")
+
+
+def test_theta_low_above_theta_high(source, tmp_path):
+    done = pace_convert(source, tmp_path / "out", "--theta-low", 0.9)
+    refuse(done, 2, "--theta-low 0.9 is above --theta-high 0.75", out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("option", [("--slots", 0), ("--top-k", 0), ("--update-interval", -1), ("--momentum", 1.5), ("--theta-high", "nan")])
+def test_option_out_of_range(source, tmp_path, option):
+    refuse(pace_convert(source, tmp_path / "out", *option), 2, option[0], out=tmp_path / "out")
+
+
+def test_option_of_the_wrong_type(source, tmp_path):
+    done = pace_convert(source, tmp_path / "out", "--slots", "many")
+    assert done.returncode == 2 and "--slots" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_out_not_empty_keeps_what_is_there(source, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    refuse(pace_convert(source, out, "--experts", 8), 2, "is not empty")
+    refuse(pace_convert(source, out, "--experts", 8, "--overwrite"), 2, "not a conversion")
+    assert (out / "thesis.txt").read_text() == "years of work"
+
+
+def test_overwrite_replaces_a_conversion_but_only_after_all_checks(source, tmp_path):
+    out = tmp_path / "out"
+    assert pace_convert(source, out, "--experts", 8).returncode == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    refuse(pace_convert(source, out, "--experts", 8), 2, "is not empty", "--overwrite")
+    refuse(pace_convert(source, out, "--experts", 99, "--overwrite"), 2, "--experts")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert pace_convert(source, out, "--experts", 9, "--overwrite").returncode == 0
+    assert json.loads((out / "config.json").read_text())["pace"]["experts"]["count"] == 9
+
+
+def test_out_inside_source(source):
+    refuse(pace_convert(source, source / "out", "--experts", 8), 2, "lies inside SOURCE", out=source / "out")
+    refuse(pace_convert(source, source, "--experts", 8), 2, "lies inside SOURCE")
+    assert (source / WEIGHTS).exists()
+
+
+def test_source_inside_out(source, tmp_path):
+    refuse(pace_convert(source, tmp_path, "--experts", 8), 2, "lies inside OUT")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["model.layers.3.mlp.gate_proj.weight", "model.norm.weight"])
+def test_non_finite_weights(source, tmp_path, name, value):
+    edit_weights(source, lambda w: w[name].view(-1).__setitem__(-1, value))
+    row = 71 if "gate" in name else 31
+    refuse(pace_convert(source, tmp_path / "out", "--experts", 8), 1, name, f"row {row}", out=tmp_path / "out")
+
+
+def test_source_that_ships_a_file_of_ours(source, tmp_path):
+    (source / "memory_bank.py").write_text("")
+    refuse(pace_convert(source, tmp_path / "out", "--experts", 8), 2, "memory_bank.py", out=tmp_path / "out")
+
+
+def test_config_that_is_no_json(source, tmp_path):
+    (source / "config.json").write_text("{")
+    refuse(pace_convert(source, tmp_path / "out"), 1, "config.json is not valid JSON", out=tmp_path / "out")
+
+
+def test_out_that_can_not_be_made(source, tmp_path):
+    (tmp_path / "file").write_text("x")
+    refuse(pace_convert(source, tmp_path / "file" / "out", "--experts", 8), 2, "is a file")
+
+
+def test_interrupted_while_writing_leaves_nothing(source, tmp_path, monkeypatch):
+    from pace_convert import convert as job
+    from pace_convert.options import ConvertOptions
+    from pace_convert.progress import Progress
+    from pace_convert.source import open_source
+
+    monkeypatch.setattr(job, "model_card", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    for existed in (False, True):
+        out = tmp_path / f"out-{existed}"
+        if existed:
+            out.mkdir()
+        opened = open_source(str(source))
+        plan = job.prepare(opened, out, ConvertOptions(experts=8))
+        with pytest.raises(KeyboardInterrupt):
+            job.convert(opened, out, plan, Progress(quiet=True))
+        assert out.exists() == existed and not (existed and any(out.iterdir()))
+
+
+def test_killed_while_writing_does_not_look_finished(source, tmp_path):
+    """kill -9 right before config.json: nothing loads the folder, every command says why."""
+    code = (
+        "import os, signal, sys\n"
+        "from pace_convert import writer\n"
+        "index = writer.OutputFolder.index\n"
+        "writer.OutputFolder.index = lambda self, tensors: (index(self, tensors), os.kill(os.getpid(), signal.SIGKILL))\n"
+        "from pace_convert.cli import pace\n"
+        "pace()\n"
+    )
+    out = tmp_path / "out"
+    done = subprocess.run([sys.executable, "-c", code, "convert", str(source), str(out), "--experts", "8"], capture_output=True)
+    assert done.returncode == -9 and (out / WEIGHTS).exists() and not (out / "config.json").exists()
+    refuse(pace_convert(out, command=("inspect",)), 2, "unfinished")
+    refuse(pace_convert(source, out, "--experts", 8), 2, "unfinished", "--overwrite")
+    assert pace_convert(source, out, "--experts", 8, "--overwrite").returncode == 0
+    assert pace_convert(out, command=("inspect",)).returncode == 0
+
+
+def test_verify_and_inspect_of_the_wrong_folder(source, qwen2_pair, make_source, tmp_path):
+    refuse(pace_convert(tmp_path / "no", command=("inspect",)), 2, "no such folder")
+    refuse(pace_convert(source, command=("inspect",)), 2, "is not a PaceLLM")
+    refuse(pace_convert(qwen2_pair[1], "--source", make_source("llama"), command=("verify",)), 2, "is a llama")

@@ -1,0 +1,61 @@
+"""Tiny random models of the real classes, and their conversions, made once per test run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from helpers import FAMILY_CONFIGS, convert_folder
+
+from pace_convert.families import FAMILIES
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_threads():
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_module_cache(tmp_path_factory):
+    """Remote code is imported from here and not from the user's cache."""
+    import transformers.dynamic_module_utils as dynamic
+
+    folder = tmp_path_factory.mktemp("hf-modules")
+    before, dynamic.HF_MODULES_CACHE = dynamic.HF_MODULES_CACHE, str(folder)
+    yield
+    dynamic.HF_MODULES_CACHE = before
+
+
+@pytest.fixture(scope="session")
+def make_source(tmp_path_factory):
+    """make_source("qwen2", dtype=..., tied=..., shards=..., **config) -> a folder in source format."""
+
+    def make(family: str, dtype: torch.dtype = torch.float32, shards: bool = False, **overrides) -> Path:
+        folder = tmp_path_factory.mktemp(family) / "source"
+        spec = FAMILIES[family]
+        config = getattr(transformers, spec.config_class)(**{**FAMILY_CONFIGS[family], **overrides})
+        torch.manual_seed(0)
+        model = getattr(transformers, spec.causal_lm_class)(config).to(dtype)
+        model.save_pretrained(folder, max_shard_size="60KB" if shards else "5GB")
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session", params=list(FAMILIES))
+def family_pair(request, make_source, tmp_path_factory) -> tuple[Path, Path]:
+    """(source, converted) of each family; a memory that acts within a few tokens."""
+    source = make_source(request.param)
+    out = tmp_path_factory.mktemp("out") / "converted"
+    convert_folder(source, out)
+    return source, out
+
+
+@pytest.fixture(scope="session")
+def qwen2_pair(make_source, tmp_path_factory) -> tuple[Path, Path]:
+    source = make_source("qwen2")
+    out = tmp_path_factory.mktemp("out") / "converted"
+    convert_folder(source, out)
+    return source, out

@@ -1,0 +1,229 @@
+"""Promises 1, 2 (in part), 3 and 5 on whole models: what a sequence yields depends on that sequence alone."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from helpers import convert_folder, load, random_ids
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, DynamicCache
+
+
+@pytest.fixture(scope="module")
+def pace(family_pair):
+    return load(family_pair[1])
+
+
+@pytest.fixture(scope="module")
+def qwen(qwen2_pair):
+    return load(qwen2_pair[1])
+
+
+@torch.no_grad()
+def logits(model, ids, **kwargs):
+    return model(ids, **kwargs).logits
+
+
+@torch.no_grad()
+def in_parts(model, ids, mask, cuts):
+    cache = DynamicCache(config=model.config)
+    edges = [0, *cuts, ids.shape[1]]
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    parts = []
+    for a, b in zip(edges, edges[1:]):
+        output = model(
+            ids[:, a:b], attention_mask=mask[:, :b], position_ids=positions[:, a:b], past_key_values=cache, use_cache=True
+        )
+        parts.append(output.logits)
+    return torch.cat(parts, 1), cache
+
+
+def test_memory_acts(pace):
+    """Without this the other tests would prove nothing."""
+    ids = random_ids(1, 60)
+    with torch.no_grad():
+        output = pace(ids, use_cache=True)
+    with pace.memory_disabled():
+        plain = logits(pace, ids)
+    assert (output.logits - plain)[:, 6:].abs().max() > 1e-3
+    for memory in pace.memory_summary(output.past_key_values).values():
+        assert memory["blocks"] == [12] and memory["filled"] == [6]
+        assert memory["reused"][0] > 0 and memory["mixed"][0] > 0 and memory["kept"][0] > 0
+        assert memory["reused"][0] + memory["mixed"][0] + memory["kept"][0] == 60
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_batch_padding_and_split_change_nothing(pace, data):
+    lengths = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=3))
+    side = data.draw(st.sampled_from(["left", "right"]))
+    width = max(lengths)
+    cuts = sorted(data.draw(st.sets(st.integers(1, max(1, width - 1)), max_size=5)) - {width})
+    if data.draw(st.booleans()):
+        cuts = list(range(1, width))  # token by token
+    ids, mask = torch.zeros(len(lengths), width, dtype=torch.long), torch.zeros(len(lengths), width, dtype=torch.long)
+    for i, length in enumerate(lengths):
+        columns = slice(width - length, width) if side == "left" else slice(0, length)
+        ids[i, columns], mask[i, columns] = random_ids(1, length, seed=i)[0], 1
+    got, _ = in_parts(pace, ids, mask, cuts)
+    for i, length in enumerate(lengths):
+        alone = logits(pace, random_ids(1, length, seed=i))[0]
+        torch.testing.assert_close(got[i][mask[i].bool()], alone, rtol=1e-8, atol=1e-8)
+
+
+def test_short_prompt_is_the_base_model(family_pair, pace):
+    base = AutoModelForCausalLM.from_pretrained(family_pair[0], dtype=torch.float64).eval()
+    ids = random_ids(2, 5)
+    with pace.memory_disabled():
+        off = logits(pace, ids)
+    assert torch.equal(logits(pace, ids), off)
+    torch.testing.assert_close(off, logits(base, ids), rtol=1e-9, atol=1e-9)
+
+
+def test_memory_off_is_the_base_model(family_pair, pace):
+    base = AutoModelForCausalLM.from_pretrained(family_pair[0], dtype=torch.float64).eval()
+    ids = random_ids(2, 50)
+    with pace.memory_disabled():
+        torch.testing.assert_close(logits(pace, ids), logits(base, ids), rtol=1e-9, atol=1e-9)
+    assert pace.memory_enabled
+    pace.set_memory_enabled(False)
+    torch.testing.assert_close(logits(pace, ids), logits(base, ids), rtol=1e-9, atol=1e-9)
+    pace.set_memory_enabled(True)
+
+
+def generate_alone(model, ids, **kwargs):
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **kwargs)[0, ids.shape[1] :]
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 7])
+def test_generate_batch_with_left_padding(pace, chunk):
+    prompts = [random_ids(1, n, seed=n)[0] for n in (13, 31, 22)]
+    ids, mask = torch.zeros(3, 31, dtype=torch.long), torch.zeros(3, 31, dtype=torch.long)
+    for i, prompt in enumerate(prompts):
+        ids[i, -len(prompt) :], mask[i, -len(prompt) :] = prompt, 1
+    kwargs = {"max_new_tokens": 12, "do_sample": False}
+    together = pace.generate(ids, attention_mask=mask, prefill_chunk_size=chunk, **kwargs)[:, 31:]
+    for prompt, tokens in zip(prompts, together):
+        assert torch.equal(tokens, generate_alone(pace, prompt[None], **kwargs))
+
+
+def test_sampled_generate_repeats_with_a_seed(qwen):
+    ids = random_ids(1, 23)
+    runs = []
+    for chunk in (None, 4):
+        torch.manual_seed(7)
+        runs.append(generate_alone(qwen, ids, max_new_tokens=15, do_sample=True, prefill_chunk_size=chunk))
+    assert torch.equal(*runs)
+
+
+def test_generate_without_cache_recomputes_the_same(qwen):
+    ids = random_ids(1, 23)
+    with_cache, without = (generate_alone(qwen, ids, max_new_tokens=9, do_sample=False, use_cache=c) for c in (True, False))
+    assert torch.equal(with_cache, without)
+
+
+def test_new_prompt_has_a_new_memory(qwen):
+    first, second = random_ids(1, 40, seed=1), random_ids(1, 40, seed=2)
+    alone = logits(qwen, second)
+    logits(qwen, first)
+    assert torch.equal(logits(qwen, second), alone)
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_copied_cache_continues_on_two_branches(qwen, clone):
+    prompt = random_ids(2, 27)
+    ends = [random_ids(2, 20, seed=s) for s in (5, 6)]
+    ones = torch.ones(2, 27, dtype=torch.long)
+    _, cache = in_parts(qwen, prompt, ones, [])
+    with torch.no_grad():
+        for end, branch in zip(ends, (clone(cache), cache)):
+            got = qwen(end, past_key_values=branch).logits
+            torch.testing.assert_close(got, logits(qwen, torch.cat([prompt, end], 1))[:, 27:], rtol=1e-8, atol=1e-8)
+
+
+def test_two_caches_interleaved(qwen):
+    texts = [random_ids(1, 32, seed=s) for s in (1, 2)]
+    caches = [DynamicCache(config=qwen.config) for _ in texts]
+    got = [[], []]
+    with torch.no_grad():
+        for start in range(0, 32, 4):
+            for i, text in enumerate(texts):
+                got[i].append(qwen(text[:, start : start + 4], past_key_values=caches[i]).logits)
+    for i, text in enumerate(texts):
+        torch.testing.assert_close(torch.cat(got[i], 1), logits(qwen, text), rtol=1e-8, atol=1e-8)
+
+
+def test_rows_can_be_selected_and_repeated(qwen):
+    ids, end = random_ids(3, 27), random_ids(2, 20, seed=9)
+    _, cache = in_parts(qwen, ids, torch.ones_like(ids), [])
+    cache.batch_select_indices(torch.tensor([2, 0]))
+    with torch.no_grad():
+        got = qwen(end, past_key_values=cache).logits
+    torch.testing.assert_close(got, logits(qwen, torch.cat([ids[[2, 0]], end], 1))[:, 27:], rtol=1e-8, atol=1e-8)
+
+
+def test_reset_cache_is_a_new_memory(qwen):
+    ids = random_ids(1, 33)
+    _, cache = in_parts(qwen, ids, torch.ones_like(ids), [10])
+    cache.reset()
+    with torch.no_grad():
+        again = qwen(ids, past_key_values=cache).logits
+    torch.testing.assert_close(again, logits(qwen, ids), rtol=1e-8, atol=1e-8)
+
+
+def test_default_update_interval_leaves_prompts_below_it_alone(make_source, tmp_path):
+    source = make_source("qwen2", max_position_embeddings=4096)
+    convert_folder(source, tmp_path / "out", update_interval=1024, theta_low=-1.0, theta_high=0.0)
+    model = load(tmp_path / "out")
+    ids = random_ids(1, 1030)
+    with model.memory_disabled():
+        plain = logits(model, ids)
+    got = logits(model, ids)
+    torch.testing.assert_close(got[:, :1024], plain[:, :1024], rtol=1e-12, atol=1e-12)
+    assert (got - plain)[:, 1024:].abs().max() > 1e-4
+
+
+class TestRefusals:
+    """What can't be right is refused in a sentence."""
+
+    def test_packed_inputs(self, qwen):
+        ids = random_ids(1, 20)
+        with pytest.raises(ValueError, match="packed inputs"):
+            qwen(ids, position_ids=torch.arange(20)[None] % 10)
+
+    def test_four_dimensional_mask(self, qwen):
+        with pytest.raises(ValueError, match="2D attention mask"):
+            qwen(random_ids(1, 4), attention_mask=torch.ones(1, 1, 4, 4, dtype=torch.bool))
+
+    def test_static_cache(self, qwen):
+        with pytest.raises(ValueError, match="static caches"):
+            qwen.generate(random_ids(1, 4), cache_implementation="static", max_new_tokens=2, disable_compile=True)
+
+    def test_cache_that_was_filled_without_memory(self, qwen):
+        with qwen.memory_disabled():
+            cache = qwen(random_ids(1, 8), use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="tokens that the memory has not seen"):
+            qwen(random_ids(1, 8), past_key_values=cache)
+
+    def test_cache_that_was_continued_without_memory(self, qwen):
+        cache = qwen(random_ids(1, 8), use_cache=True).past_key_values
+        with qwen.memory_disabled():
+            qwen(random_ids(1, 8), past_key_values=cache)
+        with pytest.raises(ValueError, match="tokens that the memory has not seen"):
+            qwen(random_ids(1, 8), past_key_values=cache)
+
+    def test_continuous_batching(self, qwen):
+        with pytest.raises(NotImplementedError, match="continuous batching"):
+            qwen.generate_batch([[1, 2, 3]])
+
+    def test_layer_called_alone(self, qwen):
+        with pytest.raises(RuntimeError, match="outside its decoder stack"):
+            qwen.model.layers[1].mlp(torch.zeros(1, 2, 32, dtype=torch.float64))
+
+    def test_failed_call_leaves_no_session(self, qwen):
+        with pytest.raises(Exception):  # noqa: B017 - whatever the embedding says
+            qwen(torch.full((1, 3), 10_000))
+        with pytest.raises(RuntimeError, match="outside its decoder stack"):
+            qwen.model.layers[1].mlp(torch.zeros(1, 2, 32, dtype=torch.float64))
