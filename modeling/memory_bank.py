@@ -163,9 +163,7 @@ def _rank(similarity: torch.Tensor, bank: Bank) -> _Ranking:
     return _Ranking(ranked, slot, bank.valid.sum(-1)[:, None, None])
 
 
-def _fuse(
-    h: torch.Tensor, ranking: _Ranking, bank: Bank, settings: MemorySettings
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _fuse(h: torch.Tensor, ranking: _Ranking, bank: Bank, settings: MemorySettings) -> tuple[torch.Tensor, torch.Tensor]:
     best = ranking.similarity[..., 0]
     decision = (best > settings.theta_low).long() + (best > settings.theta_high).long()
     gain = torch.full_like(best, settings.mix_weight).masked_fill(decision == REUSE, settings.reuse_weight)

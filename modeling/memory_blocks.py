@@ -93,8 +93,15 @@ class BlockClock:
             offset = torch.where(valid, fill[:, None] + step, self.interval)
             full = ((fill + take == self.interval) & (take > 0)).nonzero()[:, 0]
             block = seen[full] // self.interval
-            tensors = (columns, valid, offset, full, block) if len(full) else (columns, valid, offset, None, None)
-            segments.append(Segment(*(None if t is None else t.to(device) for t in tensors)))
+            segments.append(
+                Segment(
+                    columns.to(device),
+                    valid.to(device),
+                    offset.to(device),
+                    full.to(device) if len(full) else None,
+                    block.to(device) if len(full) else None,
+                )
+            )
             start, left, seen = start + take, left - take, seen + take
         self.seen = seen.to(device)
         fill = seen % self.interval

@@ -12,6 +12,7 @@ import inspect
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -79,7 +80,7 @@ class StackMemory:
 
     def _entry(self, stack: nn.Module, kwargs: dict) -> MemoryEntry:
         """The memory of this call's cache; of the call alone where there is no cache."""
-        config = stack.config
+        config: Any = stack.config
         use_cache = kwargs.get("use_cache")
         use_cache = config.use_cache if use_cache is None else use_cache
         cache = kwargs.get("past_key_values")
@@ -145,6 +146,7 @@ def _real_columns(kwargs: dict, length: int) -> torch.Tensor | None:
 class PaceMixin:
     """What every PaceLLM model class adds to its base class."""
 
+    config: Any
     _stack_memory: StackMemory
 
     def _attach_memory(self, stack: nn.Module, projection: str, intermediate_size: int) -> None:

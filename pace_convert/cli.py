@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from . import __version__
+from . import __version__, text
 from .errors import PaceError
 from .options import ConvertOptions, load_options, option_name
 from .progress import Progress
@@ -44,7 +44,9 @@ def method_options(command: Callable) -> Callable:
         help_text = f"{field.description}" if field.default is False else f"{field.description}  [default: {field.default}]"
         kind: Any = {int: click.INT, float: click.FLOAT}.get(field.annotation, click.STRING)  # type: ignore[arg-type]
         flag = field.annotation is bool
-        decorate = click.option(option_name(name), name, help=help_text, **({"is_flag": True} if flag else {"type": kind}), default=None)
+        decorate = click.option(
+            option_name(name), name, help=help_text, **({"is_flag": True} if flag else {"type": kind}), default=None
+        )
         command = decorate(command)
     return command
 
@@ -115,15 +117,15 @@ def pace_convert(
     opened = open_source(source, revision, token, cache_dir)
     plan = job.prepare(opened, out, options, overwrite)
     if dry_run:
-        click.echo(_json(plan.as_dict()) if as_json else _plan_text(source, out, plan))
+        click.echo(_json(plan.as_dict()) if as_json else text.plan_text(source, out, plan))
         return
     if not as_json:
-        click.echo(_plan_text(source, out, plan), err=True)
+        click.echo(text.plan_text(source, out, plan), err=True)
     made = job.convert(opened, out, plan, Progress(quiet))
     if as_json:
         click.echo(_json({"out": str(made.out), "tensors": made.tensors, "bytes": made.nbytes, "plan": plan.as_dict()}))
     else:
-        click.echo(_made_text(made))
+        click.echo(text.made_text(made))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -155,7 +157,7 @@ def inspect(out: Path, as_json: bool) -> None:
     from .verify import open_converted
 
     facts = describe(open_converted(out))
-    click.echo(_json(facts) if as_json else _facts_text(facts))
+    click.echo(_json(facts) if as_json else text.facts_text(facts))
 
 
 @pace.command()
@@ -177,7 +179,7 @@ def verify(
     converted = job.open_converted(out)
     opened = open_source(source, revision, token, cache_dir)
     result = job.verify(converted, opened, Progress(quiet), logits=not no_logits, trust=trust_remote_code)
-    click.echo(_json(result.as_dict()) if as_json else verification_text(result))
+    click.echo(_json(result.as_dict()) if as_json else text.verification_text(result))
     if not result.passed:
         sys.exit(1)
 
@@ -190,77 +192,8 @@ def demo(out: Path, quiet: bool) -> None:
     """Convert the embedded reference model into OUT and compare both on needle questions."""
     from .reference.demo import run_demo
 
-    run_demo(out, Progress(quiet), verification_text)
+    run_demo(out, Progress(quiet))
 
 
 def _json(value: object) -> str:
     return json.dumps(value, indent=2)
-
-
-def _plan_text(source: str, out: Path, plan: Any) -> str:
-    experts = f"{plan.options.experts} of {plan.intermediate_size} neurons a layer"
-    lines = [
-        f"{source} -> {out}",
-        f"  family     {plan.family.causal_lm_class}, {plan.layers} layers",
-        f"  experts    {experts}",
-        f"  memory     {_memory_line(plan.options, plan.memory_layers)}",
-        f"  to write   {_size(plan.weights_bytes)}, {len(plan.ffn)} tensors permuted",
-        f"  needs      about {_size(plan.working_bytes)} of memory for clustering",
-    ]
-    return "\n".join(lines)
-
-
-def _memory_line(options: ConvertOptions, layers: tuple[int, ...]) -> str:
-    if options.no_memory:
-        return "none; the original architecture is kept"
-    where = f"layers {', '.join(map(str, layers))}" if layers else "no layers"
-    return f"{where}; {options.slots} slots, updated every {options.update_interval} tokens"
-
-
-def _made_text(made: Any) -> str:
-    remote = "" if made.plan.options.no_memory else ", trust_remote_code=True"
-    return (
-        f"Made {made.out}: {made.tensors} tensors, {_size(made.nbytes)}. Load it with\n\n"
-        "    from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        f'    model = AutoModelForCausalLM.from_pretrained("{made.out}"{remote})\n'
-        f'    tokenizer = AutoTokenizer.from_pretrained("{made.out}")\n'
-    )
-
-
-def _facts_text(facts: dict) -> str:
-    memory = facts["memory"]
-    experts = facts["experts"]
-    lines = [
-        f"{facts['folder']}: {facts['model_type']} made from {facts['base_model_type']}",
-        f"  weights    {facts['tensors']} tensors, {_size(facts['bytes'])}",
-        f"  experts    {experts['count']} a layer over {facts['intermediate_size']} neurons ({experts['method']}, seed {experts['seed']})",
-        f"  memory     {'in layers ' + ', '.join(map(str, memory['layers'])) if memory['enabled'] else 'none'}",
-    ]
-    if memory["enabled"]:
-        lines += [f"    {name:18}{value}" for name, value in memory.items() if name not in ("enabled", "layers")]
-    lines.append("  layer  memory  expert sizes")
-    for row in facts["layers"]:
-        mark = "yes" if row["layer"] in memory["layers"] else "-"
-        sizes = ", ".join(f"{count} x {size}" for size, count in row["sizes"].items())
-        lines.append(f"  {row['layer']:5}  {mark:6}  {sizes}")
-    return "\n".join(lines)
-
-
-def verification_text(result: Any) -> str:
-    """A Verification in words."""
-    same = result.tensors - len(result.different)
-    lines = [f"tensors    {same} of {result.tensors} bit-identical to the source ({result.permuted} after undoing the permutation)"]
-    lines += [f"  differs  {name}" for name in result.different[:10]]
-    lines += [f"edited     {name}" for name in result.edited_files]
-    if result.logit_difference is not None:
-        verdict = "match" if result.logits_match else "DO NOT MATCH"
-        lines.append(
-            f"logits     {verdict} with the memory off: largest difference {result.logit_difference:.2e}, "
-            f"largest logit {result.largest_logit:.2f}"
-        )
-    lines.append("verified" if result.passed else "NOT the same model")
-    return "\n".join(lines)
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"

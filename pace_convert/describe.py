@@ -7,7 +7,9 @@ from .verify import Converted
 
 def describe(converted: Converted) -> dict:
     """Family, sizes, expert sizes per layer and the memory's parameters."""
-    layers = [{"layer": i, "experts": len(sizes), "sizes": _sizes(sizes.tolist())} for i, (_, sizes) in enumerate(converted.layers)]
+    layers = [
+        {"layer": i, "experts": len(sizes), "sizes": _sizes(sizes.tolist())} for i, (_, sizes) in enumerate(converted.layers)
+    ]
     return {
         "folder": str(converted.files.folder),
         "model_type": converted.files.config["model_type"],

@@ -75,7 +75,9 @@ def load_options(config: Path | None, given: dict) -> ConvertOptions:
     try:
         values = yaml.safe_load(config.read_text()) if config else {}
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CallError(f"can't read {config}: {str(error).splitlines()[0]}", "give a YAML file of option: value lines") from error
+        raise CallError(
+            f"can't read {config}: {str(error).splitlines()[0]}", "give a YAML file of option: value lines"
+        ) from error
     if not isinstance(values or {}, dict):
         raise CallError(f"{config} is not a mapping", "give a YAML file of option: value lines")
     try:

@@ -104,7 +104,8 @@ def _refuse_quantised(config: dict) -> None:
     if quantisation:
         method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else "unknown"
         raise CallError(
-            f"the source is quantised ({method}): its FFN rows can't be clustered", "convert the full-precision model, then quantise"
+            f"the source is quantised ({method}): its FFN rows can't be clustered",
+            "convert the full-precision model, then quantise",
         )
 
 
@@ -123,7 +124,9 @@ def _check_tensor(source: Source, tensor: FfnTensor, layer: int, neurons: int) -
             return None
         raise DamagedSourceError(f"the source lacks the tensor {name}", "check that all its shards are there")
     if info.dtype not in FLOAT_DTYPES:
-        raise CallError(f"{name} is {info.dtype}, not a float type: the source is quantised", "convert the full-precision model")
+        raise CallError(
+            f"{name} is {info.dtype}, not a float type: the source is quantised", "convert the full-precision model"
+        )
     if len(info.shape) <= tensor.axis or info.shape[tensor.axis] != neurons:
         raise DamagedSourceError(
             f"{name} has shape {list(info.shape)}; axis {tensor.axis} should be intermediate_size {neurons}",

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -54,7 +55,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     }
 
 
-def raw(path: Path, info: TensorInfo, mode: str = "c") -> np.ndarray:
+def raw(path: Path, info: TensorInfo, mode: Literal["c", "r+"] = "c") -> np.ndarray:
     """The tensor's bits as unsigned integers of its item size, mapped, not read.
 
     mode: "c" (changes stay in memory) or "r+" (changes reach the file).
@@ -63,7 +64,7 @@ def raw(path: Path, info: TensorInfo, mode: str = "c") -> np.ndarray:
     shape = info.shape if info.dtype in ITEM_SIZES else (info.nbytes,)
     if info.nbytes == 0:
         return np.zeros(shape, dtype=f"u{size}")
-    return np.memmap(path, dtype=f"u{size}", mode=mode, offset=info.offset, shape=shape)  # type: ignore[call-overload]
+    return np.memmap(path, dtype=f"u{size}", mode=mode, offset=info.offset, shape=shape)
 
 
 def as_float(bits: np.ndarray, dtype: str) -> np.ndarray:

@@ -82,9 +82,7 @@ class Source:
         return replace(self, folder=Path(folder), tensors=_read_tensors(Path(folder)))
 
 
-def open_source(
-    name: str, revision: str | None = None, token: str | None = None, cache_dir: Path | None = None
-) -> Source:
+def open_source(name: str, revision: str | None = None, token: str | None = None, cache_dir: Path | None = None) -> Source:
     """Config, tensor list and side files of a local folder or of a Hub repository.
 
     Of a Hub repository only the small files and the shards' headers are downloaded. Raises CallError
@@ -195,7 +193,9 @@ def _read_sharded(folder: Path, weight_map: object) -> dict[str, TensorInfo]:
         header = read_header(folder / shard)
         absent = [name for name, where in weight_map.items() if where == shard and name not in header]
         if absent:
-            raise DamagedSourceError(f"{shard} lacks {absent[0]}, which {INDEX} puts there", "download or copy this shard again")
+            raise DamagedSourceError(
+                f"{shard} lacks {absent[0]}, which {INDEX} puts there", "download or copy this shard again"
+            )
         tensors.update(header)
     return tensors
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +17,18 @@ from .shards import blocks, raw
 from .source import Source, open_folder
 from .writer import UNFINISHED, read_permutation
 
+SAMPLE = "The code of Ada is 4711;\n\tit's   written in München, in 東京 and <|here|>. def f(x): return x**2"
 # Reordering the sum over an FFN's neurons moves logits by rounding only; relative to the largest logit.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What was compared. `logit_difference` is the largest absolute one; None where logits were not asked for."""
+    """What was compared.
+
+    logit_difference: the largest absolute one; None where logits were not asked for.
+    same_tokens: whether both tokenizers read a sample alike; None without a tokenizer.
+    """
 
     tensors: int
     permuted: int
@@ -33,11 +38,12 @@ class Verification:
     logit_difference: float | None = None
     largest_logit: float | None = None
     logits_match: bool | None = None
+    same_tokens: bool | None = None
 
     @property
     def passed(self) -> bool:
         """Whether OUT is the source, permuted."""
-        return not self.different and self.logits_match is not False
+        return not self.different and self.logits_match is not False and self.same_tokens is not False
 
     def as_dict(self) -> dict:
         """For `--json`."""
@@ -92,7 +98,14 @@ def verify(converted: Converted, source: Source, progress: Progress, logits: boo
     }
     different = _different_tensors(converted.files, source, permutations, progress)
     edited = _edited_files(converted)
-    result = Verification(len(source.tensors), len(permutations), source.nbytes, tuple(different), tuple(edited))
+    result = Verification(
+        len(source.tensors),
+        len(permutations),
+        source.nbytes,
+        tuple(different),
+        tuple(edited),
+        same_tokens=_same_tokens(source, converted),
+    )
     if not logits or different:
         return result
     if edited and not trust:
@@ -136,9 +149,27 @@ def _reads(path: Path, text: str) -> bool:
     return path.is_file() and path.read_bytes() == text.encode()
 
 
-def _with_logits(result: Verification, converted: Converted, source: Source) -> Verification:
-    from dataclasses import replace
+def _same_tokens(source: Source, converted: Converted) -> bool | None:
+    """transformers chooses a tokenizer class by model_type, and the conversion has a model_type of its own."""
+    if not {"tokenizer.json", "tokenizer.model", "tokenizer_config.json"} & set(source.side_files):
+        return None
+    expected = _tokens(source.folder)
+    return None if expected is None else _tokens(converted.files.folder) == expected
 
+
+def _tokens(folder: Path) -> list[int] | None:
+    """The sample's token ids; None where there is no tokenizer that loads."""
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # it remarks on the model_type of its own, which is on purpose
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(SAMPLE)["input_ids"]
+    except Exception:  # each tokenizer class fails in its own way
+        return None
+
+
+def _with_logits(result: Verification, converted: Converted, source: Source) -> Verification:
     dtype = torch.float32 if source.nbytes < 4e9 else "auto"
     ids = torch.randint(source.config["vocab_size"], (2, 64), generator=torch.Generator().manual_seed(0))
     expected, kind = _logits(source.folder, dtype, ids, remote=False)

@@ -62,9 +62,7 @@ class OutputFolder:
         def write(path: Path) -> None:
             shutil.copyfile(source, path)
             for name, (axis, permutation) in permutations.items():
-                target = raw(path, tensors[name], mode="r+")
-                target[...] = apply(raw(source, tensors[name]), axis, permutation)
-                target.flush()
+                raw(path, tensors[name], mode="r+")[...] = apply(raw(source, tensors[name]), axis, permutation)
 
         self._whole(source.name, write)
 

@@ -264,7 +264,9 @@ def save(model: Qwen2ForCausalLM, out: Path, report: dict) -> None:
 @click.option("--work-dir", type=click.Path(path_type=Path), default=Path("runs/reference"), show_default=True)
 @click.option("--steps", default=4600, show_default=True, type=click.IntRange(1))
 @click.option("--seed", default=0, show_default=True)
-@click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="Part of the recipe: sums round differently.")
+@click.option(
+    "--threads", default=1, show_default=True, type=click.IntRange(1), help="Part of the recipe: sums round differently."
+)
 @click.option("--stories", default=400, show_default=True, type=click.IntRange(1), help="Stories per measured accuracy.")
 def main(out: Path, work_dir: Path, steps: int, seed: int, threads: int, stories: int) -> None:
     torch.set_num_threads(threads)

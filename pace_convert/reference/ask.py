@@ -27,7 +27,7 @@ def main():
     logging.disable_progress_bar()
     job = json.load(sys.stdin)
     model = AutoModelForCausalLM.from_pretrained(job["model"], trust_remote_code=True, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    tokenizer = AutoTokenizer.from_pretrained(job["model"], trust_remote_code=True)
     json.dump([answer(model, tokenizer, prompts) for prompts in job["batches"]], sys.stdout)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,8 @@ from ..errors import PaceError
 from ..options import ConvertOptions
 from ..progress import Progress
 from ..source import open_folder
-from ..verify import Verification, open_converted, verify
+from ..text import verification_text
+from ..verify import open_converted, verify
 from . import reference_model
 from .task import make_story
 
@@ -44,7 +44,7 @@ class Cell:
     reused: int
 
 
-def run_demo(out: Path, progress: Progress, verification_text: Callable[[Verification], str]) -> None:
+def run_demo(out: Path, progress: Progress) -> None:
     """Convert into `out`, verify, ask, print; writes `needle.png` into `out`."""
     source = open_folder(reference_model(), "the reference model")
     plan = conversion.prepare(source, out, OPTIONS, overwrite=True)
@@ -144,7 +144,9 @@ def _ask(model: Path, batches: list[list[str]]) -> list[dict]:
     # -I: neither this folder nor PYTHONPATH is on the path, so the checkpoint can't lean on either
     done = subprocess.run([sys.executable, "-I", str(script)], input=job, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise PaceError(f"{model} could not be asked: {done.stderr.strip().splitlines()[-1]}", "run it again with the memory off")
+        raise PaceError(
+            f"{model} could not be asked: {done.stderr.strip().splitlines()[-1]}", "run it again with the memory off"
+        )
     return json.loads(done.stdout)
 
 

@@ -6,6 +6,7 @@ It has to be a Qwen2Tokenizer: transformers loads that class for `model_type` qw
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
@@ -32,9 +33,10 @@ def build_tokenizer(max_length: int) -> Qwen2Tokenizer:
     )
     bpe.train_from_iterator([word for word in VOCABULARY if word not in SPECIAL], trainer)
     model = json.loads(bpe.to_str())["model"]
+    merges: Any = [tuple(merge) for merge in model["merges"]]  # what `tokenizers` takes, whatever the annotation says
     return Qwen2Tokenizer(
         vocab=model["vocab"],
-        merges=[tuple(merge) for merge in model["merges"]],
+        merges=merges,
         unk_token=PAD,
         pad_token=PAD,
         eos_token=END,

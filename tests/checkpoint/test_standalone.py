@@ -27,7 +27,11 @@ sys.meta_path.insert(0, Absent())
 def run_alone(code: str, *args: object, modules: Path) -> dict:
     environment = {"HF_MODULES_CACHE": str(modules), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-I", "-c", ALONE + code, *map(str, args)], capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL
+        [sys.executable, "-I", "-c", ALONE + code, *map(str, args)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        stdin=subprocess.DEVNULL,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -84,7 +88,15 @@ except Exception as error:
 
 def test_exact_files(make_source, tmp_path):
     source = make_source("qwen2")
-    for name in ("LICENSE", "tokenizer.json", "chat_template.jinja", "README.md", "nested/notes.txt", "pytorch_model.bin", ".git/HEAD"):
+    for name in (
+        "LICENSE",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "README.md",
+        "nested/notes.txt",
+        "pytorch_model.bin",
+        ".git/HEAD",
+    ):
         (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_text(f"{name} of the source")
     out = tmp_path / "out"
@@ -104,7 +116,6 @@ def test_exact_files(make_source, tmp_path):
 
 
 def test_config_is_the_sources_plus_pace(qwen2_pair):
-    source, out = qwen2_pair
     before, after = (json.loads((folder / "config.json").read_text()) for folder in qwen2_pair)
     assert {key: after[key] for key in before if key not in ("model_type", "architectures")} == {
         key: value for key, value in before.items() if key not in ("model_type", "architectures")

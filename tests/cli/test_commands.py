@@ -9,20 +9,27 @@ import subprocess
 import sys
 import termios
 
+import pytest
 from test_errors import pace_convert
 
 from pace_convert.families import FAMILIES
 from pace_convert.options import ConvertOptions, option_name
+from pace_convert.reference.tokenizer import build_tokenizer
 
 
-def test_convert_prints_what_was_made_and_how_to_load_it(make_source, tmp_path):
+@pytest.mark.parametrize("memory", [(), ("--no-memory",)])
+def test_convert_prints_what_was_made_and_how_to_load_it(make_source, tmp_path, memory):
     out = tmp_path / "out"
-    done = pace_convert(make_source("qwen2"), out, "--experts", 8)
+    source = make_source("qwen2")
+    build_tokenizer(512).save_pretrained(source)
+    done = pace_convert(source, out, "--experts", 8, *memory)
     assert done.returncode == 0, done.stderr
-    assert "from_pretrained(" in done.stdout and "trust_remote_code=True" in done.stdout
+    assert "from_pretrained(" in done.stdout and ("trust_remote_code=True" in done.stdout) == (not memory)
     assert "grouping neurons: 4 layers" in done.stderr and "writing weights" in done.stderr
-    snippet = "\n".join(line.strip() for line in done.stdout.splitlines() if line.startswith("    ") and "tokenizer =" not in line)
-    assert subprocess.run([sys.executable, "-c", snippet], capture_output=True).returncode == 0
+    snippet = "\n".join(line.strip() for line in done.stdout.splitlines() if line.startswith("    "))
+    check = "\nassert tokenizer('the code of ada').input_ids and model.device"
+    loaded = subprocess.run([sys.executable, "-c", snippet + check], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert loaded.returncode == 0 and "[y/N]" not in loaded.stdout, loaded.stderr
 
 
 def test_json_goes_to_stdout_and_quiet_is_quiet(make_source, tmp_path):
@@ -74,7 +81,9 @@ def test_options_reach_the_config(make_source, tmp_path):
     assert pace_convert(source, tmp_path / "out", *arguments).returncode == 0
     pace = json.loads((tmp_path / "out" / "config.json").read_text())["pace"]
     assert pace["experts"] == {"count": 4, "method": "k-means-constrained", "seed": 3}
-    memory = {name: value for name, value in values.items() if name not in ("experts", "seed", "memory_layers", "exact_restarts")}
+    memory = {
+        name: value for name, value in values.items() if name not in ("experts", "seed", "memory_layers", "exact_restarts")
+    }
     assert pace["memory"] == {"enabled": True, "layers": [0, 3], **memory}
 
 

@@ -17,7 +17,11 @@ def pace_convert(*args, command=("convert",), cwd=None):
     """The real command in a real process, far from the network."""
     code = "from pace_convert.cli import pace; pace()"
     return subprocess.run(
-        [sys.executable, "-c", code, *command, *map(str, args)], capture_output=True, text=True, cwd=cwd, stdin=subprocess.DEVNULL
+        [sys.executable, "-c", code, *command, *map(str, args)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
     )
 
 
@@ -168,7 +172,9 @@ def test_theta_low_above_theta_high(source, tmp_path):
     refuse(done, 2, "--theta-low 0.9 is above --theta-high 0.75", out=tmp_path / "out")
 
 
-@pytest.mark.parametrize("option", [("--slots", 0), ("--top-k", 0), ("--update-interval", -1), ("--momentum", 1.5), ("--theta-high", "nan")])
+@pytest.mark.parametrize(
+    "option", [("--slots", 0), ("--top-k", 0), ("--update-interval", -1), ("--momentum", 1.5), ("--theta-high", "nan")]
+)
 def test_option_out_of_range(source, tmp_path, option):
     refuse(pace_convert(source, tmp_path / "out", *option), 2, option[0], out=tmp_path / "out")
 

@@ -7,7 +7,9 @@ from pace_convert.options import ConvertOptions, load_options
 from pace_convert.plan import resolve_layers
 
 
-@pytest.mark.parametrize(("layers", "expected"), [(28, (12, 26)), (32, (14, 30)), (6, (2, 4)), (4, (1, 2)), (2, (0,)), (1, (0,))])
+@pytest.mark.parametrize(
+    ("layers", "expected"), [(28, (12, 26)), (32, (14, 30)), (6, (2, 4)), (4, (1, 2)), (2, (0,)), (1, (0,))]
+)
 def test_auto_layers_keep_qwen2s_relative_depths(layers, expected):
     assert resolve_layers("auto", layers) == expected
 
@@ -26,7 +28,13 @@ def test_yaml_is_overridden_by_the_command_line(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("slotz: 7", "--slotz"), ("slots: zero", "--slots"), ("- 1", "not a mapping"), ("a: [", "can't read"), ("theta_low: 0.9", "above")],
+    [
+        ("slotz: 7", "--slotz"),
+        ("slots: zero", "--slots"),
+        ("- 1", "not a mapping"),
+        ("a: [", "can't read"),
+        ("theta_low: 0.9", "above"),
+    ],
 )
 def test_wrong_yaml_is_named(tmp_path, text, message):
     (tmp_path / "o.yaml").write_text(text)

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Set up a virtual environment with the pinned versions; run lint, types and all default tests.
+# usage: bash scripts/test.sh [PYTEST_ARGUMENT...]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/_venv.sh
+prepare_venv .venv -e ".[dev]"
+source .venv/bin/activate
+ruff check .
+ruff format --check .
+mypy
+python -m pytest "$@"
