@@ -7,10 +7,14 @@ cache is a new memory; deepcopy, beam reordering, row selection and cropping car
 from __future__ import annotations
 
 import torch
-from transformers.cache_utils import Cache, DummyLayer
+from transformers import cache_utils
+from transformers.cache_utils import Cache
 
 from .memory_bank import KEEP, MIX, REUSE, Bank, MemorySettings, read, update
 from .memory_blocks import BlockClock, Segment
+
+# A cache layer without keys and values; transformers has the class since 5.22, and 5.20 needs none.
+_EmptyLayer: type = getattr(cache_utils, "DummyLayer", object)
 
 
 class LayerMemory:
@@ -68,11 +72,17 @@ class LayerMemory:
         self.bank = self.bank.replace_rows(rows, new)
 
 
-class MemoryEntry(DummyLayer):
+class MemoryEntry(_EmptyLayer):
     """All layers' memories and the clock they share, as an entry of `Cache.layers`."""
+
+    supports_early_init = False
+    is_compileable = True
+    is_croppable = True
 
     def __init__(self, settings: MemorySettings) -> None:
         super().__init__()
+        self.is_initialized = True
+        self.keys = self.values = None
         self.settings = settings
         self.clock: BlockClock | None = None
         self.memories: dict[int, LayerMemory] = {}
@@ -92,6 +102,10 @@ class MemoryEntry(DummyLayer):
         if layer not in self.memories:
             self.memories[layer] = LayerMemory(len(h), self.settings, h)
         return self.memories[layer].fuse(h, segments)
+
+    def get_max_length(self) -> int:
+        """No limit, in transformers' terms."""
+        return -1
 
     def reset(self) -> None:
         """Forget everything."""

@@ -193,8 +193,8 @@ def load_checkpoint(path: Path, model, optimizer, recipe: Recipe) -> tuple[int, 
     return state["step"], state["curve"]
 
 
-def train(recipe: Recipe, work_dir: Path) -> tuple[Qwen2ForCausalLM, list[dict]]:
-    """The trained model and its curve."""
+def train(recipe: Recipe, work_dir: Path, every: int = 100) -> tuple[Qwen2ForCausalLM, list[dict]]:
+    """The trained model and its curve; a checkpoint after each `every` steps."""
     model = build_model(recipe.seed)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
     checkpoint = work_dir / "checkpoint.pt"
@@ -210,8 +210,8 @@ def train(recipe: Recipe, work_dir: Path) -> tuple[Qwen2ForCausalLM, list[dict]]
                 point["held_out"] = accuracy(model, "multi4", 256, 64, recipe.seed + 1)["accuracy"]
             curve.append({"step": step + 1, **point})
             progress.set_postfix({k: f"{v:.3f}" for k, v in point.items()})
-            if (step + 1) % 100 == 0:
-                save_checkpoint(checkpoint, model, optimizer, step + 1, curve, recipe)
+        if (step + 1) % every == 0:
+            save_checkpoint(checkpoint, model, optimizer, step + 1, curve, recipe)
     return model, curve
 
 

@@ -1,0 +1,17 @@
+"""`pace demo` end to end, as a newcomer runs it."""
+
+import subprocess
+import sys
+
+from pace_convert.verify import open_converted
+
+
+def test_demo(tmp_path):
+    code = "from pace_convert.cli import pace; pace()"
+    out = tmp_path / "demo"
+    done = subprocess.run([sys.executable, "-c", code, "demo", str(out)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for words in ("bit-identical", "verified", "right answers, base / PaceLLM", "what the memory did", "All 400 questions"):
+        assert words in done.stdout
+    assert (out / "needle.png").read_bytes().startswith(b"\x89PNG")
+    assert open_converted(out).pace["memory"]["enabled"]
