@@ -119,9 +119,9 @@ def pace_convert(
     if dry_run:
         click.echo(_json(plan.as_dict()) if as_json else text.plan_text(source, out, plan))
         return
-    if not as_json:
-        click.echo(text.plan_text(source, out, plan), err=True)
-    made = job.convert(opened, out, plan, Progress(quiet))
+    progress = Progress(quiet)
+    progress.say(text.plan_text(source, out, plan))
+    made = job.convert(opened, out, plan, progress)
     if as_json:
         click.echo(_json({"out": str(made.out), "tensors": made.tensors, "bytes": made.nbytes, "plan": plan.as_dict()}))
     else:
@@ -153,8 +153,8 @@ def families(as_json: bool) -> None:
 @friendly
 def inspect(out: Path, as_json: bool) -> None:
     """Say what is in the converted folder OUT."""
+    from .converted import open_converted
     from .describe import describe
-    from .verify import open_converted
 
     facts = describe(open_converted(out))
     click.echo(_json(facts) if as_json else text.facts_text(facts))
@@ -174,9 +174,10 @@ def verify(
 ) -> None:  # fmt: skip
     """Prove that OUT is SOURCE, permuted: tensors bit for bit, logits with the memory off."""
     from . import verify as job
+    from .converted import open_converted
     from .source import open_source
 
-    converted = job.open_converted(out)
+    converted = open_converted(out)
     opened = open_source(source, revision, token, cache_dir)
     result = job.verify(converted, opened, Progress(quiet), logits=not no_logits, trust=trust_remote_code)
     click.echo(_json(result.as_dict()) if as_json else text.verification_text(result))

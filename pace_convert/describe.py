@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .verify import Converted
+from .converted import Converted
 
 
 def describe(converted: Converted) -> dict:

@@ -8,14 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .errors import CallError, DamagedSourceError
-from .families import FAMILIES, FamilySpec
-from .package import PERMUTATION, modeling_files
-from .permute import apply, invert, is_permutation
+from .converted import Converted
+from .errors import CallError
+from .package import modeling_files
+from .permute import apply, invert
 from .progress import Progress
 from .shards import blocks, raw
-from .source import Source, open_folder
-from .writer import UNFINISHED, read_permutation
+from .source import Source
 
 SAMPLE = "The code of Ada is 4711;\n\tit's   written in München, in 東京 and <|here|>. def f(x): return x**2"
 # Reordering the sum over an FFN's neurons moves logits by rounding only; relative to the largest logit.
@@ -48,33 +47,6 @@ class Verification:
     def as_dict(self) -> dict:
         """For `--json`."""
         return {**asdict(self), "passed": self.passed}
-
-
-@dataclass(frozen=True)
-class Converted:
-    """A converted folder."""
-
-    files: Source
-    pace: dict
-    family: FamilySpec
-    layers: list[tuple[np.ndarray, np.ndarray]]
-
-
-def open_converted(out: Path) -> Converted:
-    """Raises CallError for a folder that is not a finished conversion, DamagedSourceError for a broken one."""
-    if not out.is_dir():
-        raise CallError(f"no such folder: {out}", "give the folder that pace-convert wrote")
-    if (out / UNFINISHED).exists():
-        raise CallError(f"{out} holds an unfinished conversion", "run pace-convert again with --overwrite")
-    files = open_folder(out)
-    pace = files.config.get("pace")
-    if not isinstance(pace, dict) or pace.get("base_model_type") not in FAMILIES or not (out / PERMUTATION).is_file():
-        raise CallError(f"{out} is not a PaceLLM", "give the folder that pace-convert wrote")
-    layers = read_permutation(out)
-    for layer, (permutation, sizes) in enumerate(layers):
-        if not is_permutation(permutation) or sizes.sum() != len(permutation):
-            raise DamagedSourceError(f"{PERMUTATION}: layer {layer} is not a permutation", "convert again")
-    return Converted(files, pace, FAMILIES[pace["base_model_type"]], layers)
 
 
 def verify(converted: Converted, source: Source, progress: Progress, logits: bool = True, trust: bool = False) -> Verification:

@@ -13,12 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import convert as conversion
+from ..converted import open_converted
 from ..errors import PaceError
 from ..options import ConvertOptions
 from ..progress import Progress
 from ..source import open_folder
 from ..text import verification_text
-from ..verify import open_converted, verify
+from ..verify import verify
 from . import reference_model
 from .task import make_story
 

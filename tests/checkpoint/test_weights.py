@@ -8,10 +8,11 @@ import torch
 from helpers import ACTIVE, convert_folder
 from safetensors.torch import load_file, save_file
 
+from pace_convert.converted import open_converted
 from pace_convert.families import FAMILIES
 from pace_convert.progress import Progress
 from pace_convert.source import open_source
-from pace_convert.verify import open_converted, verify
+from pace_convert.verify import verify
 from pace_convert.writer import read_permutation
 
 QUIET = Progress(quiet=True)

@@ -227,3 +227,24 @@ class TestRefusals:
             qwen(torch.full((1, 3), 10_000))
         with pytest.raises(RuntimeError, match="outside its decoder stack"):
             qwen.model.layers[1].mlp(torch.zeros(1, 2, 32, dtype=torch.float64))
+
+
+class TestTraining:
+    """In training mode the memory lasts for one call, and gradients flow through h."""
+
+    def test_backward(self, qwen2_pair):
+        model = load(qwen2_pair[1]).train()
+        ids = random_ids(2, 30)
+        output = model(ids, labels=ids)
+        output.loss.backward()
+        assert output.past_key_values is None or not model.memory_summary(output.past_key_values)
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+        assert model.model.layers[1].mlp.gate_proj.weight.grad.abs().max() > 0
+
+    def test_loss_is_that_of_evaluation(self, qwen2_pair):
+        model = load(qwen2_pair[1])
+        ids = random_ids(2, 30)
+        with torch.no_grad():
+            evaluated = model(ids, labels=ids).loss
+        torch.testing.assert_close(model.train()(ids, labels=ids).loss, evaluated, rtol=1e-9, atol=1e-9)

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from pace_convert.verify import open_converted
+from pace_convert.converted import open_converted
 
 
 def test_demo(tmp_path):

@@ -9,12 +9,13 @@ from helpers import load
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Qwen2ForCausalLM
 
 from pace_convert.convert import convert, prepare
+from pace_convert.converted import open_converted
 from pace_convert.options import ConvertOptions
 from pace_convert.progress import Progress
 from pace_convert.reference import reference_model
 from pace_convert.reference.task import make_story
 from pace_convert.source import open_source
-from pace_convert.verify import open_converted, verify
+from pace_convert.verify import verify
 
 
 @pytest.fixture(scope="module")

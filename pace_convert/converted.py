@@ -1,0 +1,42 @@
+"""A converted folder, opened and checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .errors import CallError, DamagedSourceError
+from .families import FAMILIES, FamilySpec
+from .package import PERMUTATION
+from .permute import is_permutation
+from .source import Source, open_folder
+from .writer import UNFINISHED, read_permutation
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A converted folder."""
+
+    files: Source
+    pace: dict
+    family: FamilySpec
+    layers: list[tuple[np.ndarray, np.ndarray]]
+
+
+def open_converted(out: Path) -> Converted:
+    """Raises CallError for a folder that is not a finished conversion, DamagedSourceError for a broken one."""
+    if not out.is_dir():
+        raise CallError(f"no such folder: {out}", "give the folder that pace-convert wrote")
+    if (out / UNFINISHED).exists():
+        raise CallError(f"{out} holds an unfinished conversion", "run pace-convert again with --overwrite")
+    files = open_folder(out)
+    pace = files.config.get("pace")
+    if not isinstance(pace, dict) or pace.get("base_model_type") not in FAMILIES or not (out / PERMUTATION).is_file():
+        raise CallError(f"{out} is not a PaceLLM", "give the folder that pace-convert wrote")
+    layers = read_permutation(out)
+    for layer, (permutation, sizes) in enumerate(layers):
+        if not is_permutation(permutation) or sizes.sum() != len(permutation):
+            raise DamagedSourceError(f"{PERMUTATION}: layer {layer} is not a permutation", "convert again")
+    return Converted(files, pace, FAMILIES[pace["base_model_type"]], layers)
