@@ -41,9 +41,12 @@ class MemorySettings:
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
         if unknown:
             raise ValueError(f"unknown memory parameter in config.json: {', '.join(unknown)}")
-        return cls(**{**values, "layers": tuple(values.get("layers", ()))})
+        return cls(**{**values, "layers": tuple(values.get("layers") or ())})
 
     def __post_init__(self) -> None:
+        whole = (*self.layers, self.slots, self.top_k, self.bottom_k, self.update_interval)
+        if not all(isinstance(number, int) for number in whole) or min(self.layers, default=0) < 0:
+            raise ValueError("memory: layers, slots, top_k, bottom_k and update_interval must be whole numbers")
         if self.slots < 1 or self.top_k < 1 or self.bottom_k < 0 or self.update_interval < 1:
             raise ValueError("memory: slots, top_k and update_interval must be at least 1, bottom_k at least 0")
         if not -1.0 <= self.theta_low <= self.theta_high <= 1.0:

@@ -33,48 +33,68 @@ class BlockClock:
 
     seen: [B] int64 on the device. `room` is a lower bound, on the host, of the tokens that surely
     complete no block: while a call stays below it nothing needs to be read back from the device.
-    `tail` counts the latest columns that are real in every row and lie in unfinished blocks.
+    `recent` remembers which of the latest columns (at most `interval`) were real, call by call:
+    (length, [B, length] bool or None for all), so that they can be taken back.
     """
 
     def __init__(self, rows: int, interval: int, device: torch.device) -> None:
         self.interval = interval
         self.seen = torch.zeros(rows, dtype=torch.int64, device=device)
         self.room = interval
-        self.tail = 0
+        self.recent: list[tuple[int, torch.Tensor | None]] = []
 
     def advance(self, length: int, real: torch.Tensor | None) -> list[Segment]:
         """Segments of a call of `length` columns, in order. real: [B, length] bool, None for all."""
-        if real is not None and real.shape[1] > 1 and bool(real.all()):
+        if real is not None and length > 1 and bool(real.all()):
             real = None
+        self._remember(length, real)
         if length < self.room:
             return [self._inside_block(length, real)]
         return self._across_blocks(length, real)
 
     def take_back(self, columns: int) -> None:
         """Forget the latest `columns`. Raises ValueError if a finished block may hold some of them."""
-        if columns > self.tail:
+        removed, left, recent = torch.zeros_like(self.seen), columns, list(self.recent)
+        while left and recent:
+            length, real = recent.pop()
+            cut = min(left, length)
+            removed = removed + (cut if real is None else real[:, length - cut :].sum(1))
+            if cut < length:
+                recent.append((length - cut, None if real is None else real[:, : length - cut]))
+            left -= cut
+        fill = self.seen % self.interval
+        if left or bool((removed > fill).any()):
             raise ValueError(
-                f"can't take back {columns} tokens: only the latest {self.tail} are not yet part of a finished "
-                "memory block; start again with a new cache"
+                f"can't take back {columns} tokens: some are part of a finished memory block already; start again "
+                "with a new cache"
             )
-        self.seen = self.seen - columns
-        self.room += columns
-        self.tail -= columns
+        self.seen, self.recent = self.seen - removed, recent
+        self.room = self.interval - int((fill - removed).max())
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keep these rows, in this order; `room` stays a lower bound."""
         self.seen = self.seen.index_select(0, rows)
+        self.recent = [(n, None if real is None else real.index_select(0, rows)) for n, real in self.recent]
+
+    def _remember(self, length: int, real: torch.Tensor | None) -> None:
+        if real is None and self.recent and self.recent[-1][1] is None:
+            length += self.recent.pop()[0]
+        self.recent.append((length, real))
+        surplus = sum(n for n, _ in self.recent) - self.interval
+        while surplus > 0 and surplus >= self.recent[0][0]:
+            surplus -= self.recent.pop(0)[0]
+        if surplus > 0:
+            n, real = self.recent[0]
+            self.recent[0] = (n - surplus, None if real is None else real[:, surplus:])
 
     def _inside_block(self, length: int, real: torch.Tensor | None) -> Segment:
         fill = (self.seen % self.interval)[:, None]
         if real is None:
             offset = fill + torch.arange(length, device=fill.device)
             self.seen = self.seen + length
-            self.tail += length
         else:
             offset = torch.where(real, fill + real.cumsum(1) - 1, self.interval)
             self.seen = self.seen + real.sum(1)
-            self.tail = 0
         self.room -= length
         return Segment(None, real, offset)
 
@@ -104,7 +124,5 @@ class BlockClock:
             )
             start, left, seen = start + take, left - take, seen + take
         self.seen = seen.to(device)
-        fill = seen % self.interval
-        self.room = self.interval - int(fill.max())
-        self.tail = min(length, int(fill.min())) if real is None else 0
+        self.room = self.interval - int((seen % self.interval).max())
         return segments

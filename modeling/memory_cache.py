@@ -27,11 +27,17 @@ class LayerMemory:
     def __init__(self, rows: int, settings: MemorySettings, like: torch.Tensor) -> None:
         self.settings = settings
         self.bank = Bank.empty(rows, settings.slots, like)
-        self.pending = like.new_zeros(rows, settings.update_interval + 1, like.shape[-1])
+        with torch.inference_mode(False):  # written in place, also by a later call outside inference mode
+            self.pending = torch.zeros(rows, settings.update_interval + 1, like.shape[-1], dtype=like.dtype, device=like.device)
         self.counts = like.new_zeros(rows, 3, dtype=torch.int64)
 
     def fuse(self, h: torch.Tensor, segments: list[Segment]) -> torch.Tensor:
         """h' for all columns of a call, [B, L, D]; padding passes through untouched."""
+        if h.dtype != self.pending.dtype:
+            raise ValueError(
+                f"the activations changed from {self.pending.dtype} to {h.dtype} within a sequence; keep autocast as it "
+                "was or start with a new cache"
+            )
         out = h
         for segment in segments:
             out = self._fuse_segment(h, out, segment)
@@ -41,7 +47,8 @@ class LayerMemory:
         """Keep these rows, in this order, repeats allowed."""
         rows = rows.to(self.pending.device)
         self.bank = self.bank.select_rows(rows)
-        self.pending = self.pending.index_select(0, rows)
+        with torch.inference_mode(False):
+            self.pending = self.pending.index_select(0, rows.clone())
         self.counts = self.counts.index_select(0, rows)
 
     def _fuse_segment(self, h: torch.Tensor, out: torch.Tensor, segment: Segment) -> torch.Tensor:
@@ -102,6 +109,25 @@ class MemoryEntry(_EmptyLayer):
         if layer not in self.memories:
             self.memories[layer] = LayerMemory(len(h), self.settings, h)
         return self.memories[layer].fuse(h, segments)
+
+    def snapshot(self) -> tuple:
+        """What `restore` needs to undo the `advance` of a call that failed."""
+        clock = self.clock
+        return self.columns, clock and (clock.seen, clock.room, list(clock.recent))
+
+    def restore(self, snapshot: tuple) -> None:
+        """Undo the latest `advance`."""
+        self.columns, state = snapshot
+        if state is None:
+            self.clock = None
+        elif self.clock is not None:
+            self.clock.seen, self.clock.room, self.clock.recent = state
+
+    def offload(self) -> None:
+        """The memory stays on its device."""
+
+    def prefetch(self) -> None:
+        """The memory stays on its device."""
 
     def get_max_length(self) -> int:
         """No limit, in transformers' terms."""
@@ -167,7 +193,8 @@ def memory_summary(cache: Cache) -> dict[int, dict]:
     """What the memory did with this cache's sequences so far, by 0-based decoder layer.
 
     Per layer: `blocks` finished, slots `filled`, tokens `kept`, `mixed`, `reused`: each a list with one
-    int per row. Empty if the cache has no memory. Waits for the device.
+    int per row; tokens that were cropped away stay counted. Empty if the cache has no memory. Waits
+    for the device.
     """
     entry = cache.layers[-1] if cache.layers else None
     if not isinstance(entry, MemoryEntry) or entry.clock is None:

@@ -27,12 +27,13 @@ __all__ = ["PaceMixin", "memory_summary"]
 
 @dataclass(frozen=True)
 class Session:
-    """One call of the stack: its memory (None: switched off), its segments and its shape."""
+    """One call of the stack: its memory (None: switched off), its segments, its shape, and what undoes it."""
 
     entry: MemoryEntry | None
     segments: list[Segment]
     rows: int
     length: int
+    undo: tuple = ()
 
 
 class _Current(threading.local):
@@ -40,6 +41,7 @@ class _Current(threading.local):
 
 
 _current = _Current()
+_binding = threading.Lock()
 
 
 class StackMemory:
@@ -66,17 +68,24 @@ class StackMemory:
             return (), kwargs  # the stack itself says what is wrong
         self._bind(stack)
         rows, length = tokens.shape[:2]
-        if not (self.enabled and self.settings.layers):
+        if not self.acts:
             _current.session = Session(None, [], rows, length)
             return (), kwargs
-        real = _real_columns(kwargs, length)
         entry = self._entry(stack, kwargs)
-        segments = entry.advance(rows, length, real, tokens.device)
-        _current.session = Session(entry, segments, rows, length)
+        real = _real_columns(kwargs, entry.columns, length)
+        undo = entry.snapshot()
+        _current.session = Session(entry, entry.advance(rows, length, real, tokens.device), rows, length, undo)
         return (), kwargs
 
+    @property
+    def acts(self) -> bool:
+        """Whether a call uses the memory."""
+        return self.enabled and bool(self.settings.layers)
+
     def _close(self, stack: nn.Module, args: tuple, output: object) -> None:
-        _current.session = None
+        session, _current.session = _current.session, None
+        if output is None and session is not None and session.entry is not None:  # the call failed
+            session.entry.restore(session.undo)
 
     def _entry(self, stack: nn.Module, kwargs: dict) -> MemoryEntry:
         """The memory of this call's cache; of the call alone where there is no cache."""
@@ -96,23 +105,27 @@ class StackMemory:
         """Hook the projections; again where quantisers or adapters have put another module in place."""
         for layer in self.settings.layers:
             module = stack.get_submodule(self.projection.format(layer))
-            old = self.bound.get(layer)
-            if old is None or old[0] is not module:
-                if old is not None:
+            if layer in self.bound and self.bound[layer][0] is module:
+                continue
+            with _binding:  # threads may make a model's first call together
+                old = self.bound.get(layer)
+                if old is not None and old[0] is not module:
                     old[1].remove()
-                handle = module.register_forward_pre_hook(_Fuse(layer, self.intermediate_size))
-                self.bound[layer] = (module, handle)
+                if old is None or old[0] is not module:
+                    self.bound[layer] = (module, module.register_forward_pre_hook(_Fuse(self, layer)))
 
 
 @dataclass(frozen=True)
 class _Fuse:
     """The hook of one projection: h becomes h'."""
 
+    memory: StackMemory
     layer: int
-    intermediate_size: int
 
     def __call__(self, module: nn.Module, args: tuple) -> tuple | None:
         session = _current.session
+        if session is None and not self.memory.acts:
+            return None
         if session is None:
             raise RuntimeError(
                 f"layer {self.layer} of a PaceLLM ran outside its decoder stack (gradient checkpointing and calls "
@@ -120,16 +133,17 @@ class _Fuse:
             )
         if session.entry is None:
             return None
-        h = args[0]
-        if h.shape[-1] != self.intermediate_size:
+        h, size = args[0], self.memory.intermediate_size
+        if h.shape[-1] != size:
             raise RuntimeError("the memory needs whole FFN activations: tensor parallelism is not supported")
-        tokens = h.reshape(session.rows, session.length, self.intermediate_size)
+        tokens = h.reshape(session.rows, session.length, size)
         return (session.entry.fuse(self.layer, tokens, session.segments).reshape(h.shape), *args[1:])
 
 
-def _real_columns(kwargs: dict, length: int) -> torch.Tensor | None:
+def _real_columns(kwargs: dict, past: int, length: int) -> torch.Tensor | None:
     """Which of the call's columns are tokens and not padding, [B, length] bool; None means all.
 
+    past: columns in the cache before this call; the mask begins with them, and may go on behind the call.
     Raises ValueError where rows of the input hold several sequences, or the mask does not say.
     """
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
@@ -137,10 +151,12 @@ def _real_columns(kwargs: dict, length: int) -> torch.Tensor | None:
         raise ValueError("the memory needs the 2D attention mask; static caches and 4D masks are not supported")
     packed = kwargs.get("cu_seq_lens_q") is not None
     if mask is None and positions is not None and length > 1:
-        packed = packed or bool((positions.diff(dim=-1) < 0).any())
+        packed = packed or bool((positions.diff(dim=-1) != 1).any())  # transformers' own sign of packing
     if packed:
         raise ValueError("packed inputs (several sequences in one row) are not supported by the memory; pad instead")
-    return None if mask is None else mask[:, -length:].bool()
+    if mask is not None and mask.shape[1] < past + length:
+        raise ValueError(f"the attention mask has {mask.shape[1]} columns for {past} cached and {length} new ones")
+    return None if mask is None else mask[:, past : past + length].bool()
 
 
 class PaceMixin:
@@ -152,6 +168,9 @@ class PaceMixin:
     def _attach_memory(self, stack: nn.Module, projection: str, intermediate_size: int) -> None:
         pace = getattr(self.config, "pace", None) or {}
         settings = MemorySettings.from_dict(pace.get("memory", {}))
+        absent = [layer for layer in settings.layers if layer >= self.config.num_hidden_layers]
+        if absent:
+            raise ValueError(f"config.json: pace.memory.layers has {absent[0]}, the model has no such layer")
         self._stack_memory = StackMemory(stack, settings, projection, intermediate_size)
 
     @property

@@ -8,7 +8,8 @@ prepare_venv() {
     if [ "$(cat "$venv/.prepared" 2>/dev/null)" != "$wanted" ]; then
         echo "setting up $venv (a few minutes the first time)" >&2
         "${PYTHON:-python3}" -m venv --clear "$venv"
-        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt "$@"
+        # the warning that would be shown is setuptools' general one about editable installs
+        PYTHONWARNINGS=ignore "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt "$@"
         echo "$wanted" > "$venv/.prepared"
     fi
 }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -49,3 +52,47 @@ def load(folder: Path, dtype: torch.dtype = torch.float64, **kwargs):
 
 def random_ids(rows: int, length: int, seed: int = 0, vocabulary: int = 120) -> torch.Tensor:
     return torch.randint(2, vocabulary, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+# A process where importing pace_convert fails, as on a machine that does not have it.
+ALONE = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in ('pace_convert', 'modeling'):
+            raise ImportError(name + ' is not installed')
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def run_alone(code: str, *args: object, modules: Path) -> dict:
+    environment = {"HF_MODULES_CACHE": str(modules), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", ALONE + code, *map(str, args)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+LOAD = """
+import json, torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+folder = sys.argv[1]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float64).eval()
+ids = torch.tensor(json.loads(sys.argv[2]))
+with torch.no_grad():
+    logits = model(ids).logits
+    tokens = model.generate(ids, max_new_tokens=6, do_sample=False)
+    inner = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float64).eval()
+    hidden = inner(ids).last_hidden_state
+    if model.get_output_embeddings() is not None:
+        same = torch.equal(model.get_output_embeddings()(hidden), logits)
+if len(sys.argv) > 3:
+    model.save_pretrained(sys.argv[3])
+print(json.dumps({"sum": logits.sum().item(), "tokens": tokens.tolist(), "same": same, "class": type(model).__name__,
+    "type": AutoConfig.from_pretrained(folder, trust_remote_code=True).model_type, "pace": "pace_convert" in sys.modules}))
+"""

@@ -1,7 +1,12 @@
 """Promises 1, 2 (in part), 3 and 5 on whole models: what a sequence yields depends on that sequence alone."""
 
+import concurrent.futures
 import copy
+import json
 import pickle
+import shutil
+import sys
+import threading
 
 import pytest
 import torch
@@ -248,3 +253,124 @@ class TestTraining:
         with torch.no_grad():
             evaluated = model(ids, labels=ids).loss
         torch.testing.assert_close(model.train()(ids, labels=ids).loss, evaluated, rtol=1e-9, atol=1e-9)
+
+
+class TestFound:
+    """Each was wrong once."""
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_full_mask_given_to_every_chunk(self, qwen, side):
+        """transformers reads a mask from the first cached column on, however long it is."""
+        text = random_ids(1, 23)
+        pad = torch.zeros(1, 4, dtype=torch.long)
+        ids = torch.cat([pad, text] if side == "left" else [text, pad], 1)
+        mask = torch.cat([pad, torch.ones_like(text)] if side == "left" else [torch.ones_like(text), pad], 1)
+        positions, cache, parts, start = (mask.cumsum(1) - 1).clamp_min(0), DynamicCache(config=qwen.config), [], 0
+        for size in (3, 7, 1, 1, 10, 5):
+            here = slice(start, start + size)
+            output = qwen(ids[:, here], attention_mask=mask, position_ids=positions[:, here], past_key_values=cache)
+            parts.append(output.logits)
+            start += size
+        got = torch.cat(parts, 1)[mask.bool()]
+        torch.testing.assert_close(got, logits(qwen, text)[0], rtol=1e-8, atol=1e-8)
+
+    def test_mask_that_is_too_short(self, qwen):
+        cache = qwen(random_ids(1, 8), use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="3 columns for 8 cached and 3 new"):
+            qwen(random_ids(1, 3), attention_mask=torch.ones(1, 3), past_key_values=cache)
+
+    @torch.no_grad()
+    def test_first_call_from_many_threads(self, qwen):
+        ids, expected = random_ids(1, 30), logits(qwen, random_ids(1, 30))
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        try:
+            for _ in range(10):
+                fresh = copy.deepcopy(qwen)
+                for _, handle in fresh.model._forward_pre_hooks.items():
+                    handle.__self__.bound.clear()
+                for layer in fresh.model.layers:
+                    layer.mlp.down_proj._forward_pre_hooks.clear()
+                barrier = threading.Barrier(4)
+                call = lambda model=fresh, barrier=barrier: (barrier.wait(), logits(model, ids))[1]  # noqa: E731
+                with concurrent.futures.ThreadPoolExecutor(4) as pool:
+                    results = [future.result() for future in [pool.submit(call) for _ in range(4)]]
+                for result in results:
+                    torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-9)
+                assert [len(layer.mlp.down_proj._forward_pre_hooks) for layer in fresh.model.layers] == [0, 1, 1, 0]
+        finally:
+            sys.setswitchinterval(before)
+
+    def test_gradient_checkpointing_with_the_memory_off(self, qwen2_pair):
+        model = load(qwen2_pair[1]).train()
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()  # older name: before 5.21
+        ids = random_ids(1, 20)
+        model.set_memory_enabled(False)
+        model(ids, labels=ids).loss.backward()
+        model.set_memory_enabled(True)
+        with pytest.raises(RuntimeError, match="gradient checkpointing"):
+            model(ids, labels=ids).loss.backward()
+
+    def test_packed_sequence_of_one_token(self, qwen):
+        with pytest.raises(ValueError, match="packed inputs"):
+            qwen(random_ids(1, 20), position_ids=torch.tensor([[0, *range(19)]]), use_cache=False)
+
+    @torch.no_grad()
+    def test_crop_after_masked_steps(self, qwen):
+        ids = random_ids(1, 60)
+        cache = DynamicCache(config=qwen.config)
+        for start, stop in ((0, 10), (10, 11), (11, 12), (12, 13), (13, 14)):
+            qwen(ids[:, start:stop], attention_mask=torch.ones(1, stop), past_key_values=cache)
+        cache.crop(-3)
+        with pytest.raises(ValueError, match="finished memory block"):
+            copy.deepcopy(cache).crop(-2)
+        got = qwen(ids[:, 11:], past_key_values=cache).logits
+        torch.testing.assert_close(got, logits(qwen, ids)[:, 11:], rtol=1e-8, atol=1e-8)
+
+    @torch.no_grad()
+    def test_crop_of_columns_that_are_padding_in_some_rows(self, qwen):
+        ids, mask = random_ids(2, 13), torch.ones(2, 13, dtype=torch.long)
+        mask[1, 11:] = 0
+        _, cache = in_parts(qwen, ids, mask, [])
+        cache.crop(-3)  # three tokens of row 0, one of row 1
+        end = random_ids(2, 12, seed=4)
+        got = qwen(end, past_key_values=cache).logits
+        torch.testing.assert_close(got, logits(qwen, torch.cat([ids[:, :10], end], 1))[:, 10:], rtol=1e-8, atol=1e-8)
+
+    def test_inference_mode_then_no_grad(self, qwen):
+        ids = random_ids(2, 30)
+        cache = DynamicCache(config=qwen.config)
+        with torch.inference_mode():
+            qwen(ids[:, :12], past_key_values=cache)
+            cache.batch_select_indices(torch.tensor([0, 1]))
+        with torch.no_grad():
+            got = qwen(ids[:, 12:], past_key_values=cache).logits
+        torch.testing.assert_close(got, logits(qwen, ids)[:, 12:], rtol=1e-8, atol=1e-8)
+
+    def test_autocast_that_changes_within_a_sequence(self, qwen2_pair):
+        model = load(qwen2_pair[1], dtype=torch.float32)
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            cache = model(random_ids(1, 12), use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="changed from torch"):
+            model(random_ids(1, 3), past_key_values=cache)
+
+    @torch.no_grad()
+    def test_cache_goes_on_after_a_call_that_failed(self, qwen):
+        ids = random_ids(1, 30)
+        _, cache = in_parts(qwen, ids[:, :12], torch.ones(1, 12, dtype=torch.long), [])
+        with pytest.raises(IndexError):
+            qwen(torch.full((1, 9), 9999), past_key_values=cache)
+        got = qwen(ids[:, 12:], past_key_values=cache).logits
+        torch.testing.assert_close(got, logits(qwen, ids)[:, 12:], rtol=1e-8, atol=1e-8)
+
+    @pytest.mark.parametrize(
+        ("change", "words"), [({"layers": [9]}, "no such layer"), ({"slots": "6"}, "whole numbers"), ({"slotz": 6}, "unknown")]
+    )
+    def test_edited_config(self, qwen2_pair, tmp_path, change, words):
+        shutil.copytree(qwen2_pair[1], tmp_path / "edited")
+        config = json.loads((tmp_path / "edited" / "config.json").read_text())
+        config["pace"]["memory"].update(change)
+        (tmp_path / "edited" / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=words):
+            load(tmp_path / "edited")

@@ -5,11 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import load
+from helpers import LOAD, load, run_alone
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Qwen2ForCausalLM
 
 from pace_convert.convert import convert, prepare
 from pace_convert.converted import open_converted
+from pace_convert.errors import CallError
 from pace_convert.options import ConvertOptions
 from pace_convert.progress import Progress
 from pace_convert.reference import reference_model
@@ -109,3 +110,20 @@ def test_short_prompt_is_the_base_model(converted):
     assert ids.shape[1] < 32
     base = AutoModelForCausalLM.from_pretrained(reference_model(), dtype=torch.float64).eval()
     torch.testing.assert_close(load(converted)(ids).logits, base(ids).logits, rtol=1e-9, atol=1e-9)
+
+
+def test_stands_alone(converted, tmp_path):
+    ids = ids_of(prompts(1, 200)[0]).tolist()
+    first = run_alone(LOAD, converted, json.dumps(ids), tmp_path / "saved", modules=tmp_path / "m1")
+    second = run_alone(LOAD, tmp_path / "saved", json.dumps(ids), modules=tmp_path / "m2")
+    assert first == second and first["class"] == "PaceQwen2ForCausalLM" and not first["pace"]
+
+
+def test_bad_options_are_refused_before_any_work(tmp_path):
+    source = open_source(str(reference_model()))
+    for options, words in (({"experts": 513}, "512"), ({"memory_layers": (4,)}, "no layer 4")):
+        with pytest.raises(CallError, match=words):
+            prepare(source, tmp_path / "out", ConvertOptions(**options))
+    with pytest.raises(CallError, match="inside SOURCE"):
+        prepare(source, reference_model() / "out", ConvertOptions(experts=16))
+    assert not (tmp_path / "out").exists()
