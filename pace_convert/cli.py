@@ -121,7 +121,7 @@ def pace_convert(
         return
     progress = Progress(quiet)
     progress.say(text.plan_text(source, out, plan))
-    made = job.convert(opened, out, plan, progress)
+    made = job.convert(opened, out, plan, progress, overwrite)
     if as_json:
         click.echo(_json({"out": str(made.out), "tensors": made.tensors, "bytes": made.nbytes, "plan": plan.as_dict()}))
     else:

@@ -10,13 +10,13 @@ import numpy as np
 from .cluster import cluster_neurons
 from .errors import DamagedSourceError
 from .options import ConvertOptions
-from .package import CARD, SOURCE_CARD, converted_config, model_card, modeling_files, to_json
+from .package import CARD, PERMUTATION, SOURCE_CARD, converted_config, model_card, modeling_files, to_json
 from .permute import canonical_permutation
 from .plan import Plan, check_places, make_plan
 from .progress import Progress
 from .shards import as_float, first_bad_row, raw
-from .source import Source
-from .writer import OutputFolder, check_free, clear
+from .source import INDEX, Source
+from .writer import OutputFolder, check_free
 
 
 @dataclass(frozen=True)
@@ -36,21 +36,24 @@ def prepare(source: Source, out: Path, options: ConvertOptions, overwrite: bool 
     return make_plan(source, options, out)
 
 
-def convert(source: Source, out: Path, plan: Plan, progress: Progress) -> Conversion:
+def convert(source: Source, out: Path, plan: Plan, progress: Progress, overwrite: bool = False) -> Conversion:
     """Carry out a plan. Raises DamagedSourceError; OUT is then as if nothing had happened."""
     source = source.fetch()
+    modeling = {} if plan.options.no_memory else modeling_files(plan.family)
+    card = model_card(source, plan, out, _source_card(source))
     _refuse_non_finite(source, progress)
     layers = _cluster_layers(source, plan, progress)
-    if out.exists():
-        clear(out)  # `prepare` has made sure that it is empty or an earlier conversion
-    with OutputFolder(out) as folder:
+    check_free(out, overwrite)  # again: clustering may have taken hours
+    side_files = {name: SOURCE_CARD if name == CARD else name for name in source.side_files}
+    names = [*source.shards, PERMUTATION, *side_files.values(), *modeling, CARD, INDEX, "config.json"]
+    with OutputFolder(out, names) as folder:
         _write_shards(folder, source, plan, layers, progress)
         folder.permutation(layers)
-        card = _copy_side_files(folder, source)
-        if not plan.options.no_memory:
-            for name, text in modeling_files(plan.family).items():
-                folder.write(name, text)
-        folder.write(CARD, model_card(source, plan, out.name, card))
+        for name, target in side_files.items():
+            folder.copy(source.folder / name, target)
+        for name, text in modeling.items():
+            folder.write(name, text)
+        folder.write(CARD, card)
         folder.index(source.tensors)
         folder.write("config.json", to_json(converted_config(source.config, plan)))
     return Conversion(out, plan, len(source.tensors), source.nbytes)
@@ -96,9 +99,8 @@ def _write_shards(
             bar.update(sum(info.nbytes for info in tensors.values()))
 
 
-def _copy_side_files(folder: OutputFolder, source: Source) -> str | None:
-    """Copy every side file; the source's card under another name. Returns the card's text."""
-    for name in source.side_files:
-        folder.copy(name, source.folder, SOURCE_CARD if name == CARD else None)
-    card = source.folder / CARD
-    return card.read_text(encoding="utf-8", errors="replace") if CARD in source.side_files else None
+def _source_card(source: Source) -> str | None:
+    """The text of the source's own model card, if it has one."""
+    if CARD not in source.side_files:
+        return None
+    return (source.folder / CARD).read_text(encoding="utf-8-sig", errors="replace")

@@ -33,10 +33,16 @@ def open_converted(out: Path) -> Converted:
         raise CallError(f"{out} holds an unfinished conversion", "run pace-convert again with --overwrite")
     files = open_folder(out)
     pace = files.config.get("pace")
-    if not isinstance(pace, dict) or pace.get("base_model_type") not in FAMILIES or not (out / PERMUTATION).is_file():
+    base = pace.get("base_model_type") if isinstance(pace, dict) else None
+    if not isinstance(pace, dict) or not isinstance(base, str) or base not in FAMILIES or not (out / PERMUTATION).is_file():
         raise CallError(f"{out} is not a PaceLLM", "give the folder that pace-convert wrote")
+    for part, keys in (("experts", {"count", "method", "seed"}), ("memory", {"enabled", "layers"})):
+        if not isinstance(pace.get(part), dict) or not keys <= set(pace[part]):
+            raise DamagedSourceError(f"config.json: pace.{part} is incomplete", "convert again")
     layers = read_permutation(out)
+    if len(layers) != files.config.get("num_hidden_layers"):
+        raise DamagedSourceError(f"{PERMUTATION} does not have one permutation per layer", "convert again")
     for layer, (permutation, sizes) in enumerate(layers):
         if not is_permutation(permutation) or sizes.sum() != len(permutation):
             raise DamagedSourceError(f"{PERMUTATION}: layer {layer} is not a permutation", "convert again")
-    return Converted(files, pace, FAMILIES[pace["base_model_type"]], layers)
+    return Converted(files, pace, FAMILIES[base], layers)

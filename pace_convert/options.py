@@ -17,9 +17,11 @@ def _parse_layers(value: object) -> object:
     """'12,26' as the command line gives it."""
     if isinstance(value, str) and value not in ("auto", "none"):
         parts = [part.strip() for part in value.split(",")]
-        if not all(part.isdigit() for part in parts):
+        if not all(part.isascii() and part.isdigit() for part in parts):
             raise ValueError("give auto, none or 0-based layer numbers like 12,26")
-        return tuple(sorted({int(part) for part in parts}))
+        value = [int(part) for part in parts]
+    if isinstance(value, list | tuple) and all(type(part) is int for part in value):
+        return tuple(sorted(set(value)))
     return value
 
 
@@ -29,7 +31,7 @@ class ConvertOptions(BaseModel):
     Defaults are the released code's (github.com/KangcongLi/PaceLLM) where the paper leaves a value open.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     experts: int = Field(64, ge=1, description="Cortical experts (clusters of FFN neurons) per layer, K.")
     exact_restarts: int = Field(1, ge=1, description="Restarts of k-means per layer; the released code takes 10.")
@@ -78,10 +80,10 @@ def load_options(config: Path | None, given: dict) -> ConvertOptions:
         raise CallError(
             f"can't read {config}: {str(error).splitlines()[0]}", "give a YAML file of option: value lines"
         ) from error
-    if not isinstance(values or {}, dict):
+    if not isinstance(values or {}, dict) or not all(isinstance(name, str) for name in values or {}):
         raise CallError(f"{config} is not a mapping", "give a YAML file of option: value lines")
     try:
-        return ConvertOptions(**{**(values or {}), **given})
+        return ConvertOptions.model_validate({**(values or {}), **given})
     except ValidationError as error:
         first = error.errors()[0]
         where = option_name(str(first["loc"][0])) + ": " if first["loc"] else ""

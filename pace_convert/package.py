@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import yaml
 from jinja2 import Environment, StrictUndefined
 
 from . import __version__
@@ -24,19 +27,20 @@ FORMAT_VERSION = 1
 
 def modeling_files(family: FamilySpec) -> dict[str, str]:
     """Name -> text of every Python file that a checkpoint of this family ships."""
-    folder = files("pace_convert.modeling")
-    shipped = {
-        entry.name: entry.read_text(encoding="utf-8")
-        for entry in sorted(folder.iterdir(), key=lambda entry: entry.name)
-        if entry.name.endswith(".py") and entry.name != "__init__.py"
-    }
-    return {**shipped, MODELING: _render("modeling_pace.py.jinja", family=family)}
+    return {**_modeling_sources(), MODELING: _render("modeling_pace.py.jinja", family=family)}
 
 
 def shipped_names() -> list[str]:
     """Names that a conversion adds to a repository; a source must not have them."""
-    names = [entry.name for entry in files("pace_convert.modeling").iterdir() if entry.name.endswith(".py")]
-    return [MODELING, PERMUTATION, SOURCE_CARD, *names]
+    return [MODELING, PERMUTATION, SOURCE_CARD, *_modeling_sources()]
+
+
+def _modeling_sources() -> dict[str, str]:
+    return {
+        entry.name: entry.read_text(encoding="utf-8")
+        for entry in sorted(files("pace_convert.modeling").iterdir(), key=lambda entry: entry.name)
+        if entry.name.endswith(".py") and entry.name != "__init__.py"
+    }
 
 
 def converted_config(source: dict, plan: Plan) -> dict:
@@ -68,35 +72,32 @@ def to_json(value: object) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
-def model_card(source: Source, plan: Plan, title: str, source_card: str | None) -> str:
+def model_card(source: Source, plan: Plan, out: Path, source_card: str | None) -> str:
     """The repository's README.md. source_card: the text of the source's own, if it has one."""
     return _render(
         "model_card.md.jinja",
         plan=plan,
         options=plan.options,
         memory=plan.options.memory_config(plan.memory_layers),
-        source=source.name,
+        source=source.name if source.hub else source.folder.resolve().name,
         revision=source.hub.commit if source.hub else None,
         on_hub=source.hub is not None,
-        title=title,
-        metadata=_inherited_metadata(source_card),
+        title=" ".join(out.resolve().name.split()),
+        metadata=_inherited_metadata(source_card or ""),
         source_card=SOURCE_CARD if source_card is not None else None,
         version=__version__,
     )
 
 
-def _inherited_metadata(card: str | None) -> dict:
-    """Licence and language of the source's card, as it states them."""
-    if not card or not card.startswith("---"):
-        return {}
-    import yaml
-
+def _inherited_metadata(card: str) -> dict:
+    """Licence and language of the source's card, as it states them: text stays text (no, 2024-01-01)."""
+    front_matter = re.match(r"---[ \t]*\r?\n(.*?)^---\s*$", card, re.DOTALL | re.MULTILINE)
     try:
-        metadata = yaml.safe_load(card.split("---", 2)[1])
-    except (yaml.YAMLError, IndexError):
-        return {}
+        metadata = yaml.load(front_matter[1], yaml.BaseLoader) if front_matter else None  # builds strings only
+    except yaml.YAMLError:
+        metadata = None
     keep = ("license", "license_name", "license_link", "language")
-    return {key: metadata[key] for key in keep if key in metadata} if isinstance(metadata, dict) else {}
+    return {key: metadata[key] for key in keep if metadata.get(key)} if isinstance(metadata, dict) else {}
 
 
 def _render(template: str, **values: object) -> str:

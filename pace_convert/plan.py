@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .errors import CallError, DamagedSourceError
 from .families import FamilySpec, FfnTensor, find_family
@@ -50,7 +52,8 @@ def make_plan(source: Source, options: ConvertOptions, out: Path) -> Plan:
     """Check source, options and room on the disk. Raises CallError or DamagedSourceError."""
     config = source.config
     _refuse_quantised(config)
-    family = find_family(config["model_type"], config.get("architectures") or [])
+    _check_type(config, "auto_map", dict)
+    family = find_family(config["model_type"], _check_type(config, "architectures", list) or [])
     layers = _positive(config, "num_hidden_layers")
     neurons = _positive(config, "intermediate_size")
     if options.experts > neurons:
@@ -109,9 +112,18 @@ def _refuse_quantised(config: dict) -> None:
         )
 
 
+def _check_type(config: dict, key: str, kind: type) -> Any:
+    value = config.get(key)
+    if value is not None and not isinstance(value, kind):
+        raise DamagedSourceError(
+            f"config.json: {key} is {value!r}, not a {kind.__name__}", "get an undamaged copy of the model"
+        )
+    return value
+
+
 def _positive(config: dict, key: str) -> int:
     value = config.get(key)
-    if not isinstance(value, int) or value < 1:
+    if type(value) is not int or value < 1:
         raise CallError(f"config.json: {key} is {value!r}", "give a checkpoint whose config states it")
     return value
 
@@ -144,6 +156,8 @@ def _check_room(source: Source, out: Path) -> None:
     parent = next(p for p in (out.resolve(), *out.resolve().parents) if p.exists())
     if not parent.is_dir():
         raise CallError(f"{parent} is a file", "choose another OUT")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise CallError(f"{parent} can't be written", "choose another OUT")
     free = shutil.disk_usage(parent).free
     if free < source.nbytes:
         raise CallError(

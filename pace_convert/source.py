@@ -88,7 +88,7 @@ def open_source(name: str, revision: str | None = None, token: str | None = None
     Of a Hub repository only the small files and the shards' headers are downloaded. Raises CallError
     for what can't be a source and DamagedSourceError for one with broken files.
     """
-    folder = Path(name).expanduser()
+    folder = Path(name)
     if folder.is_dir():
         return open_folder(folder, name)
     if folder.exists():

@@ -40,8 +40,8 @@ def made_text(made: Conversion) -> str:
     return (
         f"Made {made.out}: {made.tensors} tensors, {size(made.nbytes)}. Load it with\n\n"
         "    from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        f'    model = AutoModelForCausalLM.from_pretrained("{made.out}"{remote})\n'
-        f'    tokenizer = AutoTokenizer.from_pretrained("{made.out}"{remote})\n'
+        f"    model = AutoModelForCausalLM.from_pretrained({str(made.out)!r}{remote})\n"
+        f"    tokenizer = AutoTokenizer.from_pretrained({str(made.out)!r}{remote})\n"
     )
 
 

@@ -69,7 +69,7 @@ def verify(converted: Converted, source: Source, progress: Progress, logits: boo
         if tensor.name.format(layer) in source.tensors
     }
     different = _different_tensors(converted.files, source, permutations, progress)
-    edited = _edited_files(converted)
+    edited = _edited_files(converted, source)
     result = Verification(
         len(source.tensors),
         len(permutations),
@@ -108,17 +108,19 @@ def _same_tensor(out: Source, source: Source, name: str, undo: tuple[int, np.nda
     return all(np.array_equal(x, y) for (_, x), (_, y) in zip(blocks(converted), blocks(original)))
 
 
-def _edited_files(converted: Converted) -> list[str]:
+def _edited_files(converted: Converted, source: Source) -> list[str]:
+    """Python files that are neither what this version ships nor the source's own."""
     if not converted.files.config["model_type"].startswith("pace_"):
         return []
     folder = converted.files.folder
     shipped = modeling_files(converted.family)
-    ours = [name for name, text in shipped.items() if not _reads(folder / name, text)]
-    return ours + sorted(path.name for path in folder.glob("*.py") if path.name not in shipped)
+    ours = [name for name, text in shipped.items() if not _reads(folder / name, text.encode())]
+    others = [path for path in sorted(folder.glob("*.py")) if path.name not in shipped]
+    return ours + [path.name for path in others if not _reads(source.folder / path.name, path.read_bytes())]
 
 
-def _reads(path: Path, text: str) -> bool:
-    return path.is_file() and path.read_bytes() == text.encode()
+def _reads(path: Path, content: bytes) -> bool:
+    return path.is_file() and path.read_bytes() == content
 
 
 def _same_tokens(source: Source, converted: Converted) -> bool | None:
@@ -143,9 +145,9 @@ def _tokens(folder: Path) -> list[int] | None:
 
 def _with_logits(result: Verification, converted: Converted, source: Source) -> Verification:
     dtype = torch.float32 if source.nbytes < 4e9 else "auto"
-    ids = torch.randint(source.config["vocab_size"], (2, 64), generator=torch.Generator().manual_seed(0))
-    expected, kind = _logits(source.folder, dtype, ids, remote=False)
-    got, _ = _logits(converted.files.folder, dtype, ids, remote=converted.files.config["model_type"].startswith("pace_"))
+    remote = converted.files.config["model_type"].startswith("pace_")
+    expected, kind = _logits(source.folder, dtype, remote=False)
+    got, _ = _logits(converted.files.folder, dtype, remote=remote)
     difference, largest = (got - expected).abs().max().item(), expected.abs().max().item()
     return replace(
         result,
@@ -156,7 +158,8 @@ def _with_logits(result: Verification, converted: Converted, source: Source) -> 
 
 
 @torch.no_grad()
-def _logits(folder: Path, dtype: torch.dtype | str, ids: torch.Tensor, remote: bool) -> tuple[torch.Tensor, torch.dtype]:
+def _logits(folder: Path, dtype: torch.dtype | str, remote: bool) -> tuple[torch.Tensor, torch.dtype]:
+    """Logits [2, 64, vocabulary] of the same random tokens for every model."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -164,4 +167,5 @@ def _logits(folder: Path, dtype: torch.dtype | str, ids: torch.Tensor, remote: b
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=remote).eval()
     if remote:
         model.set_memory_enabled(False)
+    ids = torch.randint(model.config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
     return model(ids).logits.double(), model.dtype

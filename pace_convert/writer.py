@@ -13,10 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from .errors import CallError
+from .errors import CallError, DamagedSourceError
 from .package import PERMUTATION
 from .permute import apply
 from .shards import TensorInfo, raw
@@ -26,35 +26,45 @@ UNFINISHED = ".pace-unfinished"
 
 
 class OutputFolder:
-    """OUT while it is written. On leaving with an error, what was written is removed.
+    """OUT while it is written; `files` are the names it will hold.
 
-    Until `config.json` stands, the marker UNFINISHED says that the folder is not a model.
+    Until `config.json` stands, the marker UNFINISHED says that the folder is not a model. An earlier
+    conversion in its place waits beside it as OUT.replaced: it goes when the new one is finished and
+    comes back when that fails.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, files: list[str]) -> None:
         self.path = path
+        self.files = files
         self.existed = path.exists()
+        self.aside = _aside(path) if self.existed and any(path.iterdir()) else None
 
     def __enter__(self) -> OutputFolder:
+        if self.aside:
+            self.path.rename(self.aside)
         self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / UNFINISHED).write_text("pace-convert writes here; without config.json this is not a model\n")
+        (self.path / UNFINISHED).write_text(json.dumps(self.files))
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is None:
             (self.path / UNFINISHED).unlink()
+            if self.aside:
+                shutil.rmtree(self.aside)
             return
-        clear(self.path)
-        if not self.existed:
+        _clear(self.path)
+        if self.aside or not self.existed:
             self.path.rmdir()
+        if self.aside:
+            self.aside.rename(self.path)
 
     def write(self, name: str, text: str) -> None:
         """A text file."""
         self._whole(name, lambda path: path.write_text(text, encoding="utf-8"))
 
-    def copy(self, name: str, source: Path, target: str | None = None) -> None:
+    def copy(self, source: Path, name: str) -> None:
         """A side file of the source, links followed."""
-        self._whole(target or name, lambda path: shutil.copyfile(source / name, path))
+        self._whole(name, lambda path: shutil.copyfile(source, path))
 
     def shard(self, source: Path, tensors: dict[str, TensorInfo], permutations: dict[str, tuple[int, np.ndarray]]) -> None:
         """A shard: `source` with these tensors permuted, given as name -> (axis, permutation)."""
@@ -78,7 +88,8 @@ class OutputFolder:
         for layer, (permutation, sizes) in enumerate(layers):
             tensors[f"layers.{layer}.permutation"] = permutation
             tensors[f"layers.{layer}.expert_sizes"] = sizes
-        self._whole(PERMUTATION, lambda path: path.write_bytes(save(tensors, metadata={"format": "pt"})))
+        metadata = {"format": "pt", "files": json.dumps(self.files)}
+        self._whole(PERMUTATION, lambda path: path.write_bytes(save(tensors, metadata=metadata)))
 
     def _whole(self, name: str, write: Callable[[Path], object]) -> None:
         """Write beside, flush to the disk, rename."""
@@ -92,32 +103,56 @@ class OutputFolder:
 
 
 def read_permutation(folder: Path) -> list[tuple[np.ndarray, np.ndarray]]:
-    """What `OutputFolder.permutation` wrote."""
-    with safe_open(folder / PERMUTATION, framework="numpy") as file:
-        layers = sum(name.endswith(".permutation") for name in file.keys())  # noqa: SIM118
-        return [
-            (file.get_tensor(f"layers.{i}.permutation"), file.get_tensor(f"layers.{i}.expert_sizes")) for i in range(layers)
-        ]
+    """What `OutputFolder.permutation` wrote. Raises DamagedSourceError."""
+    try:
+        with safe_open(folder / PERMUTATION, framework="numpy") as file:
+            layers = sum(name.endswith(".permutation") for name in file.keys())  # noqa: SIM118
+            return [
+                (file.get_tensor(f"layers.{i}.permutation"), file.get_tensor(f"layers.{i}.expert_sizes")) for i in range(layers)
+            ]
+    except (SafetensorError, OSError) as error:
+        raise DamagedSourceError(f"{PERMUTATION} is damaged ({error})", "convert again") from error
 
 
 def check_free(out: Path, overwrite: bool) -> None:
     """OUT must be absent or empty; with `overwrite` it may be an earlier conversion. Raises CallError."""
+    if out.is_symlink() and not out.exists():
+        raise CallError(f"OUT {out} is a link to nothing", "choose another folder")
     if out.exists() and not out.is_dir():
         raise CallError(f"OUT {out} is a file", "choose another folder")
     if not out.exists() or not any(out.iterdir()):
         return
-    unfinished = (out / UNFINISHED).exists()
-    ours = unfinished or (out / PERMUTATION).exists()
-    if overwrite and ours:
-        return
-    if overwrite:
+    ours = _written_before(out)
+    if not overwrite:
+        what = "holds an unfinished conversion" if (out / UNFINISHED).exists() else "is not empty"
+        raise CallError(f"OUT {out} {what}", "choose another folder" + (" or give --overwrite" if ours else ""))
+    if ours is None:
         raise CallError(f"OUT {out} is not empty and not a conversion: it stays as it is", "choose another folder")
-    what = "holds an unfinished conversion" if unfinished else "is not empty"
-    raise CallError(f"OUT {out} {what}", "choose another folder" + (" or give --overwrite" if ours else ""))
+    present = {str(path.relative_to(out)).removesuffix(".part") for path in out.rglob("*") if not path.is_dir()}
+    foreign = sorted(present - set(ours) - {UNFINISHED})
+    if foreign:
+        raise CallError(f"OUT {out} holds {foreign[0]}, which no conversion wrote", "move it away, or choose another folder")
+    if _aside(out).exists():
+        raise CallError(f"{_aside(out)} is left from a conversion that was killed", "move it back or remove it")
 
 
-def clear(folder: Path) -> None:
-    """Remove everything in a folder, config.json first, so that no moment looks finished."""
+def _aside(out: Path) -> Path:
+    return out.resolve().with_name(out.resolve().name + ".replaced")
+
+
+def _written_before(out: Path) -> list[str] | None:
+    """The names that an earlier conversion into this folder wrote or meant to write; None if there was none."""
+    try:
+        if (out / UNFINISHED).exists():
+            return json.loads((out / UNFINISHED).read_text())
+        with safe_open(out / PERMUTATION, framework="numpy") as file:
+            return json.loads((file.metadata() or {})["files"])
+    except (SafetensorError, OSError, KeyError, ValueError):
+        return None
+
+
+def _clear(folder: Path) -> None:
+    """Remove everything in a folder that was empty when we began, config.json first."""
     (folder / "config.json").unlink(missing_ok=True)
     for entry in list(folder.iterdir()):
         if entry.is_dir() and not entry.is_symlink():

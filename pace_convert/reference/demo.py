@@ -46,10 +46,10 @@ class Cell:
 
 
 def run_demo(out: Path, progress: Progress) -> None:
-    """Convert into `out`, verify, ask, print; writes `needle.png` into `out`."""
+    """Convert into `out`, verify, ask, print; writes the picture `OUT-needle.png` beside it."""
     source = open_folder(reference_model(), "the reference model")
     plan = conversion.prepare(source, out, OPTIONS, overwrite=True)
-    conversion.convert(source, out, plan, progress)
+    conversion.convert(source, out, plan, progress, overwrite=True)
     print(f"Converted the reference model ({source.nbytes / 1e6:.1f} MB) into {out}:")
     print(f"  {OPTIONS.experts} experts a layer, memory in layers {', '.join(map(str, plan.memory_layers))} of {plan.layers},")
     print(f"  {OPTIONS.slots} slots, updated every {OPTIONS.update_interval} tokens\n")
@@ -57,8 +57,9 @@ def run_demo(out: Path, progress: Progress) -> None:
 
     cells = ask_both(reference_model(), out, progress)
     print_tables(cells)
-    plot(cells, out / "needle.png")
-    print(f"The table as a picture: {out / 'needle.png'}")
+    picture = out.with_name(out.name + "-needle.png")
+    plot(cells, picture)
+    print(f"The table as a picture: {picture}")
 
 
 def ask_both(base: Path, pace: Path, progress: Progress) -> list[Cell]:

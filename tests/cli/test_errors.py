@@ -237,22 +237,70 @@ def test_out_that_can_not_be_made(source, tmp_path):
     refuse(pace_convert(source, tmp_path / "file" / "out", "--experts", 8), 2, "is a file")
 
 
-def test_interrupted_while_writing_leaves_nothing(source, tmp_path, monkeypatch):
+def interrupt(monkeypatch):
     from pace_convert import convert as job
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job, "converted_config", stop)
+
+
+def convert_in_process(source, out, overwrite=False, between=lambda: None):
+    from pace_convert.convert import convert, prepare
     from pace_convert.options import ConvertOptions
     from pace_convert.progress import Progress
     from pace_convert.source import open_source
 
-    monkeypatch.setattr(job, "model_card", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    for existed in (False, True):
-        out = tmp_path / f"out-{existed}"
-        if existed:
-            out.mkdir()
-        opened = open_source(str(source))
-        plan = job.prepare(opened, out, ConvertOptions(experts=8))
-        with pytest.raises(KeyboardInterrupt):
-            job.convert(opened, out, plan, Progress(quiet=True))
-        assert out.exists() == existed and not (existed and any(out.iterdir()))
+    opened = open_source(str(source))
+    plan = prepare(opened, out, ConvertOptions(experts=8), overwrite)
+    between()
+    convert(opened, out, plan, Progress(quiet=True), overwrite)
+
+
+@pytest.mark.parametrize("existed", [False, True])
+def test_interrupted_while_writing_leaves_nothing(source, tmp_path, monkeypatch, existed):
+    interrupt(monkeypatch)
+    out = tmp_path / "out"
+    if existed:
+        out.mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        convert_in_process(source, out)
+    assert out.exists() == existed and not (existed and any(out.iterdir()))
+
+
+def test_interrupted_overwrite_brings_the_earlier_conversion_back(source, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    convert_in_process(source, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    interrupt(monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        convert_in_process(source, out, overwrite=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+
+
+def test_overwrite_keeps_its_hands_off_foreign_files(source, tmp_path):
+    out = tmp_path / "out"
+    convert_in_process(source, out)
+    (out / ".git").mkdir()
+    (out / ".git" / "HEAD").write_text("ref")
+    refuse(pace_convert(source, out, "--experts", 8, "--overwrite"), 2, ".git/HEAD", "no conversion wrote")
+    assert (out / "config.json").exists() and (out / ".git" / "HEAD").exists()
+
+
+def test_files_that_appear_during_the_conversion_are_kept(source, tmp_path):
+    from pace_convert.errors import CallError
+
+    out = tmp_path / "out"
+
+    def between():
+        out.mkdir()
+        (out / "thesis.txt").write_text("years of work")
+
+    with pytest.raises(CallError, match="is not empty"):
+        convert_in_process(source, out, between=between)
+    assert (out / "thesis.txt").exists()
 
 
 def test_killed_while_writing_does_not_look_finished(source, tmp_path):
@@ -272,6 +320,42 @@ def test_killed_while_writing_does_not_look_finished(source, tmp_path):
     refuse(pace_convert(source, out, "--experts", 8), 2, "unfinished", "--overwrite")
     assert pace_convert(source, out, "--experts", 8, "--overwrite").returncode == 0
     assert pace_convert(out, command=("inspect",)).returncode == 0
+
+
+def test_out_that_is_a_link_to_nothing(source, tmp_path):
+    (tmp_path / "out").symlink_to(tmp_path / "gone")
+    refuse(pace_convert(source, tmp_path / "out", "--experts", 8), 2, "link to nothing")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"auto_map": ["x"]}, {"architectures": 5}, {"num_hidden_layers": True}, {"num_hidden_layers": "4"}]
+)
+def test_config_values_of_the_wrong_type(source, tmp_path, changes):
+    edit_config(source, **changes)
+    done = pace_convert(source, tmp_path / "out", "--experts", 8)
+    assert done.returncode in (1, 2)
+    refuse(done, done.returncode, next(iter(changes)), out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("text", ["1: 2", "slots: yes", "memory_layers: [true]", "memory_layers: [1.5]"])
+def test_yaml_values_of_the_wrong_type(source, tmp_path, text):
+    (tmp_path / "options.yaml").write_text(text)
+    refuse(pace_convert(source, tmp_path / "out", "--config", tmp_path / "options.yaml"), 2, out=tmp_path / "out")
+
+
+def test_damaged_conversions(source, tmp_path):
+    out = tmp_path / "out"
+    convert_in_process(source, out)
+    config, permutation = (out / "config.json").read_text(), (out / "pace_permutation.safetensors").read_bytes()
+    (out / "pace_permutation.safetensors").write_bytes(permutation[:100])
+    refuse(pace_convert(out, command=("inspect",)), 1, "pace_permutation.safetensors is damaged")
+    (out / "pace_permutation.safetensors").write_bytes(permutation)
+    for change in ({"memory": None}, {"experts": {}}, {"base_model_type": []}):
+        edited = json.loads(config)
+        edited["pace"].update(change)
+        (out / "config.json").write_text(json.dumps(edited))
+        done = pace_convert(out, command=("inspect",))
+        refuse(done, done.returncode, "convert")
 
 
 def test_verify_and_inspect_of_the_wrong_folder(source, qwen2_pair, make_source, tmp_path):

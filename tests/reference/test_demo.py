@@ -13,5 +13,5 @@ def test_demo(tmp_path):
     assert done.returncode == 0, done.stderr
     for words in ("bit-identical", "verified", "right answers, base / PaceLLM", "what the memory did", "All 400 questions"):
         assert words in done.stdout
-    assert (out / "needle.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "demo-needle.png").read_bytes().startswith(b"\x89PNG")
     assert open_converted(out).pace["memory"]["enabled"]
