@@ -252,6 +252,7 @@ def save(model: Qwen2ForCausalLM, out: Path, report: dict) -> None:
         pad_token_id=WORD_ID[PAD], eos_token_id=WORD_ID[END], max_new_tokens=4, do_sample=False
     )
     model.save_pretrained(out)
+    (out / "model.safetensors").chmod(0o644)  # safetensors writes files that only their owner may read
     TOKENIZER.save_pretrained(out)
     (out / "training.json").write_text(json.dumps(report, indent=1) + "\n")
     plot_curve(report["curve"], out / "training.png")

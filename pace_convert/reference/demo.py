@@ -109,9 +109,9 @@ def print_tables(cells: list[Cell]) -> None:
         counts = [sum(getattr(cell, name) for cell in row) for name in ("kept", "mixed", "reused")]
         table.add_row(str(length), filled, *(f"{count / sum(counts):.1%}" for count in counts))
     console.print(table)
-    base, pace = (np.mean([getattr(cell, name) for cell in cells]) for name in ("base", "pace"))
+    base, pace = (sum(round(STORIES * getattr(cell, name)) for cell in cells) for name in ("base", "pace"))
     asked = STORIES * len(cells)
-    console.print(f"All {asked} questions: base {base:.1%}, PaceLLM {pace:.1%} ({(pace - base) * 100:+.1f} points).")
+    console.print(f"Right answers to all {asked} questions: base {base}, PaceLLM {pace} (a difference of {pace - base:+d}).")
 
 
 def plot(cells: list[Cell], path: Path) -> None:

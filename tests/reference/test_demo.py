@@ -11,7 +11,13 @@ def test_demo(tmp_path):
     out = tmp_path / "demo"
     done = subprocess.run([sys.executable, "-c", code, "demo", str(out)], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for words in ("bit-identical", "verified", "right answers, base / PaceLLM", "what the memory did", "All 400 questions"):
+    for words in (
+        "bit-identical",
+        "verified",
+        "right answers, base / PaceLLM",
+        "what the memory did",
+        "Right answers to all 400 questions",
+    ):
         assert words in done.stdout
     assert (tmp_path / "demo-needle.png").read_bytes().startswith(b"\x89PNG")
     assert open_converted(out).pace["memory"]["enabled"]
