@@ -111,7 +111,7 @@ def encode(stories: list[Story]) -> tuple[torch.Tensor, torch.Tensor]:
 def guidance(attentions: tuple[torch.Tensor, ...], stories: list[Story], layer: int) -> torch.Tensor:
     """How far head 0 of the first layer and of `layer` are from looking where the answer is.
 
-    Left alone, the model was still guessing among the codes of the text after 1500 steps. So for the
+    Left alone, a model was still guessing among the codes of the text after 1500 steps. So for the
     first steps we show it where to look (supervised attention: Liu et al. 2016, arXiv 1609.04186): from
     a code, and from the place that must answer, two words back to the name; and from the place that must
     answer to the code of the fact.
@@ -237,7 +237,7 @@ def plot_curve(curve: list[dict], path: Path) -> None:
     left.plot(steps, [p["language_model_loss"] for p in curve], label="all words")
     left.set(xlabel="step", ylabel="cross-entropy (nats)", title="training loss")
     left.legend()
-    right.plot(steps, [p["right"] for p in curve], label="training batches")
+    right.plot(steps, [p["right"] for p in curve], label="training batches, two-hop questions included")
     held_out = [p for p in curve if "held_out" in p]
     right.plot([p["step"] for p in held_out], [p["held_out"] for p in held_out], "o-", label="held-out, 4 facts, 256 words")
     right.set(xlabel="step", ylabel="answers right", title="accuracy", ylim=(0, 1.02))

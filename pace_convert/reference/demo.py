@@ -129,7 +129,8 @@ def plot(cells: list[Cell], path: Path) -> None:
         axis.set_xticks(range(len(LENGTHS)), LENGTHS)
         axis.set_yticks(range(len(DEPTHS)), [f"{depth:.0%}" for depth in DEPTHS])
         for (y, x), value in np.ndenumerate(grid):
-            axis.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=9)
+            dark = abs(value - 0.5) > 0.35  # both ends of the colour map
+            axis.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=9, color="white" if dark else "black")
     axes[0].set_ylabel("depth of the facts")
     figure.colorbar(image, ax=axes, label="right answers")
     figure.savefig(path, dpi=110)
