@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 from .memory_bank import KEEP, MIX, REUSE, Bank, MemorySettings, read, update
 from .memory_blocks import BlockClock, Segment
 
-# A cache layer without keys and values; transformers has the class since 5.22, and 5.20 needs none.
+# A cache layer without keys and values; transformers has the class since 5.23 and needs none before.
 _EmptyLayer: type = getattr(cache_utils, "DummyLayer", object)
 
 
