@@ -88,7 +88,7 @@ class OutputFolder:
         for layer, (permutation, sizes) in enumerate(layers):
             tensors[f"layers.{layer}.permutation"] = permutation
             tensors[f"layers.{layer}.expert_sizes"] = sizes
-        metadata = {"format": "pt", "files": json.dumps(self.files)}
+        metadata = {"files": json.dumps(self.files)}  # one entry: safetensors writes several in random order
         self._whole(PERMUTATION, lambda path: path.write_bytes(save(tensors, metadata=metadata)))
 
     def _whole(self, name: str, write: Callable[[Path], object]) -> None:
