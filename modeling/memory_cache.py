@@ -22,6 +22,7 @@ class LayerMemory:
 
     pending: [B, U + 1, D], raw activations of the unfinished block; column U takes what is not real.
     counts: [B, 3] int64, tokens kept, mixed and reused.
+    written: whether any row has finished a block; until then there is nothing to read.
     """
 
     def __init__(self, rows: int, settings: MemorySettings, like: torch.Tensor) -> None:
@@ -30,6 +31,7 @@ class LayerMemory:
         with torch.inference_mode(False):  # written in place, also by a later call outside inference mode
             self.pending = torch.zeros(rows, settings.update_interval + 1, like.shape[-1], dtype=like.dtype, device=like.device)
         self.counts = like.new_zeros(rows, 3, dtype=torch.int64)
+        self.written = False
 
     def fuse(self, h: torch.Tensor, segments: list[Segment]) -> torch.Tensor:
         """h' for all columns of a call, [B, L, D]; padding passes through untouched."""
@@ -57,7 +59,10 @@ class LayerMemory:
         columns = None if segment.columns is None else segment.columns.to(device)
         real = None if segment.real is None else segment.real.to(device)
         x = h if columns is None else h[row, columns]
-        fused, decision = read(x, self.bank, self.settings)
+        if self.written:
+            fused, decision = read(x, self.bank, self.settings)
+        else:
+            fused, decision = x, torch.full(x.shape[:2], KEEP, device=device)
 
         if columns is not None:
             taken = (row.expand_as(columns)[real], columns[real])
@@ -77,6 +82,7 @@ class LayerMemory:
         tokens = self.pending.index_select(0, rows)[:, :-1]
         new = update(tokens, self.bank.select_rows(rows), block, self.settings)
         self.bank = self.bank.replace_rows(rows, new)
+        self.written = True
 
 
 class MemoryEntry(_EmptyLayer):

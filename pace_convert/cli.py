@@ -13,13 +13,12 @@ import click
 
 from . import __version__, text
 from .errors import PaceError
-from .options import ConvertOptions, load_options, option_name
+from .options import EXPERT_OPTIONS, ConvertOptions, load_options, option_name
 from .progress import Progress
 
-EXPERTS = ("experts", "exact_restarts", "seed")
 GROUPS = {
-    "Experts": EXPERTS,
-    "Memory": tuple(name for name in ConvertOptions.model_fields if name not in EXPERTS),
+    "Experts": EXPERT_OPTIONS,
+    "Memory": tuple(name for name in ConvertOptions.model_fields if name not in EXPERT_OPTIONS),
 }
 
 
@@ -42,12 +41,9 @@ def method_options(command: Callable) -> Callable:
     """One click option for each field of ConvertOptions; what is not given stays out of the call."""
     for name, field in reversed(ConvertOptions.model_fields.items()):
         help_text = f"{field.description}" if field.default is False else f"{field.description}  [default: {field.default}]"
-        kind: Any = {int: click.INT, float: click.FLOAT}.get(field.annotation, click.STRING)  # type: ignore[arg-type]
+        kind: Any = {int: click.INT, float: click.FLOAT, bool: click.BOOL}.get(field.annotation, click.STRING)  # type: ignore[arg-type]
         flag = field.annotation is bool
-        decorate = click.option(
-            option_name(name), name, help=help_text, **({"is_flag": True} if flag else {"type": kind}), default=None
-        )
-        command = decorate(command)
+        command = click.option(option_name(name), name, type=kind, is_flag=flag, default=None, help=help_text)(command)
     return command
 
 

@@ -85,12 +85,7 @@ def _cluster_layers(source: Source, plan: Plan, progress: Progress) -> list[tupl
 def _write_shards(
     folder: OutputFolder, source: Source, plan: Plan, layers: list[tuple[np.ndarray, np.ndarray]], progress: Progress
 ) -> None:
-    permutations = {
-        tensor.name.format(layer): (tensor.axis, permutation)
-        for layer, (permutation, _) in enumerate(layers)
-        for tensor in plan.family.ffn
-        if tensor.name.format(layer) in plan.ffn
-    }
+    permutations = {name: (axis, layers[layer][0]) for name, (layer, axis) in plan.ffn.items()}
     with progress.step("writing weights", source.nbytes, "B") as bar:
         for shard in source.shards:
             tensors = {name: info for name, info in source.tensors.items() if info.shard == shard}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Container
 from dataclasses import dataclass
 
 from .errors import CallError
@@ -42,6 +43,15 @@ class FamilySpec:
     )
     stack: str = "model"
     projection: str = "layers.{}.mlp.down_proj"
+
+    def neuron_tensors(self, layers: int, names: Container[str]) -> dict[str, tuple[int, int]]:
+        """Of the tensors in `names`, those with an axis over FFN neurons: name -> (layer, axis)."""
+        return {
+            tensor.name.format(layer): (layer, tensor.axis)
+            for layer in range(layers)
+            for tensor in self.ffn
+            if tensor.name.format(layer) in names
+        }
 
 
 FAMILIES = {

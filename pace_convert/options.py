@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from .errors import CallError
 
+EXPERT_OPTIONS = ("experts", "exact_restarts", "seed")
 Layer = Annotated[int, Field(ge=0)]
 
 
@@ -60,11 +61,8 @@ class ConvertOptions(BaseModel):
 
     def memory_config(self, layers: tuple[int, ...]) -> dict:
         """The `pace.memory` object of config.json, for these resolved layers."""
-        names = (
-            "slots", "theta_high", "theta_low", "top_k", "bottom_k", "fusion_weight",
-            "reuse_weight", "mix_weight", "noise_weight", "momentum", "update_interval",
-        )  # fmt: skip
-        return {"enabled": bool(layers), "layers": list(layers), **{name: getattr(self, name) for name in names}}
+        parameters = self.model_dump(exclude={*EXPERT_OPTIONS, "memory_layers", "no_memory"})
+        return {"enabled": bool(layers), "layers": list(layers), **parameters}
 
 
 def option_name(field: str) -> str:

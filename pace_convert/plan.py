@@ -25,7 +25,7 @@ class Plan:
     layers: int
     intermediate_size: int
     memory_layers: tuple[int, ...]
-    ffn: dict[str, int]  # tensor name -> axis of the neurons
+    ffn: dict[str, tuple[int, int]]  # tensor name -> (layer, axis of the neurons)
     weights_bytes: int
     working_bytes: int
 
@@ -60,12 +60,10 @@ def make_plan(source: Source, options: ConvertOptions, out: Path) -> Plan:
         raise CallError(
             f"--experts {options.experts} is more than the model's intermediate_size {neurons}", "choose fewer experts"
         )
-    ffn = {}
     for layer in range(layers):
         for tensor in family.ffn:
-            name = _check_tensor(source, tensor, layer, neurons)
-            if name:
-                ffn[name] = tensor.axis
+            _check_tensor(source, tensor, layer, neurons)
+    ffn = family.neuron_tensors(layers, source.tensors)
     taken = sorted(set(source.side_files) & set(shipped_names()))
     if taken:
         raise CallError(f"the source has a file named {taken[0]}, which a PaceLLM ships", "remove or rename it")
@@ -83,12 +81,12 @@ def resolve_layers(wanted: str | tuple[int, ...], layers: int) -> tuple[int, ...
     """
     if wanted == "none":
         return ()
-    if wanted == "auto":
+    if isinstance(wanted, str):
         return tuple(sorted({max(0, round(13 * layers / 28) - 1), max(0, layers - 2)}))
     for layer in wanted:
-        if not isinstance(layer, int) or layer >= layers:
+        if layer >= layers:
             raise CallError(f"--memory-layers: the model has no layer {layer}", f"its layers are 0 to {layers - 1}")
-    return tuple(layer for layer in wanted if isinstance(layer, int))
+    return wanted
 
 
 def check_places(source: Source, out: Path) -> None:
@@ -128,12 +126,12 @@ def _positive(config: dict, key: str) -> int:
     return value
 
 
-def _check_tensor(source: Source, tensor: FfnTensor, layer: int, neurons: int) -> str | None:
+def _check_tensor(source: Source, tensor: FfnTensor, layer: int, neurons: int) -> None:
     name = tensor.name.format(layer)
     info = source.tensors.get(name)
     if info is None:
         if tensor.optional:
-            return None
+            return
         raise DamagedSourceError(f"the source lacks the tensor {name}", "check that all its shards are there")
     if info.dtype not in FLOAT_DTYPES:
         raise CallError(
@@ -144,7 +142,6 @@ def _check_tensor(source: Source, tensor: FfnTensor, layer: int, neurons: int) -
             f"{name} has shape {list(info.shape)}; axis {tensor.axis} should be intermediate_size {neurons}",
             "config.json and weights do not belong together",
         )
-    return name
 
 
 def _elements(source: Source, name: str) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import fnmatch
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -130,32 +132,29 @@ def _open_hub(repo_id: str, revision: str | None, token: str | None, cache_dir: 
     return Source(repo_id, Path(folder), _read_config(Path(folder)), tensors, side_files, address)
 
 
-class _hub_errors:
+@contextmanager
+def _hub_errors(repo_id: str) -> Iterator[None]:
     """Errors of the Hub client in words."""
-
-    def __init__(self, repo_id: str) -> None:
-        self.repo_id = repo_id
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, GatedRepoError):  # before RepositoryNotFoundError, its parent
-            raise CallError(
-                f"{self.repo_id} is gated", f"accept its terms at huggingface.co/{self.repo_id} and give --token or HF_TOKEN"
-            ) from error
-        if isinstance(error, RevisionNotFoundError):
-            raise CallError(f"{self.repo_id} has no such revision", "check --revision") from error
-        if isinstance(error, RepositoryNotFoundError):
-            raise CallError(
-                f"no such folder and no such repository on the Hub: {self.repo_id}",
-                "check the name; for a private repository give --token or HF_TOKEN",
-            ) from error
-        if isinstance(error, Exception) and not isinstance(error, PaceError):  # each HTTP backend has its own
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise PaceError(
-                f"no such folder, and the Hub did not give {self.repo_id}: {reason}", "check the name and the network"
-            ) from error
+    try:
+        yield
+    except PaceError:
+        raise
+    except GatedRepoError as error:  # before RepositoryNotFoundError, its parent
+        raise CallError(
+            f"{repo_id} is gated", f"accept its terms at huggingface.co/{repo_id} and give --token or HF_TOKEN"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise CallError(f"{repo_id} has no such revision", "check --revision") from error
+    except RepositoryNotFoundError as error:
+        raise CallError(
+            f"no such folder and no such repository on the Hub: {repo_id}",
+            "check the name; for a private repository give --token or HF_TOKEN",
+        ) from error
+    except Exception as error:  # each HTTP backend has its own
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise PaceError(
+            f"no such folder, and the Hub did not give {repo_id}: {reason}", "check the name and the network"
+        ) from error
 
 
 def _read_config(folder: Path) -> dict:

@@ -62,12 +62,8 @@ def verify(converted: Converted, source: Source, progress: Progress, logits: boo
             f"{source.name} is a {source.config['model_type']}, the conversion's base a {converted.family.model_type}",
             "give the source that was converted",
         )
-    permutations = {
-        tensor.name.format(layer): (tensor.axis, invert(permutation))
-        for layer, (permutation, _) in enumerate(converted.layers)
-        for tensor in converted.family.ffn
-        if tensor.name.format(layer) in source.tensors
-    }
+    ffn = converted.family.neuron_tensors(len(converted.layers), source.tensors)
+    permutations = {name: (axis, invert(converted.layers[layer][0])) for name, (layer, axis) in ffn.items()}
     different = _different_tensors(converted.files, source, permutations, progress)
     edited = _edited_files(converted, source)
     result = Verification(

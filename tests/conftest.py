@@ -30,7 +30,7 @@ def own_module_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def make_source(tmp_path_factory):
-    """make_source("qwen2", dtype=..., tied=..., shards=..., **config) -> a folder in source format."""
+    """make_source("qwen2", dtype=..., shards=..., **config) -> a folder in source format."""
 
     def make(family: str, dtype: torch.dtype = torch.float32, shards: bool = False, **overrides) -> Path:
         folder = tmp_path_factory.mktemp(family) / "source"
