@@ -1,59 +1,199 @@
-"""Which tokens of a call belong to which block of their row's memory.
+"""When a row's memory does what: blocks, and the window in which tokens can be taken back.
 
-Blocks of U tokens are counted in each row's own real tokens, so a result can't depend on padding, on
-the rest of the batch, or on how a sequence was split over calls.
+Blocks of U tokens are counted in each row's own real tokens, so a result can't depend on padding, on the
+rest of the batch, or on how a sequence was split over calls. The host alone keeps this time, in plain
+numbers; a decode step reads nothing back from the device.
+
+The latest tokens of a row lie raw in a ring. A token *settles* into the draft of its block when the ring
+overflows, so at least the latest `window` tokens can be taken back, over the end of a block too.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
+
+WINDOW, BATCH = 64, 32  # tokens that can be taken back, and that settle together
 
 
 @dataclass(frozen=True)
-class Segment:
-    """Tokens of one call that read the same bank: at most one block of each row.
+class Progress:
+    """Where a row stands. seen: its tokens so far; settled: of these, in the draft or the bank; finished: blocks."""
 
-    columns: [B, S] int64, their columns in the call; None means all columns.
-    real: [B, S] bool; False marks padding and rows with fewer than S tokens here. None: all real.
-    offset: [B, S] int64, their places in the unfinished block; U where not real.
-    full: rows whose block is complete after this segment, and `block`, its number, both [R] int64.
+    seen: int = 0
+    settled: int = 0
+    finished: int = 0
+
+
+@dataclass(frozen=True)
+class Read:
+    """Tokens first to stop, which read the same bank."""
+
+    first: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Settle:
+    """Tokens first to stop of one block go into its draft. closes: with them a finished block is settled whole."""
+
+    first: int
+    stop: int
+    block: int
+    closes: bool
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The block ends; its tokens from `first` on are not settled yet (first == stop: all are)."""
+
+    first: int
+    stop: int
+    block: int
+
+
+Event = Read | Settle | Finish
+
+
+@dataclass(frozen=True)
+class Span:
+    """Adjacent rows that stand alike, and their tokens in a call.
+
+    columns: where the tokens are in the call; a tensor [length] int64 where they are not adjacent.
     """
 
-    columns: torch.Tensor | None
-    real: torch.Tensor | None
-    offset: torch.Tensor
-    full: torch.Tensor | None = None
-    block: torch.Tensor | None = None
+    rows: slice
+    columns: slice | Tensor
+    length: int
+    start: Progress
+    events: tuple[Event, ...]
+
+    def reads(self, interval: int) -> bool:
+        """Whether any of its tokens finds a bank that is not empty."""
+        return any(isinstance(event, Read) and event.first >= interval for event in self.events)
 
 
-class BlockClock:
-    """Counts the real tokens of each row and cuts a call into segments.
+@dataclass(frozen=True)
+class Rhythm:
+    """Block length U, the window, and the ring's size; at most one block ends within the ring."""
 
-    seen: [B] int64 on the device. `room` is a lower bound, on the host, of the tokens that surely
-    complete no block: while a call stays below it nothing needs to be read back from the device.
-    `recent` remembers which of the latest columns (at most `interval`) were real, call by call:
-    (length, [B, length] bool or None for all), so that they can be taken back.
+    interval: int
+    window: int
+    ring: int
+
+    @classmethod
+    def of(cls, interval: int) -> Rhythm:
+        window = min(WINDOW, interval // 2)
+        return cls(interval, window, window + min(BATCH, interval - window))
+
+    def due(self, at: Progress) -> tuple[list[Event], Progress]:
+        """What has to happen before the row's next token."""
+        events: list[Event] = []
+        if at.seen == (at.finished + 1) * self.interval:
+            events.append(Finish(at.settled, at.seen, at.finished))
+            at = replace(at, finished=at.finished + 1)
+        if at.seen - at.settled == self.ring:
+            more, at = self._settle(at, at.seen - self.window)
+            events += more
+        return events, at
+
+    def call(self, at: Progress, length: int) -> tuple[list[Event], Progress]:
+        """What happens in a call of `length` tokens; what is left in the ring goes on from there."""
+        events: list[Event] = []
+        total = at.seen + length
+        while at.seen < total:
+            end = (at.finished + 1) * self.interval
+            if at.seen == end:
+                events.append(Finish(at.settled, at.seen, at.finished))
+                at = replace(at, finished=at.finished + 1)
+                continue
+            stop = min(total, end)
+            events.append(Read(at.seen, stop))
+            at = replace(at, seen=stop)
+            if total - at.settled > self.ring:
+                more, at = self._settle(at, min(stop, total - self.window))
+                events += more
+        return events, at
+
+    def _settle(self, at: Progress, until: int) -> tuple[list[Event], Progress]:
+        events: list[Event] = []
+        while at.settled < until:
+            block = at.settled // self.interval
+            stop = min(until, (block + 1) * self.interval)
+            events.append(Settle(at.settled, stop, block, closes=stop == at.finished * self.interval))
+            at = replace(at, settled=stop)
+        return events, at
+
+
+class Clock:
+    """Counts each row's real tokens.
+
+    rows: where each row stands. seen: [B] int64, the same count on the device. `recent` remembers which of
+    the latest columns were real, call by call: (length, [B, length] bool or None for all), so that they can
+    be taken back. `unread` are masks of single columns that are only on the device; they are read before
+    anything can be due, not at each step.
     """
 
     def __init__(self, rows: int, interval: int, device: torch.device) -> None:
-        self.interval = interval
-        self.seen = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.room = interval
-        self.recent: list[tuple[int, torch.Tensor | None]] = []
+        self.rhythm = Rhythm.of(interval)
+        self.rows = [Progress()] * rows
+        self.recent: list[tuple[int, Tensor | None]] = []
+        self.unread: list[Tensor] = []
+        with torch.inference_mode(False):  # changed in place, also by calls outside inference mode
+            self.seen = torch.zeros(rows, dtype=torch.int64, device=device)
+            torch._dynamo.mark_static_address(self.seen)
 
-    def advance(self, length: int, real: torch.Tensor | None) -> list[Segment]:
-        """Segments of a call of `length` columns, in order. real: [B, length] bool, None for all."""
-        if real is not None and length > 1 and bool(real.all()):
-            real = None
+    def before_step(self) -> list[Span]:
+        """What is due before one more token of each row."""
+        if self.unread and self._distance() <= len(self.unread):
+            self.read()
+        if self.unread or self._distance() > 0:
+            return []
+        spans, rows = [], []
+        for first, stop in self._runs(self.rows):
+            events, at = self.rhythm.due(self.rows[first])
+            rows += [at] * (stop - first)
+            if events:
+                spans.append(Span(slice(first, stop), slice(0, 0), 0, self.rows[first], tuple(events)))
+        self.rows = rows
+        return spans
+
+    def before_call(self, length: int, real: Tensor | None) -> list[Span]:
+        """The spans of a call of several columns. real: [B, length] bool, None for all."""
+        self.read()
+        columns = [slice(0, length)] * len(self.rows) if real is None else [_columns(row) for row in real.cpu()]
+        counts = [length] * len(self.rows) if real is None else real.sum(1).tolist()
+        spans = []
+        for first, stop in self._runs(list(zip(self.rows, [str(c) for c in columns]))):
+            start, count = self.rows[first], counts[first]
+            events, _ = self.rhythm.call(start, count)
+            if count:
+                spans.append(Span(slice(first, stop), columns[first], count, start, tuple(events)))
+        return spans
+
+    def count(self, length: int, real: Tensor | None) -> None:
+        """A call is over. real: [B, length] bool; None: all columns were tokens."""
+        if length == 1 and real is not None and real.device.type != "cpu":
+            self.unread.append(real[:, 0])
+        else:
+            real = None if real is not None and bool(real.all()) else real
+            counts = [length] * len(self.rows) if real is None else real.sum(1).tolist()
+            self._add(counts, step=length == 1)
         self._remember(length, real)
-        if length < self.room:
-            return [self._inside_block(length, real)]
-        return self._across_blocks(length, real)
 
-    def take_back(self, columns: int) -> None:
-        """Forget the latest `columns`. Raises ValueError if a finished block may hold some of them."""
+    def read(self) -> None:
+        """Fetch what only the device knows."""
+        if self.unread:
+            counts = torch.stack(self.unread).sum(0).tolist()
+            self.unread = []
+            self._add(counts, step=True)
+
+    def take_back(self, columns: int) -> list[Span]:
+        """Forget the latest `columns`; spans whose last block is to be undone. Raises ValueError if it is too late."""
+        self.read()
         removed, left, recent = torch.zeros_like(self.seen), columns, list(self.recent)
         while left and recent:
             length, real = recent.pop()
@@ -62,67 +202,81 @@ class BlockClock:
             if cut < length:
                 recent.append((length - cut, None if real is None else real[:, : length - cut]))
             left -= cut
-        fill = self.seen % self.interval
-        if left or bool((removed > fill).any()):
+        rows = [replace(at, seen=at.seen - n) for at, n in zip(self.rows, removed.tolist())]
+        if left or any(at.seen < at.settled for at in rows):
             raise ValueError(
-                f"can't take back {columns} tokens: some are part of a finished memory block already; start again "
-                "with a new cache"
+                f"can't take back {columns} tokens: the memory can undo the latest {self.rhythm.window} only; keep a "
+                "copy.deepcopy of the cache at the place to return to"
             )
-        self.seen, self.recent = self.seen - removed, recent
-        self.room = self.interval - int((fill - removed).max())
+        undone = [at.seen < at.finished * self.rhythm.interval for at in rows]
+        spans = [
+            Span(slice(first, stop), slice(0, 0), 0, rows[first], ()) for first, stop in self._runs(undone) if undone[first]
+        ]
+        self.rows = [replace(at, finished=at.finished - back) for at, back in zip(rows, undone)]
+        self.seen.sub_(removed)
+        self.recent = recent
+        return spans
 
-    def select_rows(self, rows: torch.Tensor) -> None:
-        """Keep these rows, in this order; `room` stays a lower bound."""
-        self.seen = self.seen.index_select(0, rows)
-        self.recent = [(n, None if real is None else real.index_select(0, rows)) for n, real in self.recent]
+    def select(self, index: Tensor) -> None:
+        """Keep these rows, in this order, repeats allowed. index: [R] int64."""
+        if any(at != self.rows[0] for at in self.rows) or self.unread:
+            self.read()
+            self.rows = [self.rows[i] for i in index.tolist()]
+        else:
+            self.rows = self.rows[:1] * len(index)
+        with torch.inference_mode(False):
+            here = index.to(self.seen.device).clone()
+            self.seen = self.seen.index_select(0, here)
+            torch._dynamo.mark_static_address(self.seen)
+        self.recent = [(n, None if real is None else real.index_select(0, here)) for n, real in self.recent]
 
-    def _remember(self, length: int, real: torch.Tensor | None) -> None:
+    @property
+    def reads(self) -> bool:
+        """Whether any row has a block in its bank."""
+        return any(at.finished for at in self.rows)
+
+    @property
+    def can_undo(self) -> bool:
+        """Whether some row could still lose its latest block."""
+        return any(at.settled < at.finished * self.rhythm.interval for at in self.rows)
+
+    def _distance(self) -> int:
+        """Tokens until something is due in some row, if nothing is unread."""
+        u, ring = self.rhythm.interval, self.rhythm.ring
+        return min(min((at.finished + 1) * u - at.seen, ring - at.seen + at.settled) for at in self.rows)
+
+    def _add(self, counts: list[int], step: bool) -> None:
+        """Tokens of a call, or of single steps, in which nothing was due."""
+        if step:
+            self.rows = [replace(at, seen=at.seen + n) for at, n in zip(self.rows, counts)]
+        else:
+            self.rows = [self.rhythm.call(at, n)[1] for at, n in zip(self.rows, counts)]
+
+    def _remember(self, length: int, real: Tensor | None) -> None:
         if real is None and self.recent and self.recent[-1][1] is None:
             length += self.recent.pop()[0]
         self.recent.append((length, real))
-        surplus = sum(n for n, _ in self.recent) - self.interval
+        surplus = sum(n for n, _ in self.recent) - max(self.rhythm.interval, 256)
         while surplus > 0 and surplus >= self.recent[0][0]:
             surplus -= self.recent.pop(0)[0]
         if surplus > 0:
             n, real = self.recent[0]
             self.recent[0] = (n - surplus, None if real is None else real[:, surplus:])
 
-    def _inside_block(self, length: int, real: torch.Tensor | None) -> Segment:
-        fill = (self.seen % self.interval)[:, None]
-        if real is None:
-            offset = fill + torch.arange(length, device=fill.device)
-            self.seen = self.seen + length
-        else:
-            offset = torch.where(real, fill + real.cumsum(1) - 1, self.interval)
-            self.seen = self.seen + real.sum(1)
-        self.room -= length
-        return Segment(None, real, offset)
+    @staticmethod
+    def _runs(values: list) -> Iterator[tuple[int, int]]:
+        """(first, stop) of each run of equal neighbours."""
+        first = 0
+        for i in range(1, len(values) + 1):
+            if i == len(values) or values[i] != values[first]:
+                yield first, i
+                first = i
 
-    def _across_blocks(self, length: int, real: torch.Tensor | None) -> list[Segment]:
-        device = self.seen.device
-        mask = torch.ones(len(self.seen), length, dtype=torch.bool) if real is None else real.cpu()
-        order = (~mask).long().argsort(dim=1, stable=True)  # real columns first, in their order
-        left, seen = mask.sum(1), self.seen.cpu()
-        start, segments = torch.zeros_like(left), []
-        while bool(left.any()):
-            fill = seen % self.interval
-            take = torch.minimum(self.interval - fill, left)
-            step = torch.arange(int(take.max()))
-            valid = step < take[:, None]
-            columns = order.gather(1, (start[:, None] + step).clamp_max(length - 1))
-            offset = torch.where(valid, fill[:, None] + step, self.interval)
-            full = ((fill + take == self.interval) & (take > 0)).nonzero()[:, 0]
-            block = seen[full] // self.interval
-            segments.append(
-                Segment(
-                    columns.to(device),
-                    valid.to(device),
-                    offset.to(device),
-                    full.to(device) if len(full) else None,
-                    block.to(device) if len(full) else None,
-                )
-            )
-            start, left, seen = start + take, left - take, seen + take
-        self.seen = seen.to(device)
-        self.room = self.interval - int((seen % self.interval).max())
-        return segments
+
+def _columns(real: Tensor) -> slice | Tensor:
+    """The columns that are tokens, as a slice where they are adjacent. real: [length] bool."""
+    index = real.nonzero()[:, 0]
+    if len(index) == 0:
+        return slice(0, 0)
+    first, stop = int(index[0]), int(index[-1]) + 1
+    return slice(first, stop) if stop - first == len(index) else index

@@ -6,87 +6,42 @@ cache is a new memory; deepcopy, beam reordering, row selection and cropping car
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+from torch import Tensor
 from transformers import cache_utils
 from transformers.cache_utils import Cache
 
-from .memory_bank import KEEP, MIX, REUSE, Bank, MemorySettings, read, update
-from .memory_blocks import BlockClock, Segment
+from .memory_bank import MemorySettings
+from .memory_blocks import Clock, Span
+from .memory_layer import LayerMemory, Tape
 
 # A cache layer without keys and values; transformers has the class since 5.23 and needs none before.
 _EmptyLayer: type = getattr(cache_utils, "DummyLayer", object)
 
 
-class LayerMemory:
-    """One decoder layer's bank, its unfinished block and its counts.
+@dataclass(frozen=True)
+class Call:
+    """One call of the decoder stack, as the host sees it before it runs.
 
-    pending: [B, U + 1, D], raw activations of the unfinished block; column U takes what is not real.
-    counts: [B, 3] int64, tokens kept, mixed and reused.
-    written: whether any row has finished a block; until then there is nothing to read.
+    real: [B, length] bool, which columns are tokens; None: all. reads: some bank is filled.
+    spans: what the rows go through; None for a step of one column, before which all that was due is done.
     """
 
-    def __init__(self, rows: int, settings: MemorySettings, like: torch.Tensor) -> None:
-        self.settings = settings
-        self.bank = Bank.empty(rows, settings.slots, like)
-        with torch.inference_mode(False):  # written in place, also by a later call outside inference mode
-            self.pending = torch.zeros(rows, settings.update_interval + 1, like.shape[-1], dtype=like.dtype, device=like.device)
-        self.counts = like.new_zeros(rows, 3, dtype=torch.int64)
-        self.written = False
-
-    def fuse(self, h: torch.Tensor, segments: list[Segment]) -> torch.Tensor:
-        """h' for all columns of a call, [B, L, D]; padding passes through untouched."""
-        if h.dtype != self.pending.dtype:
-            raise ValueError(
-                f"the activations changed from {self.pending.dtype} to {h.dtype} within a sequence; keep autocast as it "
-                "was or start with a new cache"
-            )
-        out = h
-        for segment in segments:
-            out = self._fuse_segment(h, out, segment)
-        return out
-
-    def select_rows(self, rows: torch.Tensor) -> None:
-        """Keep these rows, in this order, repeats allowed."""
-        rows = rows.to(self.pending.device)
-        self.bank = self.bank.select_rows(rows)
-        with torch.inference_mode(False):
-            self.pending = self.pending.index_select(0, rows.clone())
-        self.counts = self.counts.index_select(0, rows)
-
-    def _fuse_segment(self, h: torch.Tensor, out: torch.Tensor, segment: Segment) -> torch.Tensor:
-        device = h.device
-        row = torch.arange(len(h), device=device)[:, None]
-        columns = None if segment.columns is None else segment.columns.to(device)
-        real = None if segment.real is None else segment.real.to(device)
-        x = h if columns is None else h[row, columns]
-        if self.written:
-            fused, decision = read(x, self.bank, self.settings)
-        else:
-            fused, decision = x, torch.full(x.shape[:2], KEEP, device=device)
-
-        if columns is not None:
-            taken = (row.expand_as(columns)[real], columns[real])
-            out = out.index_put(taken, fused[real])
-        else:
-            out = fused if real is None else torch.where(real[..., None], fused, h)
-
-        states = torch.stack([decision == state for state in (KEEP, MIX, REUSE)], -1)
-        self.counts = self.counts + (states if real is None else states & real[..., None]).sum(1)
-        self.pending.index_put_((row, segment.offset.to(device)), x.detach())
-        if segment.full is not None and segment.block is not None:
-            self._finish_block(segment.full.to(device), segment.block.to(device))
-        return out
-
-    @torch.no_grad()
-    def _finish_block(self, rows: torch.Tensor, block: torch.Tensor) -> None:
-        tokens = self.pending.index_select(0, rows)[:, :-1]
-        new = update(tokens, self.bank.select_rows(rows), block, self.settings)
-        self.bank = self.bank.replace_rows(rows, new)
-        self.written = True
+    rows: int
+    length: int
+    real: Tensor | None = None
+    reads: bool = False
+    spans: list[Span] | None = None
 
 
 class MemoryEntry(_EmptyLayer):
-    """All layers' memories and the clock they share, as an entry of `Cache.layers`."""
+    """All layers' memories and the clock they share, as an entry of `Cache.layers`.
+
+    A call is *announced* on the host, where it may be a compiled graph that runs it; then it is begun and
+    ended, and what it did is counted when the next one is announced, on the host again.
+    """
 
     supports_early_init = False
     is_compileable = True
@@ -97,37 +52,85 @@ class MemoryEntry(_EmptyLayer):
         self.is_initialized = True
         self.keys = self.values = None
         self.settings = settings
-        self.clock: BlockClock | None = None
+        self.clock: Clock | None = None
         self.memories: dict[int, LayerMemory] = {}
         self.columns = 0  # how many columns of the cache the memory has seen
+        self.announced: Call | None = None
+        self.running: Call | None = None
+        self.is_open = False
+        self.touched = False  # by the call that is open
+        self.stale = False  # the cache went on without the memory, or a call failed half-way
 
-    def advance(self, rows: int, length: int, real: torch.Tensor | None, device: torch.device) -> list[Segment]:
-        """Begin a call: cut it into segments and count its tokens."""
+    def announce(self, rows: int, length: int, real: Tensor | None, device: torch.device) -> None:
+        """On the host, before a call: do all that is due. real: [B, length] bool; None: all columns are tokens."""
+        self.catch_up()
+        if self.stale:
+            raise ValueError(
+                "this cache holds tokens that the memory has not seen (it was continued with the memory off, or a call "
+                "with it failed half-way); start with a new cache or switch the memory off"
+            )
         if self.clock is None:
-            self.clock = BlockClock(rows, self.settings.update_interval, device)
-        if len(self.clock.seen) != rows:
-            raise ValueError(f"the cache's memory has {len(self.clock.seen)} rows, the input has {rows}")
-        self.columns += length
-        return self.clock.advance(length, real)
+            self.clock = Clock(rows, self.settings.update_interval, device)
+        if len(self.clock.rows) != rows:
+            raise ValueError(f"the cache's memory has {len(self.clock.rows)} rows, the input has {rows}")
+        if real is not None and (length > 1 or real.device.type == "cpu") and bool(real.all()):
+            real = None
+        spans = None
+        if length == 1:
+            self._follow(self.clock.before_step())
+        else:
+            spans = self.clock.before_call(length, real)
+        self.announced = Call(rows, length, real, self.clock.reads, spans)
 
-    def fuse(self, layer: int, h: torch.Tensor, segments: list[Segment]) -> torch.Tensor:
-        """h' of one decoder layer for the call that `segments` describe. h: [B, L, D]."""
+    def begin(self) -> Call:
+        """The announced call starts to run."""
+        call, self.announced = self.announced, None
+        self.running, self.is_open, self.touched = call, True, False
+        assert call is not None and self.clock is not None
+        return call
+
+    def fuse(self, layer: int, h: Tensor, call: Call, tape: Tape | None = None) -> Tensor:
+        """h' of one decoder layer in the running call. h: [B, L, D]."""
+        assert self.clock is not None
         if layer not in self.memories:
             self.memories[layer] = LayerMemory(len(h), self.settings, h)
-        return self.memories[layer].fuse(h, segments)
+        memory = self.memories[layer]
+        if h.dtype != memory.ring.dtype:
+            raise ValueError(
+                f"the activations changed from {memory.ring.dtype} to {h.dtype} within a sequence; keep autocast as it "
+                "was or start with a new cache"
+            )
+        self.touched = True
+        if call.spans is not None:
+            return _call(memory, h, call.spans, tape)
+        real = None if call.real is None else call.real[:, 0]
+        return memory.step(h, self.clock.seen % self.clock.rhythm.ring, real, call.reads)
 
-    def snapshot(self) -> tuple:
-        """What `restore` needs to undo the `advance` of a call that failed."""
-        clock = self.clock
-        return self.columns, clock and (clock.seen, clock.room, list(clock.recent))
+    def end(self, call: Call) -> None:
+        """The running call is over."""
+        assert self.clock is not None
+        if call.real is None:
+            self.clock.seen.add_(call.length)
+        else:
+            self.clock.seen.add_(call.real.sum(1).to(self.clock.seen.device))
+        self.is_open = False
 
-    def restore(self, snapshot: tuple) -> None:
-        """Undo the latest `advance`."""
-        self.columns, state = snapshot
-        if state is None:
-            self.clock = None
-        elif self.clock is not None:
-            self.clock.seen, self.clock.room, self.clock.recent = state
+    def fail(self) -> None:
+        """The running call failed; it never was, unless a memory has taken part in it."""
+        self.running, self.is_open = None, False
+        self.stale = self.stale or self.touched
+
+    def catch_up(self) -> None:
+        """Count the call that ran since the last one was announced."""
+        call, self.running, self.announced = self.running, None, None
+        if self.is_open:  # it was interrupted
+            self.fail()
+        elif call is not None and self.clock is not None:
+            self.clock.count(call.length, call.real)
+            self.columns += call.length
+        if self.clock is not None and not self.clock.can_undo:
+            for memory in self.memories.values():
+                memory.settle_undo()
 
     def offload(self) -> None:
         """The memory stays on its device."""
@@ -141,35 +144,62 @@ class MemoryEntry(_EmptyLayer):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.clock = None
-        self.memories = {}
-        self.columns = 0
+        self.__init__(self.settings)  # type: ignore[misc]
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the latest tokens (a negative number, as in `Cache.crop`)."""
-        if self.clock is not None and tokens_to_remove:
-            self.clock.take_back(abs(tokens_to_remove))
-            self.columns -= abs(tokens_to_remove)
+        """Take back the latest tokens (a negative number, as in `Cache.crop`). Raises ValueError if it is too late."""
+        self.catch_up()
+        if self.clock is None or not tokens_to_remove:
+            return
+        for span in self.clock.take_back(abs(tokens_to_remove)):
+            for memory in self.memories.values():
+                memory.undo(span.rows)
+        self.columns -= abs(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Give each row the memory of the beam it continues."""
-        self._select_rows(beam_idx)
+        self._select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row."""
         if self.clock is not None:
-            self._select_rows(torch.arange(len(self.clock.seen)).repeat_interleave(repeats))
+            self._select(torch.arange(len(self.clock.rows)).repeat_interleave(repeats))
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
+    def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows named by an index or a boolean mask."""
-        self._select_rows(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
+        self._select(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
 
-    def _select_rows(self, rows: torch.Tensor) -> None:
+    def summary(self) -> dict[int, dict]:
+        """See `memory_summary`."""
+        self.catch_up()
+        if self.clock is None:
+            return {}
+        self.clock.read()
+        self._follow(self.clock.before_step())
+        blocks = [at.finished for at in self.clock.rows]
+        summary = {}
+        for layer, memory in sorted(self.memories.items()):
+            rows = [memory.tally(row, at) for row, at in enumerate(self.clock.rows)]
+            summary[layer] = {"blocks": blocks, **{name: [row[name] for row in rows] for name in rows[0]}}
+        return summary
+
+    def _follow(self, spans: list[Span]) -> None:
+        for span in spans:
+            for memory in self.memories.values():
+                memory.follow(span)
+
+    def _select(self, rows: Tensor) -> None:
+        self.catch_up()
         if self.clock is None:
             return
-        self.clock.select_rows(rows.to(self.clock.seen.device))
+        self.clock.select(rows)
         for memory in self.memories.values():
-            memory.select_rows(rows)
+            memory.select(rows)
+
+
+@torch.compiler.disable(reason="a call of several tokens follows the host's clock; compile decode steps alone")
+def _call(memory: LayerMemory, h: Tensor, spans: list[Span], tape: Tape | None) -> Tensor:
+    return memory.call(h, spans, tape)
 
 
 def memory_entry(cache: Cache, settings: MemorySettings, num_hidden_layers: int) -> MemoryEntry:
@@ -177,38 +207,36 @@ def memory_entry(cache: Cache, settings: MemorySettings, num_hidden_layers: int)
 
     Raises ValueError for a cache that already holds tokens the memory has not seen.
     """
-    entry = cache.layers[-1] if cache.layers else None
-    if not isinstance(entry, MemoryEntry):
-        entry = None
-    if cache.get_seq_length() != (entry.columns if entry else 0):
-        raise ValueError(
-            "this cache holds tokens that the memory has not seen (it was filled with the memory off or by another "
-            "model); start with a new cache or switch the memory off"
-        )
-    if entry is not None:
+    entry = find_entry(cache)
+    if entry is None:
+        seen = cache.get_seq_length()
+        if cache.layer_class_to_replicate is not None:  # a lazy cache would append its layers behind ours
+            while len(cache.layers) < num_hidden_layers:
+                cache.layers.append(cache.layer_class_to_replicate())
+        entry = MemoryEntry(settings)
+        entry.stale = bool(seen)
+        cache.layers.append(entry)
         return entry
-    if cache.layer_class_to_replicate is not None:  # a lazy cache would append its layers behind ours
-        while len(cache.layers) < num_hidden_layers:
-            cache.layers.append(cache.layer_class_to_replicate())
-    entry = MemoryEntry(settings)
-    cache.layers.append(entry)
+    entry.catch_up()
+    seen = cache.get_seq_length()
+    if not isinstance(seen, Tensor) and seen != entry.columns:  # a static cache's length is on the device
+        entry.stale = True
     return entry
+
+
+def find_entry(cache: object) -> MemoryEntry | None:
+    """The memory of a cache, if it has one."""
+    layers = cache.layers if isinstance(cache, Cache) else []
+    return layers[-1] if layers and isinstance(layers[-1], MemoryEntry) else None
 
 
 def memory_summary(cache: Cache) -> dict[int, dict]:
     """What the memory did with this cache's sequences so far, by 0-based decoder layer.
 
-    Per layer: `blocks` finished, slots `filled`, tokens `kept`, `mixed`, `reused`: each a list with one
-    int per row; tokens that were cropped away stay counted. Empty if the cache has no memory. Waits
-    for the device.
+    Per layer: `blocks` finished, slots `filled`, tokens `kept`, `mixed`, `reused` (of E experts each, with
+    granularity "expert"): each a list with one int per row; and `hits`, per row a list of how many tokens
+    have hit each slot since it was written. Empty if the cache has no memory. Nothing extra
+    is counted in a decode step, and cropped tokens do not count; asking waits for the device.
     """
-    entry = cache.layers[-1] if cache.layers else None
-    if not isinstance(entry, MemoryEntry) or entry.clock is None:
-        return {}
-    blocks = (entry.clock.seen // entry.settings.update_interval).tolist()
-    summary = {}
-    for layer, memory in sorted(entry.memories.items()):
-        kept, mixed, reused = memory.counts.T.tolist()
-        filled = memory.bank.valid.sum(1).tolist()
-        summary[layer] = {"blocks": blocks, "filled": filled, "kept": kept, "mixed": mixed, "reused": reused}
-    return summary
+    entry = find_entry(cache)
+    return {} if entry is None else entry.summary()

@@ -10,101 +10,98 @@ from __future__ import annotations
 import contextlib
 import inspect
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
-from .memory_bank import MemorySettings
-from .memory_blocks import Segment
-from .memory_cache import MemoryEntry, memory_entry, memory_summary
+from .memory_bank import MemorySettings, find
+from .memory_cache import Call, MemoryEntry, find_entry, memory_entry, memory_summary
+from .memory_layer import Tape, write
 
 __all__ = ["PaceMixin", "memory_summary"]
 
 
 @dataclass(frozen=True)
 class Session:
-    """One call of the stack: its memory (None: switched off), its segments, its shape, and what undoes it."""
+    """One call of the stack: its memory and what was announced to it; None where the memory is switched off.
 
-    entry: MemoryEntry | None
-    segments: list[Segment]
-    rows: int
-    length: int
-    undo: tuple = ()
+    tapes: by layer, what a recomputation needs in order to read what the call has read; None outside training.
+    """
+
+    entry: MemoryEntry | None = None
+    call: Call | None = None
+    tapes: dict[int, Tape] | None = None
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A recomputation of a layer, for gradient checkpointing: it reads as the call did and changes nothing."""
+
+    call: Call
+    tapes: dict[int, Tape]
 
 
 class _Current(threading.local):
-    session: Session | None = None
+    session: Session | Replay | None = None
+    enabled: bool | None = None  # for this call of the model; None: as the model is set
 
 
 _current = _Current()
 _binding = threading.Lock()
+OFF = Session()
 
 
+@dataclass(eq=False)
 class StackMemory:
     """The memory of one decoder stack.
 
     projection: the path of the FFN's output projection below the stack, `{}` standing for the layer.
     """
 
-    def __init__(self, stack: nn.Module, settings: MemorySettings, projection: str, intermediate_size: int) -> None:
-        self.settings = settings
-        self.projection = projection
-        self.intermediate_size = intermediate_size
-        self.enabled = settings.enabled
-        self.bound: dict[int, tuple[nn.Module, torch.utils.hooks.RemovableHandle]] = {}
-        stack.register_forward_pre_hook(self._open, with_kwargs=True)
-        stack.register_forward_hook(self._close, always_call=True)
+    stack: nn.Module
+    settings: MemorySettings
+    projection: str
+    intermediate_size: int
+    bound: dict[int, tuple[nn.Module, Any]] = field(default_factory=dict)
 
-    def _open(self, stack: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        names = list(inspect.signature(stack.forward).parameters)
-        kwargs = {**dict(zip(names, args)), **kwargs}
-        tokens = kwargs.get("input_ids")
-        tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
-        if tokens is None:
-            return (), kwargs  # the stack itself says what is wrong
-        self._bind(stack)
-        rows, length = tokens.shape[:2]
-        if not self.acts:
-            _current.session = Session(None, [], rows, length)
-            return (), kwargs
-        entry = self._entry(stack, kwargs)
-        real = _real_columns(kwargs, entry.columns, length)
-        undo = entry.snapshot()
-        _current.session = Session(entry, entry.advance(rows, length, real, tokens.device), rows, length, undo)
-        return (), kwargs
+    def __post_init__(self) -> None:
+        self.enabled = self.settings.enabled
+        self.names = list(inspect.signature(self.stack.forward).parameters)
+        self.stack.register_forward_pre_hook(self._open, with_kwargs=True)
+        self.stack.register_forward_hook(self._close, always_call=True)
 
     @property
     def acts(self) -> bool:
-        """Whether a call uses the memory."""
-        return self.enabled and bool(self.settings.layers)
+        """Whether this call uses the memory."""
+        enabled = self.enabled if _current.enabled is None else _current.enabled
+        return enabled and bool(self.settings.layers)
 
-    def _close(self, stack: nn.Module, args: tuple, output: object) -> None:
-        session, _current.session = _current.session, None
-        if output is None and session is not None and session.entry is not None:  # the call failed
-            session.entry.restore(session.undo)
+    @torch.compiler.disable(
+        reason="a compiled decode step takes the inputs that model.prepare_inputs_for_generation() makes; generate() does that"
+    )
+    def announce(self, inputs: dict) -> MemoryEntry | None:
+        """On the host, before a call: find or make its memory and do all that is due.
 
-    def _entry(self, stack: nn.Module, kwargs: dict) -> MemoryEntry:
-        """The memory of this call's cache; of the call alone where there is no cache."""
-        config: Any = stack.config
-        use_cache = kwargs.get("use_cache")
-        use_cache = config.use_cache if use_cache is None else use_cache
-        cache = kwargs.get("past_key_values")
-        if cache is None and use_cache and not stack.training:
-            cache = kwargs["past_key_values"] = DynamicCache(config=config)
-        if cache is None:
-            return MemoryEntry(self.settings)
-        if not isinstance(cache, Cache):
-            raise TypeError(f"past_key_values must be a transformers Cache, not {type(cache).__name__}")
-        return memory_entry(cache, self.settings, config.num_hidden_layers)
+        inputs: of the stack, the attention mask 2D or None; gets a cache where one has to be made.
+        """
+        tokens = _tokens(inputs)
+        if tokens is None:
+            return None  # the stack itself says what is wrong
+        self._bind(self.stack)
+        entry = self._entry(inputs)
+        real = _real_columns(inputs, entry.columns, tokens.shape[1])
+        entry.announce(tokens.shape[0], tokens.shape[1], real, tokens.device)
+        return entry
 
     def _bind(self, stack: nn.Module) -> None:
         """Hook the projections; again where quantisers or adapters have put another module in place."""
         for layer in self.settings.layers:
-            module = stack.get_submodule(self.projection.format(layer))
+            path = self.projection.format(layer)
+            module = stack.get_submodule(path)
             if layer in self.bound and self.bound[layer][0] is module:
                 continue
             with _binding:  # threads may make a model's first call together
@@ -113,6 +110,45 @@ class StackMemory:
                     old[1].remove()
                 if old is None or old[0] is not module:
                     self.bound[layer] = (module, module.register_forward_pre_hook(_Fuse(self, layer)))
+
+    def _open(self, stack: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        kwargs = {**dict(zip(self.names, args)), **kwargs}
+        entry = find_entry(kwargs.get("past_key_values"))
+        if not self.acts:
+            if entry is not None:
+                entry.stale = True
+            _current.session = OFF
+            return (), kwargs
+        if entry is None or entry.announced is None or not _fits(entry.announced, kwargs):
+            entry = self.announce(kwargs)
+        if entry is not None:
+            training = stack.training and torch.is_grad_enabled()
+            if training:
+                _replay_checkpoints(stack, self.settings.layers, self.projection)
+            _current.session = Session(entry, entry.begin(), {} if training else None)
+        return (), kwargs
+
+    def _close(self, stack: nn.Module, args: tuple, output: object) -> None:
+        session, _current.session = _current.session, None
+        if isinstance(session, Session) and session.entry is not None and session.call is not None:
+            if output is None:  # the call failed
+                session.entry.fail()
+            else:
+                session.entry.end(session.call)
+
+    def _entry(self, kwargs: dict) -> MemoryEntry:
+        """The memory of this call's cache; of the call alone where there is no cache."""
+        config: Any = self.stack.config
+        use_cache = kwargs.get("use_cache")
+        use_cache = config.use_cache if use_cache is None else use_cache
+        cache = kwargs.get("past_key_values")
+        if cache is None and use_cache and not self.stack.training:
+            cache = kwargs["past_key_values"] = DynamicCache(config=config)
+        if cache is None:
+            return MemoryEntry(self.settings)
+        if not isinstance(cache, Cache):
+            raise TypeError(f"past_key_values must be a transformers Cache, not {type(cache).__name__}")
+        return memory_entry(cache, self.settings, config.num_hidden_layers)
 
 
 @dataclass(frozen=True)
@@ -124,36 +160,101 @@ class _Fuse:
 
     def __call__(self, module: nn.Module, args: tuple) -> tuple | None:
         session = _current.session
-        if session is None and not self.memory.acts:
+        if session is OFF or (session is None and not self.memory.acts):
             return None
         if session is None:
             raise RuntimeError(
-                f"layer {self.layer} of a PaceLLM ran outside its decoder stack (gradient checkpointing and calls "
-                "of single layers do this); switch the memory off with model.set_memory_enabled(False)"
+                f"layer {self.layer} of a PaceLLM ran outside its decoder stack, where it has no memory; call the model, or "
+                "switch the memory off with model.set_memory_enabled(False)"
             )
-        if session.entry is None:
-            return None
         h, size = args[0], self.memory.intermediate_size
         if h.shape[-1] != size:
             raise RuntimeError("the memory needs whole FFN activations: tensor parallelism is not supported")
-        tokens = h.reshape(session.rows, session.length, size)
-        return (session.entry.fuse(self.layer, tokens, session.segments).reshape(h.shape), *args[1:])
+        assert session.call is not None
+        tokens = h.reshape(session.call.rows, session.call.length, size)
+        return (self._fuse(session, tokens).reshape(h.shape), *args[1:])
+
+    def _fuse(self, session: Session | Replay, h: Tensor) -> Tensor:
+        if isinstance(session, Replay):
+            return replay(h, session.tapes.get(self.layer, []), self.memory.settings)
+        assert session.entry is not None and session.call is not None
+        tape = None if session.tapes is None else session.tapes.setdefault(self.layer, [])
+        return session.entry.fuse(self.layer, h, session.call, tape)
 
 
-def _real_columns(kwargs: dict, past: int, length: int) -> torch.Tensor | None:
+def replay(h: Tensor, tape: Tape, settings: MemorySettings) -> Tensor:
+    """h' once more, from the banks that were read. h: [B, L, D]."""
+    out = h.clone()
+    for rows, columns, bank in tape:
+        with torch.no_grad():
+            found = find(h[rows, columns], bank, settings)
+        write(out, h, rows, columns, found, bank, settings)
+    return out
+
+
+class _ReplayingCheckpoint:
+    """A layer's checkpointing function, whose second run, in the backward pass, replays the session of the first."""
+
+    def __init__(self, function: Callable) -> None:
+        self.function = function
+
+    def __call__(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        session = _current.session
+        if not isinstance(session, Session) or session.call is None or session.tapes is None:
+            return self.function(forward, *args, **kwargs)
+        again = Replay(session.call, session.tapes)
+
+        def run(*inner: Any, **named: Any) -> Any:
+            if _current.session is session:
+                return forward(*inner, **named)
+            before, _current.session = _current.session, again
+            try:
+                return forward(*inner, **named)
+            finally:
+                _current.session = before
+
+        return self.function(run, *args, **kwargs)
+
+
+def _replay_checkpoints(stack: nn.Module, layers: tuple[int, ...], projection: str) -> None:
+    """Let checkpointed layers that have a memory replay their session."""
+    for layer in layers:
+        module = stack
+        for name in projection.format(layer).split("."):
+            module = module.get_submodule(name)
+            function = getattr(module, "_gradient_checkpointing_func", None)
+            if function is not None and not isinstance(function, _ReplayingCheckpoint):
+                module._gradient_checkpointing_func = _ReplayingCheckpoint(function)  # type: ignore[assignment]
+
+
+def _fits(call: Call, kwargs: dict) -> bool:
+    """Whether an announced call is the one that comes."""
+    tokens = _tokens(kwargs)
+    return tokens is not None and tokens.shape[0] == call.rows and tokens.shape[1] == call.length
+
+
+def _tokens(kwargs: dict) -> Tensor | None:
+    """[B, L] or [B, L, H], what the stack is called with."""
+    ids = kwargs.get("input_ids")
+    return kwargs.get("inputs_embeds") if ids is None else ids
+
+
+def _real_columns(kwargs: dict, past: int, length: int) -> Tensor | None:
     """Which of the call's columns are tokens and not padding, [B, length] bool; None means all.
 
     past: columns in the cache before this call; the mask begins with them, and may go on behind the call.
     Raises ValueError where rows of the input hold several sequences, or the mask does not say.
     """
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    if isinstance(mask, dict) or (mask is not None and mask.dim() != 2):
-        raise ValueError("the memory needs the 2D attention mask; static caches and 4D masks are not supported")
     packed = kwargs.get("cu_seq_lens_q") is not None
     if mask is None and positions is not None and length > 1:
         packed = packed or bool((positions.diff(dim=-1) != 1).any())  # transformers' own sign of packing
     if packed:
         raise ValueError("packed inputs (several sequences in one row) are not supported by the memory; pad instead")
+    if isinstance(mask, dict) or (mask is not None and mask.dim() != 2):
+        if length == 1:
+            return None  # one column is never padding where a 4D mask was made for it
+        raise ValueError("the memory needs the 2D attention mask, which generate() and prepare_inputs_for_generation() take")
     if mask is not None and mask.shape[1] < past + length:
         raise ValueError(f"the attention mask has {mask.shape[1]} columns for {past} cached and {length} new ones")
     return None if mask is None else mask[:, past : past + length].bool()
@@ -167,11 +268,42 @@ class PaceMixin:
 
     def _attach_memory(self, stack: nn.Module, projection: str, intermediate_size: int) -> None:
         pace = getattr(self.config, "pace", None) or {}
-        settings = MemorySettings.from_dict(pace.get("memory", {}))
+        settings = MemorySettings.from_config(pace)
         absent = [layer for layer in settings.layers if layer >= self.config.num_hidden_layers]
         if absent:
             raise ValueError(f"config.json: pace.memory.layers has {absent[0]}, the model has no such layer")
         self._stack_memory = StackMemory(stack, settings, projection, intermediate_size)
+        self.register_forward_pre_hook(_take_switch, with_kwargs=True, prepend=True)  # type: ignore[attr-defined]
+        self.register_forward_hook(_drop_switch, always_call=True)  # type: ignore[attr-defined]
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        next_sequence_length=None,
+        past_key_values=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        is_first_iteration=False,
+        memory_enabled=None,
+        **kwargs,
+    ):
+        """As in the base class; and announces the call to the memory, on the host and while the mask is still 2D."""
+        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        if memory_enabled is not None:
+            inputs["memory_enabled"] = memory_enabled
+        enabled = self.memory_enabled if memory_enabled is None else memory_enabled
+        if enabled and self._stack_memory.settings.layers and isinstance(past_key_values, Cache):
+            generated = next_sequence_length == 1 and not is_first_iteration  # a token of the model's own, not padding
+            self._stack_memory.announce({**inputs, "attention_mask": None if generated else attention_mask})
+        return inputs
 
     @property
     def memory_enabled(self) -> bool:
@@ -199,3 +331,13 @@ class PaceMixin:
     def generate_batch(self, *args: object, **kwargs: object) -> None:
         """Continuous batching keeps several sequences in one cache, where the memory can't follow."""
         raise NotImplementedError("continuous batching is not supported by the memory; use generate()")
+
+
+def _take_switch(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """`memory_enabled=...` holds for one call of the model."""
+    _current.enabled = kwargs.pop("memory_enabled", None)
+    return args, kwargs
+
+
+def _drop_switch(model: nn.Module, args: tuple, output: object) -> None:
+    _current.enabled = None

@@ -16,13 +16,14 @@ class Slot:
     key: np.ndarray
     value: np.ndarray
     last_used: int
+    hits: int = 0
 
 
 @dataclass
 class SlowMemory:
     settings: object
     slots: list[Slot | None] = field(default_factory=list)
-    block: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    block: list[tuple[np.ndarray, np.ndarray, list[str]]] = field(default_factory=list)
     block_number: int = 0
     decisions: list[str] = field(default_factory=list)
 
@@ -30,43 +31,72 @@ class SlowMemory:
         self.slots = [None] * self.settings.slots
 
     def feed(self, h: np.ndarray) -> np.ndarray:
-        fused = self._read(h)
-        self.block.append((h, fused))
+        fused, decisions = self._read(h)
+        self.decisions += decisions
+        self.block.append((h, fused, decisions))
         if len(self.block) == self.settings.update_interval:
             self._update()
             self.block = []
             self.block_number += 1
         return fused
 
-    def _similarities(self, h):
-        return {i: cosine(h, s.key) for i, s in enumerate(self.slots) if s is not None}
+    @property
+    def hits(self) -> list[int]:
+        """Per slot, tokens that have hit it since it was written; the unfinished block counts too."""
+        counts = [slot.hits if slot else 0 for slot in self.slots]
+        for h, _, _ in self.block:
+            s, top, average = self._top(h)
+            if average > self.settings.theta_low:
+                for i in top:
+                    counts[i] += 1
+        return counts
+
+    def _similarities(self, h, part):
+        return {i: cosine(h[part], s.key[part]) for i, s in enumerate(self.slots) if s is not None}
+
+    def _top(self, h):
+        s = self._similarities(h, slice(None))
+        top = sorted(s, key=lambda i: -s[i])[: self.settings.top_k]
+        return s, top, mean([s[i] for i in top]) if top else -math.inf
+
+    def _parts(self, h):
+        """The expert blocks; one, of everything, with granularity "token"."""
+        size = len(h) // self.settings.experts
+        return [slice(e * size, (e + 1) * size) for e in range(self.settings.experts)]
 
     def _read(self, h):
+        fused, decisions = h.copy(), []
+        for part in self._parts(h):
+            fused[part], decision = self._read_part(h, part)
+            decisions.append(decision)
+        return fused, decisions
+
+    def _read_part(self, h, part):
         p = self.settings
-        s = self._similarities(h)
+        s = self._similarities(h, part)
         if not s or max(s.values()) <= p.theta_low:
-            self.decisions.append("kept")
-            return h
+            return h[part], "kept"
         ranked = sorted(s, key=lambda i: -s[i])
         best, worst = ranked[: p.top_k], ranked[::-1][: p.bottom_k]
         reuse = max(s.values()) > p.theta_high
-        self.decisions.append("reused" if reuse else "mixed")
-        r = (p.reuse_weight if reuse else p.mix_weight) * mean([self.slots[i].value for i in best])
+        r = (p.reuse_weight if reuse else p.mix_weight) * mean([self.slots[i].value[part] for i in best])
         if worst:
-            r = r + p.noise_weight * mean([self.slots[i].value for i in worst])
-        return (1 - p.fusion_weight) * h + p.fusion_weight * r
+            r = r + p.noise_weight * mean([self.slots[i].value[part] for i in worst])
+        return (1 - p.fusion_weight) * h[part] + p.fusion_weight * r, "reused" if reuse else "mixed"
 
     def _update(self):
+        """What is stored, hit and replaced is decided on whole activations; with granularity "expert" a merging
+        token moves those blocks of a slot where it found something similar."""
         p = self.settings
         hit_by: dict[int, list[int]] = {}
         used: set[int] = set()
         new: list[tuple[float, int]] = []
-        for t, (h, _) in enumerate(self.block):
-            s = self._similarities(h)
-            top = sorted(s, key=lambda i: -s[i])[: p.top_k]
-            average = mean([s[i] for i in top]) if top else -math.inf
+        for t, (h, _, _) in enumerate(self.block):
+            s, top, average = self._top(h)
             if average > p.theta_low:
                 used.update(top)
+                for i in top:
+                    self.slots[i].hits += 1
                 if average <= p.theta_high:
                     for i in top:
                         hit_by.setdefault(i, []).append(t)
@@ -74,8 +104,13 @@ class SlowMemory:
                 new.append((max(s.values()) if s else -math.inf, t))
         for i, tokens in hit_by.items():
             slot, m = self.slots[i], p.momentum
-            slot.key = m * slot.key + (1 - m) * mean([self.block[t][0] for t in tokens])
-            slot.value = m * slot.value + (1 - m) * mean([self.block[t][1] for t in tokens])
+            key, value = slot.key.copy(), slot.value.copy()
+            for e, part in enumerate(self._parts(key)):
+                merging = [self.block[t] for t in tokens if self.block[t][2][e] != "kept"]
+                if merging:
+                    key[part] = m * key[part] + (1 - m) * mean([h[part] for h, _, _ in merging])
+                    value[part] = m * value[part] + (1 - m) * mean([fused[part] for _, fused, _ in merging])
+            slot.key, slot.value = key, value
         for i in used:
             self.slots[i].last_used = self.block_number
         empty = [i for i, s in enumerate(self.slots) if s is None]

@@ -202,10 +202,6 @@ class TestRefusals:
         with pytest.raises(ValueError, match="2D attention mask"):
             qwen(random_ids(1, 4), attention_mask=torch.ones(1, 1, 4, 4, dtype=torch.bool))
 
-    def test_static_cache(self, qwen):
-        with pytest.raises(ValueError, match="static caches"):
-            qwen.generate(random_ids(1, 4), cache_implementation="static", max_new_tokens=2, disable_compile=True)
-
     def test_cache_that_was_filled_without_memory(self, qwen):
         with qwen.memory_disabled():
             cache = qwen(random_ids(1, 8), use_cache=True).past_key_values
@@ -246,6 +242,26 @@ class TestTraining:
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
         assert model.model.layers[1].mlp.gate_proj.weight.grad.abs().max() > 0
+
+    @pytest.mark.works("training with labels and gradient checkpointing")
+    @pytest.mark.parametrize("reentrant", [True, False])
+    def test_checkpointed_gradients_are_the_plain_ones(self, qwen2_pair, reentrant):
+        model, ids = load(qwen2_pair[1]).train(), random_ids(2, 30)
+        mask = torch.ones_like(ids)
+        mask[1, :8] = 0
+        gradients = []
+        for _ in range(2):
+            model.zero_grad()
+            model(ids, attention_mask=mask, labels=ids).loss.backward()
+            gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+            enable = getattr(
+                model, "activation_checkpointing_enable", model.gradient_checkpointing_enable
+            )  # older: before 5.21
+            enable({"use_reentrant": reentrant})
+            if reentrant:
+                model.enable_input_require_grads()
+        for name, gradient in gradients[0].items():
+            torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-8, atol=1e-12, msg=name)
 
     def test_loss_is_that_of_evaluation(self, qwen2_pair):
         model = load(qwen2_pair[1])
@@ -302,16 +318,6 @@ class TestFound:
         finally:
             sys.setswitchinterval(before)
 
-    def test_gradient_checkpointing_with_the_memory_off(self, qwen2_pair):
-        model = load(qwen2_pair[1]).train()
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()  # older name: before 5.21
-        ids = random_ids(1, 20)
-        model.set_memory_enabled(False)
-        model(ids, labels=ids).loss.backward()
-        model.set_memory_enabled(True)
-        with pytest.raises(RuntimeError, match="gradient checkpointing"):
-            model(ids, labels=ids).loss.backward()
-
     def test_packed_sequence_of_one_token(self, qwen):
         with pytest.raises(ValueError, match="packed inputs"):
             qwen(random_ids(1, 20), position_ids=torch.tensor([[0, *range(19)]]), use_cache=False)
@@ -322,21 +328,21 @@ class TestFound:
         cache = DynamicCache(config=qwen.config)
         for start, stop in ((0, 10), (10, 11), (11, 12), (12, 13), (13, 14)):
             qwen(ids[:, start:stop], attention_mask=torch.ones(1, stop), past_key_values=cache)
-        cache.crop(-3)
-        with pytest.raises(ValueError, match="finished memory block"):
-            copy.deepcopy(cache).crop(-2)
-        got = qwen(ids[:, 11:], past_key_values=cache).logits
-        torch.testing.assert_close(got, logits(qwen, ids)[:, 11:], rtol=1e-8, atol=1e-8)
+        cache.crop(-2)
+        with pytest.raises(ValueError, match="can undo the latest 2 only"):
+            copy.deepcopy(cache).crop(-3)
+        got = qwen(ids[:, 12:], past_key_values=cache).logits
+        torch.testing.assert_close(got, logits(qwen, ids)[:, 12:], rtol=1e-8, atol=1e-8)
 
     @torch.no_grad()
     def test_crop_of_columns_that_are_padding_in_some_rows(self, qwen):
         ids, mask = random_ids(2, 13), torch.ones(2, 13, dtype=torch.long)
-        mask[1, 11:] = 0
+        mask[1, 12:] = 0
         _, cache = in_parts(qwen, ids, mask, [])
-        cache.crop(-3)  # three tokens of row 0, one of row 1
+        cache.crop(-2)  # two tokens of row 0, one of row 1
         end = random_ids(2, 12, seed=4)
         got = qwen(end, past_key_values=cache).logits
-        torch.testing.assert_close(got, logits(qwen, torch.cat([ids[:, :10], end], 1))[:, 10:], rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(got, logits(qwen, torch.cat([ids[:, :11], end], 1))[:, 11:], rtol=1e-8, atol=1e-8)
 
     def test_inference_mode_then_no_grad(self, qwen):
         ids = random_ids(2, 30)

@@ -1,0 +1,163 @@
+"""Updating the bank, block by block: what the tokens of an unfinished block will change, in the bank's own size.
+
+A block's tokens are compared with the bank as it was at the block's start, so what each of them will do
+is known as soon as it comes, but for one thing: which slots the new tokens take. A *draft* of M places
+holds all of it, however long the block is. At any moment as many places, in the order in which slots are
+replaced (empty, least recently used, hit in this block), are taken by the most novel tokens so far; the
+others hold the mean of the tokens that merge with their slot. A place of a hit slot, once taken, stays
+taken: it can only be preceded by fewer free ones. So a mean that gives way to a token is never missed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .memory_bank import KEEP, MIX, REUSE, Bank, Found, MemorySettings, Rows, find, fuse, norms
+
+
+@dataclass(frozen=True)
+class Draft(Rows):
+    """What the tokens of a block so far will do to the bank. B rows, M slots, E experts.
+
+    tokens: [B, M, D], in each slot's place: a new token where `taken`, else the mean h of those merging.
+    taken: [B, M] bool. novelty: [B, M], the new token's similarity to its nearest slot; inf: none.
+    number: [B, M] int64, the new token's number in its row.
+    merging: [B, E, M], how many tokens merge. share: [B, E, M, M], their mean weights over the slots.
+    hits: [B, M] int64, tokens that hit the slot. decisions: [B, 3] int64, expert blocks kept, mixed, reused.
+    """
+
+    tokens: Tensor
+    taken: Tensor
+    novelty: Tensor
+    number: Tensor
+    merging: Tensor
+    share: Tensor
+    hits: Tensor
+    decisions: Tensor
+
+    @classmethod
+    def empty(cls, bank: Bank) -> Draft:
+        """The draft of a block that has not begun."""
+        rows, slots, experts = bank.norm.shape
+        return cls(
+            tokens=torch.zeros_like(bank.keys),
+            taken=torch.zeros_like(bank.valid),
+            novelty=bank.norm.new_full((rows, slots), math.inf),
+            number=torch.zeros_like(bank.hits),
+            merging=bank.norm.new_zeros(rows, experts, slots),
+            share=bank.norm.new_zeros(rows, experts, slots, slots),
+            hits=torch.zeros_like(bank.hits),
+            decisions=bank.hits.new_zeros(rows, 3),
+        )
+
+
+def absorb(draft: Draft, h: Tensor, found: Found, first: int, bank: Bank, settings: MemorySettings) -> Draft:
+    """The draft after S more tokens of the block (DESIGN 1.3 *Update*).
+
+    h: [B, S, D], numbered from `first` in their row. found: what they find in `bank`, which is the bank as it
+    was at the block's start.
+    """
+    known = found.mean > settings.theta_low
+    hit = found.hit & known[..., None]
+    merging = hit & (found.mean <= settings.theta_high)[..., None]
+    draft = replace(draft, hits=draft.hits + hit.sum(1), decisions=draft.decisions + _decisions(found))
+    return _insert(_merge(draft, h, found, merging), draft, h, found.best.masked_fill(known, math.inf), first, bank)
+
+
+def finish(bank: Bank, draft: Draft, block: int, settings: MemorySettings) -> Bank:
+    """The bank after the block: merges first, then the new tokens in the slots they take."""
+    read = find(draft.tokens, bank, settings)  # a new token is fused with what it found in this same bank
+    fused = fuse(draft.tokens, read, bank, settings)
+    new, merged = draft.taken, draft.merging > 0
+    mean = draft.tokens
+    blocks = bank.values.unflatten(-1, (settings.experts, -1)).transpose(1, 2)
+    retrieved = torch.matmul(draft.share.to(mean.dtype), blocks).transpose(1, 2).reshape(mean.shape)
+    fused_mean = torch.lerp(mean, retrieved, settings.fusion_weight)
+
+    def updated(old: Tensor, average: Tensor, token: Tensor) -> Tensor:
+        size = old.shape[-1] // settings.experts
+        moved = torch.where(_wide_mask(merged, size), torch.lerp(average, old, settings.momentum), old)
+        return torch.where(new[..., None], token, moved)
+
+    keys = updated(bank.keys, mean, draft.tokens)
+    return Bank(
+        keys=keys,
+        values=updated(bank.values, fused_mean, fused),
+        norm=norms(keys, settings.experts),
+        valid=bank.valid | new,
+        last_used=torch.where(new | (draft.hits > 0), block, bank.last_used),
+        hits=torch.where(new, 0, bank.hits + draft.hits),
+    )
+
+
+def _decisions(found: Found) -> Tensor:
+    """How many expert blocks were kept, mixed and reused, [B, 3]."""
+    return torch.stack([(found.decision == state).sum((1, 2)) for state in (KEEP, MIX, REUSE)], -1)
+
+
+def _wide_mask(mask: Tensor, size: int) -> Tensor:
+    """[B, E, M] as [B, M, E * size]; with one expert a view that broadcasts."""
+    mask = mask.transpose(1, 2)
+    return mask if mask.shape[-1] == 1 else mask.repeat_interleave(size, -1)
+
+
+def _merge(draft: Draft, h: Tensor, found: Found, merging: Tensor) -> Draft:
+    """Take tokens into the means of the slots they merge with. merging: [B, S, M] bool.
+
+    With several experts a token merges in those blocks alone where it found something similar.
+    """
+    experts = found.decision.shape[1]
+    part = (merging[:, None] & (found.decision != KEEP)[..., None]).transpose(2, 3).to(draft.merging.dtype)  # [B, E, M, S]
+    count = draft.merging + part.sum(-1)
+    weight, old = part / count.clamp_min(1)[..., None], draft.merging / count.clamp_min(1)
+    blocks = h.unflatten(-1, (experts, -1)).transpose(1, 2)
+    added = torch.matmul(weight.to(h.dtype), blocks).transpose(1, 2).reshape(draft.tokens.shape)
+    kept = old.transpose(1, 2)
+    kept = kept if experts == 1 else kept.repeat_interleave(blocks.shape[-1], -1)
+    return replace(
+        draft,
+        tokens=torch.addcmul(added, kept.to(h.dtype), draft.tokens),
+        merging=count,
+        share=old[..., None] * draft.share + torch.matmul(weight, found.weight),
+    )
+
+
+def _insert(merged: Draft, draft: Draft, h: Tensor, novelty: Tensor, first: int, bank: Bank) -> Draft:
+    """Give the most novel tokens their places. novelty: [B, S], inf for tokens that are not new.
+
+    Both sorts by age and by novelty are stable: among equals the lowest slot number and the earliest token
+    come first.
+    """
+    rows, slots = draft.taken.shape
+    number = torch.arange(first, first + h.shape[1], device=h.device).expand(rows, -1)
+    by_number = draft.number.masked_fill(~draft.taken, -1).argsort(1)
+    novelty = torch.cat([draft.novelty.gather(1, by_number), novelty], 1)
+    source = torch.cat([by_number, slots + torch.arange(h.shape[1], device=h.device).expand(rows, -1)], 1)
+    number = torch.cat([draft.number.gather(1, by_number), number], 1)
+    novelty, chosen = (x[:, :slots] for x in novelty.sort(dim=1, stable=True))
+    age = torch.where(bank.valid, bank.last_used, -1).masked_fill(draft.hits > 0, torch.iinfo(torch.int64).max)
+    place = age.argsort(dim=1, stable=True)
+
+    def put(values: Tensor) -> Tensor:
+        return torch.empty_like(values).scatter(1, place, values)
+
+    taken, source = put(novelty < math.inf), put(source.gather(1, chosen))
+    before = _rows(draft.tokens, source.clamp_max(slots - 1))
+    now = _rows(h, (source - slots).clamp_min(0))
+    token = torch.where((source < slots)[..., None], before, now)
+    return replace(
+        merged,
+        tokens=torch.where(taken[..., None], token, merged.tokens),
+        taken=taken,
+        novelty=put(novelty),
+        number=put(number.gather(1, chosen)),
+    )
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """x [B, S, D] at index [B, R]: [B, R, D]."""
+    return x[torch.arange(len(x), device=x.device)[:, None], index]
