@@ -161,8 +161,8 @@ class Clock:
         self.rows = rows
         return spans
 
-    def before_call(self, length: int, real: Tensor | None) -> list[Span]:
-        """The spans of a call of several columns. real: [B, length] bool, None for all."""
+    def before_call(self, length: int, real: Tensor | None) -> tuple[list[Span], list[int]]:
+        """The spans of a call of several columns, and each row's tokens. real: [B, length] bool, None for all."""
         self.read()
         columns = [slice(0, length)] * len(self.rows) if real is None else [_columns(row) for row in real.cpu()]
         counts = [length] * len(self.rows) if real is None else real.sum(1).tolist()
@@ -172,16 +172,17 @@ class Clock:
             events, _ = self.rhythm.call(start, count)
             if count:
                 spans.append(Span(slice(first, stop), columns[first], count, start, tuple(events)))
-        return spans
+        return spans, counts
 
-    def count(self, length: int, real: Tensor | None) -> None:
-        """A call is over. real: [B, length] bool; None: all columns were tokens."""
-        if length == 1 and real is not None and real.device.type != "cpu":
+    def count(self, length: int, real: Tensor | None, counts: list[int] | None) -> None:
+        """A call is over. real: [B, length] bool; None: all columns were tokens. counts: as `before_call` gave them;
+        None for a step."""
+        if counts is not None:
+            self.rows = [self.rhythm.call(at, n)[1] for at, n in zip(self.rows, counts)]
+        elif real is not None and real.device.type != "cpu":
             self.unread.append(real[:, 0])
         else:
-            real = None if real is not None and bool(real.all()) else real
-            counts = [length] * len(self.rows) if real is None else real.sum(1).tolist()
-            self._add(counts, step=length == 1)
+            self._step([1] * len(self.rows) if real is None else real[:, 0].tolist())
         self._remember(length, real)
 
     def read(self) -> None:
@@ -189,7 +190,7 @@ class Clock:
         if self.unread:
             counts = torch.stack(self.unread).sum(0).tolist()
             self.unread = []
-            self._add(counts, step=True)
+            self._step(counts)
 
     def take_back(self, columns: int) -> list[Span]:
         """Forget the latest `columns`; spans whose last block is to be undone. Raises ValueError if it is too late."""
@@ -245,12 +246,9 @@ class Clock:
         u, ring = self.rhythm.interval, self.rhythm.ring
         return min(min((at.finished + 1) * u - at.seen, ring - at.seen + at.settled) for at in self.rows)
 
-    def _add(self, counts: list[int], step: bool) -> None:
-        """Tokens of a call, or of single steps, in which nothing was due."""
-        if step:
-            self.rows = [replace(at, seen=at.seen + n) for at, n in zip(self.rows, counts)]
-        else:
-            self.rows = [self.rhythm.call(at, n)[1] for at, n in zip(self.rows, counts)]
+    def _step(self, counts: list[int]) -> None:
+        """Tokens of steps before which nothing was due."""
+        self.rows = [replace(at, seen=at.seen + int(n)) for at, n in zip(self.rows, counts)]
 
     def _remember(self, length: int, real: Tensor | None) -> None:
         if real is None and self.recent and self.recent[-1][1] is None:

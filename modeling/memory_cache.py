@@ -26,7 +26,8 @@ class Call:
     """One call of the decoder stack, as the host sees it before it runs.
 
     real: [B, length] bool, which columns are tokens; None: all. reads: some bank is filled.
-    spans: what the rows go through; None for a step of one column, before which all that was due is done.
+    spans: what the rows go through, and counts: their tokens; None for a step of one column, before which all
+    that was due is done.
     """
 
     rows: int
@@ -34,6 +35,7 @@ class Call:
     real: Tensor | None = None
     reads: bool = False
     spans: list[Span] | None = None
+    counts: list[int] | None = None
 
 
 class MemoryEntry(_EmptyLayer):
@@ -75,12 +77,12 @@ class MemoryEntry(_EmptyLayer):
             raise ValueError(f"the cache's memory has {len(self.clock.rows)} rows, the input has {rows}")
         if real is not None and (length > 1 or real.device.type == "cpu") and bool(real.all()):
             real = None
-        spans = None
+        spans = counts = None
         if length == 1:
             self._follow(self.clock.before_step())
         else:
-            spans = self.clock.before_call(length, real)
-        self.announced = Call(rows, length, real, self.clock.reads, spans)
+            spans, counts = self.clock.before_call(length, real)
+        self.announced = Call(rows, length, real, self.clock.reads, spans, counts)
 
     def begin(self) -> Call:
         """The announced call starts to run."""
@@ -93,7 +95,7 @@ class MemoryEntry(_EmptyLayer):
         """h' of one decoder layer in the running call. h: [B, L, D]."""
         assert self.clock is not None
         if layer not in self.memories:
-            self.memories[layer] = LayerMemory(len(h), self.settings, h)
+            self._new_memory(layer, h)
         memory = self.memories[layer]
         if h.dtype != memory.ring.dtype:
             raise ValueError(
@@ -105,6 +107,10 @@ class MemoryEntry(_EmptyLayer):
             return _call(memory, h, call.spans, tape)
         real = None if call.real is None else call.real[:, 0]
         return memory.step(h, self.clock.seen % self.clock.rhythm.ring, real, call.reads)
+
+    @torch.compiler.disable(reason="a sequence's first call makes its memory; compile decode steps alone")
+    def _new_memory(self, layer: int, h: Tensor) -> None:
+        self.memories[layer] = LayerMemory(len(h), self.settings, h)
 
     def end(self, call: Call) -> None:
         """The running call is over."""
@@ -126,7 +132,7 @@ class MemoryEntry(_EmptyLayer):
         if self.is_open:  # it was interrupted
             self.fail()
         elif call is not None and self.clock is not None:
-            self.clock.count(call.length, call.real)
+            self.clock.count(call.length, call.real, call.counts)
             self.columns += call.length
         if self.clock is not None and not self.clock.can_undo:
             for memory in self.memories.values():

@@ -45,7 +45,7 @@ class SlowMemory:
         """Per slot, tokens that have hit it since it was written; the unfinished block counts too."""
         counts = [slot.hits if slot else 0 for slot in self.slots]
         for h, _, _ in self.block:
-            s, top, average = self._top(h)
+            _, top, average = self._top(h)
             if average > self.settings.theta_low:
                 for i in top:
                     counts[i] += 1

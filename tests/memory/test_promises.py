@@ -254,9 +254,7 @@ class TestTraining:
             model.zero_grad()
             model(ids, attention_mask=mask, labels=ids).loss.backward()
             gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
-            enable = getattr(
-                model, "activation_checkpointing_enable", model.gradient_checkpointing_enable
-            )  # older: before 5.21
+            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # before 5.21
             enable({"use_reentrant": reentrant})
             if reentrant:
                 model.enable_input_require_grads()
