@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 KEEP, MIX, REUSE = 0, 1, 2
 
@@ -119,49 +120,61 @@ class Bank(Rows):
 
 @dataclass(frozen=True)
 class Found:
-    """What S tokens find in a bank.
+    """What S tokens find in a bank; R slots are fused with each expert's block of a token.
 
-    decision: [B, E, S], KEEP, MIX or REUSE. weight: [B, E, S, M], each slot's share in r; zero where kept.
-    best, mean: [B, S], similarity of the whole activation to the most similar slot, and averaged over the
-    top k; -inf while the bank is empty. hit: [B, S, M] bool, these top k.
+    decision: [B, S, E], KEEP, MIX or REUSE. slot: [B, S, E, R] int64, and share: their shares in r, zero where
+    kept. best, mean: [B, S], similarity of the whole activation to the most similar slot, and averaged over
+    the top k; -inf while the bank is empty. ranking: [B, S, k] int64, these top k, of which the first `filled`
+    [B, 1, 1] are filled slots.
     """
 
     decision: Tensor
-    weight: Tensor
+    slot: Tensor
+    share: Tensor
     best: Tensor
     mean: Tensor
-    hit: Tensor
+    ranking: Tensor
+    filled: Tensor
+
+    def hits(self, slots: int) -> Tensor:
+        """Which of all slots are among a token's top k, [B, S, M] bool."""
+        there = (torch.arange(self.ranking.shape[-1], device=self.ranking.device) < self.filled).expand_as(self.ranking)
+        return torch.zeros(*there.shape[:-1], slots, dtype=torch.bool, device=there.device).scatter(-1, self.ranking, there)
+
+    def weights(self, slots: int) -> Tensor:
+        """Each of all slots' share in r, [B, S, E, M]."""
+        return self.share.new_zeros(*self.share.shape[:-1], slots).scatter_add(-1, self.slot, self.share)
 
     def tokens(self, first: int, stop: int) -> Found:
         """What the tokens `first` to `stop` found."""
-        here = slice(first, stop)
-        return Found(
-            self.decision[:, :, here], self.weight[:, :, here], self.best[:, here], self.mean[:, here], self.hit[:, here]
-        )
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Found(**{name: part if name == "filled" else part[:, first:stop] for name, part in parts.items()})
 
 
 def find(h: Tensor, bank: Bank, settings: MemorySettings) -> Found:
     """Compare tokens with the bank (paper section 3.2; DESIGN 1.3 *Read*). h: [B, S, D]."""
     by_expert, whole = _similarity(h, bank, settings.experts)
     filled = bank.valid.sum(-1)[:, None, None]
-    ranked = _Ranking.of(by_expert, filled[..., None])
-    best = ranked.similarity[..., 0]
+    similarity, ranking = _rank(by_expert)
+    best = similarity[..., 0]
     decision = (best > settings.theta_low).long() + (best > settings.theta_high).long()
     gain = torch.full_like(best, settings.mix_weight).masked_fill(decision == REUSE, settings.reuse_weight)
-    share = gain[..., None] * _equal_shares(ranked.first(settings.top_k), best.dtype)
-    share = share + settings.noise_weight * _equal_shares(ranked.last(settings.bottom_k), best.dtype)
-    share = share.masked_fill((decision == KEEP)[..., None], 0.0)
-    weight = torch.zeros_like(share).scatter(-1, ranked.slot, share)
-
-    token = _Ranking(ranked.similarity[:, 0], ranked.slot[:, 0], filled) if whole is None else _Ranking.of(whole, filled)
-    top = token.first(settings.top_k)
-    mean = torch.where(top, token.similarity, 0.0).sum(-1) / top.sum(-1).clamp_min(1)
+    slot, share = _chosen(ranking, filled[..., None], settings, gain)
+    if whole is not None:
+        similarity, ranking = _rank(whole)
+    else:
+        similarity, ranking = similarity[:, :, 0], ranking[:, :, 0]
+    top = similarity[..., : settings.top_k]
+    there = torch.arange(top.shape[-1], device=h.device) < filled
+    mean = torch.where(there, top, 0.0).sum(-1) / there.sum(-1).clamp_min(1)
     return Found(
         decision,
-        weight,
-        best=token.similarity[..., 0],
-        mean=mean.masked_fill(~top[..., 0], -math.inf),
-        hit=torch.zeros_like(top).scatter(-1, token.slot, top),
+        slot,
+        share.masked_fill((decision == KEEP)[..., None], 0.0),
+        best=similarity[..., 0],
+        mean=mean.masked_fill(filled[..., 0] == 0, -math.inf),
+        ranking=ranking[..., : settings.top_k],
+        filled=filled,
     )
 
 
@@ -170,13 +183,18 @@ def fuse(h: Tensor, found: Found, bank: Bank, settings: MemorySettings, out: Ten
 
     Gradients flow through h alone: what was retrieved is a constant.
     """
-    blocks = _blocks(bank.values, settings.experts)
-    retrieved = torch.matmul(found.weight.to(h.dtype), blocks).transpose(1, 2).reshape(h.shape)
-    share = settings.fusion_weight * (found.decision != KEEP).to(h.dtype).transpose(1, 2)[..., None]
-    if settings.experts == 1:
-        return torch.lerp(h, retrieved, share[:, :, 0], out=out)
-    wide = share.expand(-1, -1, -1, blocks.shape[-1]).flatten(2)
-    return torch.lerp(h, retrieved, wide, out=out)
+    rows, slots, neurons = bank.values.shape
+    experts = settings.experts
+    row = torch.arange(rows, device=h.device)[:, None, None, None]
+    expert = torch.arange(experts, device=h.device)[:, None]
+    index = ((row * slots + found.slot) * experts + expert).flatten(0, 2)
+    blocks = bank.values.reshape(-1, neurons // experts)
+    shares = found.share.to(h.dtype).flatten(0, 2)
+    retrieved = embedding_bag(index, blocks, mode="sum", per_sample_weights=shares).view(h.shape)
+    share = settings.fusion_weight * (found.decision != KEEP).to(h.dtype)
+    if experts > 1:
+        share = share.repeat_interleave(neurons // experts, -1)
+    return torch.lerp(h, retrieved, share, out=out)
 
 
 def norms(x: Tensor, experts: int) -> Tensor:
@@ -196,63 +214,54 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _blocks(x: Tensor, experts: int) -> Tensor:
-    """[B, S, D] as [B, E, S, D / E]."""
-    return x.unflatten(-1, (experts, -1)).transpose(1, 2)
-
-
 def _inverse(norm: Tensor) -> Tensor:
     """1 / norm; 0 for a zero vector, so that its cosine is 0."""
     return torch.where(norm > 0, 1 / norm, 0.0)
 
 
 def _similarity(h: Tensor, bank: Bank, experts: int) -> tuple[Tensor, Tensor | None]:
-    """Cosines with every slot's key: by expert [B, E, S, M], and of whole activations [B, S, M] (None: the same).
+    """Cosines with every slot's key: by expert [B, S, E, M], and of whole activations [B, S, M] (None: the same).
 
     -inf where the slot is empty.
     """
     norm, keys = norms(h, experts), bank.keys
     if h.dtype == torch.float16:  # products of raw activations leave its range
         h, keys = h.float(), keys.float()
-    product = torch.matmul(_blocks(h, experts), _blocks(keys, experts).transpose(2, 3)).to(norm.dtype)
+    product = _products(h, keys, experts).to(norm.dtype)
     empty = ~bank.valid[:, None, :]
-    h_scale, key_scale = _inverse(norm).transpose(1, 2), _inverse(bank.norm).transpose(1, 2)
-    by_expert = (product * h_scale[..., None] * key_scale[:, :, None]).masked_fill(empty[:, None], -math.inf)
+    h_scale, key_scale = _inverse(norm), _inverse(bank.norm).transpose(1, 2)[:, None]
+    by_expert = (product * h_scale[..., None] * key_scale).masked_fill(empty[:, None], -math.inf)
     if experts == 1:
         return by_expert, None
     h_scale, key_scale = (_inverse(torch.linalg.vector_norm(x, dim=-1)) for x in (norm, bank.norm))
-    whole = product.sum(1) * h_scale[..., None] * key_scale[:, None]
+    whole = product.sum(2) * h_scale[..., None] * key_scale[:, None]
     return by_expert, whole.masked_fill(empty, -math.inf)
 
 
-@dataclass(frozen=True)
-class _Ranking:
-    """Slots by falling similarity, ties by slot number: a stable sort, because `topk` leaves ties open.
+def _products(h: Tensor, keys: Tensor, experts: int) -> Tensor:
+    """Dot products by expert, [B, S, E, M]."""
+    if h.shape[1] == 1 and experts == 1:  # in this order bf16 on a CPU does not copy the keys
+        return torch.matmul(keys, h.transpose(1, 2)).transpose(1, 2)[:, :, None]
+    h, keys = (x.unflatten(-1, (experts, -1)).transpose(1, 2) for x in (h, keys))
+    return torch.matmul(h, keys.transpose(2, 3)).transpose(1, 2)
 
-    similarity: [..., M], -inf for the empty slots, which come last. slot: [..., M], their numbers.
-    filled: how many slots are filled, broadcastable to them.
+
+def _rank(similarity: Tensor) -> tuple[Tensor, Tensor]:
+    """Slots by falling similarity, empty ones last; ties by slot number: a stable sort, `topk` leaves ties open."""
+    return similarity.sort(dim=-1, descending=True, stable=True)
+
+
+def _chosen(ranking: Tensor, filled: Tensor, settings: MemorySettings, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """The most and the least similar filled slots, of which there may be fewer than k, and their shares.
+
+    ranking: [B, S, E, M]. filled: [B, 1, 1, 1]. gain: [B, S, E], weight of the most similar ones.
     """
-
-    similarity: Tensor
-    slot: Tensor
-    filled: Tensor
-
-    @classmethod
-    def of(cls, similarity: Tensor, filled: Tensor) -> _Ranking:
-        ranked, slot = similarity.sort(dim=-1, descending=True, stable=True)
-        return cls(ranked, slot, filled)
-
-    def first(self, count: int) -> Tensor:
-        """Mask of the `count` most similar filled slots, [..., M]."""
-        rank = torch.arange(self.slot.shape[-1], device=self.slot.device)
-        return ((rank < count) & (rank < self.filled)).expand_as(self.slot)
-
-    def last(self, count: int) -> Tensor:
-        """Mask of the `count` least similar filled slots, [..., M]."""
-        rank = torch.arange(self.slot.shape[-1], device=self.slot.device)
-        return ((rank >= self.filled - count) & (rank < self.filled)).expand_as(self.slot)
-
-
-def _equal_shares(chosen: Tensor, dtype: torch.dtype) -> Tensor:
-    """Weights that sum to 1 over the chosen slots, of which there may be fewer than k."""
-    return chosen.to(dtype) / chosen.sum(-1, keepdim=True).clamp_min(1)
+    slots = ranking.shape[-1]
+    best = torch.arange(min(settings.top_k, slots), device=ranking.device)
+    worst = filled - 1 - torch.arange(min(settings.bottom_k, slots), device=ranking.device)
+    share = torch.where(best < filled, gain[..., None] / filled.clamp(1, settings.top_k), 0.0)
+    among = filled.clamp(1, max(1, settings.bottom_k)).to(gain.dtype)
+    noise = torch.where(worst >= 0, settings.noise_weight / among, 0.0)
+    worst = worst.clamp_min(0).expand(*ranking.shape[:-1], -1)
+    slot = torch.cat([ranking[..., : len(best)], ranking.gather(-1, worst)], -1)
+    return slot, torch.cat([share, noise.expand(worst.shape)], -1)

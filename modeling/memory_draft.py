@@ -62,7 +62,7 @@ def absorb(draft: Draft, h: Tensor, found: Found, first: int, bank: Bank, settin
     was at the block's start.
     """
     known = found.mean > settings.theta_low
-    hit = found.hit & known[..., None]
+    hit = found.hits(bank.valid.shape[1]) & known[..., None]
     merging = hit & (found.mean <= settings.theta_high)[..., None]
     draft = replace(draft, hits=draft.hits + hit.sum(1), decisions=draft.decisions + _decisions(found))
     return _insert(_merge(draft, h, found, merging), draft, h, found.best.masked_fill(known, math.inf), first, bank)
@@ -110,8 +110,9 @@ def _merge(draft: Draft, h: Tensor, found: Found, merging: Tensor) -> Draft:
 
     With several experts a token merges in those blocks alone where it found something similar.
     """
-    experts = found.decision.shape[1]
-    part = (merging[:, None] & (found.decision != KEEP)[..., None]).transpose(2, 3).to(draft.merging.dtype)  # [B, E, M, S]
+    experts = found.decision.shape[-1]
+    fused = (found.decision != KEEP).permute(0, 2, 1)  # [B, E, S]
+    part = (merging.transpose(1, 2)[:, None] & fused[:, :, None]).to(draft.merging.dtype)  # [B, E, M, S]
     count = draft.merging + part.sum(-1)
     weight, old = part / count.clamp_min(1)[..., None], draft.merging / count.clamp_min(1)
     blocks = h.unflatten(-1, (experts, -1)).transpose(1, 2)
@@ -122,7 +123,7 @@ def _merge(draft: Draft, h: Tensor, found: Found, merging: Tensor) -> Draft:
         draft,
         tokens=torch.addcmul(added, kept.to(h.dtype), draft.tokens),
         merging=count,
-        share=old[..., None] * draft.share + torch.matmul(weight, found.weight),
+        share=old[..., None] * draft.share + torch.matmul(weight, found.weights(merging.shape[-1]).transpose(1, 2)),
     )
 
 
