@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .memory_bank import KEEP, MIX, REUSE, Bank, Found, MemorySettings, Rows, find, fuse, norms
+from .memory_bank import KEEP, MIX, REUSE, Bank, Found, MemorySettings, Rows, find, norms
 
 
 @dataclass(frozen=True)
@@ -69,40 +69,43 @@ def absorb(draft: Draft, h: Tensor, found: Found, first: int, bank: Bank, settin
 
 
 def finish(bank: Bank, draft: Draft, block: int, settings: MemorySettings) -> Bank:
-    """The bank after the block: merges first, then the new tokens in the slots they take."""
-    read = find(draft.tokens, bank, settings)  # a new token is fused with what it found in this same bank
-    fused = fuse(draft.tokens, read, bank, settings)
-    new, merged = draft.taken, draft.merging > 0
-    mean = draft.tokens
-    blocks = bank.values.unflatten(-1, (settings.experts, -1)).transpose(1, 2)
-    retrieved = torch.matmul(draft.share.to(mean.dtype), blocks).transpose(1, 2).reshape(mean.shape)
-    fused_mean = torch.lerp(mean, retrieved, settings.fusion_weight)
+    """The bank after the block: merges first, then the new tokens in the slots they take.
 
-    def updated(old: Tensor, average: Tensor, token: Tensor) -> Tensor:
-        size = old.shape[-1] // settings.experts
-        moved = torch.where(_wide_mask(merged, size), torch.lerp(average, old, settings.momentum), old)
-        return torch.where(new[..., None], token, moved)
-
-    keys = updated(bank.keys, mean, draft.tokens)
+    A new token is fused with what it finds in this same bank, as it was when it came.
+    """
+    new, merged = draft.taken[..., None], (draft.merging > 0).transpose(1, 2)  # [B, M, 1], [B, M, E]
+    found = find(draft.tokens, bank, settings)
+    share = torch.where(new[..., None], found.weights(bank.valid.shape[1]), draft.share.transpose(1, 2))
+    retrieved = _per_expert(share.transpose(1, 2).to(bank.values.dtype), bank.values)
+    mixing = (~new | (found.decision != KEEP)).to(bank.norm.dtype)
+    fused = _mix(draft.tokens, retrieved, settings.fusion_weight * mixing)
+    moved = torch.where(new, 1.0, (1 - settings.momentum) * merged.to(bank.norm.dtype))
+    keys = _mix(bank.keys, draft.tokens, moved)
     return Bank(
         keys=keys,
-        values=updated(bank.values, fused_mean, fused),
+        values=_mix(bank.values, fused, moved),
         norm=norms(keys, settings.experts),
-        valid=bank.valid | new,
-        last_used=torch.where(new | (draft.hits > 0), block, bank.last_used),
-        hits=torch.where(new, 0, bank.hits + draft.hits),
+        valid=bank.valid | draft.taken,
+        last_used=torch.where(draft.taken | (draft.hits > 0), block, bank.last_used),
+        hits=torch.where(draft.taken, 0, bank.hits + draft.hits),
     )
+
+
+def _per_expert(weight: Tensor, x: Tensor) -> Tensor:
+    """Sums of x [B, S, D] with weights by expert [B, E, M, S]: [B, M, D]."""
+    blocks = x.unflatten(-1, (weight.shape[1], -1)).transpose(1, 2)
+    return torch.matmul(weight, blocks).transpose(1, 2).flatten(2)
+
+
+def _mix(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
+    """(1 - share) a + share b, exactly a at 0 and b at 1. a, b: [B, M, D]. share: [B, M, E]."""
+    share = share.to(a.dtype)
+    return torch.lerp(a, b, share if share.shape[-1] == 1 else share.repeat_interleave(a.shape[-1] // share.shape[-1], -1))
 
 
 def _decisions(found: Found) -> Tensor:
     """How many expert blocks were kept, mixed and reused, [B, 3]."""
     return torch.stack([(found.decision == state).sum((1, 2)) for state in (KEEP, MIX, REUSE)], -1)
-
-
-def _wide_mask(mask: Tensor, size: int) -> Tensor:
-    """[B, E, M] as [B, M, E * size]; with one expert a view that broadcasts."""
-    mask = mask.transpose(1, 2)
-    return mask if mask.shape[-1] == 1 else mask.repeat_interleave(size, -1)
 
 
 def _merge(draft: Draft, h: Tensor, found: Found, merging: Tensor) -> Draft:
@@ -115,13 +118,12 @@ def _merge(draft: Draft, h: Tensor, found: Found, merging: Tensor) -> Draft:
     part = (merging.transpose(1, 2)[:, None] & fused[:, :, None]).to(draft.merging.dtype)  # [B, E, M, S]
     count = draft.merging + part.sum(-1)
     weight, old = part / count.clamp_min(1)[..., None], draft.merging / count.clamp_min(1)
-    blocks = h.unflatten(-1, (experts, -1)).transpose(1, 2)
-    added = torch.matmul(weight.to(h.dtype), blocks).transpose(1, 2).reshape(draft.tokens.shape)
-    kept = old.transpose(1, 2)
-    kept = kept if experts == 1 else kept.repeat_interleave(blocks.shape[-1], -1)
+    kept = old.transpose(1, 2).to(h.dtype)
+    if experts > 1:
+        kept = kept.repeat_interleave(h.shape[-1] // experts, -1)
     return replace(
         draft,
-        tokens=torch.addcmul(added, kept.to(h.dtype), draft.tokens),
+        tokens=torch.addcmul(_per_expert(weight.to(h.dtype), h), kept, draft.tokens),
         merging=count,
         share=old[..., None] * draft.share + torch.matmul(weight, found.weights(merging.shape[-1]).transpose(1, 2)),
     )
