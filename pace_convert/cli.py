@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import click
 
@@ -42,6 +42,8 @@ def method_options(command: Callable) -> Callable:
     for name, field in reversed(ConvertOptions.model_fields.items()):
         help_text = f"{field.description}" if field.default is False else f"{field.description}  [default: {field.default}]"
         kind: Any = {int: click.INT, float: click.FLOAT, bool: click.BOOL}.get(field.annotation, click.STRING)  # type: ignore[arg-type]
+        if get_origin(field.annotation) is Literal:
+            kind = click.Choice(get_args(field.annotation))
         flag = field.annotation is bool
         command = click.option(option_name(name), name, type=kind, is_flag=flag, default=None, help=help_text)(command)
     return command

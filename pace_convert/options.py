@@ -51,6 +51,9 @@ class ConvertOptions(BaseModel):
     noise_weight: float = Field(0.1, allow_inf_nan=False, description="Weight of the dissimilar slots.")
     momentum: float = Field(0.5, ge=0, le=1, description="Share of the old slot when it merges with new tokens.")
     update_interval: int = Field(1024, ge=1, description="Tokens per block, U; the bank is updated after each block.")
+    granularity: Literal["token", "expert"] = Field(
+        "token", description="Compare and fuse whole activations, or each expert's block of them on its own."
+    )
     no_memory: bool = Field(False, description="Only cluster the weights; keep the original architecture.")
 
     @model_validator(mode="after")

@@ -60,6 +60,11 @@ def make_plan(source: Source, options: ConvertOptions, out: Path) -> Plan:
         raise CallError(
             f"--experts {options.experts} is more than the model's intermediate_size {neurons}", "choose fewer experts"
         )
+    if options.granularity == "expert" and neurons % options.experts:
+        raise CallError(
+            f"--granularity expert needs experts of equal size: {options.experts} does not divide {neurons}",
+            f"choose --experts {_divisor_near(neurons, options.experts)}",
+        )
     for layer in range(layers):
         for tensor in family.ffn:
             _check_tensor(source, tensor, layer, neurons)
@@ -117,6 +122,10 @@ def _check_type(config: dict, key: str, kind: type) -> Any:
             f"config.json: {key} is {value!r}, not a {kind.__name__}", "get an undamaged copy of the model"
         )
     return value
+
+
+def _divisor_near(number: int, wanted: int) -> int:
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - wanted))
 
 
 def _positive(config: dict, key: str) -> int:

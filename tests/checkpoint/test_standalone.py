@@ -9,7 +9,15 @@ import torch
 from helpers import LOAD, convert_folder, load, random_ids, run_alone
 from safetensors import safe_open
 
-SHIPPED = ["memory_bank.py", "memory_blocks.py", "memory_cache.py", "modeling_pace.py", "pace_memory.py"]
+SHIPPED = [
+    "memory_bank.py",
+    "memory_blocks.py",
+    "memory_cache.py",
+    "memory_draft.py",
+    "memory_layer.py",
+    "modeling_pace.py",
+    "pace_memory.py",
+]
 
 
 def test_loads_generates_and_saves_without_the_package(family_pair, tmp_path):

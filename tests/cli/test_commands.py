@@ -74,7 +74,7 @@ def test_options_reach_the_config(make_source, tmp_path):
     values = {
         "experts": 4, "seed": 3, "memory_layers": "0,3", "slots": 9, "theta_high": 0.6, "theta_low": -0.5, "top_k": 3,
         "bottom_k": 0, "fusion_weight": 0.3, "reuse_weight": 0.9, "mix_weight": 0.4, "noise_weight": 0.05, "momentum": 0.7,
-        "update_interval": 77, "exact_restarts": 2,
+        "update_interval": 77, "exact_restarts": 2, "granularity": "expert",
     }  # fmt: skip
     assert set(values) == set(ConvertOptions.model_fields) - {"no_memory"}
     arguments = [part for name, value in values.items() for part in (option_name(name), value)]

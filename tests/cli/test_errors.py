@@ -179,6 +179,11 @@ def test_option_out_of_range(source, tmp_path, option):
     refuse(pace_convert(source, tmp_path / "out", *option), 2, option[0], out=tmp_path / "out")
 
 
+def test_experts_of_unequal_size_cannot_be_compared(source, tmp_path):
+    done = pace_convert(source, tmp_path / "out", "--granularity", "expert", "--experts", 7)
+    refuse(done, 2, "7 does not divide 72", "--experts 6", out=tmp_path / "out")
+
+
 def test_option_of_the_wrong_type(source, tmp_path):
     done = pace_convert(source, tmp_path / "out", "--slots", "many")
     assert done.returncode == 2 and "--slots" in done.stderr and "Traceback" not in done.stderr
