@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-WINDOW, BATCH = 64, 32  # tokens that can be taken back, and that settle together
+WINDOW, BATCH = 48, 48  # tokens that can be taken back, and that settle together
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,10 @@ def absorb(draft: Draft, h: Tensor, found: Found, first: int, bank: Bank, settin
     hit = found.hits(bank.valid.shape[1]) & known[..., None]
     merging = hit & (found.mean <= settings.theta_high)[..., None]
     draft = replace(draft, hits=draft.hits + hit.sum(1), decisions=draft.decisions + _decisions(found))
-    return _insert(_merge(draft, h, found, merging), draft, h, found.best.masked_fill(known, math.inf), first, bank)
+    draft, old, new = _merge(draft, found, merging)
+    draft, old, new = _insert(draft, found.best.masked_fill(known, math.inf), first, bank, old, new)
+    tokens = _per_expert(old.to(h.dtype), draft.tokens) + _per_expert(new.to(h.dtype), h)
+    return replace(draft, tokens=tokens)
 
 
 def finish(bank: Bank, draft: Draft, block: int, settings: MemorySettings) -> Bank:
@@ -108,38 +111,32 @@ def _decisions(found: Found) -> Tensor:
     return torch.stack([(found.decision == state).sum((1, 2)) for state in (KEEP, MIX, REUSE)], -1)
 
 
-def _merge(draft: Draft, h: Tensor, found: Found, merging: Tensor) -> Draft:
+def _merge(draft: Draft, found: Found, merging: Tensor) -> tuple[Draft, Tensor, Tensor]:
     """Take tokens into the means of the slots they merge with. merging: [B, S, M] bool.
 
-    With several experts a token merges in those blocks alone where it found something similar.
+    With several experts a token merges in those blocks alone where it found something similar. Returns the draft
+    but for its tokens, which are sums: of its old ones, weights [B, E, M, M], and of the new, [B, E, M, S].
     """
-    experts = found.decision.shape[-1]
     fused = (found.decision != KEEP).permute(0, 2, 1)  # [B, E, S]
     part = (merging.transpose(1, 2)[:, None] & fused[:, :, None]).to(draft.merging.dtype)  # [B, E, M, S]
     count = draft.merging + part.sum(-1)
-    weight, old = part / count.clamp_min(1)[..., None], draft.merging / count.clamp_min(1)
-    kept = old.transpose(1, 2).to(h.dtype)
-    if experts > 1:
-        kept = kept.repeat_interleave(h.shape[-1] // experts, -1)
-    return replace(
-        draft,
-        tokens=torch.addcmul(_per_expert(weight.to(h.dtype), h), kept, draft.tokens),
-        merging=count,
-        share=old[..., None] * draft.share + torch.matmul(weight, found.weights(merging.shape[-1]).transpose(1, 2)),
-    )
+    old, new = draft.merging / count.clamp_min(1), part / count.clamp_min(1)[..., None]
+    share = old[..., None] * draft.share + torch.matmul(new, found.weights(merging.shape[-1]).transpose(1, 2))
+    return replace(draft, merging=count, share=share), torch.diag_embed(old), new
 
 
-def _insert(merged: Draft, draft: Draft, h: Tensor, novelty: Tensor, first: int, bank: Bank) -> Draft:
+def _insert(draft: Draft, novelty: Tensor, first: int, bank: Bank, old: Tensor, new: Tensor) -> tuple[Draft, Tensor, Tensor]:
     """Give the most novel tokens their places. novelty: [B, S], inf for tokens that are not new.
 
     Both sorts by age and by novelty are stable: among equals the lowest slot number and the earliest token
-    come first.
+    come first. old, new: as `_merge` returns them; here a place that is taken becomes a copy of one token.
     """
     rows, slots = draft.taken.shape
-    number = torch.arange(first, first + h.shape[1], device=h.device).expand(rows, -1)
+    count = novelty.shape[1]
+    number = torch.arange(first, first + count, device=novelty.device).expand(rows, -1)
     by_number = draft.number.masked_fill(~draft.taken, -1).argsort(1)
     novelty = torch.cat([draft.novelty.gather(1, by_number), novelty], 1)
-    source = torch.cat([by_number, slots + torch.arange(h.shape[1], device=h.device).expand(rows, -1)], 1)
+    source = torch.cat([by_number, slots + torch.arange(count, device=novelty.device).expand(rows, -1)], 1)
     number = torch.cat([draft.number.gather(1, by_number), number], 1)
     novelty, chosen = (x[:, :slots] for x in novelty.sort(dim=1, stable=True))
     age = torch.where(bank.valid, bank.last_used, -1).masked_fill(draft.hits > 0, torch.iinfo(torch.int64).max)
@@ -149,18 +146,7 @@ def _insert(merged: Draft, draft: Draft, h: Tensor, novelty: Tensor, first: int,
         return torch.empty_like(values).scatter(1, place, values)
 
     taken, source = put(novelty < math.inf), put(source.gather(1, chosen))
-    before = _rows(draft.tokens, source.clamp_max(slots - 1))
-    now = _rows(h, (source - slots).clamp_min(0))
-    token = torch.where((source < slots)[..., None], before, now)
-    return replace(
-        merged,
-        tokens=torch.where(taken[..., None], token, merged.tokens),
-        taken=taken,
-        novelty=put(novelty),
-        number=put(number.gather(1, chosen)),
-    )
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """x [B, S, D] at index [B, R]: [B, R, D]."""
-    return x[torch.arange(len(x), device=x.device)[:, None], index]
+    copy = old.new_zeros(rows, 1, slots, slots + count).scatter(-1, source[:, None, :, None], 1.0)
+    here = taken[:, None, :, None]
+    old, new = torch.where(here, copy[..., :slots], old), torch.where(here, copy[..., slots:], new)
+    return replace(draft, taken=taken, novelty=put(novelty), number=put(number.gather(1, chosen))), old, new
