@@ -55,6 +55,7 @@ class Steps:
 
 
 @pytest.mark.works("torch.compile of the decode step, fullgraph, static cache")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # inductor's own
 @pytest.mark.parametrize(
     "backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)]
 )  # both trace; inductor also makes the kernels, which takes minutes
