@@ -7,9 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from helpers import FAMILY_CONFIGS, convert_folder
-
-from pace_convert.families import FAMILIES
+from helpers import FAMILY_CONFIGS, convert_folder, family_of
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -34,7 +32,7 @@ def make_source(tmp_path_factory):
 
     def make(family: str, dtype: torch.dtype = torch.float32, shards: bool = False, **overrides) -> Path:
         folder = tmp_path_factory.mktemp(family) / "source"
-        spec = FAMILIES[family]
+        spec = family_of(family)
         config = getattr(transformers, spec.config_class)(**{**FAMILY_CONFIGS[family], **overrides})
         torch.manual_seed(0)
         model = getattr(transformers, spec.causal_lm_class)(config).to(dtype)
@@ -44,7 +42,7 @@ def make_source(tmp_path_factory):
     return make
 
 
-@pytest.fixture(scope="session", params=list(FAMILIES))
+@pytest.fixture(scope="session", params=list(FAMILY_CONFIGS))
 def family_pair(request, make_source, tmp_path_factory) -> tuple[Path, Path]:
     """(source, converted) of each family; a memory that acts within a few tokens."""
     source = make_source(request.param)
