@@ -266,9 +266,12 @@ class PaceMixin:
     config: Any
     _stack_memory: StackMemory
 
-    def _attach_memory(self, stack: nn.Module, projection: str, intermediate_size: int) -> None:
+    def _attach_memory(self, stack: nn.Module, projection: str) -> None:
         pace = getattr(self.config, "pace", None) or {}
         settings = MemorySettings.from_config(pace)
+        intermediate_size = pace.get("intermediate_size", 0)
+        if settings.layers and not intermediate_size:
+            raise ValueError("config.json: pace.intermediate_size is missing; convert the model again")
         absent = [layer for layer in settings.layers if layer >= self.config.num_hidden_layers]
         if absent:
             raise ValueError(f"config.json: pace.memory.layers has {absent[0]}, the model has no such layer")

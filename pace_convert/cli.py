@@ -141,8 +141,11 @@ def families(as_json: bool) -> None:
     """List the supported model families."""
     from .families import FAMILIES
 
-    rows = [{"model_type": spec.model_type, "class": spec.causal_lm_class} for spec in FAMILIES.values()]
-    click.echo(_json(rows) if as_json else "\n".join(f"{row['model_type']:12}{row['class']}" for row in rows))
+    rows = [
+        {"model_type": spec.model_type, "class": spec.causal_lm_class, "ffn": spec.ffn.kind, "models": spec.models}
+        for spec in FAMILIES.values()
+    ]
+    click.echo(_json(rows) if as_json else text.table(rows))
 
 
 @pace.command()

@@ -11,11 +11,13 @@ from .cluster import cluster_neurons
 from .errors import DamagedSourceError
 from .options import ConvertOptions
 from .package import CARD, PERMUTATION, SOURCE_CARD, converted_config, model_card, modeling_files, to_json
-from .permute import canonical_permutation
+from .permute import canonical_permutation, repeat
 from .plan import Plan, check_places, make_plan
 from .progress import Progress
 from .shards import as_float, first_bad_row, raw
 from .source import INDEX, Source
+from .tokenizer import CONFIG as TOKENIZER_CONFIG
+from .tokenizer import named_tokenizer_config
 from .writer import OutputFolder, check_free
 
 
@@ -41,19 +43,21 @@ def convert(source: Source, out: Path, plan: Plan, progress: Progress, overwrite
     source = source.fetch()
     modeling = {} if plan.options.no_memory else modeling_files(plan.family)
     card = model_card(source, plan, out, _source_card(source))
+    tokenizer = None if plan.options.no_memory else named_tokenizer_config(source.folder)
+    texts = {**modeling, CARD: card, **({TOKENIZER_CONFIG: tokenizer} if tokenizer else {})}
     _refuse_non_finite(source, progress)
     layers = _cluster_layers(source, plan, progress)
     check_free(out, overwrite)  # again: clustering may have taken hours
     side_files = {name: SOURCE_CARD if name == CARD else name for name in source.side_files}
-    names = [*source.shards, PERMUTATION, *side_files.values(), *modeling, CARD, INDEX, "config.json"]
+    copies = {name: target for name, target in side_files.items() if target not in texts}
+    names = [*source.shards, PERMUTATION, *copies.values(), *texts, INDEX, "config.json"]
     with OutputFolder(out, names) as folder:
         _write_shards(folder, source, plan, layers, progress)
         folder.permutation(layers)
-        for name, target in side_files.items():
+        for name, target in copies.items():
             folder.copy(source.folder / name, target)
-        for name, text in modeling.items():
+        for name, text in texts.items():
             folder.write(name, text)
-        folder.write(CARD, card)
         folder.index(source.tensors)
         folder.write("config.json", to_json(converted_config(source.config, plan)))
     return Conversion(out, plan, len(source.tensors), source.nbytes)
@@ -70,22 +74,27 @@ def _refuse_non_finite(source: Source, progress: Progress) -> None:
 
 def _cluster_layers(source: Source, plan: Plan, progress: Progress) -> list[tuple[np.ndarray, np.ndarray]]:
     """Per layer the permutation and the expert sizes."""
-    layers = []
+    layers, options = [], plan.options
     with progress.step("grouping neurons", plan.layers, "layer") as bar:
-        for layer in range(plan.layers):
-            name = plan.features(layer)
-            info = source.tensors[name]
-            features = as_float(raw(source.path(name), info), info.dtype).astype(np.float32, copy=False)
-            labels = cluster_neurons(features, plan.options.experts, plan.options.seed, plan.options.exact_restarts)
+        for name in plan.features:
+            labels = cluster_neurons(_features(source, name, plan), options.experts, options.seed, options.exact_restarts)
             layers.append(canonical_permutation(labels))
             bar.update(1)
     return layers
 
 
+def _features(source: Source, name: str, plan: Plan) -> np.ndarray:
+    """One row per neuron, fp32: of a fused tensor the gate's half, of a transposed one the columns."""
+    info = source.tensors[name]
+    bits = raw(source.path(name), info)
+    rows = bits.T if plan.family.ffn.transposed else bits[: plan.intermediate_size]
+    return as_float(np.ascontiguousarray(rows), info.dtype).astype(np.float32, copy=False)
+
+
 def _write_shards(
     folder: OutputFolder, source: Source, plan: Plan, layers: list[tuple[np.ndarray, np.ndarray]], progress: Progress
 ) -> None:
-    permutations = {name: (axis, layers[layer][0]) for name, (layer, axis) in plan.ffn.items()}
+    permutations = {t.name: (t.axis, repeat(layers[t.layer][0], t.parts)) for t in plan.ffn}
     with progress.step("writing weights", source.nbytes, "B") as bar:
         for shard in source.shards:
             tensors = {name: info for name, info in source.tensors.items() if info.shard == shard}

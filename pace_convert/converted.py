@@ -11,6 +11,7 @@ from .errors import CallError, DamagedSourceError
 from .families import FAMILIES, FamilySpec
 from .package import PERMUTATION
 from .permute import is_permutation
+from .plan import count_layers
 from .source import Source, open_folder
 from .writer import UNFINISHED, read_permutation
 
@@ -40,9 +41,9 @@ def open_converted(out: Path) -> Converted:
         if not isinstance(pace.get(part), dict) or not keys <= set(pace[part]):
             raise DamagedSourceError(f"config.json: pace.{part} is incomplete", "convert again")
     layers = read_permutation(out)
-    if len(layers) != files.config.get("num_hidden_layers"):
+    if len(layers) != count_layers(FAMILIES[base], files.config):
         raise DamagedSourceError(f"{PERMUTATION} does not have one permutation per layer", "convert again")
     for layer, (permutation, sizes) in enumerate(layers):
-        if not is_permutation(permutation) or sizes.sum() != len(permutation):
-            raise DamagedSourceError(f"{PERMUTATION}: layer {layer} is not a permutation", "convert again")
+        if not is_permutation(permutation) or not sizes.sum() == len(permutation) == pace.get("intermediate_size"):
+            raise DamagedSourceError(f"{PERMUTATION}: layer {layer} is not a permutation of all neurons", "convert again")
     return Converted(files, pace, FAMILIES[base], layers)

@@ -26,6 +26,11 @@ def invert(permutation: np.ndarray) -> np.ndarray:
     return inverse
 
 
+def repeat(permutation: np.ndarray, parts: int) -> np.ndarray:
+    """The same permutation in each of `parts` sets of neurons that lie one behind the other. [parts * D] int32."""
+    return np.concatenate([permutation + part * len(permutation) for part in range(parts)], dtype=permutation.dtype)
+
+
 def apply(tensor: np.ndarray, axis: int, permutation: np.ndarray) -> np.ndarray:
     """`tensor` with its entries along `axis` in the permutation's order; a new array, the same bits."""
     return np.take(tensor, permutation, axis=axis)

@@ -25,13 +25,10 @@ class Plan:
     layers: int
     intermediate_size: int
     memory_layers: tuple[int, ...]
-    ffn: dict[str, tuple[int, int]]  # tensor name -> (layer, axis of the neurons)
+    features: tuple[str, ...]  # per layer the tensor whose neurons are clustered
+    ffn: tuple[FfnTensor, ...]
     weights_bytes: int
     working_bytes: int
-
-    def features(self, layer: int) -> str:
-        """Name of the tensor whose rows are clustered."""
-        return self.family.features.format(layer)
 
     def as_dict(self) -> dict:
         """For `--dry-run --json`."""
@@ -53,30 +50,31 @@ def make_plan(source: Source, options: ConvertOptions, out: Path) -> Plan:
     config = source.config
     _refuse_quantised(config)
     _check_type(config, "auto_map", dict)
-    family = find_family(config["model_type"], _check_type(config, "architectures", list) or [])
-    layers = _positive(config, "num_hidden_layers")
-    neurons = _positive(config, "intermediate_size")
+    family = find_family(config, _check_type(config, "architectures", list) or [])
+    layers, neurons = count_layers(family, config), _count_neurons(family, config)
     if options.experts > neurons:
         raise CallError(
-            f"--experts {options.experts} is more than the model's intermediate_size {neurons}", "choose fewer experts"
+            f"--experts {options.experts} is more than the model's {neurons} neurons per layer", "choose fewer experts"
         )
     if options.granularity == "expert" and neurons % options.experts:
         raise CallError(
             f"--granularity expert needs experts of equal size: {options.experts} does not divide {neurons}",
             f"choose --experts {_divisor_near(neurons, options.experts)}",
         )
-    for layer in range(layers):
-        for tensor in family.ffn:
-            _check_tensor(source, tensor, layer, neurons)
-    ffn = family.neuron_tensors(layers, source.tensors)
+    ffn = tuple(family.ffn_tensors(layers, source.tensors))
+    for tensor in ffn:
+        _check_tensor(source, tensor, neurons)
+    features = tuple(family.features(layer, source.tensors) for layer in range(layers))
     taken = sorted(set(source.side_files) & set(shipped_names()))
     if taken:
         raise CallError(f"the source has a file named {taken[0]}, which a PaceLLM ships", "remove or rename it")
     memory_layers = () if options.no_memory else resolve_layers(options.memory_layers, layers)
     _check_room(source, out)
-    # The largest gate projection in fp32 twice (rows and their directions), while it is clustered.
-    working = 2 * 4 * max(_elements(source, family.features.format(layer)) for layer in range(layers))
-    return Plan(family, options, layers, neurons, memory_layers, ffn, source.nbytes, working)
+    # One layer's features in fp32 twice (as they are and as directions), while they are clustered; or the
+    # largest tensor that is permuted, twice (before and after).
+    clustered = 2 * 4 * max(_elements(source, name) for name in features) // (1 + family.ffn.fused)
+    permuted = 2 * max(source.tensors[tensor.name].nbytes for tensor in ffn)
+    return Plan(family, options, layers, neurons, memory_layers, features, ffn, source.nbytes, max(clustered, permuted))
 
 
 def resolve_layers(wanted: str | tuple[int, ...], layers: int) -> tuple[int, ...]:
@@ -128,27 +126,40 @@ def _divisor_near(number: int, wanted: int) -> int:
     return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - wanted))
 
 
-def _positive(config: dict, key: str) -> int:
+def count_layers(family: FamilySpec, config: dict) -> int:
+    """Decoder layers, as config.json states them. Raises CallError."""
+    return _positive(config, family.layer_keys)
+
+
+def _count_neurons(family: FamilySpec, config: dict) -> int:
+    if family.width_keys and not any(config.get(key) is not None for key in family.size_keys):
+        return 4 * _positive(config, family.width_keys)
+    return _positive(config, family.size_keys)
+
+
+def _positive(config: dict, keys: tuple[str, ...]) -> int:
+    """The first of these keys that is set."""
+    key = next((key for key in keys if config.get(key) is not None), keys[0])
     value = config.get(key)
     if type(value) is not int or value < 1:
         raise CallError(f"config.json: {key} is {value!r}", "give a checkpoint whose config states it")
     return value
 
 
-def _check_tensor(source: Source, tensor: FfnTensor, layer: int, neurons: int) -> None:
-    name = tensor.name.format(layer)
+def _check_tensor(source: Source, tensor: FfnTensor, neurons: int) -> None:
+    name, expected = tensor.name, neurons * tensor.parts
     info = source.tensors.get(name)
     if info is None:
-        if tensor.optional:
-            return
         raise DamagedSourceError(f"the source lacks the tensor {name}", "check that all its shards are there")
     if info.dtype not in FLOAT_DTYPES:
         raise CallError(
             f"{name} is {info.dtype}, not a float type: the source is quantised", "convert the full-precision model"
         )
-    if len(info.shape) <= tensor.axis or info.shape[tensor.axis] != neurons:
+    dimensions = 1 if name.endswith(".bias") else 2
+    if len(info.shape) != dimensions or info.shape[tensor.axis] != expected:
+        times = f"{tensor.parts} times " if tensor.parts > 1 else ""
         raise DamagedSourceError(
-            f"{name} has shape {list(info.shape)}; axis {tensor.axis} should be intermediate_size {neurons}",
+            f"{name} has shape {list(info.shape)}; axis {tensor.axis} should be {times}the model's {neurons} neurons",
             "config.json and weights do not belong together",
         )
 

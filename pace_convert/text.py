@@ -86,6 +86,13 @@ def verification_text(result: Verification) -> str:
     return "\n".join(lines)
 
 
+def table(rows: list[dict[str, str]]) -> str:
+    """Rows under their keys, in columns."""
+    lines = [dict(zip(rows[0], rows[0])), *rows]
+    widths = {key: max(len(line[key]) for line in lines) for key in rows[0]}
+    return "\n".join("  ".join(line[key].ljust(width) for key, width in widths.items()).rstrip() for line in lines)
+
+
 def size(nbytes: int) -> str:
     """Bytes in the unit a person would use."""
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"

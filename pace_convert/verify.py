@@ -11,10 +11,11 @@ import torch
 from .converted import Converted
 from .errors import CallError
 from .package import modeling_files
-from .permute import apply, invert
+from .permute import apply, invert, repeat
 from .progress import Progress
 from .shards import blocks, raw
 from .source import Source
+from .tokenizer import load_tokenizer
 
 SAMPLE = "The code of Ada is 4711;\n\tit's   written in München, in 東京 and <|here|>. def f(x): return x**2"
 # Reordering the sum over an FFN's neurons moves logits by rounding only; relative to the largest logit.
@@ -62,8 +63,8 @@ def verify(converted: Converted, source: Source, progress: Progress, logits: boo
             f"{source.name} is a {source.config['model_type']}, the conversion's base a {converted.family.model_type}",
             "give the source that was converted",
         )
-    ffn = converted.family.neuron_tensors(len(converted.layers), source.tensors)
-    permutations = {name: (axis, invert(converted.layers[layer][0])) for name, (layer, axis) in ffn.items()}
+    ffn = converted.family.ffn_tensors(len(converted.layers), source.tensors)
+    permutations = {t.name: (t.axis, invert(repeat(converted.layers[t.layer][0], t.parts))) for t in ffn}
     different = _different_tensors(converted.files, source, permutations, progress)
     edited = _edited_files(converted, source)
     result = Verification(
@@ -121,22 +122,14 @@ def _reads(path: Path, content: bytes) -> bool:
 
 def _same_tokens(source: Source, converted: Converted) -> bool | None:
     """transformers chooses a tokenizer class by model_type, and the conversion has a model_type of its own."""
-    if not {"tokenizer.json", "tokenizer.model", "tokenizer_config.json"} & set(source.side_files):
-        return None
     expected = _tokens(source.folder)
     return None if expected is None else _tokens(converted.files.folder) == expected
 
 
 def _tokens(folder: Path) -> list[int] | None:
     """The sample's token ids; None where there is no tokenizer that loads."""
-    from transformers import AutoTokenizer
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()  # it remarks on the model_type of its own, which is on purpose
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(SAMPLE)["input_ids"]
-    except Exception:  # each tokenizer class fails in its own way
-        return None
+    tokenizer = load_tokenizer(folder)
+    return None if tokenizer is None else tokenizer(SAMPLE)["input_ids"]
 
 
 def _with_logits(result: Verification, converted: Converted, source: Source) -> Verification:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from helpers import FAMILY_CONFIGS, convert_folder
-
-from pace_convert.families import FAMILIES
+from helpers import FAMILY_CONFIGS, active_thresholds, convert_folder, family_of
 
 
 @pytest.fixture(scope="session", autouse=True)
 def few_threads():
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -34,7 +33,7 @@ def make_source(tmp_path_factory):
 
     def make(family: str, dtype: torch.dtype = torch.float32, shards: bool = False, **overrides) -> Path:
         folder = tmp_path_factory.mktemp(family) / "source"
-        spec = FAMILIES[family]
+        spec = family_of(family)
         config = getattr(transformers, spec.config_class)(**{**FAMILY_CONFIGS[family], **overrides})
         torch.manual_seed(0)
         model = getattr(transformers, spec.causal_lm_class)(config).to(dtype)
@@ -44,18 +43,25 @@ def make_source(tmp_path_factory):
     return make
 
 
-@pytest.fixture(scope="session", params=list(FAMILIES))
-def family_pair(request, make_source, tmp_path_factory) -> tuple[Path, Path]:
-    """(source, converted) of each family; a memory that acts within a few tokens."""
-    source = make_source(request.param)
-    out = tmp_path_factory.mktemp("out") / "converted"
-    convert_folder(source, out)
-    return source, out
+@pytest.fixture(scope="session")
+def family_pairs(make_source, tmp_path_factory):
+    """family_pairs(row) -> (source, converted); a memory that acts within a few tokens."""
+
+    @functools.cache
+    def pair(row: str) -> tuple[Path, Path]:
+        source = make_source(row)
+        out = tmp_path_factory.mktemp("out") / "converted"
+        convert_folder(source, out, **active_thresholds(row))
+        return source, out
+
+    return pair
+
+
+@pytest.fixture(scope="session", params=list(FAMILY_CONFIGS))
+def family_pair(request, family_pairs) -> tuple[Path, Path]:
+    return family_pairs(request.param)
 
 
 @pytest.fixture(scope="session")
-def qwen2_pair(make_source, tmp_path_factory) -> tuple[Path, Path]:
-    source = make_source("qwen2")
-    out = tmp_path_factory.mktemp("out") / "converted"
-    convert_folder(source, out)
-    return source, out
+def qwen2_pair(family_pairs) -> tuple[Path, Path]:
+    return family_pairs("qwen2")

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pace_convert.convert import convert, prepare
+from pace_convert.families import FAMILIES, FamilySpec
 from pace_convert.options import ConvertOptions
 from pace_convert.progress import Progress
 from pace_convert.source import open_source
@@ -28,14 +29,87 @@ SMALL = {
     "bos_token_id": 1,
     "eos_token_id": None,
 }
+HEAD = {**SMALL, "head_dim": 8}
+# A window that a short text leaves behind, and both kinds of layers.
+WINDOW = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"] * 2}
+GPT = {
+    **{key: SMALL[key] for key in ("vocab_size", "initializer_range", "pad_token_id", "bos_token_id", "eos_token_id")},
+    "n_embd": 32,
+    "n_layer": 4,
+    "n_head": 4,
+    "n_positions": 512,
+}
+BLOOM = {key: value for key, value in SMALL.items() if key not in ("intermediate_size", "num_key_value_heads")}
+# A row is "model_type" or "model_type-variant". No other size may equal intermediate_size or twice that.
 FAMILY_CONFIGS = {
     "qwen2": SMALL,
-    "qwen3": {**SMALL, "head_dim": 8},
+    "qwen3": HEAD,
     "llama": {**SMALL, "mlp_bias": True},
+    "llama-3": {
+        **SMALL,
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
     "mistral": {**SMALL, "sliding_window": None},
+    "mistral-window": {**SMALL, "sliding_window": 7},
+    "ministral": {**HEAD, **WINDOW},
+    "gemma": HEAD,
+    "gemma2": {**HEAD, **WINDOW},
+    "gemma3_text": {**HEAD, **WINDOW},
+    "phi3": SMALL,
+    "glm": HEAD,
+    "glm4": HEAD,
+    "olmo": SMALL,
+    "olmo2": SMALL,
+    "olmo3": {**SMALL, **WINDOW},
+    "gpt_neox": SMALL,
+    "gpt2": GPT,
+    "gpt2-inner": {**GPT, "n_inner": 72},
+    "gptj": {**GPT, "rotary_dim": 4},
+    "bloom": BLOOM,
+    "opt": {**SMALL, "ffn_dim": 72},
+    "opt-350m": {**SMALL, "ffn_dim": 72, "word_embed_proj_dim": 24, "do_layer_norm_before": False, "enable_bias": False},
+    "falcon": BLOOM,
+    "falcon-new": {**BLOOM, "new_decoder_architecture": True, "num_kv_heads": 2, "bias": True, "ffn_hidden_size": 72},
+    "falcon-alibi": {**BLOOM, "alibi": True, "multi_query": False, "parallel_attn": False, "bias": True},
+    "starcoder2": {**SMALL, "sliding_window": 7},
+    "granite": SMALL,
+    "smollm3": SMALL,
+    "cohere": SMALL,
+    "cohere2": {**SMALL, **WINDOW},
+    "phi": SMALL,
+    "stablelm": SMALL,
+    "seed_oss": HEAD,
+    "helium": HEAD,
+    "nemotron": HEAD,
+    "exaone4": {**SMALL, **WINDOW},
+    "apertus": SMALL,
+    "hunyuan_v1_dense": HEAD,
 }
+
+
+def family_of(row: str) -> FamilySpec:
+    return FAMILIES[row.partition("-")[0]]
+
+
 # Blocks of a few tokens and wide thresholds: a memory that reuses, mixes and keeps within a short text.
 ACTIVE = {"experts": 8, "slots": 6, "update_interval": 5, "theta_low": 0.1, "theta_high": 0.3, "top_k": 2, "bottom_k": 1}
+
+
+def active_thresholds(row: str) -> dict:
+    """Without a gate activations lean to one side and are more alike."""
+    if row == "opt-350m":
+        return {"theta_low": 0.85, "theta_high": 0.92}
+    if row == "olmo2" or family_of(row).ffn.kind.startswith("plain"):
+        return {"theta_low": 0.55, "theta_high": 0.75}
+    return {}
 
 
 def convert_folder(source: Path, out: Path, **options) -> None:
@@ -78,21 +152,31 @@ def run_alone(code: str, *args: object, modules: Path) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+# Takes JSON jobs {folder, ids, save_to?}: one process, because starting one takes longer than all its jobs.
 LOAD = """
-import json, torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-folder = sys.argv[1]
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float64).eval()
-ids = torch.tensor(json.loads(sys.argv[2]))
-with torch.no_grad():
-    logits = model(ids).logits
-    tokens = model.generate(ids, max_new_tokens=6, do_sample=False)
+import gc, json, torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, logging
+logging.set_verbosity_error()
+torch.set_num_threads(1)
+done = []
+for job in json.loads(sys.argv[1]):
+    folder, ids = job["folder"], torch.tensor(job["ids"])
+    print(folder, file=sys.stderr)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float64).eval()
     inner = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float64).eval()
-    hidden = inner(ids).last_hidden_state
-    if model.get_output_embeddings() is not None:
-        same = torch.equal(model.get_output_embeddings()(hidden), logits)
-if len(sys.argv) > 3:
-    model.save_pretrained(sys.argv[3])
-print(json.dumps({"sum": logits.sum().item(), "tokens": tokens.tolist(), "same": same, "class": type(model).__name__,
-    "type": AutoConfig.from_pretrained(folder, trust_remote_code=True).model_type, "pace": "pace_convert" in sys.modules}))
+    with torch.no_grad():
+        logits = model(ids).logits
+        tokens = model.generate(ids, max_new_tokens=6, do_sample=False)
+        same = torch.equal(model.base_model(ids).last_hidden_state, inner(ids).last_hidden_state)
+    if "save_to" in job:
+        model.save_pretrained(job["save_to"])
+    done.append({"sum": logits.sum().item(), "tokens": tokens.tolist(), "same": same, "class": type(model).__name__,
+        "type": AutoConfig.from_pretrained(folder, trust_remote_code=True).model_type, "inner": type(inner).__name__})
+print(json.dumps({"pace_convert": "pace_convert" in sys.modules, "done": done}))
 """
+
+
+def load_alone(jobs: list[dict], modules: Path) -> list[dict]:
+    result = run_alone(LOAD, json.dumps(jobs, default=str), modules=modules)
+    assert not result["pace_convert"]
+    return result["done"]

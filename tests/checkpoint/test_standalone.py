@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from helpers import LOAD, convert_folder, load, random_ids, run_alone
+from helpers import FAMILY_CONFIGS, SMALL, convert_folder, family_of, load, load_alone, random_ids, run_alone
 from safetensors import safe_open
 
 SHIPPED = [
@@ -20,20 +20,50 @@ SHIPPED = [
 ]
 
 
-def test_loads_generates_and_saves_without_the_package(family_pair, tmp_path):
-    _, out = family_pair
+def test_loads_generates_and_saves_without_the_package(family_pairs, tmp_path):
+    """All families in two processes: load, generate and save; then load what was saved, from elsewhere."""
     ids = random_ids(1, 40)
-    text = json.dumps(ids.tolist())
-    first = run_alone(LOAD, out, text, tmp_path / "saved", modules=tmp_path / "m1")
+    outs = {row: family_pairs(row)[1] for row in FAMILY_CONFIGS}
+    first = load_alone(
+        [{"folder": out, "ids": ids.tolist(), "save_to": tmp_path / "saved" / row} for row, out in outs.items()],
+        modules=tmp_path / "m1",
+    )
     shutil.move(tmp_path / "saved", tmp_path / "elsewhere")
-    second = run_alone(LOAD, tmp_path / "elsewhere", text, modules=tmp_path / "m2")
-    assert first == second
-    assert first["same"] and not first["pace"] and first["class"].startswith("Pace") and first["type"].startswith("pace_")
-    model = load(out)
+    second = load_alone(
+        [{"folder": tmp_path / "elsewhere" / row, "ids": ids.tolist()} for row in outs], modules=tmp_path / "m2"
+    )
+    for row, a, b in zip(outs, first, second, strict=True):
+        family = family_of(row)
+        assert a == b, row
+        assert a["same"] and a["type"] == f"pace_{family.model_type}", row
+        assert (a["class"], a["inner"]) == (f"Pace{family.causal_lm_class}", f"Pace{family.model_class}")
+
+
+def test_loaded_alone_is_what_is_loaded_here(qwen2_pair, tmp_path):
+    ids = random_ids(1, 40)
+    alone = load_alone([{"folder": qwen2_pair[1], "ids": ids.tolist()}], modules=tmp_path)[0]
+    model = load(qwen2_pair[1])
     with torch.no_grad():
-        assert model(ids).logits.sum().item() == pytest.approx(first["sum"], rel=1e-12)
+        assert model(ids).logits.sum().item() == pytest.approx(alone["sum"], rel=1e-12)
         with model.memory_disabled():
-            assert model(ids).logits.sum().item() != pytest.approx(first["sum"], rel=1e-9)
+            assert model(ids).logits.sum().item() != pytest.approx(alone["sum"], rel=1e-9)
+
+
+def test_config_without_pace_is_the_base_model(qwen2_pair, tmp_path):
+    """As AutoConfig makes one: no `pace`, no memory, no error."""
+    model = load(qwen2_pair[1])
+    plain = type(model)(type(model.config)(**SMALL))
+    assert plain.config.pace is None
+    assert plain(random_ids(1, 8)).logits.shape == (1, 8, 120)
+
+
+def test_config_without_the_intermediate_size(qwen2_pair, tmp_path):
+    shutil.copytree(qwen2_pair[1], tmp_path / "edited")
+    config = json.loads((tmp_path / "edited" / "config.json").read_text())
+    del config["pace"]["intermediate_size"]
+    (tmp_path / "edited" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"pace\.intermediate_size is missing"):
+        load(tmp_path / "edited")
 
 
 def test_forgetting_trust_remote_code_is_an_error(qwen2_pair, tmp_path):
@@ -85,7 +115,11 @@ def test_config_is_the_sources_plus_pace(qwen2_pair):
     }
     assert set(after) - set(before) == {"pace", "auto_map"}
     assert after["model_type"] == "pace_qwen2" and after["architectures"] == ["PaceQwen2ForCausalLM"]
-    assert after["pace"]["memory"]["layers"] == [1, 2] and after["pace"]["memory"]["slots"] == 6
+    assert (
+        after["pace"]["intermediate_size"] == 72
+        and after["pace"]["memory"]["layers"] == [1, 2]
+        and after["pace"]["memory"]["slots"] == 6
+    )
 
 
 def test_no_memory_keeps_the_architecture(make_source, tmp_path):

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import termios
+from pathlib import Path
 
 import pytest
 from test_errors import pace_convert
@@ -64,9 +65,12 @@ def test_inspect_names_what_was_converted(qwen2_pair):
         assert words in text
 
 
-def test_families(qwen2_pair):
+def test_families_and_the_readme_list_the_table():
     text = pace_convert(command=("families",)).stdout
-    assert all(name in text for name in FAMILIES)
+    rows = json.loads(pace_convert("--json", command=("families",)).stdout)
+    assert [row["model_type"] for row in rows] == list(FAMILIES) == sorted(FAMILIES)
+    assert [line.split()[0] for line in text.splitlines()] == ["model_type", *FAMILIES]
+    assert text in (Path(__file__).parents[2] / "README.md").read_text(), "put the output of `pace families` into README.md"
 
 
 def test_options_reach_the_config(make_source, tmp_path):

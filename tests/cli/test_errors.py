@@ -80,6 +80,20 @@ def test_unknown_family_with_did_you_mean(source, tmp_path):
     refuse(pace_convert(source, tmp_path / "out"), 2, "'qwen22' is not supported", "did you mean qwen2?", out=tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "mixtral", "num_local_experts": 8}, ("mixtral is a mixture of experts", "dense model")),
+        ({"model_type": "mistral3", "text_config": {"model_type": "mistral"}}, ("multimodal", "(mistral, which is supported)")),
+        ({"model_type": "t5", "is_encoder_decoder": True}, ("encoder-decoder", "pace families")),
+        ({"model_type": "mamba", "state_size": 16}, ("state-space", "pace families")),
+    ],
+)
+def test_kinds_of_models_that_can_not_be_converted(source, tmp_path, changes, words):
+    edit_config(source, **changes)
+    refuse(pace_convert(source, tmp_path / "out"), 2, *words, out=tmp_path / "out")
+
+
 def test_not_a_causal_language_model(source, tmp_path):
     edit_config(source, architectures=["Qwen2ForSequenceClassification"])
     refuse(pace_convert(source, tmp_path / "out"), 2, "Qwen2ForSequenceClassification, not a causal", out=tmp_path / "out")

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import LOAD, load, run_alone
+from helpers import load, load_alone
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Qwen2ForCausalLM
 
 from pace_convert.convert import convert, prepare
@@ -114,9 +114,9 @@ def test_short_prompt_is_the_base_model(converted):
 
 def test_stands_alone(converted, tmp_path):
     ids = ids_of(prompts(1, 200)[0]).tolist()
-    first = run_alone(LOAD, converted, json.dumps(ids), tmp_path / "saved", modules=tmp_path / "m1")
-    second = run_alone(LOAD, tmp_path / "saved", json.dumps(ids), modules=tmp_path / "m2")
-    assert first == second and first["class"] == "PaceQwen2ForCausalLM" and not first["pace"]
+    first = load_alone([{"folder": converted, "ids": ids, "save_to": tmp_path / "saved"}], modules=tmp_path / "m1")
+    second = load_alone([{"folder": tmp_path / "saved", "ids": ids}], modules=tmp_path / "m2")
+    assert first == second and first[0]["class"] == "PaceQwen2ForCausalLM"
 
 
 def test_bad_options_are_refused_before_any_work(tmp_path):
