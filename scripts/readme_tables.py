@@ -36,7 +36,7 @@ class Recorder:
             marker = item.get_closest_marker("works")
             if marker is not None:
                 parameters = item.callspec.params if hasattr(item, "callspec") else {}
-                family = parameters.get("family_pair", parameters.get("family", ""))
+                family = parameters.get("family_pair", parameters.get("row", ""))
                 self.backed[item.nodeid] = (marker.args[0], family)
                 self.files[marker.args[0]].add(item.nodeid.split("::")[0])
         items[:] = [item for item in items if item.nodeid in self.backed]

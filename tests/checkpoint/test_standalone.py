@@ -20,23 +20,27 @@ SHIPPED = [
 ]
 
 
-def test_loads_generates_and_saves_without_the_package(family_pairs, tmp_path):
+@pytest.fixture(scope="module")
+def loaded_alone(family_pairs, tmp_path_factory):
     """All families in two processes: load, generate and save; then load what was saved, from elsewhere."""
-    ids = random_ids(1, 40)
+    ids, folder = random_ids(1, 40), tmp_path_factory.mktemp("alone")
     outs = {row: family_pairs(row)[1] for row in FAMILY_CONFIGS}
-    first = load_alone(
-        [{"folder": out, "ids": ids.tolist(), "save_to": tmp_path / "saved" / row} for row, out in outs.items()],
-        modules=tmp_path / "m1",
-    )
-    shutil.move(tmp_path / "saved", tmp_path / "elsewhere")
-    second = load_alone(
-        [{"folder": tmp_path / "elsewhere" / row, "ids": ids.tolist()} for row in outs], modules=tmp_path / "m2"
-    )
-    for row, a, b in zip(outs, first, second, strict=True):
-        family = family_of(row)
-        assert a == b, row
-        assert a["same"] and a["type"] == f"pace_{family.model_type}", row
-        assert (a["class"], a["inner"]) == (f"Pace{family.causal_lm_class}", f"Pace{family.model_class}")
+    jobs = [{"folder": out, "ids": ids.tolist(), "save_to": folder / "saved" / row} for row, out in outs.items()]
+    first = load_alone(jobs, modules=folder / "m1")
+    shutil.move(folder / "saved", folder / "elsewhere")
+    jobs = [{"folder": folder / "elsewhere" / row, "ids": ids.tolist()} for row in outs]
+    second = load_alone(jobs, modules=folder / "m2")
+    return dict(zip(outs, zip(first, second, strict=True), strict=True))
+
+
+@pytest.mark.works("loads alone, generates, saves, loads again")
+@pytest.mark.parametrize("row", FAMILY_CONFIGS)
+def test_stands_alone(loaded_alone, row):
+    first, second = loaded_alone[row]
+    family = family_of(row)
+    assert first == second
+    assert first["same"] and first["type"] == f"pace_{family.model_type}"
+    assert (first["class"], first["inner"]) == (f"Pace{family.causal_lm_class}", f"Pace{family.model_class}")
 
 
 def test_loaded_alone_is_what_is_loaded_here(qwen2_pair, tmp_path):

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import ACTIVE, FAMILY_CONFIGS, convert_folder, family_of, load, random_ids
+from helpers import ACTIVE, FAMILY_CONFIGS, active_thresholds, convert_folder, family_of, load, random_ids
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -42,6 +42,7 @@ CASES = [(row, dtype, shards) for row in LAYOUTS for dtype in DTYPES for shards 
 CASES += [(row, torch.bfloat16, True) for row in FAMILY_CONFIGS if row not in LAYOUTS]
 
 
+@pytest.mark.works("convert, verify")
 @pytest.mark.parametrize(("row", "dtype", "shards"), CASES)
 def test_inverse_permutation_gives_the_source(make_source, tmp_path, row, dtype, shards):
     source = make_source(row, dtype=dtype, shards=shards, tie_word_embeddings=shards)
@@ -115,6 +116,7 @@ def test_what_has_neurons_is_permuted_and_nothing_else(family_pair):
     assert {(tensor.name, tensor.axis) for tensor in plan.ffn} == axes
 
 
+@pytest.mark.works("same activations, reordered")
 @torch.no_grad()
 def test_activations_are_the_sources_reordered(family_pair):
     """The FFN's activation h of the converted model, undone, is the source's: up to rounding, in every layer."""
@@ -143,7 +145,7 @@ def test_names_without_the_base_models_prefix(family_pairs, tmp_path, row):
     bare = {name.removeprefix(prefix): tensor for name, tensor in tensors_of(source).items()}
     assert not any(name.startswith(prefix) for name in bare)
     save_file(bare, source / "model.safetensors", metadata={"format": "pt"})
-    convert_folder(source, tmp_path / "out")
+    convert_folder(source, tmp_path / "out", **active_thresholds(row))
     check(source, tmp_path / "out")
     ids = random_ids(1, 40)
     with torch.no_grad():

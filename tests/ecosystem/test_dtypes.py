@@ -19,6 +19,7 @@ def no_memory(qwen2_pair, tmp_path_factory):
     return out
 
 
+@pytest.mark.works("bf16, fp16, fp32; SDPA and eager attention")
 @DTYPES
 @ATTENTIONS
 @torch.no_grad()

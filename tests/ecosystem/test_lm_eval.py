@@ -4,8 +4,8 @@ import pytest
 from ecosystem.support import story
 
 pytest.importorskip("lm_eval")
-from lm_eval.api.instance import Instance  # noqa: E402
-from lm_eval.models.huggingface import HFLM  # noqa: E402
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 
 LENGTHS = (90, 40, 131, 61, 110)
 CONTEXTS = [story(words, seed=words) for words in LENGTHS]
@@ -44,6 +44,7 @@ def test_loglikelihoods(wrap, kind):
     assert all(abs(a - b) > 1e-3 for a, b in zip(plain, _numbers(alone)))
 
 
+@pytest.mark.works("lm-eval (HFLM), any batch size")
 def test_generate_until(wrap):
     alone, together = answers(wrap(1), "generate_until"), answers(wrap(4), "generate_until")
     assert together == alone and all(alone)

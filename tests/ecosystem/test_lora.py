@@ -81,6 +81,7 @@ def test_adapter_loads_again(trained, qwen2_pair, tmp_path):
     assert torch.equal(inside(ids).logits, logits)
 
 
+@pytest.mark.works("PEFT LoRA: train, merge, save, load")
 @torch.no_grad()
 def test_merged_model_is_saved_and_loads_again(qwen2_pair, trained, tmp_path):
     ids = random_ids(2, 40)

@@ -29,6 +29,7 @@ def assert_same(model, expected):
 
 
 # The model has 385 kB in float64, a layer 81 kB: the first memory layer stays and the second goes, both go, all goes.
+@pytest.mark.works('device_map="auto" with disk offload')
 @pytest.mark.parametrize(("budget", "stays"), [(280_000, [1]), (240_000, []), (80_000, [])])
 def test_device_map_auto_with_disk_offload(qwen2_pair, tmp_path, expected, budget, stays):
     model = load(qwen2_pair[1], device_map="auto", max_memory={"cpu": budget}, offload_folder=tmp_path)
@@ -38,6 +39,7 @@ def test_device_map_auto_with_disk_offload(qwen2_pair, tmp_path, expected, budge
     assert_same(model, expected)
 
 
+@pytest.mark.works("CPU offload (accelerate)")
 def test_cpu_offload(qwen2_pair, expected):
     model = accelerate.cpu_offload(load(qwen2_pair[1]), execution_device=torch.device("cpu"))
     assert all(parameter.is_meta for parameter in model.parameters())

@@ -25,6 +25,7 @@ def qwen(qwen2_pair):
     return load(qwen2_pair[1])
 
 
+@pytest.mark.works('pipeline("text-generation")')
 @pytest.mark.parametrize("way", ["object", "path"])
 def test_pipeline_batch_is_one_by_one(reference, reference_out, way):
     model, tokenizer = reference
@@ -58,6 +59,7 @@ def test_text_streamer(reference, streamed, capsys):
     assert capsys.readouterr().out.rstrip("\n") == expected
 
 
+@pytest.mark.works("streamers, stopping criteria, scores, hidden states")
 def test_text_iterator_streamer_in_a_thread(reference, streamed):
     model, tokenizer = reference
     inputs, expected = streamed

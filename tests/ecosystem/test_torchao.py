@@ -7,7 +7,7 @@ from helpers import load, random_ids
 from transformers import TorchAoConfig
 
 pytest.importorskip("torchao")
-from torchao.quantization import Int8WeightOnlyConfig, quantize_  # noqa: E402
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 
 def while_loading(folder):
@@ -28,6 +28,7 @@ def quantised(request, qwen2_pair):
     return model
 
 
+@pytest.mark.works("torchao int8 weight-only")
 @torch.no_grad()
 def test_rows_of_a_batch_are_alone(quantised):
     rows = [random_ids(1, length, seed=length)[0] for length in (40, 23, 31)]

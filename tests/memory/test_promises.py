@@ -15,10 +15,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, DynamicCache
 
+# transformers gives these eager attention alone: its softmax is fp32, and a mask in float64 overflows there to NaN.
+EAGER = ("PaceGemma2ForCausalLM", "PaceGPTJForCausalLM", "PaceBloomForCausalLM")
+
 
 @pytest.fixture(scope="module")
 def pace(family_pair):
-    return load(family_pair[1])
+    """Of each family, in float64 where its attention can do that."""
+    model = load(family_pair[1])
+    return load(family_pair[1], torch.float32) if type(model).__name__ in EAGER else model
+
+
+def close(model, got, expected):
+    """Equal but for the order of sums."""
+    tolerance = 1e-8 if model.dtype == torch.float64 else 1e-3
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +56,7 @@ def in_parts(model, ids, mask, cuts):
     return torch.cat(parts, 1), cache
 
 
+@pytest.mark.works("memory acts")
 def test_memory_acts(pace):
     """Without this the other tests would prove nothing."""
     ids = random_ids(1, 60)
@@ -61,6 +73,7 @@ def test_memory_acts(pace):
         assert sum(memory[decision][0] for memory in layers) > 0, decision
 
 
+@pytest.mark.works("batch, padding, split")
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_batch_padding_and_split_change_nothing(pace, data):
@@ -77,26 +90,27 @@ def test_batch_padding_and_split_change_nothing(pace, data):
     got, _ = in_parts(pace, ids, mask, cuts)
     for i, length in enumerate(lengths):
         alone = logits(pace, random_ids(1, length, seed=i))[0]
-        torch.testing.assert_close(got[i][mask[i].bool()], alone, rtol=1e-8, atol=1e-8)
+        close(pace, got[i][mask[i].bool()], alone)
 
 
 def test_short_prompt_is_the_base_model(family_pair, pace):
-    base = AutoModelForCausalLM.from_pretrained(family_pair[0], dtype=torch.float64).eval()
+    base = AutoModelForCausalLM.from_pretrained(family_pair[0], dtype=pace.dtype).eval()
     ids = random_ids(2, 5)
     with pace.memory_disabled():
         off = logits(pace, ids)
     assert torch.equal(logits(pace, ids), off)
-    torch.testing.assert_close(off, logits(base, ids), rtol=1e-9, atol=1e-9)
+    close(pace, off, logits(base, ids))
 
 
+@pytest.mark.works("off is the base")
 def test_memory_off_is_the_base_model(family_pair, pace):
-    base = AutoModelForCausalLM.from_pretrained(family_pair[0], dtype=torch.float64).eval()
+    base = AutoModelForCausalLM.from_pretrained(family_pair[0], dtype=pace.dtype).eval()
     ids = random_ids(2, 50)
     with pace.memory_disabled():
-        torch.testing.assert_close(logits(pace, ids), logits(base, ids), rtol=1e-9, atol=1e-9)
+        close(pace, logits(pace, ids), logits(base, ids))
     assert pace.memory_enabled
     pace.set_memory_enabled(False)
-    torch.testing.assert_close(logits(pace, ids), logits(base, ids), rtol=1e-9, atol=1e-9)
+    close(pace, logits(pace, ids), logits(base, ids))
     pace.set_memory_enabled(True)
 
 
@@ -104,6 +118,7 @@ def generate_alone(model, ids, **kwargs):
     return model.generate(ids, attention_mask=torch.ones_like(ids), **kwargs)[0, ids.shape[1] :]
 
 
+@pytest.mark.works("generate, padded batch")
 @pytest.mark.parametrize("chunk", [None, 1, 7])
 def test_generate_batch_with_left_padding(pace, chunk):
     prompts = [random_ids(1, n, seed=n)[0] for n in (13, 31, 22)]
@@ -114,6 +129,16 @@ def test_generate_batch_with_left_padding(pace, chunk):
     together = pace.generate(ids, attention_mask=mask, prefill_chunk_size=chunk, **kwargs)[:, 31:]
     for prompt, tokens in zip(prompts, together):
         assert torch.equal(tokens, generate_alone(pace, prompt[None], **kwargs))
+
+
+@pytest.mark.works("static cache")
+def test_static_cache(pace):
+    if getattr(pace.config, "alibi", False):
+        pytest.skip("transformers' Falcon with alibi has no static cache")
+    ids = random_ids(2, 22)
+    kwargs = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    static = pace.generate(ids, cache_implementation="static", disable_compile=True, **kwargs)
+    assert torch.equal(static, pace.generate(ids, **kwargs))
 
 
 def test_sampled_generate_repeats_with_a_seed(qwen):
@@ -138,6 +163,7 @@ def test_new_prompt_has_a_new_memory(qwen):
     assert torch.equal(logits(qwen, second), alone)
 
 
+@pytest.mark.works("a cache that was pickled or deep-copied, on two branches")
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
 def test_copied_cache_continues_on_two_branches(qwen, clone):
     prompt = random_ids(2, 27)
@@ -150,6 +176,7 @@ def test_copied_cache_continues_on_two_branches(qwen, clone):
             torch.testing.assert_close(got, logits(qwen, torch.cat([prompt, end], 1))[:, 27:], rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.works("two caches in turn")
 def test_two_caches_interleaved(qwen):
     texts = [random_ids(1, 32, seed=s) for s in (1, 2)]
     caches = [DynamicCache(config=qwen.config) for _ in texts]
@@ -235,6 +262,7 @@ class TestRefusals:
 class TestTraining:
     """In training mode the memory lasts for one call, and gradients flow through h."""
 
+    @pytest.mark.works("training with labels (the memory lasts for the call)")
     def test_backward(self, qwen2_pair):
         model = load(qwen2_pair[1]).train()
         ids = random_ids(2, 30)
@@ -275,6 +303,7 @@ class TestFound:
     """Each was wrong once."""
 
     @torch.no_grad()
+    @pytest.mark.works("left- and right-padded rows, plain forward calls")
     @pytest.mark.parametrize("side", ["left", "right"])
     def test_full_mask_given_to_every_chunk(self, qwen, side):
         """transformers reads a mask from the first cached column on, however long it is."""
@@ -344,6 +373,7 @@ class TestFound:
         got = qwen(end, past_key_values=cache).logits
         torch.testing.assert_close(got, logits(qwen, torch.cat([ids[:, :11], end], 1))[:, 11:], rtol=1e-8, atol=1e-8)
 
+    @pytest.mark.works("inference_mode, then no_grad, on one cache")
     def test_inference_mode_then_no_grad(self, qwen):
         ids = random_ids(2, 30)
         cache = DynamicCache(config=qwen.config)
