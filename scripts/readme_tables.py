@@ -120,7 +120,7 @@ def main(costs: bool) -> None:
         text = put(text, "costs", costs_table(json.loads(BENCH.read_text())))
     if not costs:
         recorder = Recorder()
-        code = pytest.main(["-q", "--rootdir", str(ROOT), str(ROOT / "tests")], plugins=[recorder])
+        code = pytest.main(["-q", "-m", "slow or not slow", "--rootdir", str(ROOT), str(ROOT / "tests")], plugins=[recorder])
         if not recorder.outcomes or code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
             raise click.ClickException("the tests did not run; the README stays as it is")
         text = put(put(text, "uses", uses_table(recorder)), "families", families_table(recorder))

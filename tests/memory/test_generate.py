@@ -274,6 +274,21 @@ def test_switch_per_call(pace, base, batch):
         assert (on - base(ids).logits).abs().max() > 1e-3
 
 
+@pytest.mark.slow  # quanto compiles its kernels when it is first used
+@pytest.mark.works("quantised KV cache (quanto, 4 bits)")
+def test_quantised_cache(pace):
+    """Its rounding changes the logits, so: the memory counts every token, and off it is the base model's own."""
+    pytest.importorskip("optimum.quanto")
+    model, prompt = copy.deepcopy(pace).float(), random_ids(1, 61, seed=2)
+    quantised = {"cache_implementation": "quantized", "cache_config": {"backend": "quanto", "nbits": 4, "q_group_size": 16}}
+    kwargs = {**quantised, "max_new_tokens": 20, "do_sample": False, "return_dict_in_generate": True}
+    on, off = (model.generate(prompt, memory_enabled=enabled, **kwargs) for enabled in (True, False))
+    summary = model.memory_summary(on.past_key_values)[1]
+    assert summary["blocks"] == [3] and summary["kept"][0] + summary["mixed"][0] + summary["reused"][0] == 80
+    assert summary["reused"][0] > 0 and not torch.equal(on.sequences, off.sequences)
+    assert not model.memory_summary(off.past_key_values)
+
+
 @pytest.mark.works("offloaded cache")
 def test_offloaded_cache(pace, batch):
     if not torch.cuda.is_available():
