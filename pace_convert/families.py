@@ -141,6 +141,7 @@ FAMILIES = {
     spec.model_type: spec
     for spec in (
         FamilySpec("apertus", "Apertus", "Apertus", UP_DOWN),
+        FamilySpec("arcee", "Arcee", "AFM-4.5B", UP_DOWN),
         FamilySpec(
             "bloom", "Bloom", "BLOOM, BLOOMZ", FOUR_H, base="transformer", blocks="h",
             layer_keys=("n_layer", "num_hidden_layers"), size_keys=(), width_keys=("n_embed", "hidden_size"),

@@ -91,6 +91,7 @@ FAMILY_CONFIGS = {
     "nemotron": HEAD,
     "exaone4": {**SMALL, **WINDOW},
     "apertus": SMALL,
+    "arcee": HEAD,
     "hunyuan_v1_dense": HEAD,
 }
 
