@@ -231,6 +231,10 @@ class Clock:
             torch._dynamo.mark_static_address(self.seen)
         self.recent = [(n, None if real is None else real.index_select(0, here)) for n, real in self.recent]
 
+    def alike(self) -> list[tuple[slice, Progress]]:
+        """Runs of adjacent rows that stand alike."""
+        return [(slice(first, stop), self.rows[first]) for first, stop in self._runs(self.rows)]
+
     @property
     def reads(self) -> bool:
         """Whether any row has a block in its bank."""

@@ -185,7 +185,7 @@ class MemoryEntry(_EmptyLayer):
         blocks = [at.finished for at in self.clock.rows]
         summary = {}
         for layer, memory in sorted(self.memories.items()):
-            rows = [memory.tally(row, at) for row, at in enumerate(self.clock.rows)]
+            rows = [row for span, at in self.clock.alike() for row in memory.tally(span, at)]
             summary[layer] = {"blocks": blocks, **{name: [row[name] for row in rows] for name in rows[0]}}
         return summary
 

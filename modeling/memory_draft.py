@@ -61,10 +61,10 @@ def absorb(draft: Draft, h: Tensor, found: Found, first: int, bank: Bank, settin
     h: [B, S, D], numbered from `first` in their row. found: what they find in `bank`, which is the bank as it
     was at the block's start.
     """
-    known = found.mean > settings.theta_low
-    hit = found.hits(bank.valid.shape[1]) & known[..., None]
+    hit, known = _hits(found, bank.valid.shape[1], settings), found.mean > settings.theta_low
     merging = hit & (found.mean <= settings.theta_high)[..., None]
-    draft = replace(draft, hits=draft.hits + hit.sum(1), decisions=draft.decisions + _decisions(found))
+    hits, decisions = counts(found, bank, settings)
+    draft = replace(draft, hits=draft.hits + hits, decisions=draft.decisions + decisions)
     draft, old, new = _merge(draft, found, merging)
     draft, old, new = _insert(draft, found.best.masked_fill(known, math.inf), first, bank, old, new)
     tokens = _per_expert(old.to(h.dtype), draft.tokens) + _per_expert(new.to(h.dtype), h)
@@ -106,9 +106,15 @@ def _mix(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
     return torch.lerp(a, b, share if share.shape[-1] == 1 else share.repeat_interleave(a.shape[-1] // share.shape[-1], -1))
 
 
-def _decisions(found: Found) -> Tensor:
-    """How many expert blocks were kept, mixed and reused, [B, 3]."""
-    return torch.stack([(found.decision == state).sum((1, 2)) for state in (KEEP, MIX, REUSE)], -1)
+def counts(found: Found, bank: Bank, settings: MemorySettings) -> tuple[Tensor, Tensor]:
+    """How many tokens hit each slot, [B, M], and how many expert blocks were kept, mixed and reused, [B, 3]."""
+    decisions = [(found.decision == state).sum((1, 2)) for state in (KEEP, MIX, REUSE)]
+    return _hits(found, bank.valid.shape[1], settings).sum(1), torch.stack(decisions, -1)
+
+
+def _hits(found: Found, slots: int, settings: MemorySettings) -> Tensor:
+    """Which slots a token hits, [B, S, M] bool: its top k, unless it is new."""
+    return found.hits(slots) & (found.mean > settings.theta_low)[..., None]
 
 
 def _merge(draft: Draft, found: Found, merging: Tensor) -> tuple[Draft, Tensor, Tensor]:

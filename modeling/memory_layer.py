@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .memory_bank import Bank, Found, MemorySettings, Rows, find, fuse
 from .memory_blocks import Finish, Progress, Read, Rhythm, Settle, Span
-from .memory_draft import Draft, absorb, finish
+from .memory_draft import Draft, absorb, counts, finish
 
 Tape = list[tuple[slice, slice | Tensor, Bank]]  # which tokens of a call read which bank
 
@@ -50,7 +50,11 @@ class LayerMemory:
 
         place: [B] int64, where in the ring. real: [B] bool; None: all rows have a token. reads: some bank is filled.
         """
-        fused = fuse(h, find(h, self.state.bank, self.settings), self.state.bank, self.settings) if reads else h
+        fused = h
+        if reads:
+            with torch.no_grad():
+                found = find(h, self.state.bank, self.settings)
+            fused = fuse(h, found, self.state.bank, self.settings)
         row, place = torch.arange(len(h), device=h.device), place.to(h.device)
         if real is not None:
             real = real.to(h.device)
@@ -88,12 +92,12 @@ class LayerMemory:
             self.state = walk.state if whole else self.state.put(span.rows, walk.state)
 
     @torch.no_grad()
-    def tally(self, row: int, at: Progress) -> dict:
-        """Slots filled, expert blocks kept, mixed and reused, and hits per slot, of one row. Waits for the device.
+    def tally(self, rows: slice, at: Progress) -> list[dict]:
+        """Slots filled, expert blocks kept, mixed and reused, and hits per slot, of rows that stand alike.
 
-        Settled tokens are counted already; those in the ring are looked up again.
+        Settled tokens are counted already; those in the ring are looked up again. Waits for the device.
         """
-        state = self.state.narrow(slice(row, row + 1))
+        state, ring = self.state.narrow(rows), self.ring[rows]
         boundary = at.finished * self.settings.update_interval
         decisions, hits = state.settled + state.draft.decisions, state.bank.hits
         if at.settled >= boundary:
@@ -101,13 +105,12 @@ class LayerMemory:
         parts = ((at.settled, min(boundary, at.seen), state.before), (max(boundary, at.settled), at.seen, state.bank))
         for first, stop, bank in parts:
             if first < stop:
-                h = self.ring[row : row + 1, torch.arange(first, stop, device=self.ring.device) % self.size]
-                more = absorb(Draft.empty(bank), h, find(h, bank, self.settings), first, bank, self.settings)
-                decisions = decisions + more.decisions
-                hits = hits + more.hits if bank is state.bank else hits
-        kept, mixed, reused = decisions[0].tolist()
-        filled = int(state.bank.valid.sum())
-        return {"filled": filled, "kept": kept, "mixed": mixed, "reused": reused, "hits": hits[0].tolist()}
+                h = ring[:, torch.arange(first, stop, device=ring.device) % self.size]
+                more_hits, more = counts(find(h, bank, self.settings), bank, self.settings)
+                decisions, hits = decisions + more, hits + more_hits if bank is state.bank else hits
+        numbers = zip(state.bank.valid.sum(1).tolist(), decisions.tolist(), hits.tolist())
+        names = ("kept", "mixed", "reused")
+        return [{"filled": filled, **dict(zip(names, made)), "hits": hit} for filled, made, hit in numbers]
 
     def undo(self, rows: slice) -> None:
         """Go back to the bank before the latest block."""
@@ -115,7 +118,8 @@ class LayerMemory:
 
     def settle_undo(self) -> None:
         """No row's latest block can be undone any more: let go of the bank before it."""
-        self.state = replace(self.state, before=self.state.bank)
+        if self.state.before is not self.state.bank:
+            self.state = replace(self.state, before=self.state.bank)
 
     def select(self, index: Tensor) -> None:
         """Keep these rows, in this order, repeats allowed. index: [R] int64."""
@@ -152,7 +156,7 @@ class _Walk:
             self.found = (event.first, find(self.h[self.span.rows, where], bank, self.settings), bank)
         if tape is not None:
             tape.append((self.span.rows, where, bank))
-        write(out, self.h, self.span.rows, where, self.found[1], bank, self.settings)
+        write_fused(out, self.h, self.span.rows, where, self.found[1], bank, self.settings)
 
     @torch.no_grad()
     def settle(self, event: Settle) -> None:
@@ -218,7 +222,7 @@ class _Walk:
         return columns[first:stop]
 
 
-def write(
+def write_fused(
     out: Tensor, h: Tensor, rows: slice, columns: slice | Tensor, found: Found, bank: Bank, settings: MemorySettings
 ) -> None:
     """Put h' of some tokens of h into `out`, both [B, L, D]."""

@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from .memory_bank import MemorySettings, find
 from .memory_cache import Call, MemoryEntry, find_entry, memory_entry, memory_summary
-from .memory_layer import Tape, write
+from .memory_layer import Tape, write_fused
 
 __all__ = ["PaceMixin", "memory_summary"]
 
@@ -91,17 +91,16 @@ class StackMemory:
         tokens = _tokens(inputs)
         if tokens is None:
             return None  # the stack itself says what is wrong
-        self._bind(self.stack)
+        self._bind()
         entry = self._entry(inputs)
         real = _real_columns(inputs, entry.columns, tokens.shape[1])
         entry.announce(tokens.shape[0], tokens.shape[1], real, tokens.device)
         return entry
 
-    def _bind(self, stack: nn.Module) -> None:
+    def _bind(self) -> None:
         """Hook the projections; again where quantisers or adapters have put another module in place."""
         for layer in self.settings.layers:
-            path = self.projection.format(layer)
-            module = stack.get_submodule(path)
+            module = self.stack.get_submodule(self.projection.format(layer))
             if layer in self.bound and self.bound[layer][0] is module:
                 continue
             with _binding:  # threads may make a model's first call together
@@ -188,7 +187,7 @@ def replay(h: Tensor, tape: Tape, settings: MemorySettings) -> Tensor:
     for rows, columns, bank in tape:
         with torch.no_grad():
             found = find(h[rows, columns], bank, settings)
-        write(out, h, rows, columns, found, bank, settings)
+        write_fused(out, h, rows, columns, found, bank, settings)
     return out
 
 

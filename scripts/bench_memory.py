@@ -232,7 +232,7 @@ def _peak() -> int:
 @click.option(
     "--released-code", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A clone of the paper's repository."
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Write the results here, as JSON.")
+@click.option("--out", type=click.Path(path_type=Path), help="Put the results here, as JSON, beside those of other shapes.")
 @click.option("--shape", "shapes", multiple=True, type=click.Choice(list(SHAPES)), default=list(SHAPES), help="Layer shapes.")
 @click.option("--dtype", "dtypes", multiple=True, type=click.Choice(list(DTYPES)), default=list(DTYPES), help="Number formats.")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
@@ -246,7 +246,7 @@ def main(released_code, out, shapes, dtypes, device, lengths, threads, repeats, 
     if peak_of:
         _print_peak(shapes[0], dtypes[0], peak_of, released_code)
         return
-    results = {"machine": _machine(device), "ffn": [], "model": [], "memory": []}
+    results: dict = {"machine": _machine(device), "ffn": [], "model": [], "memory": []}
     for shape in tqdm(shapes, disable=None):
         for dtype in dtypes:
             where = {"shape": shape, "dtype": dtype}
@@ -261,17 +261,24 @@ def main(released_code, out, shapes, dtypes, device, lengths, threads, repeats, 
             peaks = {v: peak_bytes(shape, dtype, v, released_code) for v in variants} if device == "cpu" else {}
             results["memory"].append({**where, **sizes, "peak": peaks})
             print(json.dumps(results["memory"][-1]), file=sys.stderr, flush=True)
-    text = json.dumps(results, indent=1)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text + "\n")
+        results = _beside(json.loads(out.read_text()), results) if out.exists() else results
+        out.write_text(json.dumps(results, indent=1) + "\n")
     else:
-        print(text)
+        print(json.dumps(results, indent=1))
+
+
+def _beside(old: dict, new: dict) -> dict:
+    """Both results; of the same shape and number format the new ones."""
+    made = {(row["shape"], row["dtype"]) for row in new["memory"]}
+    kept = {part: [row for row in old[part] if (row["shape"], row["dtype"]) not in made] for part in ("ffn", "model", "memory")}
+    return {"machine": new["machine"], **{part: kept[part] + new[part] for part in kept}}
 
 
 def _bench_ffn(ffn: Ffn, where: dict, lengths: list[int], repeats: int, results: list) -> None:
     cases: list[tuple[str, Callable[[], dict]]] = [
-        (f"prefill {length}", lambda length=length: prefill(ffn, length, repeats if length < 5000 else max(1, repeats // 3)))  # type: ignore[misc]
+        (f"prefill {length}", lambda length=length: prefill(ffn, length, repeats if length < 10000 else max(1, repeats // 3)))  # type: ignore[misc]
         for length in lengths
     ]
     for rows in (1, 8):

