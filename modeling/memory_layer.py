@@ -64,12 +64,11 @@ class LayerMemory:
 
     def call(self, h: Tensor, spans: list[Span], tape: Tape | None = None) -> Tensor:
         """h' of a call of several columns, [B, L, D]; columns that are not tokens pass through untouched."""
-        reading = [span for span in spans if span.reads(self.settings.update_interval)]
-        if not reading:
+        if not any(span.reads(self.settings.update_interval) for span in spans):
             out = h
-        elif h.requires_grad or len(spans) > 1 or spans[0].length * len(self.ring) < h.shape[0] * h.shape[1]:
+        elif h.requires_grad or sum(len(h[span.rows]) * span.length for span in spans) < h.shape[0] * h.shape[1]:
             out = h.clone()
-        else:
+        else:  # every column of every row will be written
             out = torch.empty_like(h)
         for span in spans:
             self.follow(span, h, out, tape)

@@ -112,8 +112,22 @@ def test_padded_batch_however_split(data):
 
     entry = MemoryEntry(config)
     got = torch.cat([run(entry, batch[:, a:b], torch.as_tensor(real[:, a:b])) for a, b in parts], 1).numpy()
+    assert np.isnan(got[~real]).all()  # padding passes through
     for i, h in enumerate(rows):
         np.testing.assert_allclose(got[i, real[i]], slow(h, config)[0], rtol=1e-9, atol=1e-9)
+
+
+def test_row_of_padding_beside_one_that_reads():
+    """Was left as the memory happened to be: one row's tokens fill the call's columns, the others' are padding."""
+    config = MemorySettings(layers=(0,), slots=4, theta_low=-1.0, update_interval=3)
+    entry = MemoryEntry(config)
+    run(entry, torch.randn(3, 4, D, dtype=torch.float64))
+    h, real = torch.randn(3, 5, D, dtype=torch.float64), torch.zeros(3, 5, dtype=torch.bool)
+    real[1] = True
+    poison = [torch.full((3, 5, D), torch.nan, dtype=torch.float64) for _ in range(50)]
+    del poison  # what an allocation finds
+    got = run(entry, h, real)
+    assert torch.equal(got[[0, 2]], h[[0, 2]]) and not torch.equal(got[1], h[1])
 
 
 def test_every_decision_occurs_in_these_tests():
