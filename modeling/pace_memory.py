@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,41 +18,14 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
-from .memory_bank import MemorySettings, find
+from .memory_bank import MemorySettings
 from .memory_cache import Call, MemoryEntry, find_entry, memory_entry, memory_summary
-from .memory_layer import Tape, write_fused
+from .memory_session import OFF, Replay, Session, current, replay, replay_checkpoints
 
 __all__ = ["PaceMixin", "memory_summary"]
 
 
-@dataclass(frozen=True)
-class Session:
-    """One call of the stack: its memory and what was announced to it; None where the memory is switched off.
-
-    tapes: by layer, what a recomputation needs in order to read what the call has read; None outside training.
-    """
-
-    entry: MemoryEntry | None = None
-    call: Call | None = None
-    tapes: dict[int, Tape] | None = None
-
-
-@dataclass(frozen=True)
-class Replay:
-    """A recomputation of a layer, for gradient checkpointing: it reads as the call did and changes nothing."""
-
-    call: Call
-    tapes: dict[int, Tape]
-
-
-class _Current(threading.local):
-    session: Session | Replay | None = None
-    enabled: bool | None = None  # for this call of the model; None: as the model is set
-
-
-_current = _Current()
 _binding = threading.Lock()
-OFF = Session()
 
 
 @dataclass(eq=False)
@@ -77,7 +50,7 @@ class StackMemory:
     @property
     def acts(self) -> bool:
         """Whether this call uses the memory."""
-        enabled = self.enabled if _current.enabled is None else _current.enabled
+        enabled = self.enabled if current.enabled is None else current.enabled
         return enabled and bool(self.settings.layers)
 
     @torch.compiler.disable(
@@ -116,19 +89,19 @@ class StackMemory:
         if not self.acts:
             if entry is not None:
                 entry.stale = True
-            _current.session = OFF
+            current.session = OFF
             return (), kwargs
         if entry is None or entry.announced is None or not _fits(entry.announced, kwargs):
             entry = self.announce(kwargs)
         if entry is not None:
             training = stack.training and torch.is_grad_enabled()
             if training:
-                _replay_checkpoints(stack, self.settings.layers, self.projection)
-            _current.session = Session(entry, entry.begin(), {} if training else None)
+                replay_checkpoints(stack, self.settings.layers, self.projection)
+            current.session = Session(entry, entry.begin(), {} if training else None)
         return (), kwargs
 
     def _close(self, stack: nn.Module, args: tuple, output: object) -> None:
-        session, _current.session = _current.session, None
+        session, current.session = current.session, None
         if isinstance(session, Session) and session.entry is not None and session.call is not None:
             if output is None:  # the call failed
                 session.entry.fail()
@@ -158,7 +131,7 @@ class _Fuse:
     layer: int
 
     def __call__(self, module: nn.Module, args: tuple) -> tuple | None:
-        session = _current.session
+        session = current.session
         if session is OFF or (session is None and not self.memory.acts):
             return None
         if session is None:
@@ -179,51 +152,6 @@ class _Fuse:
         assert session.entry is not None and session.call is not None
         tape = None if session.tapes is None else session.tapes.setdefault(self.layer, [])
         return session.entry.fuse(self.layer, h, session.call, tape)
-
-
-def replay(h: Tensor, tape: Tape, settings: MemorySettings) -> Tensor:
-    """h' once more, from the banks that were read. h: [B, L, D]."""
-    out = h.clone()
-    for rows, columns, bank in tape:
-        with torch.no_grad():
-            found = find(h[rows, columns], bank, settings)
-        write_fused(out, h, rows, columns, found, bank, settings)
-    return out
-
-
-class _ReplayingCheckpoint:
-    """A layer's checkpointing function, whose second run, in the backward pass, replays the session of the first."""
-
-    def __init__(self, function: Callable) -> None:
-        self.function = function
-
-    def __call__(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
-        session = _current.session
-        if not isinstance(session, Session) or session.call is None or session.tapes is None:
-            return self.function(forward, *args, **kwargs)
-        again = Replay(session.call, session.tapes)
-
-        def run(*inner: Any, **named: Any) -> Any:
-            if _current.session is session:
-                return forward(*inner, **named)
-            before, _current.session = _current.session, again
-            try:
-                return forward(*inner, **named)
-            finally:
-                _current.session = before
-
-        return self.function(run, *args, **kwargs)
-
-
-def _replay_checkpoints(stack: nn.Module, layers: tuple[int, ...], projection: str) -> None:
-    """Let checkpointed layers that have a memory replay their session."""
-    for layer in layers:
-        module = stack
-        for name in projection.format(layer).split("."):
-            module = module.get_submodule(name)
-            function = getattr(module, "_gradient_checkpointing_func", None)
-            if function is not None and not isinstance(function, _ReplayingCheckpoint):
-                module._gradient_checkpointing_func = _ReplayingCheckpoint(function)  # type: ignore[assignment]
 
 
 def _fits(call: Call, kwargs: dict) -> bool:
@@ -337,9 +265,9 @@ class PaceMixin:
 
 def _take_switch(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """`memory_enabled=...` holds for one call of the model."""
-    _current.enabled = kwargs.pop("memory_enabled", None)
+    current.enabled = kwargs.pop("memory_enabled", None)
     return args, kwargs
 
 
 def _drop_switch(model: nn.Module, args: tuple, output: object) -> None:
-    _current.enabled = None
+    current.enabled = None

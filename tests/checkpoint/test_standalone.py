@@ -15,6 +15,7 @@ SHIPPED = [
     "memory_cache.py",
     "memory_draft.py",
     "memory_layer.py",
+    "memory_session.py",
     "modeling_pace.py",
     "pace_memory.py",
 ]
