@@ -239,8 +239,9 @@ def _peak() -> int:
 @click.option("--length", "lengths", multiple=True, type=int, default=[2048, 8192, 32768], help="Prompt lengths.")
 @click.option("--threads", default=0, help="CPU threads; 0: as torch chooses.")
 @click.option("--repeats", default=5, show_default=True)
+@click.option("--no-model", is_flag=True, help="Leave out the whole models, which take minutes.")
 @click.option("--peak-of", hidden=True)
-def main(released_code, out, shapes, dtypes, device, lengths, threads, repeats, peak_of) -> None:
+def main(released_code, out, shapes, dtypes, device, lengths, threads, repeats, no_model, peak_of) -> None:
     if threads:
         torch.set_num_threads(threads)
     if peak_of:
@@ -252,10 +253,11 @@ def main(released_code, out, shapes, dtypes, device, lengths, threads, repeats, 
             where = {"shape": shape, "dtype": dtype}
             with torch.no_grad():
                 _bench_ffn(Ffn(shape, DTYPES[dtype], device, released_code), where, lengths, repeats, results["ffn"])
-                layers = 4 if shape == "Qwen2-7B" else 12
-                model = whole_model(shape, layers, 2048, DTYPES[dtype], device, repeats)
-            results["model"].append({**where, "layers": layers, **model})
-            print(json.dumps(results["model"][-1]), file=sys.stderr, flush=True)
+                if not no_model:
+                    layers = 4 if shape == "Qwen2-7B" else 12
+                    model = whole_model(shape, layers, 2048, DTYPES[dtype], device, repeats)
+                    results["model"].append({**where, "layers": layers, **model})
+                    print(json.dumps(results["model"][-1]), file=sys.stderr, flush=True)
             sizes = state_bytes(shape, DTYPES[dtype])
             variants = ["memory", "released"] if released_code else ["memory"]
             peaks = {v: peak_bytes(shape, dtype, v, released_code) for v in variants} if device == "cpu" else {}
@@ -270,10 +272,13 @@ def main(released_code, out, shapes, dtypes, device, lengths, threads, repeats, 
 
 
 def _beside(old: dict, new: dict) -> dict:
-    """Both results; of the same shape and number format the new ones."""
-    made = {(row["shape"], row["dtype"]) for row in new["memory"]}
-    kept = {part: [row for row in old[part] if (row["shape"], row["dtype"]) not in made] for part in ("ffn", "model", "memory")}
-    return {"machine": new["machine"], **{part: kept[part] + new[part] for part in kept}}
+    """Both results; of the same case the new one."""
+
+    def case(row: dict) -> tuple:
+        return row["shape"], row["dtype"], row.get("case")
+
+    parts = {part: {case(row): row for row in old[part] + new[part]} for part in ("ffn", "model", "memory")}
+    return {"machine": new["machine"], **{part: list(rows.values()) for part, rows in parts.items()}}
 
 
 def _bench_ffn(ffn: Ffn, where: dict, lengths: list[int], repeats: int, results: list) -> None:
