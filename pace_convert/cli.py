@@ -13,7 +13,7 @@ import click
 
 from . import __version__, text
 from .errors import PaceError
-from .options import EXPERT_OPTIONS, ConvertOptions, load_options, option_name
+from .options import EXPERT_OPTIONS, ConvertOptions, RunOptions, load_options, option_name
 from .progress import Progress
 
 GROUPS = {
@@ -38,14 +38,18 @@ class GroupedCommand(click.Command):
 
 
 def method_options(command: Callable) -> Callable:
-    """One click option for each field of ConvertOptions; what is not given stays out of the call."""
-    for name, field in reversed(ConvertOptions.model_fields.items()):
-        help_text = f"{field.description}" if field.default is False else f"{field.description}  [default: {field.default}]"
-        kind: Any = {int: click.INT, float: click.FLOAT, bool: click.BOOL}.get(field.annotation, click.STRING)  # type: ignore[arg-type]
+    """One click option for each field of RunOptions and ConvertOptions; what is not given stays out of the call."""
+    fields = {**RunOptions.model_fields, **ConvertOptions.model_fields}
+    for name, field in reversed(fields.items()):
+        default = field.default not in (False, None)
+        help_text = f"{field.description}  [default: {field.default}]" if default else f"{field.description}"
+        annotation = next((kind for kind in get_args(field.annotation) if kind in (int, str)), field.annotation)
+        kind: Any = {int: click.INT, float: click.FLOAT, bool: click.BOOL}.get(annotation, click.STRING)  # type: ignore[arg-type]
         if get_origin(field.annotation) is Literal:
             kind = click.Choice(get_args(field.annotation))
+        names = ("-j", option_name(name)) if name == "jobs" else (option_name(name),)
         flag = field.annotation is bool
-        command = click.option(option_name(name), name, type=kind, is_flag=flag, default=None, help=help_text)(command)
+        command = click.option(*names, name, type=kind, is_flag=flag, default=None, help=help_text)(command)
     return command
 
 
@@ -94,13 +98,15 @@ def _fail(message: str, hint: str, code: int) -> None:
 @click.option("--config", type=click.Path(path_type=Path), help="YAML file of options; the command line goes first.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier conversion in OUT.")
-@output_options
+@click.option("--resume", is_flag=True, help="Go on where an unfinished conversion into OUT was.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@click.option("--json", "as_json", is_flag=True, help="Print plan, progress and result as JSON, one event a line.")
 @method_options
 @click.version_option(__version__)
 @friendly
 def pace_convert(
     source: str, out: Path, revision: str | None, token: str | None, cache_dir: Path | None, config: Path | None,
-    dry_run: bool, overwrite: bool, as_json: bool, quiet: bool, **given: Any,
+    dry_run: bool, overwrite: bool, resume: bool, as_json: bool, quiet: bool, **given: Any,
 ) -> None:  # fmt: skip
     """Convert SOURCE, a model folder or a Hub id, into a PaceLLM in the folder OUT.
 
@@ -108,21 +114,24 @@ def pace_convert(
     pace-convert Qwen/Qwen2-7B ./out
     pace-convert ./my-llama ./out --experts 128 --memory-layers 10,20
     """
-    options = load_options(config, {name: value for name, value in given.items() if value is not None})
+    options, run = load_options(config, {name: value for name, value in given.items() if value is not None})
     from . import convert as job
+    from .estimate import measure
     from .source import open_source
 
     opened = open_source(source, revision, token, cache_dir)
-    plan = job.prepare(opened, out, options, overwrite)
+    plan = job.prepare(opened, out, options, run, overwrite, resume)
+    estimate = measure(opened, plan, out)
+    progress = Progress(quiet, events=as_json)
+    progress.event("plan", source=source, out=str(out), **plan.as_dict(), **estimate.as_dict())
     if dry_run:
-        click.echo(_json(plan.as_dict()) if as_json else text.plan_text(source, out, plan))
+        if not as_json:
+            click.echo(text.plan_text(source, out, plan, estimate))
         return
-    progress = Progress(quiet)
-    progress.say(text.plan_text(source, out, plan))
-    made = job.convert(opened, out, plan, progress, overwrite)
-    if as_json:
-        click.echo(_json({"out": str(made.out), "tensors": made.tensors, "bytes": made.nbytes, "plan": plan.as_dict()}))
-    else:
+    progress.say(text.plan_text(source, out, plan, estimate))
+    made = job.convert(opened, out, plan, progress, overwrite, resume)
+    progress.event("done", out=str(made.out), tensors=made.tensors, bytes=made.nbytes, changed=made.changed)
+    if not as_json:
         click.echo(text.made_text(made))
 
 

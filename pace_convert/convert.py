@@ -2,105 +2,119 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from .cluster import cluster_neurons
-from .errors import DamagedSourceError
-from .options import ConvertOptions
+from .errors import CallError, DamagedSourceError, PaceError, Stopped
+from .executors import run_tasks
+from .journal import Journal, fingerprint
+from .options import ConvertOptions, RunOptions
 from .package import CARD, PERMUTATION, SOURCE_CARD, converted_config, model_card, modeling_files, to_json
-from .permute import canonical_permutation, repeat
-from .plan import Plan, check_places, make_plan
+from .places import MOVE, check_free, check_places, check_room, is_unfinished, written_before
+from .plan import Plan, make_plan
 from .progress import Progress
-from .shards import as_float, first_bad_row, raw
 from .source import INDEX, Source
+from .tasks import LayerTask, layer_result, make_tasks
 from .tokenizer import CONFIG as TOKENIZER_CONFIG
 from .tokenizer import named_tokenizer_config
-from .writer import OutputFolder, check_free
+from .writer import OutputFolder
+
+RESUME = "run the same command with --resume to go on"
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was made."""
+    """What was made. changed: neurons that the exact method moved to another cluster than the fast one's."""
 
     out: Path
     plan: Plan
     tensors: int
     nbytes: int
+    changed: int | None = None
 
 
-def prepare(source: Source, out: Path, options: ConvertOptions, overwrite: bool = False) -> Plan:
+def prepare(
+    source: Source,
+    out: Path,
+    options: ConvertOptions,
+    run: RunOptions | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+) -> Plan:
     """Check everything that can be checked without reading weights. Changes nothing."""
     check_places(source, out)
-    check_free(out, overwrite)
-    return make_plan(source, options, out)
+    plan = make_plan(source, options, run)
+    if not (resume and is_finished(source, out, plan)):
+        check_free(out, overwrite, resume)
+        check_room(source, out)
+    return plan
 
 
-def convert(source: Source, out: Path, plan: Plan, progress: Progress, overwrite: bool = False) -> Conversion:
-    """Carry out a plan. Raises DamagedSourceError; OUT is then as if nothing had happened."""
+def convert(
+    source: Source, out: Path, plan: Plan, progress: Progress, overwrite: bool = False, resume: bool = False
+) -> Conversion:
+    """Carry out a plan. Raises PaceError; what is done by then is kept for `resume`, unless the source is damaged."""
+    if resume and is_finished(source, out, plan):
+        return Conversion(out, plan, len(source.tensors), source.nbytes)
     source = source.fetch()
+    device = _resolve_device(plan.run.device)
+    with _explained(out), OutputFolder(out, overwrite, resume) as folder:
+        journal = Journal(folder.staging)
+        identity = fingerprint(source, plan.options, device)
+        journal.resume(identity) if is_unfinished(out) else journal.begin(identity)
+        if MOVE not in journal.done:
+            _run_tasks(source, plan, folder, device, journal, progress)
+            files = _write_files(source, plan, folder, journal)
+            journal.add(MOVE, {"files": files, "remove": folder.outdated(files)})
+        folder.move(**journal.done[MOVE])
+    changed = [record["changed"] for record in journal.done.values() if record.get("changed") is not None]
+    return Conversion(out, plan, len(source.tensors), source.nbytes, sum(changed) if changed else None)
+
+
+def is_finished(source: Source, out: Path, plan: Plan) -> bool:
+    """Whether OUT is what this conversion would make, all of it."""
+    config = out / "config.json"
+    if is_unfinished(out) or not config.is_file() or config.read_bytes() != _config_text(source, plan).encode():
+        return False
+    files = written_before(out)
+    return bool(files) and all((out / name).is_file() for name in files)
+
+
+def _run_tasks(source: Source, plan: Plan, folder: OutputFolder, device: str, journal: Journal, progress: Progress) -> None:
+    tasks = make_tasks(source, plan, folder.staging, device)
+    todo = [task for task in tasks if task.name not in journal.done]
+    done = sum(task.nbytes for task in tasks) - sum(task.nbytes for task in todo)
+    layers = sum(isinstance(task, LayerTask) for task in tasks)
+    left = sum(isinstance(task, LayerTask) for task in todo)
+    with progress.conversion(source.nbytes, layers, done, layers - left) as report:
+        for task, record in run_tasks(todo, plan.run, plan.jobs, plan.task_bytes):
+            journal.add(task.name, record)
+            report(task.name, task.nbytes, isinstance(task, LayerTask))
+
+
+def _write_files(source: Source, plan: Plan, folder: OutputFolder, journal: Journal) -> list[str]:
+    """Everything but the shards; returns the names of all files of OUT."""
     modeling = {} if plan.options.no_memory else modeling_files(plan.family)
-    card = model_card(source, plan, out, _source_card(source))
+    card = model_card(source, plan, folder.path, _source_card(source))
     tokenizer = None if plan.options.no_memory else named_tokenizer_config(source.folder)
     texts = {**modeling, CARD: card, **({TOKENIZER_CONFIG: tokenizer} if tokenizer else {})}
-    _refuse_non_finite(source, progress)
-    layers = _cluster_layers(source, plan, progress)
-    check_free(out, overwrite)  # again: clustering may have taken hours
     side_files = {name: SOURCE_CARD if name == CARD else name for name in source.side_files}
     copies = {name: target for name, target in side_files.items() if target not in texts}
-    names = [*source.shards, PERMUTATION, *copies.values(), *texts, INDEX, "config.json"]
-    with OutputFolder(out, names) as folder:
-        _write_shards(folder, source, plan, layers, progress)
-        folder.permutation(layers)
-        for name, target in copies.items():
-            folder.copy(source.folder / name, target)
-        for name, text in texts.items():
-            folder.write(name, text)
-        folder.index(source.tensors)
-        folder.write("config.json", to_json(converted_config(source.config, plan)))
-    return Conversion(out, plan, len(source.tensors), source.nbytes)
+    files = [*source.shards, PERMUTATION, *copies.values(), *texts, INDEX, "config.json"]
+    folder.permutation([layer_result(journal.done[f"layer {layer}"]) for layer in range(plan.layers)], files)
+    for name, target in copies.items():
+        folder.copy(source.folder / name, target)
+    for name, text in {**texts, "config.json": _config_text(source, plan)}.items():
+        folder.write(name, text)
+    folder.index(source.tensors)
+    return files
 
 
-def _refuse_non_finite(source: Source, progress: Progress) -> None:
-    with progress.step("checking weights", source.nbytes, "B") as bar:
-        for name, info in source.tensors.items():
-            row = first_bad_row(source.path(name), info)
-            if row is not None:
-                raise DamagedSourceError(f"{name} has a NaN or an infinity in row {row}", "get an undamaged copy of the model")
-            bar.update(info.nbytes)
-
-
-def _cluster_layers(source: Source, plan: Plan, progress: Progress) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Per layer the permutation and the expert sizes."""
-    layers, options = [], plan.options
-    with progress.step("grouping neurons", plan.layers, "layer") as bar:
-        for name in plan.features:
-            labels = cluster_neurons(_features(source, name, plan), options.experts, options.seed, options.exact_restarts)
-            layers.append(canonical_permutation(labels))
-            bar.update(1)
-    return layers
-
-
-def _features(source: Source, name: str, plan: Plan) -> np.ndarray:
-    """One row per neuron, fp32: of a fused tensor the gate's half, of a transposed one the columns."""
-    info = source.tensors[name]
-    bits = raw(source.path(name), info)
-    rows = bits.T if plan.family.ffn.transposed else bits[: plan.intermediate_size]
-    return as_float(np.ascontiguousarray(rows), info.dtype).astype(np.float32, copy=False)
-
-
-def _write_shards(
-    folder: OutputFolder, source: Source, plan: Plan, layers: list[tuple[np.ndarray, np.ndarray]], progress: Progress
-) -> None:
-    permutations = {t.name: (t.axis, repeat(layers[t.layer][0], t.parts)) for t in plan.ffn}
-    with progress.step("writing weights", source.nbytes, "B") as bar:
-        for shard in source.shards:
-            tensors = {name: info for name, info in source.tensors.items() if info.shard == shard}
-            here = {name: permutations[name] for name in tensors if name in permutations}
-            folder.shard(source.folder / shard, tensors, here)
-            bar.update(sum(info.nbytes for info in tensors.values()))
+def _config_text(source: Source, plan: Plan) -> str:
+    return to_json(converted_config(source.config, plan))
 
 
 def _source_card(source: Source) -> str | None:
@@ -108,3 +122,34 @@ def _source_card(source: Source) -> str | None:
     if CARD not in source.side_files:
         return None
     return (source.folder / CARD).read_text(encoding="utf-8-sig", errors="replace")
+
+
+def _resolve_device(wanted: str) -> str:
+    """Raises CallError for a GPU that is not there."""
+    if wanted == "cpu":
+        return wanted
+    import torch
+
+    count = torch.cuda.device_count()
+    if wanted == "auto":
+        return "cuda" if count else "cpu"
+    if int(wanted.partition(":")[2] or 0) >= count:
+        raise CallError(f"--device {wanted}: this machine has {count or 'no'} CUDA devices", "give --device cpu")
+    return wanted
+
+
+@contextmanager
+def _explained(out: Path) -> Iterator[None]:
+    """Failures in words; those that leave something to resume say so."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise Stopped("stopped", RESUME if is_unfinished(out) else "") from error
+    except (CallError, DamagedSourceError):  # going on would not help
+        raise
+    except PaceError as error:
+        raise PaceError(error.message, f"{error.hint}; {RESUME}") from error
+    except OSError as error:
+        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
+        where = f": {error.filename}" if error.filename else ""
+        raise PaceError(reason + where, RESUME if is_unfinished(out) else "") from error

@@ -11,9 +11,10 @@ from .errors import CallError, DamagedSourceError
 from .families import FAMILIES, FamilySpec
 from .package import PERMUTATION
 from .permute import is_permutation
+from .places import is_unfinished
 from .plan import count_layers
 from .source import Source, open_folder
-from .writer import UNFINISHED, read_permutation
+from .writer import read_permutation
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ def open_converted(out: Path) -> Converted:
     """Raises CallError for a folder that is not a finished conversion, DamagedSourceError for a broken one."""
     if not out.is_dir():
         raise CallError(f"no such folder: {out}", "give the folder that pace-convert wrote")
-    if (out / UNFINISHED).exists():
-        raise CallError(f"{out} holds an unfinished conversion", "run pace-convert again with --overwrite")
+    if is_unfinished(out):
+        raise CallError(f"{out} holds an unfinished conversion", "run the same pace-convert again with --resume")
     files = open_folder(out)
     pace = files.config.get("pace")
     base = pace.get("base_model_type") if isinstance(pace, dict) else None

@@ -22,3 +22,9 @@ class CallError(PaceError):
 
 class DamagedSourceError(PaceError):
     """The source is of the right kind but its files are broken."""
+
+
+class Stopped(PaceError):
+    """The user ended the command (Ctrl-C)."""
+
+    exit_code = 130

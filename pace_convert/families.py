@@ -106,12 +106,11 @@ class FamilySpec:
         """Path of the FFN's output projection below the stack, `{}` standing for the layer."""
         return f"{self.blocks}.{{}}.{self.ffn.output}"
 
-    def features(self, layer: int, names: Container[str]) -> str:
-        """Of the tensors in `names`, the one whose neurons are clustered."""
-        return f"{self._layer(layer, names)}.{self.ffn.inputs[0]}.weight"
-
     def ffn_tensors(self, layers: int, names: Container[str]) -> list[FfnTensor]:
-        """Every tensor with an axis over FFN neurons, named as in `names`; biases where they exist."""
+        """Every tensor with an axis over FFN neurons, named as in `names`; biases where they exist.
+
+        Of each layer's, the first is the one whose neurons are clustered.
+        """
         axis, parts = int(self.ffn.transposed), 1 + self.ffn.fused
         tensors = []
         for layer in range(layers):

@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from .errors import CallError
 
-EXPERT_OPTIONS = ("experts", "exact_restarts", "seed")
+EXPERT_OPTIONS = ("experts", "cluster_method", "exact_restarts", "seed")
 Layer = Annotated[int, Field(ge=0)]
 
 
@@ -35,7 +35,12 @@ class ConvertOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     experts: int = Field(64, ge=1, description="Cortical experts (clusters of FFN neurons) per layer, K.")
-    exact_restarts: int = Field(1, ge=1, description="Restarts of k-means per layer; the released code takes 10.")
+    cluster_method: Literal["fast", "exact"] = Field(
+        "fast", description="Balanced k-means: ours, seconds a layer, or exact (k-means-constrained), started from its result."
+    )
+    exact_restarts: int | None = Field(
+        None, ge=1, description="With exact: this many random starts instead, minutes each; the released code takes 10."
+    )
     seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of the clustering.")
     memory_layers: Annotated[Literal["auto", "none"] | tuple[Layer, ...], BeforeValidator(_parse_layers)] = Field(
         "auto", description="Layers with memory, 0-based: auto, none or a list like 12,26."
@@ -60,7 +65,14 @@ class ConvertOptions(BaseModel):
     def _check(self) -> ConvertOptions:
         if self.theta_low > self.theta_high:
             raise ValueError(f"--theta-low {self.theta_low} is above --theta-high {self.theta_high}")
+        if self.exact_restarts is not None and self.cluster_method != "exact":
+            raise ValueError("--exact-restarts goes with --cluster-method exact")
         return self
+
+    def experts_config(self) -> dict:
+        """The `pace.experts` object of config.json."""
+        restarts = {} if self.exact_restarts is None else {"restarts": self.exact_restarts}
+        return {"count": self.experts, "method": self.cluster_method, "seed": self.seed, **restarts}
 
     def memory_config(self, layers: tuple[int, ...]) -> dict:
         """The `pace.memory` object of config.json, for these resolved layers."""
@@ -68,12 +80,33 @@ class ConvertOptions(BaseModel):
         return {"enabled": bool(layers), "layers": list(layers), **parameters}
 
 
+class RunOptions(BaseModel):
+    """How a conversion is carried out. None of it changes what is made, but for the rounding of another device."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="Where neurons are grouped: auto, cpu, cuda or cuda:N."
+    )
+    jobs: int | None = Field(None, ge=1, description="Processes side by side; by default what cores and memory allow.")
+    executor: Literal["local", "ray"] = Field(
+        "local", description="Processes on this machine, or tasks on a Ray cluster that shares SOURCE's and OUT's file system."
+    )
+    ray_address: str | None = Field(None, description="Address of the Ray cluster; without it Ray starts on this machine.")
+
+    @model_validator(mode="after")
+    def _check(self) -> RunOptions:
+        if self.ray_address is not None and self.executor != "ray":
+            raise ValueError("--ray-address goes with --executor ray")
+        return self
+
+
 def option_name(field: str) -> str:
     """The command line's name of a field."""
     return "--" + field.replace("_", "-")
 
 
-def load_options(config: Path | None, given: dict) -> ConvertOptions:
+def load_options(config: Path | None, given: dict) -> tuple[ConvertOptions, RunOptions]:
     """Options from a YAML file, overridden by those `given`. Raises CallError, naming the option."""
     try:
         values = yaml.safe_load(config.read_text()) if config else {}
@@ -83,8 +116,10 @@ def load_options(config: Path | None, given: dict) -> ConvertOptions:
         ) from error
     if not isinstance(values or {}, dict) or not all(isinstance(name, str) for name in values or {}):
         raise CallError(f"{config} is not a mapping", "give a YAML file of option: value lines")
+    values = {**(values or {}), **given}
+    run = {name: values.pop(name) for name in RunOptions.model_fields if name in values}
     try:
-        return ConvertOptions.model_validate({**(values or {}), **given})
+        return ConvertOptions.model_validate(values), RunOptions.model_validate(run)
     except ValidationError as error:
         first = error.errors()[0]
         where = option_name(str(first["loc"][0])) + ": " if first["loc"] else ""

@@ -51,7 +51,7 @@ def converted_config(source: dict, plan: Plan) -> dict:
         "version": FORMAT_VERSION,
         "base_model_type": family.model_type,
         "intermediate_size": plan.intermediate_size,
-        "experts": {"count": options.experts, "method": "k-means-constrained", "seed": options.seed},
+        "experts": options.experts_config(),
         "memory": options.memory_config(plan.memory_layers),
     }
     if options.no_memory:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from .errors import CallError, DamagedSourceError
+from .estimate import jobs_that_fit, task_bytes
 from .families import FamilySpec, FfnTensor, find_family
-from .options import ConvertOptions
+from .options import ConvertOptions, RunOptions
 from .package import shipped_names
 from .shards import FLOAT_DTYPES
 from .source import Source
@@ -18,17 +16,22 @@ from .source import Source
 
 @dataclass(frozen=True)
 class Plan:
-    """What a conversion will do. Sizes in bytes."""
+    """What a conversion will do. Sizes in bytes.
+
+    task_bytes: memory of one process while it converts a layer; jobs: how many of them work side by side.
+    """
 
     family: FamilySpec
     options: ConvertOptions
+    run: RunOptions
     layers: int
+    hidden_size: int
     intermediate_size: int
     memory_layers: tuple[int, ...]
-    features: tuple[str, ...]  # per layer the tensor whose neurons are clustered
     ffn: tuple[FfnTensor, ...]
     weights_bytes: int
-    working_bytes: int
+    task_bytes: int
+    jobs: int
 
     def as_dict(self) -> dict:
         """For `--dry-run --json`."""
@@ -39,14 +42,17 @@ class Plan:
             "experts": self.options.experts,
             "memory_layers": list(self.memory_layers),
             "tensors_permuted": len(self.ffn),
+            "bytes_to_read": self.weights_bytes,
             "bytes_to_write": self.weights_bytes,
-            "bytes_of_memory": self.working_bytes,
+            "bytes_of_memory": self.task_bytes * self.jobs,
+            "jobs": self.jobs,
             "options": self.options.model_dump(mode="json"),
+            "run": self.run.model_dump(mode="json"),
         }
 
 
-def make_plan(source: Source, options: ConvertOptions, out: Path) -> Plan:
-    """Check source, options and room on the disk. Raises CallError or DamagedSourceError."""
+def make_plan(source: Source, options: ConvertOptions, run: RunOptions | None = None) -> Plan:
+    """Check source and options. Raises CallError or DamagedSourceError."""
     config = source.config
     _refuse_quantised(config)
     _check_type(config, "auto_map", dict)
@@ -64,17 +70,19 @@ def make_plan(source: Source, options: ConvertOptions, out: Path) -> Plan:
     ffn = tuple(family.ffn_tensors(layers, source.tensors))
     for tensor in ffn:
         _check_tensor(source, tensor, neurons)
-    features = tuple(family.features(layer, source.tensors) for layer in range(layers))
     taken = sorted(set(source.side_files) & set(shipped_names()))
     if taken:
         raise CallError(f"the source has a file named {taken[0]}, which a PaceLLM ships", "remove or rename it")
     memory_layers = () if options.no_memory else resolve_layers(options.memory_layers, layers)
-    _check_room(source, out)
-    # One layer's features in fp32 twice (as they are and as directions), while they are clustered; or the
-    # largest tensor that is permuted, twice (before and after).
-    clustered = 2 * 4 * max(_elements(source, name) for name in features) // (1 + family.ffn.fused)
-    permuted = 2 * max(source.tensors[tensor.name].nbytes for tensor in ffn)
-    return Plan(family, options, layers, neurons, memory_layers, features, ffn, source.nbytes, max(clustered, permuted))
+    features = source.tensors[ffn[0].name]
+    ffn_infos = [source.tensors[tensor.name] for tensor in ffn]
+    memory = task_bytes(features, neurons, options.experts, ffn_infos)
+    run = run or RunOptions()
+    jobs = run.jobs or jobs_that_fit(layers, sum(info.nbytes for info in ffn_infos), memory)
+    hidden_size = features.shape[1 - ffn[0].axis]
+    return Plan(
+        family, options, run, layers, hidden_size, neurons, memory_layers, ffn, source.nbytes, memory, jobs,
+    )  # fmt: skip
 
 
 def resolve_layers(wanted: str | tuple[int, ...], layers: int) -> tuple[int, ...]:
@@ -90,17 +98,6 @@ def resolve_layers(wanted: str | tuple[int, ...], layers: int) -> tuple[int, ...
         if layer >= layers:
             raise CallError(f"--memory-layers: the model has no layer {layer}", f"its layers are 0 to {layers - 1}")
     return wanted
-
-
-def check_places(source: Source, out: Path) -> None:
-    """OUT and SOURCE must not lie in each other. Raises CallError."""
-    if source.hub is not None:
-        return
-    here, there = out.resolve(), source.folder.resolve()
-    if here == there or there in here.parents:
-        raise CallError(f"OUT {out} lies inside SOURCE {source.folder}", "choose another folder")
-    if here in there.parents:
-        raise CallError(f"SOURCE {source.folder} lies inside OUT {out}", "choose another folder")
 
 
 def _refuse_quantised(config: dict) -> None:
@@ -161,22 +158,4 @@ def _check_tensor(source: Source, tensor: FfnTensor, neurons: int) -> None:
         raise DamagedSourceError(
             f"{name} has shape {list(info.shape)}; axis {tensor.axis} should be {times}the model's {neurons} neurons",
             "config.json and weights do not belong together",
-        )
-
-
-def _elements(source: Source, name: str) -> int:
-    rows, columns = source.tensors[name].shape
-    return rows * columns
-
-
-def _check_room(source: Source, out: Path) -> None:
-    parent = next(p for p in (out.resolve(), *out.resolve().parents) if p.exists())
-    if not parent.is_dir():
-        raise CallError(f"{parent} is a file", "choose another OUT")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise CallError(f"{parent} can't be written", "choose another OUT")
-    free = shutil.disk_usage(parent).free
-    if free < source.nbytes:
-        raise CallError(
-            f"{out} needs {source.nbytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free", "choose another disk"
         )

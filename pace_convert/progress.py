@@ -1,37 +1,79 @@
-"""Progress on stderr: a bar on a terminal, one line a step elsewhere, nothing when quiet."""
+"""Progress: a bar on a terminal, plain lines elsewhere, both on stderr; events as JSON lines on stdout if asked for."""
 
 from __future__ import annotations
 
+import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from tqdm import tqdm
 
+LINE_SECONDS = 10.0  # between two lines where there is no terminal
+
 
 class Progress:
-    """Shows how far the steps of a job are."""
+    """Shows how far the steps of a job are. quiet: nothing on stderr; events: JSON lines on stdout."""
 
-    def __init__(self, quiet: bool = False) -> None:
+    def __init__(self, quiet: bool = False, events: bool = False) -> None:
         self.quiet = quiet
+        self.events = events
 
     @contextmanager
     def step(self, label: str, total: int, unit: str) -> Iterator[tqdm]:
         """A step of `total` units ("B" for bytes); call `update(n)` on what it yields."""
-        terminal = sys.stderr.isatty()
         started = time.monotonic()
-        bar = tqdm(
-            total=total, desc=label, unit=unit, unit_scale=unit == "B", unit_divisor=1000,
-            file=sys.stderr, disable=self.quiet or not terminal, leave=True,
-        )  # fmt: skip
-        with bar:
+        with self._bar(label, total, unit) as bar:
             yield bar
-        if not terminal:
+        if not sys.stderr.isatty():
             amount = f"{total / 1e6:.1f} MB" if unit == "B" else f"{total} {unit}s"
             self.say(f"{label}: {amount} in {time.monotonic() - started:.1f} s")
+
+    @contextmanager
+    def conversion(self, total: int, layers: int, done: int, layers_done: int) -> Iterator[Callable[[str, int, bool], None]]:
+        """A conversion of `total` bytes in so many layers, of which so much is done already.
+
+        Yields what to call after each task: with its name, its bytes, and whether it was a layer.
+        """
+        started, last, here = time.monotonic(), time.monotonic(), 0
+        with self._bar("converting", total, "B", done) as bar:
+            bar.set_postfix_str(f"layer {layers_done} of {layers}")
+
+            def report(task: str, nbytes: int, is_layer: bool) -> None:
+                nonlocal last, here, layers_done
+                here, layers_done = here + nbytes, layers_done + is_layer
+                bar.set_postfix_str(f"layer {layers_done} of {layers}", refresh=False)
+                bar.update(nbytes)
+                now = time.monotonic()
+                left = (now - started) * (total - done - here) / max(1, here)
+                self.event(
+                    "task", task=task, bytes=nbytes, bytes_done=done + here, bytes_total=total, layers_done=layers_done,
+                    layers_total=layers, seconds=round(now - started, 3), seconds_left=round(left, 3),
+                )  # fmt: skip
+                if not sys.stderr.isatty() and now - last >= LINE_SECONDS:
+                    last = now
+                    self.say(
+                        f"converting: layer {layers_done} of {layers}, {(done + here) / 1e9:.2f} of {total / 1e9:.2f} GB, "
+                        f"about {left:.0f} s left"
+                    )
+
+            yield report
+        if not sys.stderr.isatty():
+            self.say(f"converted {layers} layers, {total / 1e6:.1f} MB in {time.monotonic() - started:.1f} s")
 
     def say(self, text: str) -> None:
         """One line."""
         if not self.quiet:
             print(text, file=sys.stderr)
+
+    def event(self, name: str, **facts: object) -> None:
+        """One JSON line on stdout."""
+        if self.events:
+            print(json.dumps({"event": name, **facts}), flush=True)
+
+    def _bar(self, label: str, total: int, unit: str, done: int = 0) -> tqdm:
+        return tqdm(
+            total=total, desc=label, unit=unit, unit_scale=unit == "B", unit_divisor=1000, initial=done,
+            file=sys.stderr, disable=self.quiet or not sys.stderr.isatty(), leave=True,
+        )  # fmt: skip

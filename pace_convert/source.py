@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_safetensors_metadata, snapshot_download
@@ -45,6 +45,7 @@ class Source:
 
     folder: where the files are; for a Hub source without the weights until `fetch`.
     side_files: every file that is neither weights nor config, relative to the folder.
+    states: size in bytes and time of change in ns of every file that is here, from before it was read.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Source:
     config: dict
     tensors: dict[str, TensorInfo]
     side_files: tuple[str, ...]
+    states: dict[str, tuple[int, int]] = field(default_factory=dict)
     hub: HubAddress | None = None
 
     @property
@@ -81,7 +83,8 @@ class Source:
                 cache_dir=hub.cache_dir,
                 allow_patterns=[*self.side_files, *self.shards, "config.json", INDEX],
             )
-        return replace(self, folder=Path(folder), tensors=_read_tensors(Path(folder)))
+        states = _states(Path(folder), [*self.side_files, *self.shards, "config.json"])
+        return replace(self, folder=Path(folder), tensors=_read_tensors(Path(folder)), states=states)
 
 
 def open_source(name: str, revision: str | None = None, token: str | None = None, cache_dir: Path | None = None) -> Source:
@@ -106,8 +109,9 @@ def open_folder(folder: Path, name: str | None = None) -> Source:
         raise CallError(f"{folder} is not a model folder: it has no config.json", "give the folder of a model, or a Hub id")
     files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
     _refuse_pickled_only(name or str(folder), files)
-    tensors = _read_tensors(folder)
-    return Source(name or str(folder), folder, _read_config(folder), tensors, _side_files(files))
+    side_files = _side_files(files)
+    states = _states(folder, [name for name in files if name in side_files or name.endswith((".safetensors", ".json"))])
+    return Source(name or str(folder), folder, _read_config(folder), _read_tensors(folder), side_files, states)
 
 
 def _open_hub(repo_id: str, revision: str | None, token: str | None, cache_dir: Path | None) -> Source:
@@ -129,7 +133,12 @@ def _open_hub(repo_id: str, revision: str | None, token: str | None, cache_dir: 
         for name, t in header.tensors.items()
     }
     address = HubAddress(repo_id, commit, token, cache_dir)
-    return Source(repo_id, Path(folder), _read_config(Path(folder)), tensors, side_files, address)
+    return Source(repo_id, Path(folder), _read_config(Path(folder)), tensors, side_files, hub=address)
+
+
+def _states(folder: Path, names: list[str]) -> dict[str, tuple[int, int]]:
+    found = {name: (folder / name).stat() for name in names}
+    return {name: (state.st_size, state.st_mtime_ns) for name, state in found.items()}
 
 
 @contextmanager

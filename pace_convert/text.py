@@ -9,22 +9,36 @@ from .options import ConvertOptions
 
 if TYPE_CHECKING:
     from .convert import Conversion
+    from .estimate import Estimate
     from .plan import Plan
     from .verify import Verification
 
 
-def plan_text(source: str, out: Path, plan: Plan) -> str:
+def plan_text(source: str, out: Path, plan: Plan, estimate: Estimate) -> str:
     """A plan in words."""
-    experts = f"{plan.options.experts} of {plan.intermediate_size} neurons a layer"
+    options = plan.options
+    method = options.cluster_method + (f", {options.exact_restarts} starts" if options.exact_restarts else "")
+    processes = "a process" if plan.jobs == 1 else f"each of {plan.jobs} processes"
+    if plan.run.executor == "ray":
+        processes = f"each task on the Ray cluster at {plan.run.ray_address or 'this machine'}"
     lines = [
         f"{source} -> {out}",
         f"  family     {plan.family.causal_lm_class}, {plan.layers} layers",
-        f"  experts    {experts}",
-        f"  memory     {_memory_line(plan.options, plan.memory_layers)}",
-        f"  to write   {size(plan.weights_bytes)}, {len(plan.ffn)} tensors permuted",
-        f"  needs      about {size(plan.working_bytes)} of memory for clustering",
+        f"  experts    {options.experts} of {plan.intermediate_size} neurons a layer ({method})",
+        f"  memory     {_memory_line(options, plan.memory_layers)}",
+        f"  bytes      {size(plan.weights_bytes)} to read and to write, {len(plan.ffn)} tensors permuted",
+        f"  needs      about {size(plan.task_bytes)} of memory in {processes}",
+        f"  time       about {duration(estimate.clustering + estimate.copying)}, by a short measurement: "
+        f"grouping {duration(estimate.clustering)}, copying {duration(estimate.copying)}",
     ]
     return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit a person would use."""
+    if seconds < 100:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _memory_line(options: ConvertOptions, layers: tuple[int, ...]) -> str:
@@ -37,8 +51,12 @@ def _memory_line(options: ConvertOptions, layers: tuple[int, ...]) -> str:
 def made_text(made: Conversion) -> str:
     """What was made, and the snippet that loads it."""
     remote = "" if made.plan.options.no_memory else ", trust_remote_code=True"
+    certificate = ""
+    if made.changed is not None:
+        neurons = made.plan.layers * made.plan.intermediate_size
+        certificate = f"k-means-constrained moved {made.changed} of {neurons} neurons from where the fast method had them. "
     return (
-        f"Made {made.out}: {made.tensors} tensors, {size(made.nbytes)}. Load it with\n\n"
+        f"Made {made.out}: {made.tensors} tensors, {size(made.nbytes)}. {certificate}Load it with\n\n"
         "    from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         f"    model = AutoModelForCausalLM.from_pretrained({str(made.out)!r}{remote})\n"
         f"    tokenizer = AutoTokenizer.from_pretrained({str(made.out)!r}{remote})\n"

@@ -13,7 +13,7 @@ from .errors import CallError
 from .package import modeling_files
 from .permute import apply, invert, repeat
 from .progress import Progress
-from .shards import blocks, raw
+from .shards import read, row_blocks
 from .source import Source
 from .tokenizer import load_tokenizer
 
@@ -99,10 +99,11 @@ def _same_tensor(out: Source, source: Source, name: str, undo: tuple[int, np.nda
     a, b = out.tensors[name], source.tensors[name]
     if (a.dtype, a.shape) != (b.dtype, b.shape) or (undo and len(undo[1]) != a.shape[undo[0]]):
         return False
-    converted, original = raw(out.path(name), a), raw(source.path(name), b)
+    converted, original = out.path(name), source.path(name)
     if undo:
-        return np.array_equal(apply(converted, *undo), original)
-    return all(np.array_equal(x, y) for (_, x), (_, y) in zip(blocks(converted), blocks(original)))
+        return np.array_equal(apply(read(converted, a), *undo), read(original, b))
+    pairs = zip(row_blocks(converted, a), row_blocks(original, b))
+    return all(np.array_equal(x, y) for (_, x), (_, y) in pairs)
 
 
 def _edited_files(converted: Converted, source: Source) -> list[str]:

@@ -1,7 +1,7 @@
-"""The output folder: every file appears whole, config.json last; a failure leaves nothing behind.
+"""The output folder while it is written: nothing in it looks finished before everything is.
 
-A shard is written as a copy of the source's, in which the FFN's tensors are then permuted in place:
-the header, the order and every other tensor stay the source's bytes, and one tensor is in memory.
+All files are made in OUT/.pace-unfinished and moved up at the end, config.json last. What an earlier conversion
+left in OUT stays whole until then.
 """
 
 from __future__ import annotations
@@ -13,50 +13,48 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from .errors import CallError, DamagedSourceError
+from .journal import NAME as JOURNAL
 from .package import PERMUTATION
-from .permute import apply
-from .shards import TensorInfo, raw
+from .places import LOCK, UNFINISHED, check_free, in_use, is_unfinished, written_before
+from .shards import TensorInfo
 from .source import INDEX
-
-UNFINISHED = ".pace-unfinished"
 
 
 class OutputFolder:
-    """OUT while it is written; `files` are the names it will hold.
+    """OUT, held by this process alone. Files are made in `staging`; `move` finishes the folder.
 
-    Until `config.json` stands, the marker UNFINISHED says that the folder is not a model. An earlier
-    conversion in its place waits beside it as OUT.replaced: it goes when the new one is finished and
-    comes back when that fails.
+    A source that turns out to be damaged leaves OUT as it was; after any other failure the journal in `staging`
+    says what is done.
     """
 
-    def __init__(self, path: Path, files: list[str]) -> None:
-        self.path = path
-        self.files = files
+    def __init__(self, path: Path, overwrite: bool, resume: bool) -> None:
+        self.path, self.overwrite, self.resume = path, overwrite, resume
+        self.staging = path / UNFINISHED
         self.existed = path.exists()
-        self.aside = _aside(path) if self.existed and any(path.iterdir()) else None
+        self.lock = FileLock(self.staging / LOCK, timeout=0)
 
     def __enter__(self) -> OutputFolder:
-        if self.aside:
-            self.path.rename(self.aside)
-        self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / UNFINISHED).write_text(json.dumps(self.files))
+        self.staging.mkdir(parents=True, exist_ok=True)
+        try:
+            self.lock.acquire()
+        except Timeout as error:
+            raise in_use(self.path) from error
+        try:
+            check_free(self.path, self.overwrite, self.resume, locked=True)
+        except CallError:
+            self._release(discard=not is_unfinished(self.path))
+            raise
+        if not self.resume or not is_unfinished(self.path):
+            self._empty_staging()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is None:
-            (self.path / UNFINISHED).unlink()
-            if self.aside:
-                shutil.rmtree(self.aside)
-            return
-        _clear(self.path)
-        if self.aside or not self.existed:
-            self.path.rmdir()
-        if self.aside:
-            self.aside.rename(self.path)
+        self._release(discard=error is None or isinstance(error, DamagedSourceError) or not is_unfinished(self.path))
 
     def write(self, name: str, text: str) -> None:
         """A text file."""
@@ -66,40 +64,59 @@ class OutputFolder:
         """A side file of the source, links followed."""
         self._whole(name, lambda path: shutil.copyfile(source, path))
 
-    def shard(self, source: Path, tensors: dict[str, TensorInfo], permutations: dict[str, tuple[int, np.ndarray]]) -> None:
-        """A shard: `source` with these tensors permuted, given as name -> (axis, permutation)."""
-
-        def write(path: Path) -> None:
-            shutil.copyfile(source, path)
-            for name, (axis, permutation) in permutations.items():
-                raw(path, tensors[name], mode="r+")[...] = apply(raw(source, tensors[name]), axis, permutation)
-
-        self._whole(source.name, write)
-
     def index(self, tensors: dict[str, TensorInfo]) -> None:
         """The index, for one shard too: readers that take every *.safetensors then skip the permutation."""
         weight_map = {name: info.shard for name, info in sorted(tensors.items())}
         metadata = {"total_size": sum(info.nbytes for info in tensors.values())}
         self.write(INDEX, json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n")
 
-    def permutation(self, layers: list[tuple[np.ndarray, np.ndarray]]) -> None:
-        """Per layer the permutation [D] and the expert sizes [K], int32."""
+    def permutation(self, layers: list[tuple[np.ndarray, np.ndarray]], files: list[str]) -> None:
+        """Per layer the permutation [D] and the expert sizes [K], int32; and the names of all files of OUT."""
         tensors = {}
         for layer, (permutation, sizes) in enumerate(layers):
             tensors[f"layers.{layer}.permutation"] = permutation
             tensors[f"layers.{layer}.expert_sizes"] = sizes
-        metadata = {"files": json.dumps(self.files)}  # one entry: safetensors writes several in random order
+        metadata = {"files": json.dumps(files)}  # one entry: safetensors writes several in random order
         self._whole(PERMUTATION, lambda path: path.write_bytes(save(tensors, metadata=metadata)))
 
-    def _whole(self, name: str, write: Callable[[Path], object]) -> None:
-        """Write beside, flush to the disk, rename."""
-        target = self.path / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(target.name + ".part")
-        write(part)
-        with part.open("rb+") as file:
+    def outdated(self, files: list[str]) -> list[str]:
+        """Files of an earlier conversion in OUT that these don't replace."""
+        return sorted(written_before(self.path) - set(files))
+
+    def move(self, files: list[str], remove: list[str]) -> None:
+        """Put the files that were made in their place. Interrupted and called again, it goes on."""
+        made = [name for name in files if (self.staging / name).exists()]
+        if "config.json" in made:  # while it is in staging, OUT is not a model
+            for name in ["config.json", *remove]:
+                (self.path / name).unlink(missing_ok=True)
+        for name in sorted(made, key=lambda name: name == "config.json"):
+            (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.staging / name).replace(self.path / name)
+
+    def _whole(self, name: str, make: Callable[[Path], object]) -> None:
+        """Made under its name in staging, and flushed to the disk."""
+        path = self.staging / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        make(path)
+        with path.open("rb+") as file:
             os.fsync(file.fileno())
-        part.replace(target)
+
+    def _empty_staging(self) -> None:
+        (self.staging / JOURNAL).unlink(missing_ok=True)  # first: without it the rest means nothing
+        for entry in self.staging.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            elif entry.name != LOCK:
+                entry.unlink()
+
+    def _release(self, discard: bool) -> None:
+        if discard:
+            self._empty_staging()
+            (self.staging / LOCK).unlink(missing_ok=True)
+            self.staging.rmdir()
+            if not self.existed and not any(self.path.iterdir()):
+                self.path.rmdir()
+        self.lock.release()
 
 
 def read_permutation(folder: Path) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -112,50 +129,3 @@ def read_permutation(folder: Path) -> list[tuple[np.ndarray, np.ndarray]]:
             ]
     except (SafetensorError, OSError) as error:
         raise DamagedSourceError(f"{PERMUTATION} is damaged ({error})", "convert again") from error
-
-
-def check_free(out: Path, overwrite: bool) -> None:
-    """OUT must be absent or empty; with `overwrite` it may be an earlier conversion. Raises CallError."""
-    if out.is_symlink() and not out.exists():
-        raise CallError(f"OUT {out} is a link to nothing", "choose another folder")
-    if out.exists() and not out.is_dir():
-        raise CallError(f"OUT {out} is a file", "choose another folder")
-    if not out.exists() or not any(out.iterdir()):
-        return
-    ours = _written_before(out)
-    if not overwrite:
-        what = "holds an unfinished conversion" if (out / UNFINISHED).exists() else "is not empty"
-        raise CallError(f"OUT {out} {what}", "choose another folder" + (" or give --overwrite" if ours else ""))
-    if ours is None:
-        raise CallError(f"OUT {out} is not empty and not a conversion: it stays as it is", "choose another folder")
-    present = {str(path.relative_to(out)).removesuffix(".part") for path in out.rglob("*") if not path.is_dir()}
-    foreign = sorted(present - set(ours) - {UNFINISHED})
-    if foreign:
-        raise CallError(f"OUT {out} holds {foreign[0]}, which no conversion wrote", "move it away, or choose another folder")
-    if _aside(out).exists():
-        raise CallError(f"{_aside(out)} is left from a conversion that was killed", "move it back or remove it")
-
-
-def _aside(out: Path) -> Path:
-    return out.resolve().with_name(out.resolve().name + ".replaced")
-
-
-def _written_before(out: Path) -> list[str] | None:
-    """The names that an earlier conversion into this folder wrote or meant to write; None if there was none."""
-    try:
-        if (out / UNFINISHED).exists():
-            return json.loads((out / UNFINISHED).read_text())
-        with safe_open(out / PERMUTATION, framework="numpy") as file:
-            return json.loads((file.metadata() or {})["files"])
-    except (SafetensorError, OSError, KeyError, ValueError):
-        return None
-
-
-def _clear(folder: Path) -> None:
-    """Remove everything in a folder that was empty when we began, config.json first."""
-    (folder / "config.json").unlink(missing_ok=True)
-    for entry in list(folder.iterdir()):
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()

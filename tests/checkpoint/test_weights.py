@@ -110,7 +110,7 @@ def test_tensors_of_each_layout(family_pairs, row):
 def test_what_has_neurons_is_permuted_and_nothing_else(family_pair):
     """By size: in the tests' models no other axis is as long as the FFN's (twice that where gate and up are fused)."""
     source = open_source(str(family_pair[0]))
-    plan = make_plan(source, ConvertOptions(**ACTIVE), family_pair[0].parent / "none")
+    plan = make_plan(source, ConvertOptions(**ACTIVE))
     sizes = (plan.intermediate_size, 2 * plan.intermediate_size)
     axes = {(name, axis) for name, info in source.tensors.items() for axis, n in enumerate(info.shape) if n in sizes}
     assert {(tensor.name, tensor.axis) for tensor in plan.ffn} == axes

@@ -1,0 +1,107 @@
+"""Where tasks run: in this process, in several on this machine, or on a Ray cluster.
+
+Tasks are the same everywhere, and so is what they write; only when each is done differs.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
+from typing import Any
+
+from .errors import CallError, PaceError
+from .estimate import core_count
+from .options import RunOptions
+from .tasks import Task
+
+RAY_RETRIES = 3  # of a task whose worker or machine died; Ray's own default, said here because we promise it
+
+
+def run_tasks(tasks: Sequence[Task], run: RunOptions, jobs: int, task_bytes: int) -> Iterator[tuple[Task, dict]]:
+    """Each task with what its `run` returned, as soon as it is done.
+
+    jobs: processes on this machine; task_bytes: memory that one task needs. Raises what a task raises, and
+    PaceError for a worker that died.
+    """
+    if run.executor == "ray":
+        return _on_ray(tasks, run, task_bytes)
+    return _in_processes(tasks, jobs) if jobs > 1 and len(tasks) > 1 else ((task, task.run()) for task in tasks)
+
+
+def _in_processes(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, dict]]:
+    threads = max(1, core_count() // jobs)
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin_worker, (threads,))
+    try:
+        running = {pool.submit(task.run): task for task in tasks}
+        for future in as_completed(running):
+            yield running[future], future.result()
+    except BrokenProcessPool as error:
+        raise PaceError("a worker process died, perhaps for want of memory", "give fewer --jobs") from error
+    except BaseException:
+        for process in multiprocessing.active_children():  # what they were at is done again
+            process.kill()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin_worker(threads: int) -> None:
+    """A worker leaves Ctrl-C to its parent, and ends with it however that ends."""
+    import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(threads)
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        wait([parent.sentinel])  # type: ignore[union-attr]
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _on_ray(tasks: Sequence[Task], run: RunOptions, task_bytes: int) -> Iterator[tuple[Task, dict]]:
+    ray = _connect(run.ray_address)
+    try:
+        gpus = 1 if run.device.startswith("cuda") else 0
+        remote = ray.remote(_run).options(max_retries=RAY_RETRIES, memory=task_bytes, num_gpus=gpus)
+        running = {remote.remote(task): task for task in tasks}
+        while running:
+            for reference in ray.wait(list(running))[0]:
+                yield running.pop(reference), _result(ray, reference)
+    finally:
+        ray.shutdown()
+
+
+def _connect(address: str | None) -> Any:
+    try:
+        import ray
+    except ImportError as error:
+        raise CallError("--executor ray needs Ray", "pip install 'pace-convert[ray]'") from error
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise CallError(f"no Ray cluster at {address or 'this machine'}: {reason}", "check --ray-address") from error
+    return ray
+
+
+def _run(task: Task) -> dict:
+    return task.run()
+
+
+def _result(ray: Any, reference: Any) -> dict:
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:  # holds what the task raised
+        raise error.cause from error
+    except ray.exceptions.RayError as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise PaceError(f"Ray gave up a task after {RAY_RETRIES} retries: {reason}", "see the cluster's logs") from error

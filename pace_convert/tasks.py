@@ -1,0 +1,235 @@
+"""The pieces of a conversion: one layer's FFN, or the rest of one shard. Each can run anywhere, again and again.
+
+A piece reads the source and writes its own bytes of the output's shards, always the same ones: so pieces run in
+any order, side by side or on several machines, and one that was cut off is simply done again. What `run` returns
+is all that has to be remembered of it.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .errors import DamagedSourceError
+from .permute import canonical_permutation, repeat
+from .shards import BLOCK_BYTES, TensorInfo, copy_range, first_bad_row, read, row_blocks, write
+
+if TYPE_CHECKING:
+    import torch
+
+    from .plan import Plan
+    from .source import Source
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of the source, the one to be made from it, and the state in which the conversion first saw it."""
+
+    source: Path
+    target: Path
+    nbytes: int
+    modified: int  # nanoseconds
+
+    def check(self) -> None:
+        """Raises DamagedSourceError if the source's file is not what it was."""
+        try:
+            now = self.source.stat()
+        except FileNotFoundError as error:
+            raise DamagedSourceError(
+                f"{self.source} is not there (any more)", "on several machines, put SOURCE and OUT on a file system they share"
+            ) from error
+        if (now.st_size, now.st_mtime_ns) != (self.nbytes, self.modified):
+            raise DamagedSourceError(f"{self.source.name} changed while it was converted", "convert again when it is at rest")
+
+    def prepare(self) -> None:
+        """Give the target its size; what it holds already stays."""
+        with os.fdopen(os.open(self.target, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+            if file.seek(0, os.SEEK_END) != self.nbytes:
+                file.truncate(self.nbytes)
+
+    def flush(self) -> None:
+        """Wait until what was written is on the disk."""
+        with self.target.open("r+b") as file:
+            os.fsync(file.fileno())
+
+
+@dataclass(frozen=True)
+class Place:
+    """A tensor and the file it lies in; for one that is permuted, the axis over its `parts` sets of neurons."""
+
+    name: str
+    info: TensorInfo
+    shard: Shard
+    axis: int = 0
+    parts: int = 1
+
+
+@dataclass(frozen=True)
+class LayerTask:
+    """Group one layer's neurons and write its FFN in the new order.
+
+    tensors: all that are permuted, the one whose neurons are grouped first.
+    """
+
+    layer: int
+    tensors: tuple[Place, ...]
+    neurons: int
+    transposed: bool
+    experts: int
+    seed: int
+    method: str
+    restarts: int | None
+    device: str
+
+    @property
+    def name(self) -> str:
+        """In the journal."""
+        return f"layer {self.layer}"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it writes."""
+        return sum(place.info.nbytes for place in self.tensors)
+
+    def run(self) -> dict:
+        """Returns what `layer_result` reads. Raises DamagedSourceError, OSError."""
+        from .cluster import cluster_neurons
+
+        shards = {place.shard for place in self.tensors}
+        for shard in shards:
+            shard.check()
+            shard.prepare()
+        clustering = cluster_neurons(self._features(), self.experts, self.seed, self.method, self.restarts)  # type: ignore[arg-type]
+        permutation, sizes = canonical_permutation(clustering.labels)
+        for place in self.tensors:
+            for first, bits in _permuted(place, repeat(permutation, place.parts)):
+                write(place.shard.target, place.info, first, bits)
+        for shard in shards:
+            shard.flush()
+            shard.check()
+        return {"permutation": _pack(permutation), "sizes": _pack(sizes), "changed": clustering.changed}
+
+    def _features(self) -> torch.Tensor:
+        """One row per neuron [D, H]: of a fused tensor the gate's half, of a transposed one the columns."""
+        import torch
+
+        place = self.tensors[0]
+        bits = read(place.shard.source, place.info)
+        _refuse_non_finite(place, 0, bits)
+        dtype = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[place.info.dtype]
+        rows = torch.from_numpy(bits.view(f"i{bits.itemsize}")).view(dtype)
+        return (rows.T if self.transposed else rows[: self.neurons]).to(self.device)
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """Copy what no layer's FFN holds: the header, other tensors and the gaps between them."""
+
+    shard: Shard
+    tensors: tuple[Place, ...]
+    ranges: tuple[tuple[int, int], ...]
+
+    @property
+    def name(self) -> str:
+        """In the journal."""
+        return f"rest of {self.shard.target.name}"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it writes."""
+        return sum(place.info.nbytes for place in self.tensors)
+
+    def run(self) -> dict:
+        """Returns nothing to remember. Raises DamagedSourceError, OSError."""
+        self.shard.check()
+        self.shard.prepare()
+        for place in self.tensors:
+            for first, bits in row_blocks(self.shard.source, place.info):
+                _refuse_non_finite(place, first, bits)
+        for start, stop in self.ranges:
+            copy_range(self.shard.source, self.shard.target, start, stop)
+        self.shard.flush()
+        self.shard.check()
+        return {}
+
+
+Task = LayerTask | ShardTask
+
+
+def make_tasks(source: Source, plan: Plan, out: Path, device: str) -> list[Task]:
+    """All of a conversion into the folder `out`, shard by shard."""
+    folder = source.folder.resolve()
+    shards = {name: Shard(folder / name, out / name, *source.states[name]) for name in source.shards}
+    tasks: list[Task] = []
+    places: dict[int, list[Place]] = {}
+    for tensor in plan.ffn:
+        info = source.tensors[tensor.name]
+        places.setdefault(tensor.layer, []).append(Place(tensor.name, info, shards[info.shard], tensor.axis, tensor.parts))
+    permuted = {tensor.name for tensor in plan.ffn}
+    for name, shard in shards.items():
+        here = {n: info for n, info in source.tensors.items() if info.shard == name}
+        others = tuple(Place(n, info, shard) for n, info in here.items() if n not in permuted)
+        taken = [(info.offset, info.offset + info.nbytes) for n, info in here.items() if n in permuted]
+        tasks.append(ShardTask(shard, others, tuple(_gaps(taken, shard.nbytes))))
+        tasks += [_layer_task(layer, places[layer], plan, device) for layer in places if places[layer][0].shard is shard]
+    return tasks
+
+
+def layer_result(record: dict) -> tuple[np.ndarray, np.ndarray]:
+    """The permutation [D] and the expert sizes [K], int32, of what a LayerTask returned."""
+    return _unpack(record["permutation"]), _unpack(record["sizes"])
+
+
+def _layer_task(layer: int, places: list[Place], plan: Plan, device: str) -> LayerTask:
+    options = plan.options
+    return LayerTask(
+        layer, tuple(places), plan.intermediate_size, plan.family.ffn.transposed,
+        options.experts, options.seed, options.cluster_method, options.exact_restarts, device,
+    )  # fmt: skip
+
+
+def _gaps(taken: list[tuple[int, int]], end: int) -> Iterator[tuple[int, int]]:
+    """What of the bytes 0 to `end` no range takes."""
+    at = 0
+    for start, stop in sorted(taken):
+        if at < start:
+            yield at, start
+        at = max(at, stop)
+    if at < end:
+        yield at, end
+
+
+def _permuted(place: Place, permutation: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """(first row, rows) of the tensor in its new order, in pieces of about 32 MB."""
+    if place.axis:
+        for first, bits in row_blocks(place.shard.source, place.info):
+            _refuse_non_finite(place, first, bits)
+            yield first, np.take(bits, permutation, axis=1, mode="clip")
+        return
+    bits = read(place.shard.source, place.info)
+    _refuse_non_finite(place, 0, bits)
+    step = max(1, BLOCK_BYTES * len(bits) // max(1, bits.nbytes))
+    for first in range(0, len(bits), step):
+        yield first, np.take(bits, permutation[first : first + step], axis=0, mode="clip")
+
+
+def _refuse_non_finite(place: Place, first: int, bits: np.ndarray) -> None:
+    row = first_bad_row(bits, place.info.dtype)
+    if row is not None:
+        raise DamagedSourceError(
+            f"{place.name} has a NaN or an infinity in row {first + row}", "get an undamaged copy of the model"
+        )
+
+
+def _pack(numbers: np.ndarray) -> str:
+    return base64.b64encode(numbers.astype("<i4").tobytes()).decode()
+
+
+def _unpack(text: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), dtype="<i4").astype(np.int32)
