@@ -121,14 +121,15 @@ def pace_convert(
 
     opened = open_source(source, revision, token, cache_dir)
     plan = job.prepare(opened, out, options, run, overwrite, resume)
-    estimate = measure(opened, plan, out)
     progress = Progress(quiet, events=as_json)
+    estimate = measure(opened, plan, out)
     progress.event("plan", source=source, out=str(out), **plan.as_dict(), **estimate.as_dict())
+    words = text.plan_text(source, out, plan, estimate)
     if dry_run:
         if not as_json:
-            click.echo(text.plan_text(source, out, plan, estimate))
+            click.echo(words)
         return
-    progress.say(text.plan_text(source, out, plan, estimate))
+    progress.say(words)
     made = job.convert(opened, out, plan, progress, overwrite, resume)
     progress.event("done", out=str(made.out), tensors=made.tensors, bytes=made.nbytes, changed=made.changed)
     if not as_json:

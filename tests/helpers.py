@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -123,6 +124,12 @@ def convert_folder(source: Path, out: Path, **options) -> None:
 def load(folder: Path, dtype: torch.dtype = torch.float64, **kwargs):
     """A model in float64, where no rounding can flip a threshold."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=True, **kwargs).eval()
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """File name -> SHA-256, of every file below the folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def random_ids(rows: int, length: int, seed: int = 0, vocabulary: int = 120) -> torch.Tensor:

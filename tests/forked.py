@@ -1,0 +1,51 @@
+"""The command in processes forked from one that has imported everything: they start at once and can be killed."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(
+    ["forked", "torch", "pace_convert.convert", "pace_convert.cluster", "transformers.models.auto.tokenization_auto"]
+)
+
+
+def start(arguments: list[object], stderr: Path, kill_at: int | None = None) -> ForkServerProcess:
+    """`pace-convert ARGUMENTS`, its stderr in a file; it kills itself at its kill_at-th change of a file."""
+    process = _context.Process(target=_run, args=([str(argument) for argument in arguments], stderr, kill_at))
+    process.start()
+    return process
+
+
+def _run(arguments: list[str], stderr: Path, kill_at: int | None) -> None:
+    import torch
+
+    from pace_convert.cli import pace_convert
+
+    torch.set_num_threads(1)
+    if kill_at is not None:
+        _kill_self_at(kill_at)
+    with stderr.open("w") as file, contextlib.redirect_stderr(file), contextlib.redirect_stdout(file):
+        sys.argv[0] = "pace-convert"
+        pace_convert(arguments)
+
+
+def _kill_self_at(count: int) -> None:
+    """kill -9 right before this process opens for writing, renames, removes or truncates for the count-th time."""
+    changes = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.copyfile", "shutil.rmtree"}
+
+    def hook(event: str, arguments: tuple) -> None:
+        nonlocal count
+        writes = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wa+")
+        if writes or event in changes or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)):
+            count -= 1
+            if count == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
