@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from .cluster import cluster_neurons
 from .errors import DamagedSourceError
@@ -77,8 +78,8 @@ def _cluster_layers(source: Source, plan: Plan, progress: Progress) -> list[tupl
     layers, options = [], plan.options
     with progress.step("grouping neurons", plan.layers, "layer") as bar:
         for name in plan.features:
-            labels = cluster_neurons(_features(source, name, plan), options.experts, options.seed, options.exact_restarts)
-            layers.append(canonical_permutation(labels))
+            features = torch.from_numpy(_features(source, name, plan))
+            layers.append(canonical_permutation(cluster_neurons(features, options.experts, options.seed).labels))
             bar.update(1)
     return layers
 
