@@ -71,7 +71,12 @@ class Directions:
         wild = (largest > 0) & ((largest < 2.0**-SAFE) | (largest > 2.0**SAFE))
         power = torch.where(wild, largest / (2 * torch.frexp(largest).mantissa), 1)
         if rows.dtype is not torch.bfloat16 or not rows.is_contiguous() or wild.any():
-            rows = torch.cat(each(lambda i: (rows[i : i + self.step] / power[i : i + self.step, None]).bfloat16(), range(0, len(rows), self.step)))
+            rows = torch.cat(
+                each(
+                    lambda i: (rows[i : i + self.step] / power[i : i + self.step, None]).bfloat16(),
+                    range(0, len(rows), self.step),
+                )
+            )
         self.rows = rows
         norms = torch.cat(each(lambda block: torch.linalg.vector_norm(block.float(), dim=1), self.rows.split(self.step)))
         self.scale = torch.where(norms > 0, 1 / norms, 0)
@@ -83,23 +88,27 @@ class Directions:
 
     def scores(self, means, exact=False):
         centred = means - means.mean(0)
-        offset = (means.square().sum(1) / 2)
+        offset = means.square().sum(1) / 2
         offset = offset - offset.mean()
         centred = centred.to(torch.float32 if exact else torch.bfloat16)
-        # x.(c - m) - (|c|^2)/2 
+        # x.(c - m) - (|c|^2)/2
         out = torch.empty(len(self.rows), len(means), device=self.rows.device)
+
         def block(i):
             s = slice(i, i + self.step)
             out[s] = torch.nn.functional.linear(self.rows[s].to(centred.dtype), centred).float() * self.scale[s, None] - offset
+
         self.each(block, range(0, len(self.rows), self.step))
         return out
 
     def means(self, labels, experts):
         order = torch.argsort(labels, stable=True)
         ends = torch.bincount(labels, minlength=experts).cumsum(0).tolist()
+
         def mean(k):
             members = order[ends[k - 1] if k else 0 : ends[k]]
             return (self.scale[members] @ self.rows[members].float()) / max(1, len(members))
+
         return torch.stack(self.each(mean, range(experts)))
 
 

@@ -14,7 +14,7 @@ import pytest
 from test_errors import pace_convert
 
 from pace_convert.families import FAMILIES
-from pace_convert.options import ConvertOptions, option_name
+from pace_convert.options import EXPERT_OPTIONS, ConvertOptions, option_name
 from pace_convert.reference.tokenizer import build_tokenizer
 
 
@@ -26,7 +26,7 @@ def test_convert_prints_what_was_made_and_how_to_load_it(make_source, tmp_path, 
     done = pace_convert(source, out, "--experts", 8, *memory)
     assert done.returncode == 0, done.stderr
     assert "from_pretrained(" in done.stdout and ("trust_remote_code=True" in done.stdout) == (not memory)
-    assert "grouping neurons: 4 layers" in done.stderr and "writing weights" in done.stderr
+    assert "converted 4 layers" in done.stderr and "by a short measurement" in done.stderr
     snippet = "\n".join(line.strip() for line in done.stdout.splitlines() if line.startswith("    "))
     check = "\nassert tokenizer('the code of ada').input_ids and model.device"
     loaded = subprocess.run([sys.executable, "-c", snippet + check], capture_output=True, text=True, stdin=subprocess.DEVNULL)
@@ -36,12 +36,19 @@ def test_convert_prints_what_was_made_and_how_to_load_it(make_source, tmp_path, 
 def test_json_goes_to_stdout_and_quiet_is_quiet(make_source, tmp_path):
     source = make_source("qwen2")
     done = pace_convert(source, tmp_path / "out", "--experts", 8, "--json", "-q")
-    assert json.loads(done.stdout)["tensors"] == 51 and done.stderr == ""
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [event["event"] for event in events] == ["plan", *["task"] * 5, "done"] and done.stderr == ""
+    assert events[-1]["tensors"] == 51 and events[-2]["bytes_done"] == events[-2]["bytes_total"] == events[-1]["bytes"]
     done = pace_convert(tmp_path / "out", "--source", source, "--json", "-q", command=("verify",))
     assert json.loads(done.stdout)["passed"] is True
     done = pace_convert(tmp_path / "out", "--json", command=("inspect",))
     facts = json.loads(done.stdout)
     assert facts["memory"]["layers"] == [1, 2] and facts["layers"][3]["sizes"] == {"9": 8}
+
+
+def test_the_exact_method_says_how_many_neurons_it_moved(make_source, tmp_path):
+    done = pace_convert(make_source("qwen2"), tmp_path / "out", "--experts", 8, "--cluster-method", "exact", "-q")
+    assert done.returncode == 0 and "of 288 neurons from where the fast method had them" in done.stdout, done.stderr
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(make_source, tmp_path):
@@ -78,16 +85,14 @@ def test_options_reach_the_config(make_source, tmp_path):
     values = {
         "experts": 4, "seed": 3, "memory_layers": "0,3", "slots": 9, "theta_high": 0.6, "theta_low": -0.5, "top_k": 3,
         "bottom_k": 0, "fusion_weight": 0.3, "reuse_weight": 0.9, "mix_weight": 0.4, "noise_weight": 0.05, "momentum": 0.7,
-        "update_interval": 77, "exact_restarts": 2, "granularity": "expert",
+        "update_interval": 77, "cluster_method": "exact", "exact_restarts": 2, "granularity": "expert",
     }  # fmt: skip
     assert set(values) == set(ConvertOptions.model_fields) - {"no_memory"}
     arguments = [part for name, value in values.items() for part in (option_name(name), value)]
     assert pace_convert(source, tmp_path / "out", *arguments).returncode == 0
     pace = json.loads((tmp_path / "out" / "config.json").read_text())["pace"]
-    assert pace["experts"] == {"count": 4, "method": "k-means-constrained", "seed": 3}
-    memory = {
-        name: value for name, value in values.items() if name not in ("experts", "seed", "memory_layers", "exact_restarts")
-    }
+    assert pace["experts"] == {"count": 4, "method": "exact", "seed": 3, "restarts": 2}
+    memory = {name: value for name, value in values.items() if name not in (*EXPERT_OPTIONS, "memory_layers")}
     assert pace["memory"] == {"enabled": True, "layers": [0, 3], **memory}
 
 
@@ -113,4 +118,4 @@ def test_progress_bar_on_a_terminal(make_source, tmp_path):
             break
         shown += piece
     assert process.wait() == 0
-    assert b"writing weights: 100%" in shown and b"B/s" in shown
+    assert b"converting: 100%" in shown and b"B/s" in shown and b"layer 4 of 4" in shown

@@ -256,15 +256,6 @@ def test_out_that_can_not_be_made(source, tmp_path):
     refuse(pace_convert(source, tmp_path / "file" / "out", "--experts", 8), 2, "is a file")
 
 
-def interrupt(monkeypatch):
-    from pace_convert import convert as job
-
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(job, "converted_config", stop)
-
-
 def convert_in_process(source, out, overwrite=False, between=lambda: None):
     from pace_convert.convert import convert, prepare
     from pace_convert.options import ConvertOptions
@@ -275,28 +266,6 @@ def convert_in_process(source, out, overwrite=False, between=lambda: None):
     plan = prepare(opened, out, ConvertOptions(experts=8), overwrite)
     between()
     convert(opened, out, plan, Progress(quiet=True), overwrite)
-
-
-@pytest.mark.parametrize("existed", [False, True])
-def test_interrupted_while_writing_leaves_nothing(source, tmp_path, monkeypatch, existed):
-    interrupt(monkeypatch)
-    out = tmp_path / "out"
-    if existed:
-        out.mkdir()
-    with pytest.raises(KeyboardInterrupt):
-        convert_in_process(source, out)
-    assert out.exists() == existed and not (existed and any(out.iterdir()))
-
-
-def test_interrupted_overwrite_brings_the_earlier_conversion_back(source, tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    convert_in_process(source, out)
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
-    interrupt(monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        convert_in_process(source, out, overwrite=True)
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
 
 def test_overwrite_keeps_its_hands_off_foreign_files(source, tmp_path):
@@ -320,25 +289,6 @@ def test_files_that_appear_during_the_conversion_are_kept(source, tmp_path):
     with pytest.raises(CallError, match="is not empty"):
         convert_in_process(source, out, between=between)
     assert (out / "thesis.txt").exists()
-
-
-def test_killed_while_writing_does_not_look_finished(source, tmp_path):
-    """kill -9 right before config.json: nothing loads the folder, every command says why."""
-    code = (
-        "import os, signal, sys\n"
-        "from pace_convert import writer\n"
-        "index = writer.OutputFolder.index\n"
-        "writer.OutputFolder.index = lambda self, tensors: (index(self, tensors), os.kill(os.getpid(), signal.SIGKILL))\n"
-        "from pace_convert.cli import pace\n"
-        "pace()\n"
-    )
-    out = tmp_path / "out"
-    done = subprocess.run([sys.executable, "-c", code, "convert", str(source), str(out), "--experts", "8"], capture_output=True)
-    assert done.returncode == -9 and (out / WEIGHTS).exists() and not (out / "config.json").exists()
-    refuse(pace_convert(out, command=("inspect",)), 2, "unfinished")
-    refuse(pace_convert(source, out, "--experts", 8), 2, "unfinished", "--overwrite")
-    assert pace_convert(source, out, "--experts", 8, "--overwrite").returncode == 0
-    assert pace_convert(out, command=("inspect",)).returncode == 0
 
 
 def test_out_that_is_a_link_to_nothing(source, tmp_path):

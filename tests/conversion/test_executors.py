@@ -32,7 +32,15 @@ def alone(source, tmp_path_factory) -> dict[str, str]:
 
 
 def start(source: Path, out: Path, *options: str) -> subprocess.Popen:
-    command = [sys.executable, "-c", "from pace_convert.cli import pace_convert; pace_convert()", source, out, *OPTIONS, *options]
+    command = [
+        sys.executable,
+        "-c",
+        "from pace_convert.cli import pace_convert; pace_convert()",
+        source,
+        out,
+        *OPTIONS,
+        *options,
+    ]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, env={**os.environ, "RAY_AUTH_MODE": "disabled"}, text=True, **pipes)
 

@@ -21,9 +21,10 @@ def test_layers_as_the_command_line_gives_them():
 
 
 def test_yaml_is_overridden_by_the_command_line(tmp_path):
-    (tmp_path / "o.yaml").write_text("slots: 7\nmemory_layers: [0, 2]\nmomentum: 0.25\n")
-    options = load_options(tmp_path / "o.yaml", {"slots": 9})
+    (tmp_path / "o.yaml").write_text("slots: 7\nmemory_layers: [0, 2]\nmomentum: 0.25\njobs: 2\ndevice: cpu\n")
+    options, run = load_options(tmp_path / "o.yaml", {"slots": 9, "jobs": 3})
     assert (options.slots, options.momentum, options.memory_layers) == (9, 0.25, (0, 2))
+    assert (run.jobs, run.device) == (3, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -34,6 +35,10 @@ def test_yaml_is_overridden_by_the_command_line(tmp_path):
         ("- 1", "not a mapping"),
         ("a: [", "can't read"),
         ("theta_low: 0.9", "above"),
+        ("exact_restarts: 3", "--exact-restarts goes with --cluster-method exact"),
+        ("ray_address: auto", "--ray-address goes with --executor ray"),
+        ("device: tpu", "--device"),
+        ("jobs: 0", "--jobs"),
     ],
 )
 def test_wrong_yaml_is_named(tmp_path, text, message):

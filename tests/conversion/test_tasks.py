@@ -1,0 +1,151 @@
+"""The pieces of a conversion: what is copied, what is permuted, what is refused, in what memory."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import ACTIVE, hashes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pace_convert import shards, tasks
+from pace_convert.convert import prepare
+from pace_convert.errors import CallError
+from pace_convert.journal import Journal
+from pace_convert.options import ConvertOptions, RunOptions
+from pace_convert.source import open_source
+
+ranges = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)).map(sorted).map(tuple), max_size=6)
+
+
+@given(ranges, st.integers(60, 80))
+def test_gaps_and_ranges_cover_each_byte(taken, end):
+    gaps = list(tasks._gaps(taken, end))
+    covered = sorted(byte for start, stop in gaps for byte in range(start, stop))
+    assert covered == sorted(set(range(end)) - {byte for start, stop in taken for byte in range(start, stop)})
+
+
+DTYPES = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
+
+
+@given(st.sampled_from(list(DTYPES)), st.integers(1, 9), st.integers(1, 7), st.data())
+def test_first_bad_row_is_numpys(dtype, rows, columns, data):
+    values = np.random.default_rng(rows * columns).normal(size=(rows, columns)).astype(DTYPES[dtype])
+    values.flat[0] = np.finfo(DTYPES[dtype]).max
+    for _ in range(data.draw(st.integers(0, 2))):
+        row, column = data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, columns - 1))
+        values[row, column] = data.draw(st.sampled_from([np.nan, np.inf, -np.inf, 0.0, -0.0]))
+    bad = ~np.isfinite(values).all(1)
+    expected = int(np.argmax(bad)) if bad.any() else None
+    assert shards.first_bad_row(values.view(f"u{values.itemsize}"), dtype) == expected
+
+
+def test_first_bad_row_of_large_and_of_bf16_tensors():
+    bits = np.zeros((300, 1000), np.uint16)
+    bits[299, 5], bits[298, 7] = 0x7F80, 0x7F7F  # infinity, and the largest number
+    assert shards.first_bad_row(bits, "BF16") == 299
+    assert shards.first_bad_row(bits, "I16") is None
+    assert shards.first_bad_row(np.full((), 0x7FC0, np.uint16), "BF16") == 0
+
+
+@settings(deadline=None)
+@given(
+    st.integers(1, 12), st.integers(1, 6), st.integers(0, 1), st.integers(1, 2), st.sampled_from([8, 40, 1 << 20]), st.data()
+)
+def test_permuted_pieces_are_the_whole(tmp_path_factory, neurons, other, axis, parts, block, data):
+    """However few rows a piece has: the pieces put together are numpy's own take."""
+    folder = tmp_path_factory.mktemp("shard")
+    shape = (neurons * parts, other) if axis == 0 else (other, neurons * parts)
+    values = np.arange(neurons * parts * other, dtype=np.uint16).reshape(shape)
+    (folder / "a").write_bytes(b"12345" + values.tobytes() + b"678")
+    (folder / "b").write_bytes(b"12345" + bytes(values.nbytes) + b"678")
+    info = shards.TensorInfo("a", "I16", shape, 5, values.nbytes)
+    shard = tasks.Shard(folder / "a", folder / "b", (folder / "a").stat().st_size, (folder / "a").stat().st_mtime_ns)
+    permutation = np.array(data.draw(st.permutations(range(neurons))), dtype=np.int32)
+    permutation = tasks.repeat(permutation, parts)
+    before, shards.BLOCK_BYTES, tasks.BLOCK_BYTES = shards.BLOCK_BYTES, block, block
+    try:
+        for first, bits in tasks._permuted(tasks.Place("x", info, shard, axis, parts), permutation):
+            shards.write(folder / "b", info, first, bits)
+    finally:
+        shards.BLOCK_BYTES = tasks.BLOCK_BYTES = before
+    assert (folder / "b").read_bytes() == b"12345" + np.take(values, permutation, axis).tobytes() + b"678"
+
+
+def test_ranges_are_copied_also_where_the_kernel_can_not(tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(bytes(range(100)))
+    for refuses in (False, True):
+        (tmp_path / "b").write_bytes(bytes(100))
+        if refuses:
+            monkeypatch.setattr(os, "copy_file_range", lambda *_: (_ for _ in ()).throw(OSError(18, "EXDEV")), raising=False)
+        shards.copy_range(tmp_path / "a", tmp_path / "b", 10, 90)
+        assert (tmp_path / "b").read_bytes() == bytes(10) + bytes(range(10, 90)) + bytes(10)
+
+
+def test_tasks_in_any_order_and_twice_give_the_same_bytes(make_source, tmp_path):
+    opened = open_source(str(make_source("phi3", shards=True)))
+    plan = prepare(opened, tmp_path / "out", ConvertOptions(**ACTIVE), RunOptions(device="cpu"))
+    for name, order in (("a", lambda work: work), ("b", lambda work: [*work[::-1], *work[::2]])):
+        (tmp_path / name).mkdir()
+        for task in order(tasks.make_tasks(opened, plan, tmp_path / name, "cpu")):
+            task.run()
+    assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
+
+
+IDENTITY = {"version": "1", "options": {"seed": 0}, "source": "abc"}
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 9), max_size=5, unique=True), st.data())
+def test_a_journal_cut_off_anywhere_is_a_shorter_journal(tmp_path_factory, layers, data):
+    folder = tmp_path_factory.mktemp("journal")
+    journal = Journal(folder)
+    journal.begin(IDENTITY)
+    header = journal.path.stat().st_size
+    for layer in layers:
+        journal.add(f"layer {layer}", {"permutation": "x" * layer, "changed": None})
+    os.truncate(journal.path, data.draw(st.integers(header, journal.path.stat().st_size)))
+    again = Journal(folder)
+    again.resume(IDENTITY)
+    assert list(again.done.items()) == list(journal.done.items())[: len(again.done)]
+    again.add("layer 77", {})
+    third = Journal(folder)
+    third.resume(IDENTITY)
+    assert third.done == {**again.done, "layer 77": {}}
+    with pytest.raises(CallError, match="began it"):
+        Journal(folder).resume({**IDENTITY, "version": "2"})
+
+
+PEAK = """
+import resource, sys
+from pace_convert.cli import pace_convert
+try:
+    pace_convert(sys.argv[1:])
+finally:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def test_memory_does_not_grow_with_the_model(make_source, tmp_path):
+    """2 GB of embeddings beside a small FFN: they must never be in memory."""
+    source = make_source("qwen2")
+    add_embedding(source / "model.safetensors", 2 << 30)
+    command = [sys.executable, "-c", PEAK, source, tmp_path / "out", "--experts", "8", "-q", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (tmp_path / "out" / "config.json").exists(), done.stderr
+    assert int(done.stdout.splitlines()[-1]) < 1 << 30
+
+
+def add_embedding(path: Path, nbytes: int) -> None:
+    """Append a tensor of zeros, which takes no room on the disk."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
+    header["model.huge"] = {"dtype": "F32", "shape": [nbytes // 4096, 1024], "data_offsets": [len(body), len(body) + nbytes]}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + body)
+    os.truncate(path, 8 + len(text) + len(body) + nbytes)
