@@ -117,6 +117,7 @@ def pace_convert(
     options, run = load_options(config, {name: value for name, value in given.items() if value is not None})
     from . import convert as job
     from .estimate import measure
+    from .places import check_room
     from .source import open_source
 
     opened = open_source(source, revision, token, cache_dir)
@@ -128,6 +129,7 @@ def pace_convert(
     if dry_run:
         if not as_json:
             click.echo(words)
+        check_room(opened, out)
         return
     progress.say(words)
     made = job.convert(opened, out, plan, progress, overwrite, resume)

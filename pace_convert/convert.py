@@ -49,7 +49,6 @@ def prepare(
     plan = make_plan(source, options, run)
     if not (resume and is_finished(source, out, plan)):
         check_free(out, overwrite, resume)
-        check_room(source, out)
     return plan
 
 
@@ -59,6 +58,7 @@ def convert(
     """Carry out a plan. Raises PaceError; what is done by then is kept for `resume`, unless the source is damaged."""
     if resume and is_finished(source, out, plan):
         return Conversion(out, plan, len(source.tensors), source.nbytes)
+    check_room(source, out)
     source = source.fetch()
     device = _resolve_device(plan.run.device)
     with _explained(out), OutputFolder(out, overwrite, resume) as folder:
