@@ -136,6 +136,29 @@ def random_ids(rows: int, length: int, seed: int = 0, vocabulary: int = 120) -> 
     return torch.randint(2, vocabulary, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
+def pace_convert(*args, command=("convert",), cwd=None):
+    """The real command in a real process, far from the network."""
+    code = "from pace_convert.cli import pace; pace()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *command, *map(str, args)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def refuse(done, code, *words, out=None):
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    error = done.stderr[done.stderr.index("rror: ") :]
+    assert len(error.strip().splitlines()) <= 2, error
+    for word in words:
+        assert word in error, error
+    if out is not None:
+        assert not out.exists()
+
+
 # A process where importing pace_convert fails, as on a machine that does not have it.
 ALONE = """
 import sys

@@ -11,7 +11,7 @@ import termios
 from pathlib import Path
 
 import pytest
-from test_errors import pace_convert
+from helpers import pace_convert
 
 from pace_convert.families import FAMILIES
 from pace_convert.options import EXPERT_OPTIONS, ConvertOptions, option_name

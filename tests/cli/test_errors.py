@@ -3,26 +3,13 @@
 import json
 import shutil
 import struct
-import subprocess
-import sys
 
 import pytest
 import torch
+from helpers import pace_convert, refuse
 from safetensors.torch import load_file, save_file
 
 WEIGHTS = "model.safetensors"
-
-
-def pace_convert(*args, command=("convert",), cwd=None):
-    """The real command in a real process, far from the network."""
-    code = "from pace_convert.cli import pace; pace()"
-    return subprocess.run(
-        [sys.executable, "-c", code, *command, *map(str, args)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        stdin=subprocess.DEVNULL,
-    )
 
 
 @pytest.fixture
@@ -48,17 +35,6 @@ def edit_weights(folder, change):
     weights = load_file(folder / WEIGHTS)
     change(weights)
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-
-
-def refuse(done, code, *words, out=None):
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    error = done.stderr[done.stderr.index("rror: ") :]
-    assert len(error.strip().splitlines()) <= 2, error
-    for word in words:
-        assert word in error, error
-    if out is not None:
-        assert not out.exists()
 
 
 def test_no_such_folder(tmp_path):

@@ -7,8 +7,8 @@ import subprocess
 import sys
 
 import pytest
+from helpers import refuse
 from hub_server import Hub, Repository
-from test_errors import refuse
 
 from pace_convert.reference.tokenizer import build_tokenizer
 

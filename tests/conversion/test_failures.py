@@ -148,7 +148,7 @@ def test_damage_found_late_leaves_an_earlier_conversion_as_it_was(source, tmp_pa
 
 def test_a_gpu_that_is_not_there(source, tmp_path):
     import torch
-    from test_errors import pace_convert, refuse
+    from helpers import pace_convert, refuse
 
     name = f"cuda:{torch.cuda.device_count()}"
     refuse(

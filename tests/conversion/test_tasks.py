@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ACTIVE, hashes
+import synthetic
+from helpers import ACTIVE, hashes, pace_convert, refuse
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_errors import pace_convert, refuse
 
 from pace_convert import shards, tasks
 from pace_convert.convert import prepare
