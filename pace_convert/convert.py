@@ -60,7 +60,7 @@ def convert(
         return Conversion(out, plan, len(source.tensors), source.nbytes)
     check_room(source, out)
     source = source.fetch()
-    device = _resolve_device(plan.run.device)
+    device = _resolve_device(plan.run)
     with _explained(out), OutputFolder(out, overwrite, resume) as folder:
         journal = Journal(folder.staging)
         identity = fingerprint(source, plan.options, device)
@@ -124,18 +124,18 @@ def _source_card(source: Source) -> str | None:
     return (source.folder / CARD).read_text(encoding="utf-8-sig", errors="replace")
 
 
-def _resolve_device(wanted: str) -> str:
-    """Raises CallError for a GPU that is not there."""
-    if wanted == "cpu":
-        return wanted
+def _resolve_device(run: RunOptions) -> str:
+    """Raises CallError for a GPU that is not there; of a cluster's machines only its workers know."""
+    if run.device == "cpu" or run.executor == "ray":
+        return "cpu" if run.device == "auto" else run.device
     import torch
 
     count = torch.cuda.device_count()
-    if wanted == "auto":
+    if run.device == "auto":
         return "cuda" if count else "cpu"
-    if int(wanted.partition(":")[2] or 0) >= count:
-        raise CallError(f"--device {wanted}: this machine has {count or 'no'} CUDA devices", "give --device cpu")
-    return wanted
+    if int(run.device.partition(":")[2] or 0) >= count:
+        raise CallError(f"--device {run.device}: this machine has {count or 'no'} CUDA devices", "give --device cpu")
+    return run.device
 
 
 @contextmanager
@@ -149,6 +149,8 @@ def _explained(out: Path) -> Iterator[None]:
         raise
     except PaceError as error:
         raise PaceError(error.message, f"{error.hint}; {RESUME}") from error
+    except MemoryError as error:
+        raise PaceError("not enough memory", f"give fewer --jobs; {RESUME}") from error
     except OSError as error:
         reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
         where = f": {error.filename}" if error.filename else ""

@@ -101,7 +101,9 @@ def _result(ray: Any, reference: Any) -> dict:
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:  # holds what the task raised
-        raise error.cause from error
+        if isinstance(error.cause, PaceError | OSError | MemoryError):
+            raise error.cause from error
+        raise PaceError(f"a task failed on a Ray worker: {error.cause}", "see the cluster's logs") from error
     except ray.exceptions.RayError as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise PaceError(f"Ray gave up a task after {RAY_RETRIES} retries: {reason}", "see the cluster's logs") from error

@@ -12,11 +12,11 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from .errors import DamagedSourceError
+from .errors import DamagedSourceError, PaceError
 from .permute import canonical_permutation, repeat
 from .shards import BLOCK_BYTES, TensorInfo, copy_range, first_bad_row, read, row_blocks, write
 
@@ -83,7 +83,7 @@ class LayerTask:
     transposed: bool
     experts: int
     seed: int
-    method: str
+    method: Literal["fast", "exact"]
     restarts: int | None
     device: str
 
@@ -99,13 +99,18 @@ class LayerTask:
 
     def run(self) -> dict:
         """Returns what `layer_result` reads. Raises DamagedSourceError, OSError."""
+        import torch
+
         from .cluster import cluster_neurons
 
         shards = {place.shard for place in self.tensors}
         for shard in shards:
             shard.check()
             shard.prepare()
-        clustering = cluster_neurons(self._features(), self.experts, self.seed, self.method, self.restarts)  # type: ignore[arg-type]
+        try:
+            clustering = cluster_neurons(self._features(), self.experts, self.seed, self.method, self.restarts)
+        except torch.OutOfMemoryError as error:
+            raise PaceError(f"the GPU has too little memory for {self.name}", "give --device cpu") from error
         permutation, sizes = canonical_permutation(clustering.labels)
         for place in self.tensors:
             for first, bits in _permuted(place, repeat(permutation, place.parts)):

@@ -1,7 +1,7 @@
 """Makes the README's tables: what works, from a run of the tests that back it; what it costs, from the benchmark.
 
     python scripts/readme_tables.py            # runs the tests marked `works`; ten minutes
-    python scripts/readme_tables.py --costs    # only the benchmark's table, from docs/bench_memory.json
+    python scripts/readme_tables.py --costs    # only the benchmarks' tables, from docs/bench_*.json
 
 A test says what it backs: `@pytest.mark.works("beam search, padded batch")`. One that is parametrised by
 family gives a column of the families' table, any other a row of the table of uses.
@@ -19,7 +19,6 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-BENCH = ROOT / "docs" / "bench_memory.json"
 MARKS = {"passed": "yes", "failed": "**no**", "skipped": "not run here"}
 
 
@@ -95,12 +94,47 @@ def costs_table(results: dict) -> str:
     return "\n".join(rows)
 
 
+def conversions_table(results: dict) -> str:
+    """A conversion beside a plain copy, where its time goes, and what a dry run says of whole models."""
+    rows = ["| conversion | weights | copy | 1 process | 2 processes | peak memory, of a layer's FFN | |", "|---" * 7 + "|"]
+    for row in results["conversions"]:
+        seconds, peak = row["seconds"], max(row["peak_bytes"].values())
+        rows.append(
+            f"| {row['case']} | {row['bytes'] / 1e9:.2f} GB | {_seconds(seconds['copy'])} | {_seconds(seconds['jobs 1'])} | "
+            f"{_seconds(seconds['jobs 2'])} | {_bytes(peak)}, {_bytes(row['ffn_bytes_a_layer'])} | "
+            f"{'verified' if row['verified'] else '**not verified**'} |"
+        )
+    phases = ("clustering", "reading", "checking", "permuting and the rest", "writing", "copying", "flushing", "total")
+    rows += ["", "| seconds, 1 process | " + " | ".join(phases) + " | estimated |", "|---" * (len(phases) + 2) + "|"]
+    for row in results["conversions"]:
+        cells = [f"{row['phases'][phase]:.2f}" for phase in phases]
+        rows.append(f"| {row['case']} | {' | '.join(cells)} | {row['estimated_seconds']:.1f} |")
+    rows += [
+        "",
+        "| dry run of a whole model | layers | weights | memory planned | of a layer's FFN | taken |",
+        "|---" * 6 + "|",
+    ]
+    for row in results["plans"]:
+        rows.append(
+            f"| {row['case']} | {row['layers']} | {row['bytes'] / 1e9:.1f} GB | {_bytes(row['planned_peak_bytes'])} | "
+            f"{_bytes(row['ffn_bytes_a_layer'])} | {_seconds(row['dry_run_seconds'])} |"
+        )
+    machine = results["machine"]
+    return "\n".join([*rows, "", f"Measured on {machine['cores']} cores, torch {machine['torch']}."])
+
+
 def _seconds(value: float) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.1f} ms"
 
 
 def _bytes(value: int) -> str:
     return f"{value / 1e6:.1f} MB"
+
+
+BENCHMARKS = {
+    "costs": (costs_table, "bench_memory.json"),
+    "conversions": (conversions_table, "bench_convert.json"),
+}
 
 
 def put(text: str, name: str, table: str) -> str:
@@ -113,11 +147,12 @@ def put(text: str, name: str, table: str) -> str:
 
 
 @click.command(help=__doc__)
-@click.option("--costs", is_flag=True, help="Only the benchmark's table.")
+@click.option("--costs", is_flag=True, help="Only the benchmarks' tables.")
 def main(costs: bool) -> None:
     text = README.read_text()
-    if BENCH.exists():
-        text = put(text, "costs", costs_table(json.loads(BENCH.read_text())))
+    for name, (table, file) in BENCHMARKS.items():
+        if (ROOT / "docs" / file).exists():
+            text = put(text, name, table(json.loads((ROOT / "docs" / file).read_text())))
     if not costs:
         recorder = Recorder()
         code = pytest.main(["-q", "-m", "slow or not slow", "--rootdir", str(ROOT), str(ROOT / "tests")], plugins=[recorder])

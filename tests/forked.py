@@ -6,7 +6,10 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -16,24 +19,36 @@ _context.set_forkserver_preload(
 )
 
 
-def start(arguments: list[object], stderr: Path, kill_at: int | None = None) -> ForkServerProcess:
-    """`pace-convert ARGUMENTS`, its stderr in a file; it kills itself at its kill_at-th change of a file."""
-    process = _context.Process(target=_run, args=([str(argument) for argument in arguments], stderr, kill_at))
+def run(arguments: Sequence[object], cwd: Path | None = None) -> subprocess.CompletedProcess:
+    """`pace ARGUMENTS`, to its end."""
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = Path(folder, "stdout"), Path(folder, "stderr")
+        process = start(arguments, *outputs, cwd=cwd)
+        process.join()
+        return subprocess.CompletedProcess(arguments, process.exitcode, *(path.read_text() for path in outputs))
+
+
+def start(
+    arguments: Sequence[object], stdout: Path, stderr: Path, cwd: Path | None = None, kill_at: int | None = None
+) -> ForkServerProcess:
+    """`pace ARGUMENTS`, its output in files; it kills itself at its kill_at-th change of a file."""
+    process = _context.Process(target=_run, args=([str(part) for part in arguments], stdout, stderr, cwd, kill_at))
     process.start()
     return process
 
 
-def _run(arguments: list[str], stderr: Path, kill_at: int | None) -> None:
+def _run(arguments: list[str], stdout: Path, stderr: Path, cwd: Path | None, kill_at: int | None) -> None:
     import torch
 
-    from pace_convert.cli import pace_convert
+    from pace_convert.cli import pace
 
     torch.set_num_threads(1)
-    if kill_at is not None:
-        _kill_self_at(kill_at)
-    with stderr.open("w") as file, contextlib.redirect_stderr(file), contextlib.redirect_stdout(file):
-        sys.argv[0] = "pace-convert"
-        pace_convert(arguments)
+    os.chdir(cwd or ".")
+    with stdout.open("w") as out, stderr.open("w") as err, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        sys.argv[0] = "pace"
+        if kill_at is not None:
+            _kill_self_at(kill_at)
+        pace(arguments)
 
 
 def _kill_self_at(count: int) -> None:

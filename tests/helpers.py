@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -136,16 +137,9 @@ def random_ids(rows: int, length: int, seed: int = 0, vocabulary: int = 120) -> 
     return torch.randint(2, vocabulary, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def pace_convert(*args, command=("convert",), cwd=None):
-    """The real command in a real process, far from the network."""
-    code = "from pace_convert.cli import pace; pace()"
-    return subprocess.run(
-        [sys.executable, "-c", code, *command, *map(str, args)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        stdin=subprocess.DEVNULL,
-    )
+def pace_convert(*args, command=("convert",), cwd=None) -> subprocess.CompletedProcess:
+    """The real command in a process of its own."""
+    return forked.run([*command, *args], cwd)
 
 
 def refuse(done, code, *words, out=None):

@@ -1,5 +1,6 @@
 """A conversion can be killed at any moment and goes on where it was, to the same bytes (promise 8)."""
 
+import os
 import random
 import shutil
 import time
@@ -35,7 +36,7 @@ def undisturbed(source, tmp_path_factory) -> tuple[dict[str, str], float]:
 
 
 def run(source, out, log, *options, kill_after=None, kill_at=None) -> int:
-    process = forked.start([source, out, *OPTIONS, *options], log, kill_at)
+    process = forked.start(["convert", source, out, *OPTIONS, *options], Path(os.devnull), log, kill_at=kill_at)
     if kill_after is not None:
         process.join(kill_after)
         process.kill()
