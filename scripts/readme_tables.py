@@ -111,7 +111,7 @@ def conversions_table(results: dict) -> str:
         rows.append(f"| {row['case']} | {' | '.join(cells)} | {row['estimated_seconds']:.1f} |")
     rows += [
         "",
-        "| dry run of a whole model | layers | weights | memory planned | of a layer's FFN | taken |",
+        "| dry run, whole model | layers | weights | memory planned | of a layer's FFN | taken |",
         "|---" * 6 + "|",
     ]
     for row in results["plans"]:
