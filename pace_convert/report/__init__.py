@@ -1,1 +1,1 @@
-"""What `pace inspect` measures beyond a folder's headers: the experts' quality, and what a text sets off; and the page."""
+"""What `pace inspect` finds out beyond the headers: the experts' quality, what a text sets off, and the page."""
