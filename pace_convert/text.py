@@ -88,7 +88,7 @@ def _probe_lines(probe: dict, memory: dict) -> list[str]:
     cut = f", {probe['tokens_cut']} more left out: the model is not made for a longer text" if probe["tokens_cut"] else ""
     lines = [f"  {probe['text']}: {probe['tokens']} tokens read{cut}"]
     if probe["memory"] and probe["tokens"] <= memory["update_interval"]:
-        lines.append(f"    the memory acts from token {memory['update_interval']} on, so it did nothing here")
+        return [*lines, f"    the memory acts from token {memory['update_interval']} on, so it did nothing here"]
     for found in probe["memory"]:
         every = found["kept"] + found["mixed"] + found["reused"]
         made = ", ".join(f"{found[name] / every:.1%} {name}" for name in ("kept", "mixed", "reused"))
