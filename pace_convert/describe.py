@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .converted import Converted
+from .options import ConvertOptions
+from .report.reading import shown
 
 if TYPE_CHECKING:
     from .report.probe import Probe
@@ -33,7 +35,7 @@ def describe(converted: Converted, quality: Sequence[Quality] | None = None, pro
         "bytes": converted.files.nbytes,
         "intermediate_size": len(converted.layers[0][0]),
         "experts": converted.pace.get("experts"),
-        "memory": converted.pace.get("memory"),
+        "memory": {**ConvertOptions().memory_config(()), **converted.pace["memory"]},  # what is not set has its default
         "layers": layers,
     }
     return facts if probed is None else {**facts, "probe": _probe(probed)}
@@ -81,7 +83,7 @@ def _memory(layer: int, trace: MemoryTrace, hits: list[int], pieces: list[str]) 
             {
                 "slot": slot,
                 "token": token,
-                "piece": pieces[token],
+                "piece": pieces[shown(pieces, token)],
                 "block": int(trace.block[slot]),
                 "merged": int(trace.merged[slot]),
                 "hits": hits[slot],

@@ -86,7 +86,7 @@ def _with_floors(values: list[float | None], form: str) -> str:
 
 def _probe_lines(probe: dict, memory: dict) -> list[str]:
     cut = f", {probe['tokens_cut']} more left out: the model is not made for a longer text" if probe["tokens_cut"] else ""
-    lines = [f"  {probe['text']}: {probe['tokens']} tokens read{cut}"]
+    lines = [f"  {probe['text']}: {probe['tokens']} token{'s' if probe['tokens'] > 1 else ''} read{cut}"]
     if probe["memory"] and probe["tokens"] <= memory["update_interval"]:
         return [*lines, f"    the memory acts from token {memory['update_interval']} on, so it did nothing here"]
     for found in probe["memory"]:

@@ -12,6 +12,7 @@ from .. import __version__
 from ..converted import Converted
 from ..errors import CallError
 from .charts import Chart, columns, heat_map, permutation_map
+from .reading import shown
 from .tracks import PAINTED, painted, tracks
 
 GENERATOR = '<meta name="generator" content="pace inspect">'
@@ -118,7 +119,7 @@ def _layer(converted: Converted, facts: dict, i: int) -> dict:
     view["map"] = heat_map(permutation_map(permutation, sizes))
     if quality["by_expert"] is not None:
         names = [f"expert {expert} ({size} neurons)" for expert, size in enumerate(sizes)]
-        said = "Mean over the expert's neurons; below zero most of them are nearer to another expert."
+        said = "Mean over the expert's neurons; below zero they are on average nearer to another expert."
         view["experts_chart"] = columns("Silhouette by expert", said, quality["by_expert"], names)
     if "probe" in facts:
         shares = np.array(facts["probe"]["experts"][i]["activation"])
@@ -135,9 +136,10 @@ def _memory(facts: dict, memory: dict) -> dict:
     pieces = facts["probe"]["pieces"]
     slots = []
     for slot in sorted(memory["slots"], key=lambda slot: (-slot["hits"], slot["token"])):
-        token = slot["token"]
+        token = shown(pieces, slot["token"])
         before, behind = pieces[max(0, token - _CONTEXT) : token], pieces[token + 1 : token + 1 + _CONTEXT]
-        slots.append({**slot, "before": "".join(before), "behind": "".join(behind)})
+        space = " " if slot["piece"][:1].isspace() else ""
+        slots.append({**slot, "before": "".join(before) + space, "behind": "".join(behind)})
     return {
         **memory,
         "slots": slots,

@@ -12,7 +12,8 @@ from ..tokenizer import load_tokenizer
 
 @dataclass(frozen=True)
 class Text:
-    """What is read. pieces: the text of each token; joined, the text. cut: tokens left out behind them."""
+    """What is read. pieces: the text of each token; joined, the text. Of several tokens that make one character the
+    first has it, the others are empty. cut: tokens left out behind them."""
 
     name: str
     ids: list[int]
@@ -68,3 +69,8 @@ def _pieces(text: str, offsets: list[tuple[int, int]], decoded: list[str]) -> li
         pieces.append(alone if first == end else text[done : max(done, end)])
         done = max(done, end)
     return pieces
+
+
+def shown(pieces: list[str], token: int) -> int:
+    """The token whose piece shows this one's text."""
+    return next((i for i in range(token, -1, -1) if pieces[i]), token)

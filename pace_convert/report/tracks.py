@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from .charts import Chart, Shape, line, rectangle
+from .reading import shown
 
 PAINTED = 4000  # tokens; more would make the page slow
 _LEVELS = 4
@@ -87,7 +88,9 @@ def _filled(memory: dict, settings: dict, tokens: int) -> Chart:
     for block, filled in enumerate(memory["filled"]):
         first, stop = (block + 1) * interval, min(tokens, (block + 2) * interval)
         said = f"after block {block}: {filled} of {slots} slots"
-        shapes.append(rectangle("filled", 100 * first / tokens, 0, 100 * (stop - first) / tokens, 100 * filled / slots, said))
+        if first < stop:
+            width = 100 * (stop - first) / tokens
+            shapes.append(rectangle("filled", 100 * first / tokens, 0, width, 100 * filled / slots, said))
     last = memory["filled"][-1] if memory["filled"] else 0
     said = f"{last} of {slots} at the end; {memory['replaced']} times a slot was given to another token."
     return Chart("Slots filled", said, shapes, y_ticks=[(0, "0"), (100, str(slots))])
@@ -110,7 +113,7 @@ def _origin(slot: dict) -> str:
 
 def painted(memory: dict, pieces: list[str]) -> list[Span]:
     """The first tokens of the text; those that a slot came from stand alone."""
-    origins = {slot["token"]: {**slot, "title": _origin(slot)} for slot in memory["slots"]}
+    origins = {shown(pieces, slot["token"]): {**slot, "title": _origin(slot)} for slot in memory["slots"]}
     spans: list[Span] = []
     for token, piece in enumerate(pieces[:PAINTED]):
         level, slot = _level(memory["tokens"], token), origins.get(token)

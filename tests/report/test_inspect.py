@@ -22,7 +22,7 @@ from pace_convert.text import facts_text
 
 QUIET = Progress(quiet=True)
 
-STORY = "<user> the hill . the code of ada is river . <script>alert('x')</script> & \"the end\" " * 3
+STORY = "<user> 東京 . the hill . the code of ada is river . <script>alert('x')</script> & \"the end\" " * 3
 
 
 def inspect(*args):
@@ -102,7 +102,7 @@ def test_page_says_what_the_json_says(page, folder):
     for memory in facts["probe"]["memory"]:
         assert f"Memory in layer {memory['layer']} 12 blocks finished, {len(memory['slots'])} of 6 slots filled" in text
         for slot in memory["slots"]:
-            assert re.search(rf"\b{slot['slot']}\b", text) and slot["piece"] == facts["probe"]["pieces"][slot["token"]]
+            assert re.search(rf"\b{slot['slot']}\b", text) and slot["piece"] in STORY and slot["piece"]
 
 
 def test_json_has_every_fact(page):
