@@ -80,6 +80,8 @@ def _similarity(memory: dict, settings: dict, segments: list[int]) -> Chart:
             shapes.append(line("middle", x, at(middle), right, at(middle), said))
     labels = [(at(settings[name]), f"{settings[name]:g}") for name in ("theta_low", "theta_high")]
     said = "Cosine similarity of each token to its nearest slot: median and range. Dashed: the two thresholds."
+    if settings["granularity"] == "expert":
+        said += " Here of whole activations; what is fused is decided expert by expert."
     return Chart("Similarity to the nearest slot", said, shapes, y_ticks=labels)
 
 

@@ -58,7 +58,9 @@ def test_tracks_of_texts_of_any_length(tokens, interval, pieces):
     }  # fmt: skip
     segments = sorted({round(tokens * i / pieces) for i in range(pieces + 1)})
     decisions, similar, filled, origins = tracks(
-        memory, {"theta_low": 0.25, "theta_high": 0.75, "slots": 4, "update_interval": interval}, segments
+        memory,
+        {"theta_low": 0.25, "theta_high": 0.75, "slots": 4, "update_interval": interval, "granularity": "expert"},
+        segments,
     )
     for chart in (decisions, similar, filled, origins):
         assert all(-0.02 <= edge <= 100.02 for s in chart.shapes for edge in (s.x, s.y, s.x + s.width, s.y + s.height))
