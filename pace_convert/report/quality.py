@@ -6,11 +6,11 @@ import warnings
 from dataclasses import dataclass
 
 import numpy as np
+from safetensors import safe_open
 
 from ..converted import Converted
 from ..errors import DamagedSourceError
 from ..progress import Progress
-from ..shards import FLOAT_DTYPES, as_float, raw
 
 _ROWS = 4096  # neurons compared at once
 
@@ -145,12 +145,14 @@ def _explained(rows: np.ndarray, labels: np.ndarray) -> float:
 
 def _features(converted: Converted, layer: int) -> np.ndarray:
     """The rows that were clustered, [D, H] float32, in OUT's order."""
-    files, ffn = converted.files, converted.family.ffn
+    import torch
+
+    files, ffn, neurons = converted.files, converted.family.ffn, len(converted.layers[layer][0])
     name = converted.family.features(layer, files.tensors)
     info = files.tensors.get(name)
-    neurons = len(converted.layers[layer][0])
-    if info is None or info.dtype not in FLOAT_DTYPES or len(info.shape) != 2 or info.shape[ffn.transposed] < neurons:
+    if info is None or len(info.shape) != 2 or info.shape[ffn.transposed] < neurons:
         raise DamagedSourceError(f"{name} is missing or has the wrong shape", "convert again")
-    bits = raw(files.path(name), info)
-    rows = np.ascontiguousarray(bits.T if ffn.transposed else bits[:neurons])
-    return as_float(rows, info.dtype).astype(np.float32, copy=False)
+    with safe_open(files.path(name), framework="pt") as shard:
+        part = shard.get_slice(name)
+        rows = part[:, :neurons].T if ffn.transposed else part[:neurons]
+    return rows.to(torch.float32, copy=True, memory_format=torch.contiguous_format).numpy()
