@@ -147,12 +147,13 @@ def _features(converted: Converted, layer: int) -> np.ndarray:
     """The rows that were clustered, [D, H] float32, in OUT's order."""
     import torch
 
-    files, ffn, neurons = converted.files, converted.family.ffn, len(converted.layers[layer][0])
-    name = converted.family.features(layer, files.tensors)
-    info = files.tensors.get(name)
-    if info is None or len(info.shape) != 2 or info.shape[ffn.transposed] < neurons:
-        raise DamagedSourceError(f"{name} is missing or has the wrong shape", "convert again")
-    with safe_open(files.path(name), framework="pt") as shard:
-        part = shard.get_slice(name)
-        rows = part[:, :neurons].T if ffn.transposed else part[:neurons]
+    files, neurons = converted.files, len(converted.layers[layer][0])
+    tensors = converted.family.ffn_tensors(len(converted.layers), files.tensors)
+    clustered = next(tensor for tensor in tensors if tensor.layer == layer)  # each layer's first is the gate or fc1
+    info = files.tensors.get(clustered.name)
+    if info is None or len(info.shape) != 2 or info.shape[clustered.axis] < neurons:
+        raise DamagedSourceError(f"{clustered.name} is missing or has the wrong shape", "convert again")
+    with safe_open(files.path(clustered.name), framework="pt") as shard:
+        part = shard.get_slice(clustered.name)
+        rows = part[:, :neurons].T if clustered.axis else part[:neurons]
     return rows.to(torch.float32, copy=True, memory_format=torch.contiguous_format).numpy()

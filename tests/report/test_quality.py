@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
+from sklearn.cluster import KMeans
 from sklearn.metrics import silhouette_samples
 
-from pace_convert.cluster import cluster_neurons
 from pace_convert.converted import open_converted
 from pace_convert.permute import canonical_permutation
 from pace_convert.progress import Progress
@@ -25,7 +25,7 @@ def directions(rng, count, width, zeros=0):
 
 def grouped(rows, experts):
     """Rows in the order of a conversion, and the experts' sizes."""
-    permutation, sizes = canonical_permutation(cluster_neurons(rows, experts, seed=0, restarts=1))
+    permutation, sizes = canonical_permutation(KMeans(experts, n_init=1, random_state=0).fit_predict(rows))
     return rows[permutation], sizes
 
 
