@@ -162,15 +162,30 @@ def families(as_json: bool) -> None:
 
 @pace.command()
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option(
+    "--quality", is_flag=True, help="Measure how well each expert's neurons belong together; reads weights, seconds a layer."
+)
+@click.option("--probe", metavar="FILE_OR_TEXT", help="Say what experts and memory do on a text; loads the model.")
+@click.option("--html", type=click.Path(path_type=Path), help="Write it all as one page, with --quality.")
+@click.option("--trust-remote-code", is_flag=True, help="Run OUT's modeling files even where they were edited, for --probe.")
+@output_options
 @friendly
-def inspect(out: Path, as_json: bool) -> None:
-    """Say what is in the converted folder OUT."""
-    from .converted import open_converted
-    from .describe import describe
+def inspect(
+    out: Path, quality: bool, probe: str | None, html: Path | None, trust_remote_code: bool, as_json: bool, quiet: bool
+) -> None:
+    """Say what is in the converted folder OUT. Reads no weights unless asked to.
 
-    facts = describe(open_converted(out))
+    \b
+    pace inspect ./out --quality
+    pace inspect ./out --html report.html --probe story.txt
+    """
+    from .converted import open_converted
+    from .report import inspect as job
+
+    facts = job.inspect(open_converted(out), Progress(quiet), quality, probe, html, trust_remote_code)
     click.echo(_json(facts) if as_json else text.facts_text(facts))
+    if html and not as_json:
+        click.echo(f"Wrote {html}: {text.size(html.stat().st_size)}, opens in any browser.")
 
 
 @pace.command()

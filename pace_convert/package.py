@@ -56,16 +56,20 @@ def converted_config(source: dict, plan: Plan) -> dict:
     }
     if options.no_memory:
         return config
-    module = MODELING.removesuffix(".py")
     config["model_type"] = f"pace_{family.model_type}"
     config["architectures"] = [f"Pace{family.causal_lm_class}"]
-    config["auto_map"] = {
-        **(source.get("auto_map") or {}),
+    config["auto_map"] = {**(source.get("auto_map") or {}), **auto_map(family)}
+    return config
+
+
+def auto_map(family: FamilySpec) -> dict[str, str]:
+    """Where transformers' auto classes find this family's, in config.json's form."""
+    module = MODELING.removesuffix(".py")
+    return {
         "AutoConfig": f"{module}.Pace{family.config_class}",
         "AutoModel": f"{module}.Pace{family.model_class}",
         "AutoModelForCausalLM": f"{module}.Pace{family.causal_lm_class}",
     }
-    return config
 
 
 def to_json(value: object) -> str:

@@ -76,12 +76,45 @@ def facts_text(facts: dict) -> str:
     ]
     if memory["enabled"]:
         lines += [f"    {name:18}{value}" for name, value in memory.items() if name not in ("enabled", "layers")]
-    lines.append("  layer  memory  expert sizes")
-    for row in facts["layers"]:
-        mark = "yes" if row["layer"] in memory["layers"] else "-"
-        sizes = ", ".join(f"{count} x {size}" for size, count in row["sizes"].items())
-        lines.append(f"  {row['layer']:5}  {mark:6}  {sizes}")
+    lines += ["  " + line for line in table([_layer_row(facts, row) for row in facts["layers"]]).splitlines()]
+    if any("quality" in row for row in facts["layers"]):
+        lines.append("  noise: k-means of noise with the weights' mean and spread; only what lies above it is structure")
+    if "probe" in facts:
+        lines += _probe_lines(facts["probe"], memory)
     return "\n".join(lines)
+
+
+def _layer_row(facts: dict, row: dict) -> dict[str, str]:
+    layer = row["layer"]
+    cells = {"layer": f"{layer:5}", "memory": "yes" if layer in facts["memory"]["layers"] else "-"}
+    if "quality" in row:
+        quality = row["quality"]
+        for name, form in (("explained", ".1%"), ("silhouette", ".3f")):
+            known = [quality[kind][name] for kind in ("experts", "noise", "random")]
+            cells[f"{name} (noise, random)"] = "-" if known[0] is None else _with_floors(known, form)
+    if "probe" in facts:
+        cells["carry half"] = str(facts["probe"]["experts"][layer]["half"])
+    return {**cells, "expert sizes": ", ".join(f"{count} x {size}" for size, count in row["sizes"].items())}
+
+
+def _with_floors(values: list[float | None], form: str) -> str:
+    first, *floors = ("-" if value is None else format(value, form) for value in values)
+    return f"{first} ({', '.join(floors)})"
+
+
+def _probe_lines(probe: dict, memory: dict) -> list[str]:
+    cut = f", {probe['tokens_cut']} more left out: the model is not made for a longer text" if probe["tokens_cut"] else ""
+    lines = [f"  {probe['text']}: {probe['tokens']} token{'s' if probe['tokens'] > 1 else ''} read{cut}"]
+    if probe["memory"] and probe["tokens"] <= memory["update_interval"]:
+        return [*lines, f"    the memory acts from token {memory['update_interval']} on, so it did nothing here"]
+    for found in probe["memory"]:
+        every = found["kept"] + found["mixed"] + found["reused"]
+        made = ", ".join(f"{found[name] / every:.1%} {name}" for name in ("kept", "mixed", "reused"))
+        slots = f"{len(found['slots'])} of {memory['slots']} slots filled"
+        lines.append(f"    memory in layer {found['layer']}: {made}; {slots} after {found['blocks']} blocks")
+        most = sorted(found["slots"], key=lambda slot: -slot["hits"])[:5]
+        lines += [f"      slot {s['slot']} from token {s['token']} {s['piece']!r}, {s['hits']} hits" for s in most]
+    return lines
 
 
 def verification_text(result: Verification) -> str:

@@ -10,9 +10,9 @@ import torch
 
 from .converted import Converted
 from .errors import CallError
-from .package import modeling_files
 from .permute import apply, invert, repeat
 from .progress import Progress
+from .remote_code import edited_code, refuse_edited
 from .shards import read, row_blocks
 from .source import Source
 from .tokenizer import load_tokenizer
@@ -66,7 +66,7 @@ def verify(converted: Converted, source: Source, progress: Progress, logits: boo
     ffn = converted.family.ffn_tensors(len(converted.layers), source.tensors)
     permutations = {t.name: (t.axis, invert(repeat(converted.layers[t.layer][0], t.parts))) for t in ffn}
     different = _different_tensors(converted.files, source, permutations, progress)
-    edited = _edited_files(converted, source)
+    edited = edited_code(converted, source.folder)
     result = Verification(
         len(source.tensors),
         len(permutations),
@@ -77,11 +77,7 @@ def verify(converted: Converted, source: Source, progress: Progress, logits: boo
     )
     if not logits or different:
         return result
-    if edited and not trust:
-        raise CallError(
-            f"{edited[0]} is not the file this version ships, so it is not run",
-            "read it, then give --trust-remote-code, or --no-logits to compare tensors only",
-        )
+    refuse_edited(edited, trust, "or --no-logits to compare tensors only")
     return _with_logits(result, converted, source)
 
 
@@ -104,21 +100,6 @@ def _same_tensor(out: Source, source: Source, name: str, undo: tuple[int, np.nda
         return np.array_equal(apply(read(converted, a), *undo), read(original, b))
     pairs = zip(row_blocks(converted, a), row_blocks(original, b))
     return all(np.array_equal(x, y) for (_, x), (_, y) in pairs)
-
-
-def _edited_files(converted: Converted, source: Source) -> list[str]:
-    """Python files that are neither what this version ships nor the source's own."""
-    if not converted.files.config["model_type"].startswith("pace_"):
-        return []
-    folder = converted.files.folder
-    shipped = modeling_files(converted.family)
-    ours = [name for name, text in shipped.items() if not _reads(folder / name, text.encode())]
-    others = [path for path in sorted(folder.glob("*.py")) if path.name not in shipped]
-    return ours + [path.name for path in others if not _reads(source.folder / path.name, path.read_bytes())]
-
-
-def _reads(path: Path, content: bytes) -> bool:
-    return path.is_file() and path.read_bytes() == content
 
 
 def _same_tokens(source: Source, converted: Converted) -> bool | None:

@@ -49,7 +49,13 @@ def run(command, folder):
 
 def test_wheel_holds_what_travels_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    for name in ("modeling/memory_bank.py", "templates/model_card.md.jinja", "reference/model/model.safetensors", "cli.py"):
+    for name in (
+        "modeling/memory_bank.py",
+        "templates/report.css.jinja",
+        "report/page.py",
+        "reference/model/model.safetensors",
+        "cli.py",
+    ):
         assert f"pace_convert/{name}" in names
     assert all(name.startswith(("pace_convert/", "pace_convert-")) for name in names)
 
