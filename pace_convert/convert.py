@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from .card import model_card
 from .cluster import cluster_neurons
 from .errors import DamagedSourceError
 from .options import ConvertOptions
-from .package import CARD, PERMUTATION, SOURCE_CARD, converted_config, model_card, modeling_files, to_json
+from .package import CARD, PERMUTATION, SOURCE_CARD, converted_config, modeling_files, to_json
 from .permute import canonical_permutation, repeat
 from .plan import Plan, check_places, make_plan
 from .progress import Progress
@@ -42,7 +43,7 @@ def convert(source: Source, out: Path, plan: Plan, progress: Progress, overwrite
     """Carry out a plan. Raises DamagedSourceError; OUT is then as if nothing had happened."""
     source = source.fetch()
     modeling = {} if plan.options.no_memory else modeling_files(plan.family)
-    card = model_card(source, plan, out, _source_card(source))
+    card = model_card(source, plan, _source_card(source))
     tokenizer = None if plan.options.no_memory else named_tokenizer_config(source.folder)
     texts = {**modeling, CARD: card, **({TOKENIZER_CONFIG: tokenizer} if tokenizer else {})}
     _refuse_non_finite(source, progress)
