@@ -127,12 +127,16 @@ def inherited_metadata(card: str) -> dict:
 
 def _licence(metadata: dict, side_files: tuple[str, ...]) -> str:
     """What the source's licence is and asks, in a paragraph."""
-    named, stated = ([value] if isinstance(value, str) else value or [] for value in map(metadata.get, ("license_name", "license")))
+    named, stated = (
+        [value] if isinstance(value, str) else value or [] for value in map(metadata.get, ("license_name", "license"))
+    )
     link = f", {metadata['license_link']}" if metadata.get("license_link") else ""
     sentences = [f"As for the source: {', '.join(named or stated)}{link}."]
-    if not named and not stated:
+    if not names:
         sentences = ["The source's card states no licence: ask its authors before you pass this on."]
-    sentences += [demand for pattern, demand in DEMANDS if any(re.fullmatch(pattern, name.lower()) for name in [*named, *stated])]
+    sentences += [
+        demand for pattern, demand in DEMANDS if any(re.fullmatch(pattern, name.lower()) for name in [*named, *stated])
+    ]
     files = [file for file in side_files if any(fnmatch.fnmatch(file, pattern) for pattern in LICENCE_FILES)]
     if files:
         sentences.append(f"The source's files are here: {', '.join(f'[{file}]({file})' for file in files)}.")
@@ -142,6 +146,10 @@ def _licence(metadata: dict, side_files: tuple[str, ...]) -> str:
             "where gating is switched on."
         )
     return " ".join(sentences)
+
+
+def _as_list(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else value or []
 
 
 def _local(remote: bool) -> str:
@@ -180,4 +188,3 @@ def _seal(text: str) -> str:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-

@@ -7,14 +7,18 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import click
 
 from . import __version__, text
-from .errors import PaceError
+from .errors import CallError, PaceError
 from .options import EXPERT_OPTIONS, ConvertOptions, load_options, option_name
 from .progress import Progress
+
+if TYPE_CHECKING:
+    from .hub import Pushed, Target
+    from .source import Source
 
 GROUPS = {
     "Experts": EXPERT_OPTIONS,
@@ -94,36 +98,72 @@ def _fail(message: str, hint: str, code: int) -> None:
 @click.option("--config", type=click.Path(path_type=Path), help="YAML file of options; the command line goes first.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier conversion in OUT.")
+@click.option("--push-to-hub", metavar="ORG/NAME", help="Then upload OUT to this model repository.")
+@click.option("--private", is_flag=True, help="Create that repository as a private one.")
 @output_options
 @method_options
 @click.version_option(__version__)
 @friendly
 def pace_convert(
     source: str, out: Path, revision: str | None, token: str | None, cache_dir: Path | None, config: Path | None,
-    dry_run: bool, overwrite: bool, as_json: bool, quiet: bool, **given: Any,
+    dry_run: bool, overwrite: bool, push_to_hub: str | None, private: bool, as_json: bool, quiet: bool, **given: Any,
 ) -> None:  # fmt: skip
     """Convert SOURCE, a model folder or a Hub id, into a PaceLLM in the folder OUT.
 
     \b
     pace-convert Qwen/Qwen2-7B ./out
     pace-convert ./my-llama ./out --experts 128 --memory-layers 10,20
+    pace-convert Qwen/Qwen2-7B ./out --push-to-hub your-name/Qwen2-7B-Pace
     """
+    if private and not push_to_hub:
+        raise CallError("--private is for a repository on the Hub", "give --push-to-hub ORG/NAME too")
     options = load_options(config, {name: value for name, value in given.items() if value is not None})
     from . import convert as job
     from .source import open_source
 
     opened = open_source(source, revision, token, cache_dir)
     plan = job.prepare(opened, out, options, overwrite)
+    target = None
+    if push_to_hub:
+        from .hub import Target, check_target
+
+        target = Target(push_to_hub, token, private)
+        check_target(target, opened)
     if dry_run:
         click.echo(_json(plan.as_dict()) if as_json else text.plan_text(source, out, plan))
         return
     progress = Progress(quiet)
     progress.say(text.plan_text(source, out, plan))
     made = job.convert(opened, out, plan, progress, overwrite)
-    if as_json:
-        click.echo(_json({"out": str(made.out), "tensors": made.tensors, "bytes": made.nbytes, "plan": plan.as_dict()}))
-    else:
+    result = {"out": str(made.out), "tensors": made.tensors, "bytes": made.nbytes, "plan": plan.as_dict()}
+    if not as_json:
         click.echo(text.made_text(made))
+    try:
+        pushed = _push_made(made.out, opened, target, progress) if target else None
+        result |= {"pushed": pushed.as_dict()} if pushed else {}
+    finally:
+        if as_json:
+            click.echo(_json(result))
+    if pushed and not as_json:
+        click.echo(text.pushed_text(pushed))
+
+
+def _push_made(out: Path, source: Source, target: Target, progress: Progress) -> Pushed:
+    """Verify and upload a finished conversion; an error says that it is finished, and how to go on."""
+    from .converted import open_converted
+    from .hub import push
+    from .verify import verify
+
+    converted = open_converted(out)
+    again = f"{out} is finished; to upload it: pace push {out} {target.repo_id} --source {source.name}"
+    try:
+        return push(converted, target, verify(converted, source, progress, logits=False), progress)
+    except PaceError as error:
+        error.hint, error.exit_code = f"{error.hint}; {again}", 1
+        raise
+    except KeyboardInterrupt:
+        progress.say(again)
+        raise
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -184,6 +224,43 @@ def verify(
     click.echo(_json(result.as_dict()) if as_json else text.verification_text(result))
     if not result.passed:
         sys.exit(1)
+
+
+@pace.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("repo_id", metavar="ORG/NAME")
+@click.option("--source", help="The model that was converted, folder or Hub id: compare every tensor with it first.")
+@click.option("--private", is_flag=True, help="Create the repository as a private one.")
+@click.option("--revision", "--branch", "branch", help="Branch to upload to; created where it is missing.  [default: main]")
+@click.option("--commit-message", "message", default="Upload a PaceLLM", show_default=True, help="Title of the commit.")
+@click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing to main.")
+@click.option("--token", envvar="HF_TOKEN", help="Hub token; HF_TOKEN or the stored login otherwise.")
+@output_options
+@friendly
+def push(
+    out: Path, repo_id: str, source: str | None, private: bool, branch: str | None, message: str, create_pr: bool,
+    token: str | None, as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Upload the converted folder OUT to the model repository ORG/NAME on the Hub.
+
+    \b
+    pace push ./out your-name/Qwen2-7B-Pace --private
+    pace push ./out your-org/Qwen2-7B-Pace --source Qwen/Qwen2-7B --create-pr
+
+    An upload that was interrupted goes on when the same command is run again.
+    """
+    from . import hub
+    from .converted import open_converted
+    from .source import open_source
+    from .verify import verify
+
+    converted, progress = open_converted(out), Progress(quiet)
+    opened = open_source(source, token=token) if source else None
+    target = hub.Target(repo_id, token, private, branch, message, create_pr)
+    hub.check_target(target, opened)
+    compared = verify(converted, opened, progress, logits=False) if opened else None
+    pushed = hub.push(converted, target, compared, progress)
+    click.echo(_json(pushed.as_dict()) if as_json else text.pushed_text(pushed))
 
 
 @pace.command()

@@ -44,7 +44,9 @@ def _from_xet(error: BaseException) -> bool:
     return type(error).__module__.startswith("hf_xet") or "xet" in str(error).lower()
 
 
-OFFLINE = Row(_is(OfflineModeIsEnabled), "HF_HUB_OFFLINE keeps the Hub client offline", "unset it and run this again", PaceError)
+OFFLINE = Row(
+    _is(OfflineModeIsEnabled), "HF_HUB_OFFLINE keeps the Hub client offline", "unset it and run this again", PaceError
+)
 GATED = Row(_is(GatedRepoError), "{repo} is gated", "accept its terms at {site}/{repo} and give --token or HF_TOKEN")
 READING = (
     OFFLINE,
@@ -68,7 +70,12 @@ WRITING = (
     Row(_is(LocalTokenNotFoundError), "you are not logged in to the Hub", LOG_IN),
     GATED,
     Row(_is(RevisionNotFoundError), "{repo} has no such branch", "check --revision"),
-    Row(_from_xet, "the Hub's Xet storage did not take {repo}: {reason}", "for a server without Xet set HF_HUB_DISABLE_XET=1 and run this again", PaceError),
+    Row(
+        _from_xet,
+        "the Hub's Xet storage did not take {repo}: {reason}",
+        "run this again; for a server without Xet set HF_HUB_DISABLE_XET=1 first",
+        PaceError,
+    ),
     Row(_is(RepositoryNotFoundError), "there is no {repo} that this token may see", "check the name and the token"),
     Row(_status(401), "the Hub does not accept this token", LOG_IN),
     Row(
@@ -76,14 +83,14 @@ WRITING = (
         "this token may not write to {repo}: {reason}",
         "ask for write access, or make a token that has it at {site}/settings/tokens",
     ),
-    Row(_is(BadRequestError), "the Hub refuses what was sent for {repo}: {reason}", "change that and run this again", PaceError),
+    Row(_is(BadRequestError, ValueError), "the Hub refuses what was sent to {repo}: {reason}", "change that", PaceError),
     Row(
         _is(Exception),
         "the Hub did not take {repo}: {reason}",
         "check the network and run this again: it goes on where it stopped",
         PaceError,
     ),
-)  # fmt: skip
+)
 
 
 @contextmanager
@@ -104,6 +111,7 @@ def hub_errors(repo_id: str, table: tuple[Row, ...]) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """What the server says, or the first line of the error."""
-    lines = (getattr(error, "server_message", None) or str(error)).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    """What the server says, or the error itself, in one line."""
+    text = (getattr(error, "server_message", None) or str(error)).strip()
+    lines = [line.strip() for line in text.splitlines() if not line.startswith("For more information")]
+    return " ".join(line for line in lines if line)[:200] or type(error).__name__
