@@ -127,16 +127,13 @@ def inherited_metadata(card: str) -> dict:
 
 def _licence(metadata: dict, side_files: tuple[str, ...]) -> str:
     """What the source's licence is and asks, in a paragraph."""
-    named, stated = (
-        [value] if isinstance(value, str) else value or [] for value in map(metadata.get, ("license_name", "license"))
-    )
+    named, stated = (_as_list(metadata.get(key)) for key in ("license_name", "license"))
+    names = [name.lower() for name in (*named, *stated)]
     link = f", {metadata['license_link']}" if metadata.get("license_link") else ""
     sentences = [f"As for the source: {', '.join(named or stated)}{link}."]
     if not names:
         sentences = ["The source's card states no licence: ask its authors before you pass this on."]
-    sentences += [
-        demand for pattern, demand in DEMANDS if any(re.fullmatch(pattern, name.lower()) for name in [*named, *stated])
-    ]
+    sentences += [demand for pattern, demand in DEMANDS if any(re.fullmatch(pattern, name) for name in names)]
     files = [file for file in side_files if any(fnmatch.fnmatch(file, pattern) for pattern in LICENCE_FILES)]
     if files:
         sentences.append(f"The source's files are here: {', '.join(f'[{file}]({file})' for file in files)}.")

@@ -4,7 +4,7 @@ import pytest
 import yaml
 from helpers import convert_folder
 
-from pace_convert.package import _inherited_metadata
+from pace_convert.card import inherited_metadata
 
 
 def front_matter(out):
@@ -28,8 +28,8 @@ def front_matter(out):
         ("", {}),
     ],
 )
-def test_inherited_metadata(card, expected):
-    assert _inherited_metadata(card) == expected
+def testinherited_metadata(card, expected):
+    assert inherited_metadata(card) == expected
 
 
 def test_card_with_memory(make_source, tmp_path):

@@ -102,7 +102,7 @@ def test_unknown_repository(run, tmp_path):
 
 
 def test_server_out_of_order(hub, run, tmp_path):
-    hub.fail_with = 500
+    hub.hook = lambda *_: 500
     refuse(run("convert", REPO, tmp_path / "out"), 1, "the Hub did not give acme/tiny-qwen", out=tmp_path / "out")
 
 
