@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from . import __version__
-from .package import SOURCE_CARD, render
+from .package import CARD, SOURCE_CARD, render
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -50,13 +50,11 @@ _PIN = re.compile(r'revision="([0-9a-f]{40})"')
 _SEAL = re.compile(r"\n<!-- Written by pace-convert\. SHA-256 of the text above: ([0-9a-f]{64}) -->\n\Z")
 
 
-def model_card(source: Source, plan: Plan, source_card: str | None) -> str:
-    """The repository's README.md, the same for the same source and options.
-
-    source_card: the text of the source's own, if it has one.
-    """
-    remote = not plan.options.no_memory
-    metadata = inherited_metadata(source_card or "")
+def model_card(source: Source, plan: Plan) -> str:
+    """The repository's README.md, the same for the same source and options."""
+    has_card = CARD in source.side_files
+    theirs = (source.folder / CARD).read_text(encoding="utf-8-sig", errors="replace") if has_card else ""
+    metadata = inherited_metadata(theirs)
     name = source.name if source.hub else source.folder.resolve().name
     text = render(
         "model_card.md.jinja",
@@ -68,9 +66,9 @@ def model_card(source: Source, plan: Plan, source_card: str | None) -> str:
         revision=source.hub.commit if source.hub else None,
         metadata=metadata,
         licence=_licence(metadata, source.side_files),
-        load=_block("load", _local(remote)),
+        load=_block("load", _local(not plan.options.no_memory)),
         verification=_block("verification", UNVERIFIED),
-        source_card=SOURCE_CARD if source_card is not None else None,
+        source_card=SOURCE_CARD if has_card else None,
         version=__version__,
     )
     return _seal(text)

@@ -121,18 +121,21 @@ def pace_convert(
     from . import convert as job
     from .source import open_source
 
+    progress = Progress(quiet)
+    progress.let_hub_talk()
     opened = open_source(source, revision, token, cache_dir)
     plan = job.prepare(opened, out, options, overwrite)
     target = None
     if push_to_hub:
-        from .hub import Target, check_target
+        from .card import model_card
+        from .hub import Target, check_card, check_target
 
         target = Target(push_to_hub, token, private)
         check_target(target, opened)
+        check_card(push_to_hub, model_card(opened, plan))
     if dry_run:
         click.echo(_json(plan.as_dict()) if as_json else text.plan_text(source, out, plan))
         return
-    progress = Progress(quiet)
     progress.say(text.plan_text(source, out, plan))
     made = job.convert(opened, out, plan, progress, overwrite)
     result = {"out": str(made.out), "tensors": made.tensors, "bytes": made.nbytes, "plan": plan.as_dict()}
@@ -252,13 +255,15 @@ def push(
     from . import hub
     from .converted import open_converted
     from .source import open_source
-    from .verify import verify
 
-    converted, progress = open_converted(out), Progress(quiet)
+    converted, progress, compared = open_converted(out), Progress(quiet), None
     opened = open_source(source, token=token) if source else None
     target = hub.Target(repo_id, token, private, branch, message, create_pr)
     hub.check_target(target, opened)
-    compared = verify(converted, opened, progress, logits=False) if opened else None
+    if opened:
+        from .verify import verify
+
+        compared = verify(converted, opened, progress, logits=False)
     pushed = hub.push(converted, target, compared, progress)
     click.echo(_json(pushed.as_dict()) if as_json else text.pushed_text(pushed))
 

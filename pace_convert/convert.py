@@ -43,7 +43,7 @@ def convert(source: Source, out: Path, plan: Plan, progress: Progress, overwrite
     """Carry out a plan. Raises DamagedSourceError; OUT is then as if nothing had happened."""
     source = source.fetch()
     modeling = {} if plan.options.no_memory else modeling_files(plan.family)
-    card = model_card(source, plan, _source_card(source))
+    card = model_card(source, plan)
     tokenizer = None if plan.options.no_memory else named_tokenizer_config(source.folder)
     texts = {**modeling, CARD: card, **({TOKENIZER_CONFIG: tokenizer} if tokenizer else {})}
     _refuse_non_finite(source, progress)
@@ -102,10 +102,3 @@ def _write_shards(
             here = {name: permutations[name] for name in tensors if name in permutations}
             folder.shard(source.folder / shard, tensors, here)
             bar.update(sum(info.nbytes for info in tensors.values()))
-
-
-def _source_card(source: Source) -> str | None:
-    """The text of the source's own model card, if it has one."""
-    if CARD not in source.side_files:
-        return None
-    return (source.folder / CARD).read_text(encoding="utf-8-sig", errors="replace")

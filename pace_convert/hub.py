@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from huggingface_hub import HfApi, constants
+import yaml
+from huggingface_hub import CommitInfo, HfApi, ModelCard, constants
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
-from huggingface_hub.utils import disable_progress_bars, logging, validate_repo_id
+from huggingface_hub.utils import validate_repo_id
 
 from . import __version__
 from .card import pinned_commit, published
@@ -60,7 +60,9 @@ class Pushed:
 
     def as_dict(self) -> dict:
         """For `--json`."""
-        return {**asdict(self), "verification": self.verification and self.verification.as_dict()}
+        facts = {"repo": self.repo_id, "url": self.url, "commit": self.commit, "branch": self.branch}
+        compared = self.verification.as_dict() if self.verification else None
+        return {**facts, "pull_request": self.pull_request, "files": self.files, "bytes": self.nbytes, "verification": compared}
 
 
 def check_target(target: Target, source: Source | None = None) -> None:
@@ -81,6 +83,18 @@ def check_target(target: Target, source: Source | None = None) -> None:
             raise CallError(f"{repo_id} exists and is public", "make it private in its settings, or leave --private out")
 
 
+def check_card(repo_id: str, card: str) -> None:
+    """Let the Hub validate a card's metadata. Raises CallError or PaceError."""
+    with hub_errors(repo_id, WRITING):
+        try:
+            ModelCard(card).validate()
+        except (ValueError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())
+            raise CallError(
+                f"the Hub refuses the metadata of the model card: {reason}", f"correct the block at the top of {CARD}"
+            ) from error
+
+
 def push(converted: Converted, target: Target, verification: Verification | None, progress: Progress) -> Pushed:
     """Upload a conversion: everything but the card in one commit, then the card, which pins that commit.
 
@@ -88,27 +102,16 @@ def push(converted: Converted, target: Target, verification: Verification | None
     """
     _check_whole(converted, verification, progress)
     folder, api = converted.files.folder, target.api
+    card = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else None
+    if card is not None:
+        check_card(target.repo_id, card)
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file() and not _hidden(path.relative_to(folder))]
-    _talk(progress)
+    needs_code = converted.files.config["model_type"].startswith("pace_")
+    progress.let_hub_talk()
     progress.say(f"uploading {len(sizes)} files, {sum(sizes) / 1e6:.2f} MB, to {target.repo_id}")
     with hub_errors(target.repo_id, WRITING):
-        api.create_repo(target.repo_id, private=target.private or None, exist_ok=True)
-        if target.branch and not target.branch.startswith("refs/"):
-            api.create_branch(target.repo_id, branch=target.branch, exist_ok=True)
-        before = [commit.commit_id for commit in api.list_repo_commits(target.repo_id, revision=target.branch)]
-        done = api.upload_folder(
-            repo_id=target.repo_id,
-            folder_path=folder,
-            revision=target.branch,
-            commit_message=target.message,
-            create_pr=target.create_pr,
-            ignore_patterns=[*NOT_UPLOADED, CARD],
-            delete_patterns=list(WEIGHTS),
-        )
-        commit = _commit_to_pin(target, done.oid, before)
-        needs_code = converted.files.config["model_type"].startswith("pace_")
-        if (folder / CARD).is_file():
-            card = (folder / CARD).read_text(encoding="utf-8")
+        done, commit = _upload_folder(target, folder)
+        if card is not None:
             api.upload_file(
                 path_or_fileobj=published(card, target.repo_id, commit, needs_code, verification).encode(),
                 path_in_repo=CARD,
@@ -121,6 +124,26 @@ def push(converted: Converted, target: Target, verification: Verification | None
     branch = done.pr_revision or target.branch or constants.DEFAULT_REVISION
     url = done.pr_url or (f"{site}/tree/{branch}" if target.branch else site)
     return Pushed(target.repo_id, url, commit, branch, done.pr_url, len(sizes), sum(sizes), needs_code, verification)
+
+
+def _upload_folder(target: Target, folder: Path) -> tuple[CommitInfo, str]:
+    """All but the card, and the commit that holds it."""
+    api = target.api
+    if not target.create_pr:
+        api.create_repo(target.repo_id, private=target.private or None, exist_ok=True)
+    if target.branch and not target.branch.startswith("refs/"):
+        api.create_branch(target.repo_id, branch=target.branch, exist_ok=True)
+    before = [commit.commit_id for commit in api.list_repo_commits(target.repo_id, revision=target.branch)]
+    done = api.upload_folder(
+        repo_id=target.repo_id,
+        folder_path=folder,
+        revision=target.branch,
+        commit_message=target.message,
+        create_pr=target.create_pr,
+        ignore_patterns=[*NOT_UPLOADED, CARD],
+        delete_patterns=list(WEIGHTS),
+    )
+    return done, _commit_to_pin(target, done.oid, before)
 
 
 def _exists(target: Target) -> bool:
@@ -175,14 +198,3 @@ def _commit_to_pin(target: Target, commit: str, before: list[str]) -> str:
 
 def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts) or path.suffix == ".part"
-
-
-def _talk(progress: Progress) -> None:
-    """Let the Hub client show its bars on a terminal, plain lines elsewhere, and errors alone when quiet."""
-    terminal = sys.stderr.isatty()
-    if progress.quiet:
-        logging.set_verbosity_error()
-    elif not terminal:
-        logging.set_verbosity_info()
-    if progress.quiet or not terminal:
-        disable_progress_bars()

@@ -112,6 +112,7 @@ def hub_errors(repo_id: str, table: tuple[Row, ...]) -> Iterator[None]:
 
 def _reason(error: BaseException) -> str:
     """What the server says, or the error itself, in one line."""
-    text = (getattr(error, "server_message", None) or str(error)).strip()
-    lines = [line.strip() for line in text.splitlines() if not line.startswith("For more information")]
+    said = getattr(error, "server_message", None)
+    text = f"{error.response.status_code} {said}" if said else str(error)
+    lines = [line.strip() for line in text.strip().splitlines() if not line.startswith("For more information")]
     return " ".join(line for line in lines if line)[:200] or type(error).__name__

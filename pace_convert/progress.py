@@ -35,3 +35,15 @@ class Progress:
         """One line."""
         if not self.quiet:
             print(text, file=sys.stderr)
+
+    def let_hub_talk(self) -> None:
+        """Let the Hub client show its bars on a terminal, plain lines elsewhere, and errors alone when quiet."""
+        from huggingface_hub.utils import disable_progress_bars, logging
+
+        terminal = sys.stderr.isatty()
+        if self.quiet:
+            logging.set_verbosity_error()
+        elif not terminal:
+            logging.set_verbosity_info()
+        if self.quiet or not terminal:
+            disable_progress_bars()

@@ -16,8 +16,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from .card import is_untouched
 from .errors import CallError, DamagedSourceError
-from .package import PERMUTATION
+from .package import CARD, PERMUTATION
 from .permute import apply
 from .shards import TensorInfo, raw
 from .source import INDEX
@@ -132,6 +133,8 @@ def check_free(out: Path, overwrite: bool) -> None:
     foreign = sorted(present - set(ours) - {UNFINISHED})
     if foreign:
         raise CallError(f"OUT {out} holds {foreign[0]}, which no conversion wrote", "move it away, or choose another folder")
+    if CARD in present and not is_untouched((out / CARD).read_bytes()):
+        raise CallError(f"OUT {out} holds a {CARD} that was edited", "move it away to keep it, or delete it")
     if _aside(out).exists():
         raise CallError(f"{_aside(out)} is left from a conversion that was killed", "move it back or remove it")
 

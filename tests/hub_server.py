@@ -108,7 +108,7 @@ def metadata_errors(card: str) -> list[str]:
 
     def texts(value: object, pattern: str = ".+") -> bool:
         values = value if isinstance(value, list) else [value]
-        return all(isinstance(item, str) and re.fullmatch(pattern, item) for item in values)
+        return all(isinstance(item, str) and re.fullmatch(pattern, item, re.DOTALL) for item in values)
 
     rules = {
         "license": lambda value: texts(value, "|".join(map(re.escape, LICENCES))),
@@ -191,6 +191,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _validate(self) -> None:
         errors = metadata_errors(json.loads(self.body)["content"])
+        if "text/plain" in self.headers.get("Accept", ""):
+            return self._send(400 if errors else 200, "\n".join(errors).encode())
         return self._json({"errors": [{"message": error} for error in errors]}, 400 if errors else 200)
 
     def _find(self, repo_id: str) -> Repository | None:
@@ -300,7 +302,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _commit(self, repo_id: str, revision: str) -> None:
         repository = self._at(repo_id, revision)
         opens = "create_pr" in self.query
-        if repository is None or (not opens and not self._may_write(repo_id)):
+        anybody = opens or revision.startswith("refs/pr/")
+        if repository is None or (not anybody and not self._may_write(repo_id)):
             return None
         files = dict(repository.files(revision))
         for line in map(json.loads, self.body.splitlines()):
