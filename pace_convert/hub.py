@@ -182,7 +182,7 @@ def _check_whole(converted: Converted, verification: Verification | None, progre
         if not (folder / name).is_file():
             raise DamagedSourceError(f"{folder} has no {name}, so it can't be loaded", "convert again")
         if (folder / name).read_bytes() != text.encode():
-            progress.say(f"{name} is not the file this version ships; it is uploaded as it is")
+            progress.say(f"{name} is not as this version ships it; it is uploaded as it is")
 
 
 def _commit_to_pin(target: Target, commit: str, before: list[str]) -> str:

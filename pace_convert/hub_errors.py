@@ -37,7 +37,11 @@ def _is(*kinds: type[BaseException]) -> Callable[[BaseException], bool]:
 
 
 def _status(*codes: int) -> Callable[[BaseException], bool]:
-    return lambda error: getattr(getattr(error, "response", None), "status_code", None) in codes
+    return lambda error: _code(error) in codes
+
+
+def _code(error: BaseException) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
 
 
 def _from_xet(error: BaseException) -> bool:
@@ -113,6 +117,6 @@ def hub_errors(repo_id: str, table: tuple[Row, ...]) -> Iterator[None]:
 def _reason(error: BaseException) -> str:
     """What the server says, or the error itself, in one line."""
     said = getattr(error, "server_message", None)
-    text = f"{error.response.status_code} {said}" if said else str(error)
+    text = f"{_code(error)} {said}" if said else str(error)
     lines = [line.strip() for line in text.strip().splitlines() if not line.startswith("For more information")]
     return " ".join(line for line in lines if line)[:200] or type(error).__name__

@@ -51,16 +51,21 @@ def converted_config(source: dict, plan: Plan) -> dict:
     }
     if options.no_memory:
         return config
-    module = MODELING.removesuffix(".py")
     config["model_type"] = f"pace_{family.model_type}"
     config["architectures"] = [f"Pace{family.causal_lm_class}"]
-    config["auto_map"] = {
+    config["auto_map"] = auto_map(source, family)
+    return config
+
+
+def auto_map(source: dict, family: FamilySpec) -> dict:
+    """Which class of which file transformers loads: the source's own, and ours. source: its config."""
+    module = MODELING.removesuffix(".py")
+    return {
         **(source.get("auto_map") or {}),
         "AutoConfig": f"{module}.Pace{family.config_class}",
         "AutoModel": f"{module}.Pace{family.model_class}",
         "AutoModelForCausalLM": f"{module}.Pace{family.causal_lm_class}",
     }
-    return config
 
 
 def to_json(value: object) -> str:

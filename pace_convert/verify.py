@@ -10,7 +10,7 @@ import torch
 
 from .converted import Converted
 from .errors import CallError
-from .package import modeling_files
+from .package import auto_map, modeling_files
 from .permute import apply, invert, repeat
 from .progress import Progress
 from .shards import blocks, raw
@@ -79,7 +79,7 @@ def verify(converted: Converted, source: Source, progress: Progress, logits: boo
         return result
     if edited and not trust:
         raise CallError(
-            f"{edited[0]} is not the file this version ships, so it is not run",
+            f"{edited[0]} is not as this version ships it, so it is not run",
             "read it, then give --trust-remote-code, or --no-logits to compare tensors only",
         )
     return _with_logits(result, converted, source)
@@ -106,14 +106,16 @@ def _same_tensor(out: Source, source: Source, name: str, undo: tuple[int, np.nda
 
 
 def _edited_files(converted: Converted, source: Source) -> list[str]:
-    """Python files that are neither what this version ships nor the source's own."""
+    """Python files that are neither what this version ships nor the source's own; config.json if it names others."""
     if not converted.files.config["model_type"].startswith("pace_"):
         return []
     folder = converted.files.folder
     shipped = modeling_files(converted.family)
     ours = [name for name, text in shipped.items() if not _reads(folder / name, text.encode())]
-    others = [path for path in sorted(folder.glob("*.py")) if path.name not in shipped]
-    return ours + [path.name for path in others if not _reads(source.folder / path.name, path.read_bytes())]
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.py"))
+    others = [name for name in names if name not in shipped and not _reads(source.folder / name, (folder / name).read_bytes())]
+    redirected = converted.files.config.get("auto_map") != auto_map(source.config, converted.family)
+    return ours + others + ["config.json (auto_map)"] * redirected
 
 
 def _reads(path: Path, content: bytes) -> bool:

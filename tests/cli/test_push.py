@@ -137,7 +137,7 @@ def test_pushing_again_changes_nothing_and_a_change_moves_the_pin(hub, run, made
     with (out / "memory_bank.py").open("a") as file:
         file.write("# mine\n")
     done = run("push", out, "acme/again", "--json")
-    assert done.returncode == 0 and "memory_bank.py is not the file this version ships" in done.stderr, done.stderr
+    assert done.returncode == 0 and "memory_bank.py is not as this version ships it" in done.stderr, done.stderr
     commit = json.loads(done.stdout)["commit"]
     assert repository.branches["main"][1] == commit
     there = repository.files(commit)
