@@ -28,7 +28,7 @@ INHERITED = ("license", "license_name", "license_link", "language")
 GATED = "extra_gated_"
 # What licences, by their names on the Hub, ask of whoever passes a changed model on. The licence's own text counts.
 DEMANDS = (
-    (r"apache-2", "Pass the licence and any NOTICE file on, and say that files were changed."),
+    (r"apache-2\.0", "Pass the licence and any NOTICE file on, and say that files were changed."),
     (r"mit", "Pass the licence's text and copyright notice on."),
     (r"cc-by.*", "Name the source's authors and say what was changed."),
     (r"cc-.*-nc.*", "Commercial use is not allowed."),
