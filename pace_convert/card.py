@@ -46,7 +46,7 @@ DEMANDS = (
     (r".*(research|non-?commercial).*", "Its name says research or non-commercial: read it before any commercial use."),
 )
 UNVERIFIED = "Nothing had been compared when this card was written."
-_PIN = re.compile(r'revision="([0-9a-f]{40})"')
+_PIN = re.compile(r'^revision = "([0-9a-f]{40})"$', re.MULTILINE)
 _SEAL = re.compile(r"\n<!-- Written by pace-convert\. SHA-256 of the text above: ([0-9a-f]{64}) -->\n\Z")
 
 
@@ -100,14 +100,16 @@ def is_untouched(card: bytes) -> bool:
 
 def loading_snippet(name: str, remote: bool, revision: str | None = None) -> str:
     """Python that loads a folder or a Hub repository. remote: it needs trust_remote_code."""
-    arguments = [json.dumps(name, ensure_ascii=False)]
-    arguments += [f'revision="{revision}"'] if revision else []
-    arguments += ["trust_remote_code=True"] if remote else []
-    return (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f"model = AutoModelForCausalLM.from_pretrained({', '.join(arguments)})\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({', '.join(arguments)})"
-    )
+    arguments = ["name"] + ["revision=revision"] * bool(revision) + ["trust_remote_code=True"] * remote
+    lines = [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f"name = {json.dumps(name, ensure_ascii=False)}",
+        *([f'revision = "{revision}"'] if revision else []),
+        f"model = AutoModelForCausalLM.from_pretrained({', '.join(arguments)})",
+        f"tokenizer = AutoTokenizer.from_pretrained({', '.join(arguments)})",
+    ]
+    return "\n".join(lines)
 
 
 def inherited_metadata(card: str) -> dict:
@@ -127,14 +129,14 @@ def _licence(metadata: dict, side_files: tuple[str, ...]) -> str:
     """What the source's licence is and asks, in a paragraph."""
     named, stated = (_as_list(metadata.get(key)) for key in ("license_name", "license"))
     names = [name.lower() for name in (*named, *stated)]
-    link = f", {metadata['license_link']}" if metadata.get("license_link") else ""
-    sentences = [f"As for the source: {', '.join(named or stated)}{link}."]
+    link, name = metadata.get("license_link"), ", ".join(named or stated)
+    sentences = [f"As for the source: {f'[{name}]({link})' if link else name}."]
     if not names:
         sentences = ["The source's card states no licence: ask its authors before you pass this on."]
     sentences += [demand for pattern, demand in DEMANDS if any(re.fullmatch(pattern, name) for name in names)]
-    files = [file for file in side_files if any(fnmatch.fnmatch(file, pattern) for pattern in LICENCE_FILES)]
+    files = [file for file in side_files if file != link and any(fnmatch.fnmatch(file, kind) for kind in LICENCE_FILES)]
     if files:
-        sentences.append(f"The source's files are here: {', '.join(f'[{file}]({file})' for file in files)}.")
+        sentences.append(f"See also {', '.join(f'[{file}]({file})' for file in files)}.")
     if any(key.startswith(GATED) for key in metadata):
         sentences.append(
             "The source is for those who accept its terms; its questions stand in this card's metadata and are asked "

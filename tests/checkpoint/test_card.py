@@ -31,6 +31,7 @@ def source(make_source):
         b"extra_gated_prompt: |\n  TERMS: agree\nextra_gated_fields:\n  Name: text\n---\n# hello\nWritten by hand.\n"
     )
     (folder / "LICENSE").write_text("the licence")
+    (folder / "NOTICE").write_text("the notice")
     return folder
 
 
@@ -81,10 +82,10 @@ def test_metadata_is_valid_and_complete(out):
 def test_says_what_was_made_how_to_use_it_and_what_it_cannot_do(out):
     text = card_of(out)[1]
     for words in (
-        "takes part in 2 of 4 layers", "first 5 tokens", "layers 1, 2", 'from_pretrained(".", trust_remote_code=True)',
+        "takes part in 2 of 4 layers", "first 5 tokens", "layers 1, 2", 'name = "."\n', "(name, trust_remote_code=True)",
         "memory_disabled()", "| theta_high | 0.3 |", "| update_interval | 5 |", "72 FFN neurons", "8 experts",
         "Nothing had been compared", "not a promise of better answers", "vLLM", "(README.source.md)", "{2506.17310}",
-        'Show "Built with Llama"', "llama3.1, LICENSE", "[LICENSE](LICENSE)", "those who accept its terms",
+        'Show "Built with Llama"', "[llama3.1](LICENSE)", "[NOTICE](NOTICE)", "those who accept its terms",
     ):  # fmt: skip
         assert words in text, words
     assert "Written by hand." in (out / "README.source.md").read_text()
@@ -121,7 +122,11 @@ def new_card(folder, hub=None, **options):
 def test_of_a_source_on_the_hub(source):
     text = new_card(source, HubAddress("acme/tiny", "1" * 40, "hf_secret", None))
     assert ModelCard(text).data.base_model == "acme/tiny" and metadata_errors(text) == []
-    assert "# tiny as a PaceLLM" in text and f"--source acme/tiny --revision {'1' * 40}" in text and "hf_secret" not in text
+    assert (
+        "# tiny as a PaceLLM" in text
+        and f"--source acme/tiny \\\n    --revision {'1' * 40}\n" in text
+        and "hf_secret" not in text
+    )
 
 
 def test_without_memory(source):
@@ -143,9 +148,10 @@ def test_published_loads_by_name_at_a_commit_and_says_what_was_measured(out):
     measured = Verification(tensors=51, permuted=12, nbytes=192640, different=(), edited_files=(), same_tokens=True)
     pushed = published(text, "acme/x", commit, remote=True, verification=measured)
     assert pinned_commit(text) is None and pinned_commit(pushed) == commit
-    assert f'from_pretrained("acme/x", revision="{commit}", trust_remote_code=True)' in pushed
+    assert f'name = "acme/x"\nrevision = "{commit}"\n' in pushed
+    assert "from_pretrained(name, revision=revision, trust_remote_code=True)" in pushed
     assert "all 51 tensors (192,640 bytes)" in pushed and "12 of them" in pushed and "tokenizer reads" in pushed
-    assert 'from_pretrained(".", ' not in pushed and "Nothing had been compared" not in pushed
+    assert 'name = "."' not in pushed and "Nothing had been compared" not in pushed
     assert is_untouched(pushed.encode()) and metadata_errors(pushed) == []
     again = published(pushed, "acme/y", "3" * 40, remote=True, verification=None)
     assert pinned_commit(again) == "3" * 40 and "all 51 tensors" in again and "acme/x" not in again

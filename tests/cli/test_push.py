@@ -104,9 +104,9 @@ def test_full_circle(hub, run, command, tmp_path):
     assert {name: data for name, data in there.items() if name != "README.md"} == repository.files(pushed["commit"])
     card, local = there.pop("README.md").decode(), here.pop("README.md").decode()
     assert there == here
-    assert f'from_pretrained("acme/tiny-pace", revision="{pushed["commit"]}", trust_remote_code=True)' in card
+    assert f'name = "acme/tiny-pace"\nrevision = "{pushed["commit"]}"\n' in card
     assert "all 51 tensors" in card and is_untouched(card.encode())
-    assert 'from_pretrained(".", ' in local and "Nothing had been compared" in local and is_untouched(local.encode())
+    assert 'name = "."' in local and "Nothing had been compared" in local and is_untouched(local.encode())
 
     call = command()
     alone = [sys.executable, "-I", "-c", ALONE + BY_NAME, "acme/tiny-pace", pushed["commit"]]
@@ -122,8 +122,9 @@ def test_pushing_again_changes_nothing_and_a_change_moves_the_pin(hub, run, made
     out = shutil.copytree(made, tmp_path / "out")
     done = [run("push", out, "acme/again") for _ in range(2)]
     assert [d.returncode for d in done] == [0, 0], done[0].stderr
-    assert done[0].stdout == done[1].stdout and f"Pushed to {hub.url}/acme/again" in done[0].stdout
     repository = hub.repositories["acme/again"]
+    assert done[0].stdout == done[1].stdout and f"Pushed to {hub.url}/acme/again" in done[0].stdout
+    assert f'revision = "{repository.branches["main"][1]}"' in done[0].stdout
     assert len(repository.branches["main"]) == 3
     (out / "LICENSE").write_text("the licence, corrected")
     (out / ".env").write_text("SECRET=1")
