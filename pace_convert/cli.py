@@ -133,10 +133,11 @@ def pace_convert(
         target = Target(push_to_hub, token, private)
         check_target(target, opened)
         check_card(push_to_hub, model_card(opened, plan))
+    words = text.plan_text(source, out, plan) + (f"\n  push to    {push_to_hub}" if push_to_hub else "")
     if dry_run:
-        click.echo(_json(plan.as_dict()) if as_json else text.plan_text(source, out, plan))
+        click.echo(_json(plan.as_dict()) if as_json else words)
         return
-    progress.say(text.plan_text(source, out, plan))
+    progress.say(words)
     made = job.convert(opened, out, plan, progress, overwrite)
     result = {"out": str(made.out), "tensors": made.tensors, "bytes": made.nbytes, "plan": plan.as_dict()}
     if not as_json:
@@ -158,11 +159,13 @@ def _push_made(out: Path, source: Source, target: Target, progress: Progress) ->
     from .verify import verify
 
     converted = open_converted(out)
+    compared = verify(converted, source, progress, logits=False)
     again = f"{out} is finished; to upload it: pace push {out} {target.repo_id} --source {source.name}"
     try:
-        return push(converted, target, verify(converted, source, progress, logits=False), progress)
+        return push(converted, target, compared, progress)
     except PaceError as error:
-        error.hint, error.exit_code = f"{error.hint}; {again}", 1
+        if compared.passed:
+            error.hint, error.exit_code = f"{error.hint}; {again}", 1
         raise
     except KeyboardInterrupt:
         progress.say(again)

@@ -102,7 +102,7 @@ def push(converted: Converted, target: Target, verification: Verification | None
     """
     _check_whole(converted, verification, progress)
     folder, api = converted.files.folder, target.api
-    card = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else None
+    card = _read_card(folder)
     if card is not None:
         check_card(target.repo_id, card)
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file() and not _hidden(path.relative_to(folder))]
@@ -183,6 +183,13 @@ def _check_whole(converted: Converted, verification: Verification | None, progre
             raise DamagedSourceError(f"{folder} has no {name}, so it can't be loaded", "convert again")
         if (folder / name).read_bytes() != text.encode():
             progress.say(f"{name} is not as this version ships it; it is uploaded as it is")
+
+
+def _read_card(folder: Path) -> str | None:
+    try:
+        return (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else None
+    except UnicodeDecodeError as error:
+        raise CallError(f"{folder / CARD} is not UTF-8 text", "save it as UTF-8") from error
 
 
 def _commit_to_pin(target: Target, commit: str, before: list[str]) -> str:
