@@ -132,7 +132,7 @@ def _licence(metadata: dict, side_files: tuple[str, ...]) -> str:
     link, name = metadata.get("license_link"), ", ".join(named or stated)
     sentences = [f"As for the source: {f'[{name}]({link})' if link else name}."]
     if not names:
-        sentences = ["The source's card states no licence: ask its authors before you pass this on."]
+        sentences = ["The source states no licence: ask its authors before you pass this on."]
     sentences += [demand for pattern, demand in DEMANDS if any(re.fullmatch(pattern, name) for name in names)]
     files = [file for file in side_files if file != link and any(fnmatch.fnmatch(file, kind) for kind in LICENCE_FILES)]
     if files:

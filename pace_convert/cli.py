@@ -132,7 +132,7 @@ def pace_convert(
 
         target = Target(push_to_hub, token, private)
         check_target(target, opened)
-        check_card(push_to_hub, model_card(opened, plan))
+        check_card(target, model_card(opened, plan))
     words = text.plan_text(source, out, plan) + (f"\n  push to    {push_to_hub}" if push_to_hub else "")
     if dry_run:
         click.echo(_json(plan.as_dict()) if as_json else words)

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
-from huggingface_hub import CommitInfo, HfApi, ModelCard, constants
+from huggingface_hub import CommitInfo, HfApi, constants
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
 
 from . import __version__
 from .card import pinned_commit, published
@@ -83,16 +82,17 @@ def check_target(target: Target, source: Source | None = None) -> None:
             raise CallError(f"{repo_id} exists and is public", "make it private in its settings, or leave --private out")
 
 
-def check_card(repo_id: str, card: str) -> None:
+def check_card(target: Target, card: str) -> None:
     """Let the Hub validate a card's metadata. Raises CallError or PaceError."""
-    with hub_errors(repo_id, WRITING):
-        try:
-            ModelCard(card).validate()
-        except (ValueError, yaml.YAMLError) as error:
-            reason = " ".join(str(error).split())
+    with hub_errors(target.repo_id, WRITING):
+        url, headers = f"{constants.ENDPOINT}/api/validate-yaml", build_hf_headers(token=target.token)
+        answer = get_session().post(url, json={"content": card, "repoType": "model"}, headers=headers)
+        if answer.status_code == 400:
+            reason = "; ".join(error["message"] for error in answer.json()["errors"])
             raise CallError(
                 f"the Hub refuses the metadata of the model card: {reason}", f"correct the block at the top of {CARD}"
-            ) from error
+            )
+        hf_raise_for_status(answer)
 
 
 def push(converted: Converted, target: Target, verification: Verification | None, progress: Progress) -> Pushed:
@@ -104,7 +104,7 @@ def push(converted: Converted, target: Target, verification: Verification | None
     folder, api = converted.files.folder, target.api
     card = _read_card(folder)
     if card is not None:
-        check_card(target.repo_id, card)
+        check_card(target, card)
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file() and not _hidden(path.relative_to(folder))]
     needs_code = converted.files.config["model_type"].startswith("pace_")
     progress.let_hub_talk()

@@ -114,8 +114,9 @@ def _edited_files(converted: Converted, source: Source) -> list[str]:
     ours = [name for name, text in shipped.items() if not _reads(folder / name, text.encode())]
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.py"))
     others = [name for name in names if name not in shipped and not _reads(source.folder / name, (folder / name).read_bytes())]
-    redirected = converted.files.config.get("auto_map") != auto_map(source.config, converted.family)
-    return ours + others + ["config.json (auto_map)"] * redirected
+    named, expected = converted.files.config.get("auto_map") or {}, auto_map(source.config, converted.family)
+    elsewhere = any(where != expected.get(what) for what, where in named.items())
+    return ours + others + ["config.json (auto_map)"] * elsewhere
 
 
 def _reads(path: Path, content: bytes) -> bool:

@@ -191,8 +191,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _validate(self) -> None:
         errors = metadata_errors(json.loads(self.body)["content"])
-        if "text/plain" in self.headers.get("Accept", ""):
-            return self._send(400 if errors else 200, "\n".join(errors).encode())
         return self._json({"errors": [{"message": error} for error in errors]}, 400 if errors else 200)
 
     def _find(self, repo_id: str) -> Repository | None:

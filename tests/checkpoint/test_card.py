@@ -135,6 +135,8 @@ def test_without_memory(source):
     text = new_card(source, no_memory=True)
     assert "trust_remote_code" not in text and "runs wherever its source runs" in text and "memory_disabled" not in text
     assert metadata_errors(text) == []
+    pushed = published(text, "acme/x", "2" * 40, remote=False, verification=None)
+    assert "from_pretrained(name, revision=revision)" in pushed and "Python files" not in pushed
 
 
 def test_the_same_bytes_each_time_and_nothing_of_this_machine(source, out, tmp_path):

@@ -2,19 +2,24 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
 
+import httpx2
 import pytest
 import torch
 from helpers import ACTIVE, ALONE, convert_folder, load
 from hub_server import FIRST, Hub, Repository, User
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from test_errors import refuse
 
 from pace_convert.card import is_untouched
 from pace_convert.converted import open_converted
+from pace_convert.errors import CallError, PaceError
+from pace_convert.hub_errors import READING, WRITING, hub_errors
 from pace_convert.reference.tokenizer import build_tokenizer
 
 SOURCE = "acme/tiny-qwen"
@@ -69,6 +74,33 @@ def command(hub, tmp_path):
 @pytest.fixture
 def run(command):
     return lambda *args, **environment: subprocess.run(**command(*args, **environment), capture_output=True, text=True)
+
+
+@pytest.fixture
+def run_many(command):
+    """run_many([(arguments, token), ...]): several commands in one process, each by the user with this token."""
+
+    def run_many(calls):
+        call, pairs = command(), [([*map(str, arguments)], token) for arguments, token in calls]
+        done = subprocess.run([sys.executable, "-c", MANY, json.dumps(pairs)], env=call["env"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return [subprocess.CompletedProcess(*one) for one in json.loads(done.stdout)]
+
+    return run_many
+
+
+MANY = """
+import contextlib, io, json, os, sys
+from pace_convert.cli import pace
+done = []
+for arguments, os.environ["HF_TOKEN"] in json.loads(sys.argv[1]):
+    with contextlib.redirect_stderr(io.StringIO()) as errors, contextlib.redirect_stdout(io.StringIO()) as out:
+        try:
+            pace(arguments)
+        except SystemExit as end:
+            done.append([arguments, end.code, out.getvalue(), errors.getvalue()])
+print(json.dumps(done))
+"""
 
 
 def files_of(folder):
@@ -150,16 +182,18 @@ def test_pushing_again_changes_nothing_and_a_change_moves_the_pin(hub, run, made
 
 
 def test_killed_in_the_middle_it_goes_on(hub, command, run, made):
-    """The third large file arrives in part; the next run sends what is missing, and nothing twice."""
+    """It dies with large files on their way; the next run sends what is missing, and nothing twice."""
     process, sent = None, []
 
     def kill(method, path):
         if method == "PUT":
             sent.append(path)
-            if len(sent) == 3:
+            if len(sent) > 2:
                 while len(hub.stored) < 2:
                     time.sleep(0.01)
                 process.kill()
+                return 503  # to nobody: what is on its way does not arrive
+        return None
 
     hub.hook = kill
     process = subprocess.Popen(**command("push", made, "acme/killed"), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -167,7 +201,7 @@ def test_killed_in_the_middle_it_goes_on(hub, command, run, made):
     hub.hook, stored = None, set(hub.stored)
     done = run("push", made, "acme/killed")
     assert done.returncode == 0, done.stderr
-    assert stored and all(hub.asked("PUT", oid) == 1 for oid in stored) and len(hub.stored) > len(stored)
+    assert len(stored) == 2 and all(hub.asked("PUT", oid) == 1 for oid in stored) and len(hub.stored) == 5
     there = hub.repositories["acme/killed"].files()
     here = files_of(made)
     assert {name: there[name] for name in here if name != "README.md"} == {n: d for n, d in here.items() if n != "README.md"}
@@ -186,30 +220,63 @@ def test_a_server_out_of_order_for_a_moment_and_for_longer(hub, run, made):
     assert hub.asked("PUT", "/lfs/") == sent
 
 
-REFUSED = {
-    "not logged in": (["acme/new"], {"HF_TOKEN": ""}, 2, ["not logged in", "hf auth login"]),
-    "wrong token": (["acme/new", "--token", "hf_wrong"], {}, 2, ["does not accept this token", "hf auth login"]),
-    "token that reads": (["acme/new"], {"HF_TOKEN": "hf_reader"}, 2, ["may only read", "/settings/tokens"]),
-    "no write permission": (["acme/there"], {"HF_TOKEN": "hf_bob"}, 2, ["may not write to acme/there", "ask for write access"]),
-    "someone else's name": (["acme/new"], {"HF_TOKEN": "hf_bob"}, 2, ["bob is not a member of acme", "a name under bob"]),
-    "a dataset": (["acme/data"], {}, 2, ["acme/data is the name of a dataset", "choose another name"]),
-    "no organisation": (["new"], {}, 2, ["new is not the name", "ORG/NAME"]),
-    "not a name": (["acme/a..b"], {}, 2, ["acme/a..b is not a name", "ORG/NAME"]),
-    "two ways": (["acme/there", "--create-pr", "--branch", "x"], {}, 2, ["--create-pr", "leave one of the two out"]),
-    "nowhere to ask": (["acme/new", "--create-pr"], {}, 2, ["no acme/new to open a pull request in"]),
-    "public already": (["acme/there", "--private"], {}, 2, ["acme/there exists and is public"]),
-    "no network": (["acme/new"], {"HF_ENDPOINT": "http://127.0.0.1:9"}, 1, ["the Hub did not take acme/new", "network"]),
-    "offline": (["acme/new"], {"HF_HUB_OFFLINE": "1"}, 1, ["HF_HUB_OFFLINE", "unset it"]),
-    "without Xet": (["acme/new"], {"HF_HUB_DISABLE_XET": "0"}, 1, ["Xet", "HF_HUB_DISABLE_XET=1"]),
-}
+REFUSED = [  # arguments, the token that is logged in, exit code, words
+    (["acme/new"], "", 2, ["not logged in", "hf auth login"]),
+    (["acme/new", "--token", "hf_wrong"], "hf_ann", 2, ["does not accept this token", "hf auth login"]),
+    (["acme/new"], "hf_reader", 2, ["may only read", "/settings/tokens"]),
+    (["acme/there"], "hf_bob", 2, ["may not write to acme/there", "ask for write access"]),
+    (["acme/new"], "hf_bob", 2, ["bob is not a member of acme", "a name under bob"]),
+    (["acme/data"], "hf_ann", 2, ["acme/data is the name of a dataset", "choose another name"]),
+    (["new"], "hf_ann", 2, ["new is not the name", "ORG/NAME"]),
+    (["acme/a..b"], "hf_ann", 2, ["acme/a..b is not a name", "ORG/NAME"]),
+    (["acme/there", "--create-pr", "--branch", "x"], "hf_ann", 2, ["--create-pr", "leave one of the two out"]),
+    (["acme/new", "--create-pr"], "hf_ann", 2, ["no acme/new to open a pull request in"]),
+    (["acme/there", "--private"], "hf_ann", 2, ["acme/there exists and is public"]),
+]
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_refused_in_words(hub, run, made, case):
-    arguments, environment, code, words = REFUSED[case]
-    refuse(run("push", made, *arguments, **environment), code, *words)
-    assert hub.repositories["acme/there"].branches == {"main": [FIRST]} and not hub.stored
-    assert "acme/new" not in hub.repositories or case == "without Xet"
+def test_refused_in_words(hub, run_many, made):
+    done = run_many([(["push", made, *arguments], token) for arguments, token, _, _ in REFUSED])
+    for one, (_, _, code, words) in zip(done, REFUSED, strict=True):
+        refuse(one, code, *words)
+    assert set(hub.repositories) == {SOURCE, "acme/there"} and not hub.stored
+    assert hub.repositories["acme/there"].branches == {"main": [FIRST]}
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, ["the Hub did not take acme/new", "network"]),
+        ({"HF_HUB_OFFLINE": "1"}, ["HF_HUB_OFFLINE", "unset it"]),
+        ({"HF_HUB_DISABLE_XET": "0"}, ["Xet", "HF_HUB_DISABLE_XET=1"]),
+    ],
+)
+def test_no_way_to_the_hub(run, made, environment, words):
+    refuse(run("push", made, "acme/new", **environment), 1, *words)
+
+
+def answered(kind, status, said=None):
+    return kind("no", response=httpx2.Response(status, request=httpx2.Request("PUT", "http://hub/x")), server_message=said)
+
+
+@pytest.mark.parametrize(
+    ("error", "table", "kind", "words"),
+    [
+        (answered(GatedRepoError, 403), READING, CallError, "a/b is gated"),
+        (answered(GatedRepoError, 403), WRITING, CallError, "a/b is gated"),
+        (answered(RepositoryNotFoundError, 404), READING, CallError, "no such repository on the Hub: a/b"),
+        (answered(HfHubHTTPError, 403, "storage is full"), WRITING, CallError, "may not write to a/b: 403 storage is full"),
+        (answered(HfHubHTTPError, 504), WRITING, PaceError, "the Hub did not take a/b: no"),
+        (KeyError(), READING, PaceError, "the Hub did not give a/b: KeyError"),
+    ],
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_first_row_that_matches_explains_an_error_and_what_it_wraps(error, table, kind, words, wrapped):
+    with pytest.raises(kind, match=re.escape(words)) as caught, hub_errors("a/b", table):
+        if wrapped:
+            raise RuntimeError("Error while uploading 'x' to the Hub.") from error
+        raise error
+    assert type(caught.value) is kind
 
 
 def test_branch_and_pull_request_leave_main_alone(hub, run, made):
@@ -236,21 +303,20 @@ def test_a_folder_that_is_not_whole_or_not_its_source_stays_here(hub, run, sourc
     assert "acme/new" not in hub.repositories and not hub.stored
 
 
-def test_push_to_hub_is_checked_before_any_work(hub, run, source, tmp_path):
-    out = tmp_path / "out"
-    cases = [
-        (["acme/new"], {"HF_TOKEN": "hf_reader"}, ["may only read"]),
-        (["acme/data"], {}, ["is the name of a dataset"]),
-        ([SOURCE], {}, [f"{SOURCE} is the source itself"]),
-    ]
-    for arguments, environment, words in cases:
-        refuse(run("convert", SOURCE, out, "--experts", 8, "--push-to-hub", *arguments, **environment), 2, *words, out=out)
-    refuse(run("convert", SOURCE, out, "--private"), 2, "--private", "--push-to-hub", out=out)
-    assert not any(name.endswith(".safetensors") for name in hub.downloaded())
-    bad = shutil.copytree(source, tmp_path / "bad")
+def test_push_to_hub_is_checked_before_any_work(hub, run_many, source, tmp_path):
+    out, bad = tmp_path / "out", shutil.copytree(source, tmp_path / "bad")
     (bad / "README.md").write_text(CARD.replace("llama3.1", "my own"))
-    done = run("convert", bad, out, "--experts", 8, "--push-to-hub", "acme/new")
-    refuse(done, 2, "refuses the metadata", "license", "README.md", out=out)
+    cases = [
+        ([SOURCE, out, "--push-to-hub", "acme/new"], "hf_reader", ["may only read"]),
+        ([SOURCE, out, "--push-to-hub", "acme/data"], "hf_ann", ["is the name of a dataset"]),
+        ([SOURCE, out, "--push-to-hub", SOURCE], "hf_ann", [f"{SOURCE} is the source itself"]),
+        ([SOURCE, out, "--private"], "hf_ann", ["--private", "--push-to-hub"]),
+        ([bad, out, "--push-to-hub", "acme/new"], "hf_ann", ["refuses the metadata", "license", "README.md"]),
+    ]
+    done = run_many([(["convert", *arguments, "--experts", 8], token) for arguments, token, _ in cases])
+    for one, (_, _, words) in zip(done, cases, strict=True):
+        refuse(one, 2, *words, out=out)
+    assert not any(name.endswith(".safetensors") for name in hub.downloaded())
 
 
 def test_an_upload_that_fails_leaves_the_conversion_finished(hub, run, source, tmp_path):
