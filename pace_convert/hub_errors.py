@@ -45,7 +45,8 @@ def _code(error: BaseException) -> int | None:
 
 
 def _from_xet(error: BaseException) -> bool:
-    return type(error).__module__.startswith("hf_xet") or "xet" in str(error).lower()
+    """hf_xet raises its own errors, and plain ones that name its endpoint, /api/models/ORG/NAME/xet-write-token."""
+    return type(error).__module__.startswith("hf_xet") or (_code(error) is None and "/xet-" in str(error))
 
 
 OFFLINE = Row(
