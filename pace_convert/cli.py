@@ -7,14 +7,18 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import click
 
 from . import __version__, text
-from .errors import PaceError
+from .errors import CallError, PaceError
 from .options import EXPERT_OPTIONS, ConvertOptions, RunOptions, load_options, option_name
 from .progress import Progress
+
+if TYPE_CHECKING:
+    from .hub import Pushed, Target
+    from .source import Source
 
 GROUPS = {
     "Experts": EXPERT_OPTIONS,
@@ -99,6 +103,8 @@ def _fail(message: str, hint: str, code: int) -> None:
 @click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier conversion in OUT.")
 @click.option("--resume", is_flag=True, help="Go on where an unfinished conversion into OUT was.")
+@click.option("--push-to-hub", metavar="ORG/NAME", help="Then upload OUT to this model repository.")
+@click.option("--private", is_flag=True, help="Create that repository as a private one.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 @click.option("--json", "as_json", is_flag=True, help="Print plan, progress and result as JSON, one event a line.")
 @method_options
@@ -106,26 +112,39 @@ def _fail(message: str, hint: str, code: int) -> None:
 @friendly
 def pace_convert(
     source: str, out: Path, revision: str | None, token: str | None, cache_dir: Path | None, config: Path | None,
-    dry_run: bool, overwrite: bool, resume: bool, as_json: bool, quiet: bool, **given: Any,
+    dry_run: bool, overwrite: bool, resume: bool, push_to_hub: str | None, private: bool, as_json: bool, quiet: bool,
+    **given: Any,
 ) -> None:  # fmt: skip
     """Convert SOURCE, a model folder or a Hub id, into a PaceLLM in the folder OUT.
 
     \b
     pace-convert Qwen/Qwen2-7B ./out
     pace-convert ./my-llama ./out --experts 128 --memory-layers 10,20
+    pace-convert Qwen/Qwen2-7B ./out --push-to-hub your-name/Qwen2-7B-Pace
     """
+    if private and not push_to_hub:
+        raise CallError("--private is for a repository on the Hub", "give --push-to-hub ORG/NAME too")
     options, run = load_options(config, {name: value for name, value in given.items() if value is not None})
     from . import convert as job
     from .estimate import measure
     from .places import check_room
     from .source import open_source
 
+    progress = Progress(quiet, events=as_json)
+    progress.let_hub_talk()
     opened = open_source(source, revision, token, cache_dir)
     plan = job.prepare(opened, out, options, run, overwrite, resume)
-    progress = Progress(quiet, events=as_json)
+    target = None
+    if push_to_hub:
+        from .card import model_card
+        from .hub import Target, check_card, check_target
+
+        target = Target(push_to_hub, token, private)
+        check_target(target, opened)
+        check_card(target, model_card(opened, plan))
     estimate = measure(opened, plan, out)
-    progress.event("plan", source=source, out=str(out), **plan.as_dict(), **estimate.as_dict())
-    words = text.plan_text(source, out, plan, estimate)
+    progress.event("plan", source=source, out=str(out), push_to_hub=push_to_hub, **plan.as_dict(), **estimate.as_dict())
+    words = text.plan_text(source, out, plan, estimate) + (f"\n  push to    {push_to_hub}" if push_to_hub else "")
     if dry_run:
         if not as_json:
             click.echo(words)
@@ -136,6 +155,31 @@ def pace_convert(
     progress.event("done", out=str(made.out), tensors=made.tensors, bytes=made.nbytes, changed=made.changed)
     if not as_json:
         click.echo(text.made_text(made))
+    if target:
+        pushed = _push_made(made.out, opened, target, progress)
+        progress.event("pushed", **pushed.as_dict())
+        if not as_json:
+            click.echo(text.pushed_text(pushed))
+
+
+def _push_made(out: Path, source: Source, target: Target, progress: Progress) -> Pushed:
+    """Verify and upload a finished conversion; an error says that it is finished, and how to go on."""
+    from .converted import open_converted
+    from .hub import push
+    from .verify import verify
+
+    converted = open_converted(out)
+    compared = verify(converted, source, progress, logits=False)
+    again = f"{out} is finished; to upload it: pace push {out} {target.repo_id} --source {source.name}"
+    try:
+        return push(converted, target, compared, progress)
+    except PaceError as error:
+        if compared.passed:
+            error.hint, error.exit_code = f"{error.hint}; {again}", 1
+        raise
+    except KeyboardInterrupt:
+        progress.say(again)
+        raise
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -211,6 +255,45 @@ def verify(
     click.echo(_json(result.as_dict()) if as_json else text.verification_text(result))
     if not result.passed:
         sys.exit(1)
+
+
+@pace.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("repo_id", metavar="ORG/NAME")
+@click.option("--source", help="The model that was converted, folder or Hub id: compare every tensor with it first.")
+@click.option("--private", is_flag=True, help="Create the repository as a private one.")
+@click.option("--revision", "--branch", "branch", help="Branch to upload to; created where it is missing.  [default: main]")
+@click.option("--commit-message", "message", default="Upload a PaceLLM", show_default=True, help="Title of the commit.")
+@click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing to main.")
+@click.option("--token", envvar="HF_TOKEN", help="Hub token; HF_TOKEN or the stored login otherwise.")
+@output_options
+@friendly
+def push(
+    out: Path, repo_id: str, source: str | None, private: bool, branch: str | None, message: str, create_pr: bool,
+    token: str | None, as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Upload the converted folder OUT to the model repository ORG/NAME on the Hub.
+
+    \b
+    pace push ./out your-name/Qwen2-7B-Pace --private
+    pace push ./out your-org/Qwen2-7B-Pace --source Qwen/Qwen2-7B --create-pr
+
+    An upload that was interrupted goes on when the same command is run again.
+    """
+    from . import hub
+    from .converted import open_converted
+    from .source import open_source
+
+    converted, progress, compared = open_converted(out), Progress(quiet), None
+    opened = open_source(source, token=token) if source else None
+    target = hub.Target(repo_id, token, private, branch, message, create_pr)
+    hub.check_target(target, opened)
+    if opened:
+        from .verify import verify
+
+        compared = verify(converted, opened, progress, logits=False)
+    pushed = hub.push(converted, target, compared, progress)
+    click.echo(_json(pushed.as_dict()) if as_json else text.pushed_text(pushed))
 
 
 @pace.command()

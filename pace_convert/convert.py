@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from .card import model_card
 from .errors import CallError, DamagedSourceError, PaceError, Stopped
 from .executors import run_tasks
 from .journal import Journal, fingerprint
 from .options import ConvertOptions, RunOptions
-from .package import CARD, PERMUTATION, SOURCE_CARD, converted_config, model_card, modeling_files, to_json
+from .package import CARD, PERMUTATION, SOURCE_CARD, converted_config, modeling_files, to_json
 from .places import MOVE, check_free, check_places, check_room, is_unfinished, written_before
 from .plan import Plan, make_plan
 from .progress import Progress
@@ -98,7 +99,7 @@ def _run_tasks(source: Source, plan: Plan, folder: OutputFolder, device: str, jo
 def _write_files(source: Source, plan: Plan, folder: OutputFolder, journal: Journal) -> list[str]:
     """Everything but the shards; returns the names of all files of OUT."""
     modeling = {} if plan.options.no_memory else modeling_files(plan.family)
-    card = model_card(source, plan, folder.path, _source_card(source))
+    card = model_card(source, plan)
     tokenizer = None if plan.options.no_memory else named_tokenizer_config(source.folder)
     texts = {**modeling, CARD: card, **({TOKENIZER_CONFIG: tokenizer} if tokenizer else {})}
     side_files = {name: SOURCE_CARD if name == CARD else name for name in source.side_files}
@@ -115,13 +116,6 @@ def _write_files(source: Source, plan: Plan, folder: OutputFolder, journal: Jour
 
 def _config_text(source: Source, plan: Plan) -> str:
     return to_json(converted_config(source.config, plan))
-
-
-def _source_card(source: Source) -> str | None:
-    """The text of the source's own model card, if it has one."""
-    if CARD not in source.side_files:
-        return None
-    return (source.folder / CARD).read_text(encoding="utf-8-sig", errors="replace")
 
 
 def _resolve_device(run: RunOptions) -> str:

@@ -1,22 +1,17 @@
-"""What makes a folder of weights a PaceLLM repository: config, modeling files, card."""
+"""What makes a folder of weights a PaceLLM repository: config and modeling files."""
 
 from __future__ import annotations
 
 import json
-import re
 from importlib.resources import files
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
 from jinja2 import Environment, StrictUndefined
 
-from . import __version__
 from .families import FamilySpec
 
 if TYPE_CHECKING:
     from .plan import Plan
-    from .source import Source
 
 MODELING = "modeling_pace.py"
 PERMUTATION = "pace_permutation.safetensors"
@@ -27,7 +22,7 @@ FORMAT_VERSION = 1
 
 def modeling_files(family: FamilySpec) -> dict[str, str]:
     """Name -> text of every Python file that a checkpoint of this family ships."""
-    return {**_modeling_sources(), MODELING: _render("modeling_pace.py.jinja", family=family)}
+    return {**_modeling_sources(), MODELING: render("modeling_pace.py.jinja", family=family)}
 
 
 def shipped_names() -> list[str]:
@@ -58,14 +53,15 @@ def converted_config(source: dict, plan: Plan) -> dict:
         return config
     config["model_type"] = f"pace_{family.model_type}"
     config["architectures"] = [f"Pace{family.causal_lm_class}"]
-    config["auto_map"] = {**(source.get("auto_map") or {}), **auto_map(family)}
+    config["auto_map"] = auto_map(source, family)
     return config
 
 
-def auto_map(family: FamilySpec) -> dict[str, str]:
-    """Where transformers' auto classes find this family's, in config.json's form."""
+def auto_map(source: dict, family: FamilySpec) -> dict[str, str]:
+    """Which class of which file transformers loads: the source's own, and ours. source: its config."""
     module = MODELING.removesuffix(".py")
     return {
+        **(source.get("auto_map") or {}),
         "AutoConfig": f"{module}.Pace{family.config_class}",
         "AutoModel": f"{module}.Pace{family.model_class}",
         "AutoModelForCausalLM": f"{module}.Pace{family.causal_lm_class}",
@@ -77,35 +73,8 @@ def to_json(value: object) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
-def model_card(source: Source, plan: Plan, out: Path, source_card: str | None) -> str:
-    """The repository's README.md. source_card: the text of the source's own, if it has one."""
-    return _render(
-        "model_card.md.jinja",
-        plan=plan,
-        options=plan.options,
-        memory=plan.options.memory_config(plan.memory_layers),
-        source=source.name if source.hub else source.folder.resolve().name,
-        revision=source.hub.commit if source.hub else None,
-        on_hub=source.hub is not None,
-        title=" ".join(out.resolve().name.split()),
-        metadata=_inherited_metadata(source_card or ""),
-        source_card=SOURCE_CARD if source_card is not None else None,
-        version=__version__,
-    )
-
-
-def _inherited_metadata(card: str) -> dict:
-    """Licence and language of the source's card, as it states them: text stays text (no, 2024-01-01)."""
-    front_matter = re.match(r"---[ \t]*\r?\n(.*?)^---\s*$", card, re.DOTALL | re.MULTILINE)
-    try:
-        metadata = yaml.load(front_matter[1], yaml.BaseLoader) if front_matter else None  # builds strings only
-    except yaml.YAMLError:
-        metadata = None
-    keep = ("license", "license_name", "license_link", "language")
-    return {key: metadata[key] for key in keep if metadata.get(key)} if isinstance(metadata, dict) else {}
-
-
-def _render(template: str, **values: object) -> str:
+def render(template: str, **values: object) -> str:
+    """One of `templates/`, filled in."""
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     environment.filters["json"] = lambda value: json.dumps(value, ensure_ascii=False)
     text = files("pace_convert.templates").joinpath(template).read_text(encoding="utf-8")

@@ -10,10 +10,11 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
+from .card import is_untouched
 from .errors import CallError
 from .journal import NAME as JOURNAL
 from .journal import read_journal
-from .package import PERMUTATION
+from .package import CARD, PERMUTATION
 from .source import Source
 
 UNFINISHED = ".pace-unfinished"  # in OUT: where everything is made before it is moved up
@@ -64,6 +65,8 @@ def check_free(out: Path, overwrite: bool, resume: bool, locked: bool = False) -
     foreign = sorted(present - ours)
     if foreign:
         raise CallError(f"OUT {out} holds {foreign[0]}, which no conversion wrote", "move it away, or choose another folder")
+    if CARD in present and not is_untouched((out / CARD).read_bytes()):
+        raise CallError(f"OUT {out} holds a {CARD} that was edited", "move it away to keep it, or delete it")
 
 
 def _present(out: Path) -> set[str]:

@@ -77,3 +77,15 @@ class Progress:
             total=total, desc=label, unit=unit, unit_scale=unit == "B", unit_divisor=1000, initial=done,
             file=sys.stderr, disable=self.quiet or not sys.stderr.isatty(), leave=True,
         )  # fmt: skip
+
+    def let_hub_talk(self) -> None:
+        """Let the Hub client show its bars on a terminal, plain lines elsewhere, and errors alone when quiet."""
+        from huggingface_hub.utils import disable_progress_bars, logging
+
+        terminal = sys.stderr.isatty()
+        if self.quiet:
+            logging.set_verbosity_error()
+        elif not terminal:
+            logging.set_verbosity_info()
+        if self.quiet or not terminal:
+            disable_progress_bars()

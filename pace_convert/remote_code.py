@@ -7,6 +7,7 @@ from pathlib import Path
 from .converted import Converted
 from .errors import CallError
 from .package import auto_map, modeling_files
+from .source import Source
 
 
 def is_remote(converted: Converted) -> bool:
@@ -14,10 +15,10 @@ def is_remote(converted: Converted) -> bool:
     return converted.files.config["model_type"].startswith("pace_")
 
 
-def edited_code(converted: Converted, source: Path | None = None) -> list[str]:
+def edited_code(converted: Converted, source: Source | None = None) -> list[str]:
     """Files that are not what this version ships: modeling files, and config.json where it names other classes.
 
-    source: the folder that was converted; other Python files must be as they are there. Without it they are not
+    source: what was converted; other Python files and classes must be as they are there. Without it they are not
     looked at: nothing that this version ships imports them.
     """
     if not is_remote(converted):
@@ -25,13 +26,15 @@ def edited_code(converted: Converted, source: Path | None = None) -> list[str]:
     folder = converted.files.folder
     shipped = modeling_files(converted.family)
     edited = [name for name, text in shipped.items() if not _reads(folder / name, text.encode())]
-    classes = converted.files.config.get("auto_map") or {}
-    expected = auto_map(converted.family)
-    if not isinstance(classes, dict) or any(classes.get(name, where) != where for name, where in expected.items()):
-        edited.append("config.json")
     if source is not None:
-        others = [path for path in sorted(folder.glob("*.py")) if path.name not in shipped]
-        edited += [path.name for path in others if not _reads(source / path.name, path.read_bytes())]
+        names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.py"))
+        others = [name for name in names if name not in shipped]
+        edited += [name for name in others if not _reads(source.folder / name, (folder / name).read_bytes())]
+    classes = converted.files.config.get("auto_map")
+    expected = auto_map(source.config if source else {}, converted.family)
+    names = list(classes) if source and isinstance(classes, dict) else list(expected)
+    if not isinstance(classes, dict) or any(classes.get(name) != expected.get(name) for name in names):
+        edited.append("config.json (auto_map)")
     return edited
 
 
@@ -39,7 +42,7 @@ def refuse_edited(edited: list[str], trust: bool, instead: str = "") -> None:
     """Raises CallError where something was edited and is not trusted. instead: what else can be done, for the hint."""
     if edited and not trust:
         raise CallError(
-            f"{edited[0]} is not the file this version ships, so it is not run",
+            f"{edited[0]} is not as this version ships it, so it is not run",
             f"read it, then give --trust-remote-code{', ' + instead if instead else ''}",
         )
 

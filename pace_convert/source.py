@@ -5,19 +5,13 @@ from __future__ import annotations
 import fnmatch
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_safetensors_metadata, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 
-from .errors import CallError, DamagedSourceError, PaceError
+from .errors import CallError, DamagedSourceError
+from .hub_errors import READING, hub_errors
 from .shards import TensorInfo, read_header
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -75,7 +69,7 @@ class Source:
         if self.hub is None:
             return self
         hub = self.hub
-        with _hub_errors(hub.repo_id):
+        with hub_errors(hub.repo_id, READING):
             folder = snapshot_download(
                 hub.repo_id,
                 revision=hub.commit,
@@ -115,7 +109,7 @@ def open_folder(folder: Path, name: str | None = None) -> Source:
 
 
 def _open_hub(repo_id: str, revision: str | None, token: str | None, cache_dir: Path | None) -> Source:
-    with _hub_errors(repo_id):
+    with hub_errors(repo_id, READING):
         info = HfApi(token=token).model_info(repo_id, revision=revision)
         files = sorted(sibling.rfilename for sibling in info.siblings or [])
         if "config.json" not in files:
@@ -139,31 +133,6 @@ def _open_hub(repo_id: str, revision: str | None, token: str | None, cache_dir: 
 def _states(folder: Path, names: list[str]) -> dict[str, tuple[int, int]]:
     found = {name: (folder / name).stat() for name in names}
     return {name: (state.st_size, state.st_mtime_ns) for name, state in found.items()}
-
-
-@contextmanager
-def _hub_errors(repo_id: str) -> Iterator[None]:
-    """Errors of the Hub client in words."""
-    try:
-        yield
-    except PaceError:
-        raise
-    except GatedRepoError as error:  # before RepositoryNotFoundError, its parent
-        raise CallError(
-            f"{repo_id} is gated", f"accept its terms at huggingface.co/{repo_id} and give --token or HF_TOKEN"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise CallError(f"{repo_id} has no such revision", "check --revision") from error
-    except RepositoryNotFoundError as error:
-        raise CallError(
-            f"no such folder and no such repository on the Hub: {repo_id}",
-            "check the name; for a private repository give --token or HF_TOKEN",
-        ) from error
-    except Exception as error:  # each HTTP backend has its own
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise PaceError(
-            f"no such folder, and the Hub did not give {repo_id}: {reason}", "check the name and the network"
-        ) from error
 
 
 def _read_config(folder: Path) -> dict:

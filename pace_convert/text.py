@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .card import loading_snippet
 from .options import ConvertOptions
 
 if TYPE_CHECKING:
     from .convert import Conversion
     from .estimate import Estimate
+    from .hub import Pushed
     from .plan import Plan
     from .verify import Verification
 
@@ -50,17 +53,23 @@ def _memory_line(options: ConvertOptions, layers: tuple[int, ...]) -> str:
 
 def made_text(made: Conversion) -> str:
     """What was made, and the snippet that loads it."""
-    remote = "" if made.plan.options.no_memory else ", trust_remote_code=True"
     certificate = ""
     if made.changed is not None:
         neurons = made.plan.layers * made.plan.intermediate_size
         certificate = f"k-means-constrained moved {made.changed} of {neurons} neurons from where the fast method had them. "
-    return (
-        f"Made {made.out}: {made.tensors} tensors, {size(made.nbytes)}. {certificate}Load it with\n\n"
-        "    from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        f"    model = AutoModelForCausalLM.from_pretrained({str(made.out)!r}{remote})\n"
-        f"    tokenizer = AutoTokenizer.from_pretrained({str(made.out)!r}{remote})\n"
-    )
+    snippet = loading_snippet(str(made.out), not made.plan.options.no_memory)
+    return f"Made {made.out}: {made.tensors} tensors, {size(made.nbytes)}. {certificate}Load it with\n\n{_indented(snippet)}\n"
+
+
+def pushed_text(pushed: Pushed) -> str:
+    """Where a conversion is now, and the snippet that loads it from there."""
+    snippet = loading_snippet(pushed.repo_id, pushed.needs_code, pushed.commit)
+    where = "Pull request" if pushed.pull_request else "Pushed to"
+    return f"{where} {pushed.url}. Load it with\n\n{_indented(snippet)}\n"
+
+
+def _indented(code: str) -> str:
+    return textwrap.indent(code, "    ")
 
 
 def facts_text(facts: dict) -> str:

@@ -66,7 +66,7 @@ def verify(converted: Converted, source: Source, progress: Progress, logits: boo
     ffn = converted.family.ffn_tensors(len(converted.layers), source.tensors)
     permutations = {t.name: (t.axis, invert(repeat(converted.layers[t.layer][0], t.parts))) for t in ffn}
     different = _different_tensors(converted.files, source, permutations, progress)
-    edited = edited_code(converted, source.folder)
+    edited = edited_code(converted, source)
     result = Verification(
         len(source.tensors),
         len(permutations),

@@ -178,7 +178,7 @@ def test_edited_modeling_files_are_not_run(make_source, tmp_path):
         file.write("raise SystemExit('edited code ran')\n")
     from pace_convert.errors import CallError
 
-    with pytest.raises(CallError, match=r"memory_bank\.py is not the file this version ships"):
+    with pytest.raises(CallError, match=r"memory_bank\.py is not as this version ships it"):
         verify(open_converted(tmp_path / "out"), open_source(str(source)), QUIET)
     result = verify(open_converted(tmp_path / "out"), open_source(str(source)), QUIET, logits=False)
     assert result.edited_files == ("memory_bank.py",)

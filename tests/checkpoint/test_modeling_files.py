@@ -1,0 +1,119 @@
+"""What SECURITY.md says of the Python files in a checkpoint: arithmetic on tensors, and no way out of it."""
+
+import ast
+import builtins
+import json
+import re
+import shutil
+
+import pytest
+
+from pace_convert.converted import open_converted
+from pace_convert.errors import CallError
+from pace_convert.families import FAMILIES
+from pace_convert.package import modeling_files
+from pace_convert.progress import Progress
+from pace_convert.source import open_source
+from pace_convert.verify import verify
+
+STANDARD = {"__future__", "collections.abc", "contextlib", "dataclasses", "inspect", "math", "threading", "typing"}
+TORCH = {"torch", "torch.nn.functional"}
+TRANSFORMERS = {"transformers", "transformers.cache_utils", "transformers.conversion_mapping"}
+BUILTINS = {
+    "NotImplementedError", "RuntimeError", "TypeError", "ValueError", "abs", "all", "any", "bool", "classmethod", "dict",
+    "float", "getattr", "int", "isinstance", "len", "list", "max", "min", "object", "property", "range", "set", "slice",
+    "sorted", "staticmethod", "str", "sum", "super", "tuple", "type", "zip",
+}  # fmt: skip
+UNDERSCORED = {"__init__", "__name__"}
+# Parts of torch and transformers that read or write files, run other code or reach the network.
+REACHING_OUT = {
+    "_C", "_inductor", "classes", "cpp", "cpp_extension", "distributed", "dynamic_module_utils", "from_file", "from_pretrained",
+    "hub", "jit", "library", "load", "load_library", "multiprocessing", "ops", "package", "pipeline", "push_to_hub", "save",
+    "save_pretrained", "serialization", "utils",
+}  # fmt: skip
+
+
+def imported(tree):
+    """(module, name or None) of every absolute import, and the relative modules."""
+    absolute, relative = set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            absolute |= {(alias.name, None) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            absolute |= {(node.module, alias.name) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            relative.add((node.level, node.module))
+    return absolute, relative
+
+
+def findings(text, shipped):
+    """What a file does that it should not."""
+    tree = ast.parse(text)
+    absolute, relative = imported(tree)
+    found = [f"imports {module}" for module, _ in absolute if module not in STANDARD | TORCH | TRANSFORMERS]
+    found += [f"imports {name} from {module}" for module, name in absolute if name in REACHING_OUT]
+    found += [f"imports .{module}" for level, module in relative if level != 1 or f"{module}.py" not in shipped]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and hasattr(builtins, node.id) and node.id not in BUILTINS:
+            found.append(f"uses {node.id}")
+        if isinstance(node, ast.Attribute):
+            dunder = node.attr.startswith("__") and node.attr not in UNDERSCORED
+            found += [f"uses .{node.attr}"] * (dunder or node.attr in REACHING_OUT)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
+            name = getattr(node.args[1], "value", "a computed name")
+            found += [f"gets {name}"] * (str(name).startswith("__") or name in REACHING_OUT)
+    return found
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    """(name, text) of every file that some family's checkpoints ship."""
+    return {file for family in FAMILIES.values() for file in modeling_files(family).items()}
+
+
+def test_shipped_files_only_compute(shipped):
+    names = {name for name, _ in shipped}
+    assert len(shipped) >= len(FAMILIES) and [(name, found) for name, text in shipped for found in findings(text, names)] == []
+
+
+def test_nothing_is_allowed_that_is_not_used(shipped):
+    trees = [ast.parse(text) for _, text in shipped]
+    modules = {module for tree in trees for module, _ in imported(tree)[0]}
+    names = {node.id for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    assert modules == STANDARD | TORCH | TRANSFORMERS and names >= BUILTINS
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import os", "from os import path", "import subprocess as s", "import socket", "from .. import secrets",
+        "from .other import x", "import torch.hub", "from torch import hub", "from torch.utils import cpp_extension",
+        "open('x')", "eval('1')", "exec('1')", "compile('1', '', 'eval')", "__import__('os')", "globals()", "breakpoint()",
+        "torch.load('x')", "torch.ops.load_library('x')", "().__class__.__subclasses__()", "getattr(torch, 'hub')",
+        "getattr(x, '__globals__')", "AutoModel.from_pretrained('a/b')", "import urllib.request", "import pickle",
+    ],
+)  # fmt: skip
+def test_a_way_out_would_be_found(code):
+    assert findings(code, {"memory_bank.py"})
+
+
+def redirect(folder):
+    """transformers would fetch and run another repository's code."""
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"]["AutoModelForCausalLM"] = "someone/else--modeling.Model"
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def add_a_package(folder):
+    (folder / "more").mkdir()
+    (folder / "more" / "code.py").write_text("print()")
+
+
+@pytest.mark.parametrize(("change", "named"), [(redirect, "config.json (auto_map)"), (add_a_package, "more/code.py")])
+def test_verify_runs_no_code_that_we_do_not_ship(qwen2_pair, tmp_path, change, named):
+    out = shutil.copytree(qwen2_pair[1], tmp_path / "out")
+    change(out)
+    source, progress = open_source(str(qwen2_pair[0])), Progress(quiet=True)
+    assert verify(open_converted(out), source, progress, logits=False).edited_files == (named,)
+    with pytest.raises(CallError, match=re.escape(f"{named} is not as this version ships it, so it is not run")):
+        verify(open_converted(out), source, progress)
