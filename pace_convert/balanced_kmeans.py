@@ -12,7 +12,7 @@ from torch.nn.functional import embedding_bag, linear
 
 from .transport import Each, balanced_labels, smooth_prices
 
-ANNEALED, EXACT = 20, 6  # rounds, at most
+ANNEALED, EXACT = 20, 10  # rounds, at most
 SOFTNESS = 0.1  # of the choices in annealed rounds, in standard deviations of the scores
 REPULSION = 2.0, 3.0  # at first: in a neuron's own shares of its cluster's mean, and in standard deviations of the scores
 BLOCK = 512  # rows computed at once by one thread
@@ -31,22 +31,25 @@ def balanced_kmeans(rows: torch.Tensor, experts: int, seed: int) -> np.ndarray:
     with one_thread_per_block(rows.device) as each:
         directions = Directions(rows.detach(), each)
         labels, prices = _annealed(directions, experts, seed)
+        scores = torch.empty(len(rows), experts, device=rows.device)
+        changed = torch.arange(experts, device=rows.device)
         for _ in range(EXACT):
-            scores = directions.scores(directions.means(labels, experts, torch.float32), torch.float32)
+            scores[:, changed] = directions.scores(directions.means(labels, changed, torch.float32), torch.float32)
             assigned, prices = balanced_labels(scores.cpu().numpy(), prices)
             before, labels = labels, torch.from_numpy(assigned).to(rows.device)
-            if torch.equal(labels, before):
+            changed = torch.cat((before, labels))[(before != labels).repeat(2)].unique()
+            if not len(changed):
                 break
     return labels.to("cpu", torch.int32).numpy()
 
 
 def _annealed(directions: Directions, experts: int, seed: int) -> tuple[torch.Tensor, np.ndarray]:
     """Labels [D] int64 that are nearly balanced, and the prices [K] float64 they were chosen at."""
-    means = directions.some(experts, seed)
-    scores = directions.scores(means, torch.bfloat16)
+    scores = directions.scores(directions.some(experts, seed), torch.bfloat16)
+    clusters = torch.arange(experts, device=scores.device)
     labels, prices = _choices(directions, scores, torch.zeros(experts, dtype=torch.float64, device=scores.device))
     for remaining in torch.linspace(1, 0, ANNEALED).tolist()[1:]:
-        scores = directions.scores(directions.means(labels, experts, torch.bfloat16), torch.bfloat16)
+        scores = directions.scores(directions.means(labels, clusters, torch.bfloat16), torch.bfloat16)
         share = 1 / torch.bincount(labels, minlength=experts)[labels]
         repulsion = remaining * torch.maximum(REPULSION[0] * share, REPULSION[1] * scores.std())
         scores[torch.arange(len(labels), device=labels.device), labels] -= repulsion * (directions.scale > 0)
@@ -92,33 +95,33 @@ class Directions:
         order = order[torch.argsort(self.scale[order] == 0, stable=True)][:count]
         return self.rows[order].float() * self.scale[order, None]
 
-    def means(self, labels: torch.Tensor, experts: int, dtype: torch.dtype) -> torch.Tensor:
-        """Each cluster's mean direction, summed in fp32, or several times as fast and rounded, in bf16."""
-        weights = self.scale.to(dtype)[:, None]
+    def means(self, labels: torch.Tensor, clusters: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The clusters' mean directions, summed in fp32, or several times as fast and rounded, in bf16."""
+        weights = self.scale.to(dtype)
 
-        def total(members: torch.Tensor) -> torch.Tensor:
-            if dtype is torch.bfloat16:
-                return embedding_bag(members[None], self.rows, mode="sum", per_sample_weights=weights[members].T)[0].float()
-            return (weights[members].T @ self.rows[members].to(dtype))[0]
+        def mean(cluster: int) -> torch.Tensor:
+            members = torch.nonzero(labels == cluster)[:, 0]
+            if dtype is torch.bfloat16 and len(members):
+                total = embedding_bag(members[None], self.rows, mode="sum", per_sample_weights=weights[members][None])[0]
+            else:
+                total = weights[members] @ self.rows[members].to(dtype)
+            return total.float() / max(1, len(members))
 
-        sizes = torch.bincount(labels, minlength=experts)
-        clusters = torch.argsort(labels, stable=True).split(sizes.tolist())
-        return torch.stack(self.each(total, clusters)) / sizes.clamp(min=1)[:, None]
+        return torch.stack(self.each(mean, clusters.tolist()))
 
     def scores(self, means: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """[D, K] float32: minus half the squared distances to the means, but for a number that depends on the row alone.
 
-        Products are computed in `dtype`, with the means' mean taken off, so that a direction common to all rows costs
-        no digits.
+        Products are computed in `dtype`; in bf16 with the means' mean taken off, so that a direction common to all rows
+        costs no digits.
         """
-        centred = (means - means.mean(0)).to(dtype)
-        offset = means.double().square().sum(1) / 2
-        offset = (offset - offset.mean()).float()
+        centred = (means - means.mean(0) if dtype is torch.bfloat16 else means).to(dtype)
+        offset = -means.square().sum(1) / 2
         scores = torch.empty(len(self.rows), len(means), device=self.rows.device)
 
         def block(part: tuple[torch.Tensor, ...]) -> None:
             scores, rows, scale = part
-            torch.addcmul(-offset, linear(rows.to(dtype), centred).float(), scale[:, None], out=scores)
+            torch.addcmul(offset, linear(rows.to(dtype), centred).float(), scale[:, None], out=scores)
 
         self.each(block, _blocks(scores, self.rows, self.scale))
         return scores
