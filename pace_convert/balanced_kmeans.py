@@ -13,9 +13,10 @@ from torch.nn.functional import embedding_bag, linear
 from .transport import Each, balanced_labels, smooth_prices
 
 ANNEALED, EXACT = 20, 10  # rounds, at most
-SOFTNESS = 0.1  # of the choices in annealed rounds, in standard deviations of the scores
+SOFTNESS = 0.1, 0.01  # of the choices in annealed and in exact rounds, in standard deviations of the scores
+SETTLED = 0.002  # share of neurons: when an exact round moves no more, the next ones aren't worth their time
 REPULSION = 2.0, 3.0  # at first: in a neuron's own shares of its cluster's mean, and in standard deviations of the scores
-BLOCK = 512  # rows computed at once by one thread
+BLOCK, CHOICES = 512, 2048  # rows multiplied, and rows of scores compared, at once by one thread
 SAFE = 50  # squares of numbers from 2^-50 to 2^50 can be summed in fp32
 
 
@@ -35,35 +36,40 @@ def balanced_kmeans(rows: torch.Tensor, experts: int, seed: int) -> np.ndarray:
         changed = torch.arange(experts, device=rows.device)
         for _ in range(EXACT):
             scores[:, changed] = directions.scores(directions.means(labels, changed, torch.float32), torch.float32)
-            assigned, prices = balanced_labels(scores.cpu().numpy(), prices)
+            prices = _prices(directions, scores, prices, SOFTNESS[1] * scores.std())
+            assigned, _ = balanced_labels(scores.cpu().numpy(), prices.cpu().numpy())
             before, labels = labels, torch.from_numpy(assigned).to(rows.device)
-            changed = torch.cat((before, labels))[(before != labels).repeat(2)].unique()
-            if not len(changed):
+            moved = before != labels
+            if moved.sum() <= SETTLED * len(rows):
                 break
+            changed = torch.cat((before[moved], labels[moved])).unique()
     return labels.to("cpu", torch.int32).numpy()
 
 
-def _annealed(directions: Directions, experts: int, seed: int) -> tuple[torch.Tensor, np.ndarray]:
+def _annealed(directions: Directions, experts: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Labels [D] int64 that are nearly balanced, and the prices [K] float64 they were chosen at."""
-    scores = directions.scores(directions.some(experts, seed), torch.bfloat16)
-    clusters = torch.arange(experts, device=scores.device)
-    labels, prices = _choices(directions, scores, torch.zeros(experts, dtype=torch.float64, device=scores.device))
-    for remaining in torch.linspace(1, 0, ANNEALED).tolist()[1:]:
-        scores = directions.scores(directions.means(labels, clusters, torch.bfloat16), torch.bfloat16)
-        share = 1 / torch.bincount(labels, minlength=experts)[labels]
-        repulsion = remaining * torch.maximum(REPULSION[0] * share, REPULSION[1] * scores.std())
-        scores[torch.arange(len(labels), device=labels.device), labels] -= repulsion * (directions.scale > 0)
-        before = labels
-        labels, prices = _choices(directions, scores, prices)
+    clusters = torch.arange(experts, device=directions.rows.device)
+    prices = torch.zeros(experts, dtype=torch.float64, device=clusters.device)
+    means, labels = directions.some(experts, seed), None
+    for remaining in torch.linspace(1, 0, ANNEALED).tolist():
+        scores = directions.scores(means, torch.bfloat16)
+        deviation = scores.std()
+        if labels is not None:
+            share = 1 / torch.bincount(labels, minlength=experts)[labels]
+            repulsion = remaining * torch.maximum(REPULSION[0] * share, REPULSION[1] * deviation)
+            scores.scatter_add_(1, labels[:, None], -(repulsion * (directions.scale > 0))[:, None])
+        prices = _prices(directions, scores, prices, SOFTNESS[0] * deviation)
+        choose = prices.float()
+        before, labels = labels, torch.cat(directions.each(lambda x, p=choose: (x - p).argmax(1), scores.split(CHOICES)))
         if remaining < 0.5 and torch.equal(labels, before):
             break
-    return labels, prices.cpu().numpy()
+        means = directions.means(labels, clusters, torch.bfloat16)
+    return labels, prices
 
 
-def _choices(directions: Directions, scores: torch.Tensor, prices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    blocks, deviation = scores.split(BLOCK), scores.std().item()
-    prices = smooth_prices(blocks, prices, 1 / (SOFTNESS * deviation) if deviation else 1.0, directions.each)
-    return torch.cat(directions.each(lambda block: (block - prices.to(block.dtype)).argmax(1), blocks)), prices
+def _prices(directions: Directions, scores: torch.Tensor, prices: torch.Tensor, softness: torch.Tensor) -> torch.Tensor:
+    """From `prices` on; where all scores are equal any will do."""
+    return smooth_prices(scores.split(CHOICES), prices, 1 / softness.item(), directions.each) if softness > 0 else prices
 
 
 class Directions:
