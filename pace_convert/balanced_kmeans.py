@@ -48,23 +48,25 @@ def balanced_kmeans(rows: torch.Tensor, experts: int, seed: int) -> np.ndarray:
 
 def _annealed(directions: Directions, experts: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Labels [D] int64 that are nearly balanced, and the prices [K] float64 they were chosen at."""
-    clusters = torch.arange(experts, device=directions.rows.device)
-    prices = torch.zeros(experts, dtype=torch.float64, device=clusters.device)
-    means, labels = directions.some(experts, seed), None
-    for remaining in torch.linspace(1, 0, ANNEALED).tolist():
-        scores = directions.scores(means, torch.bfloat16)
-        deviation = scores.std()
-        if labels is not None:
-            share = 1 / torch.bincount(labels, minlength=experts)[labels]
-            repulsion = remaining * torch.maximum(REPULSION[0] * share, REPULSION[1] * deviation)
-            scores.scatter_add_(1, labels[:, None], -(repulsion * (directions.scale > 0))[:, None])
+    scores = directions.scores(directions.some(experts, seed), torch.bfloat16)
+    clusters = torch.arange(experts, device=scores.device)
+    prices = _prices(directions, scores, torch.zeros_like(clusters, dtype=torch.float64), SOFTNESS[0] * scores.std())
+    labels = _choices(directions, scores, prices)
+    for remaining in torch.linspace(1, 0, ANNEALED).tolist()[1:]:
+        scores = directions.scores(directions.means(labels, clusters, torch.bfloat16), torch.bfloat16)
+        deviation, share = scores.std(), 1 / torch.bincount(labels, minlength=experts)[labels]
+        repulsion = remaining * torch.maximum(REPULSION[0] * share, REPULSION[1] * deviation)
+        scores.scatter_add_(1, labels[:, None], -(repulsion * (directions.scale > 0))[:, None])
         prices = _prices(directions, scores, prices, SOFTNESS[0] * deviation)
-        choose = prices.float()
-        before, labels = labels, torch.cat(directions.each(lambda x, p=choose: (x - p).argmax(1), scores.split(CHOICES)))
+        before, labels = labels, _choices(directions, scores, prices)
         if remaining < 0.5 and torch.equal(labels, before):
             break
-        means = directions.means(labels, clusters, torch.bfloat16)
     return labels, prices
+
+
+def _choices(directions: Directions, scores: torch.Tensor, prices: torch.Tensor) -> torch.Tensor:
+    asked = prices.to(scores.dtype)
+    return torch.cat(directions.each(lambda block: (block - asked).argmax(1), scores.split(CHOICES)))
 
 
 def _prices(directions: Directions, scores: torch.Tensor, prices: torch.Tensor, softness: torch.Tensor) -> torch.Tensor:
@@ -82,7 +84,8 @@ class Directions:
     def __init__(self, rows: torch.Tensor, each: Each) -> None:
         self.each = each
         wide = torch.promote_types(rows.dtype, torch.float32)
-        largest = torch.cat(each(lambda block: block.abs().amax(1).to(wide), rows.split(BLOCK)))
+        largest = torch.empty(len(rows), dtype=wide, device=rows.device)
+        each(lambda part: part[0].copy_(torch.linalg.vector_norm(part[1], torch.inf, dim=1)), _blocks(largest, rows))
         if not largest.isfinite().all():
             raise ValueError("rows must be finite")
         wild = (largest > 0) & ((largest < 2.0**-SAFE) | (largest > 2.0**SAFE))
@@ -91,9 +94,10 @@ class Directions:
             copy = torch.empty(rows.shape, dtype=torch.bfloat16, device=rows.device)
             each(lambda part: part[0].copy_(part[1] / part[2][:, None]), _blocks(copy, rows, power))
             rows = copy
-        self.rows = rows
-        norms = torch.cat(each(lambda block: torch.linalg.vector_norm(block.float(), dim=1), rows.split(BLOCK)))
-        self.scale = torch.where(norms > 0, 1 / norms, 0)
+        self.rows, self.scale = rows, torch.empty(len(rows), device=rows.device)  # in place: blocks that gave
+        # back tensors of their own would leave gaps between their temporary ones, and memory would grow by all of them
+        each(lambda part: part[0].copy_(torch.linalg.vector_norm(part[1].float(), dim=1)), _blocks(self.scale, rows))
+        self.scale = torch.where(self.scale > 0, 1 / self.scale, 0)
 
     def some(self, count: int, seed: int) -> torch.Tensor:
         """Directions to start from as means, zero rows only where there are no others."""

@@ -140,7 +140,7 @@ class _Repair:
         hops = [(a, b) for a, b in zip(path, path[1:])]
         if any(self.experts in hop for hop in hops):
             amount = 1
-        for (a, b) in hops:
+        for a, b in hops:
             if b == self.experts:
                 self.extra[a] = True
             elif a == self.experts:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment, linprog
+
 from pace_convert.cluster import cluster_neurons
 from pace_convert.transport import balanced_labels
-from scipy.optimize import linear_sum_assignment, linprog
 
 
 def random_rows(neurons: int, hidden: int, planted: int = 0, seed: int = 0) -> torch.Tensor:
