@@ -8,69 +8,90 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch.nn.functional import embedding_bag, linear
 
 from .transport import Each, balanced_labels, smooth_prices
 
-ANNEALED, EXACT = 20, 6  # rounds
-REPULSION = 2.0  # how often a neuron's own share of its cluster's mean is taken off at first; falls to 0
-SOFTNESS = 0.05  # of the choices in annealed rounds, in standard deviations of the scores
+ANNEALED, EXACT = 20, 10  # rounds, at most
+SOFTNESS = 0.1, 0.01  # of the choices in annealed and in exact rounds, in standard deviations of the scores
+SETTLED = 0.002  # share of neurons: when an exact round moves no more, the next ones aren't worth their time
+REPULSION = 2.0, 3.0  # at first: in a neuron's own shares of its cluster's mean, and in standard deviations of the scores
+BLOCK, CHOICES = 512, 2048  # rows multiplied, and rows of scores compared, at once by one thread
 SAFE = 50  # squares of numbers from 2^-50 to 2^50 can be summed in fp32
-BLOCK = 1 << 19  # elements of a block of rows: 2 MB in fp32
 
 
 def balanced_kmeans(rows: torch.Tensor, experts: int, seed: int) -> np.ndarray:
-    """..."""
+    """Labels [D] int32 of K clusters of directions with a small sum of squared distances to their cluster's mean.
+
+    rows: [D, H], any float dtype, strides and device; 3 K <= D, or the result is poor. Sizes differ by at most one.
+    The same seed and values give the same labels, however the values are stored and whatever the number of threads.
+    Lloyd's rounds, with balanced assignments (paper section 3.3). At first each neuron is pushed out of its own
+    cluster, ever more weakly: in high dimensions a mean is so much made of its own members that Lloyd's rounds alone
+    stop at once. Raises ValueError where a row is not finite.
+    """
     with one_thread_per_block(rows.device) as each:
         directions = Directions(rows.detach(), each)
         labels, prices = _annealed(directions, experts, seed)
+        scores = torch.empty(len(rows), experts, device=rows.device)
+        changed = torch.arange(experts, device=rows.device)
         for _ in range(EXACT):
-            before = labels
-            scores = directions.scores(directions.means(labels, experts), exact=True)
-            new, prices = balanced_labels(scores.cpu().numpy(), prices)
-            labels = torch.from_numpy(new).to(rows.device)
-            if torch.equal(labels, before):
+            scores[:, changed] = directions.scores(directions.means(labels, changed, torch.float32), torch.float32)
+            prices = _prices(directions, scores, prices, SOFTNESS[1] * scores.std())
+            assigned, _ = balanced_labels(scores.cpu().numpy(), prices.cpu().numpy())
+            before, labels = labels, torch.from_numpy(assigned).to(rows.device)
+            moved = before != labels
+            if moved.sum() <= SETTLED * len(rows):
                 break
+            changed = torch.cat((before[moved], labels[moved])).unique()
     return labels.to("cpu", torch.int32).numpy()
 
 
-def _annealed(directions, experts, seed):
-    means = directions.some(experts, seed)
-    prices = torch.zeros(experts, dtype=torch.float64, device=means.device)
-    labels = None
-    for i in range(ANNEALED):
-        strength = REPULSION * (1 - i / (ANNEALED - 1))
-        scores = directions.scores(means)
-        sharpness = 1 / (SOFTNESS * scores.std().item())
-        if labels is not None:
-            sizes = torch.bincount(labels, minlength=experts).clamp(min=1)
-            scores[torch.arange(len(labels)), labels] -= strength * directions.own / sizes[labels]
-        blocks = scores.split(directions.step)
-        prices = smooth_prices(blocks, prices, sharpness, directions.each)
-        before = labels
-        p32 = prices.float()
-        labels = torch.cat(directions.each(lambda b: (b - p32).argmax(1), blocks))
-        if before is not None and strength < 1 and torch.equal(before, labels):
+def _annealed(directions: Directions, experts: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Labels [D] int64 that are nearly balanced, and the prices [K] float64 they were chosen at."""
+    scores = directions.scores(directions.some(experts, seed), torch.bfloat16)
+    clusters = torch.arange(experts, device=scores.device)
+    prices = _prices(directions, scores, torch.zeros_like(clusters, dtype=torch.float64), SOFTNESS[0] * scores.std())
+    labels = _choices(directions, scores, prices)
+    for remaining in torch.linspace(1, 0, ANNEALED).tolist()[1:]:
+        scores = directions.scores(directions.means(labels, clusters, torch.bfloat16), torch.bfloat16)
+        deviation, share = scores.std(), 1 / torch.bincount(labels, minlength=experts)[labels]
+        repulsion = remaining * torch.maximum(REPULSION[0] * share, REPULSION[1] * deviation)
+        scores.scatter_add_(1, labels[:, None], -(repulsion * (directions.scale > 0))[:, None])
+        prices = _prices(directions, scores, prices, SOFTNESS[0] * deviation)
+        before, labels = labels, _choices(directions, scores, prices)
+        if remaining < 0.5 and torch.equal(labels, before):
             break
-        means = directions.means(labels, experts)
-    return labels, prices.cpu().numpy()
+    return labels, prices
+
+
+def _choices(directions: Directions, scores: torch.Tensor, prices: torch.Tensor) -> torch.Tensor:
+    asked = prices.to(scores.dtype)
+    return torch.cat(directions.each(lambda block: (block - asked).argmax(1), scores.split(CHOICES)))
+
+
+def _prices(directions: Directions, scores: torch.Tensor, prices: torch.Tensor, softness: torch.Tensor) -> torch.Tensor:
+    """From `prices` on; where all scores are equal any will do."""
+    return smooth_prices(scores.split(CHOICES), prices, 1 / softness.item(), directions.each) if softness > 0 else prices
 
 
 class Directions:
-    """Rows of length one, kept as they are: bf16, with the factor that makes each one long.
+    """Rows of length one, or zero: the rows as they are, in bf16, and the factor that each is multiplied by.
 
-    rows: [D, H]; anything but contiguous bf16 in a safe range gets a bf16 copy, rows near the ends of the number range
-    scaled by a power of two. So equal values give equal results, however they are stored.
+    rows: [D, H]; anything but contiguous bf16 in a safe range is copied as bf16, rows near the ends of the range of
+    numbers divided by a power of two. Means are [K, H] float32.
     """
 
     def __init__(self, rows: torch.Tensor, each: Each) -> None:
-        self.each, self.step = each, max(1, BLOCK // rows.shape[1])
-        wide = torch.float64 if rows.dtype is torch.float64 else torch.float32
-        largest = torch.cat(each(lambda block: block.abs().amax(1), rows.split(self.step))).to(wide)
+        self.each = each
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        largest = torch.empty(len(rows), dtype=wide, device=rows.device)
+        each(lambda part: part[0].copy_(torch.linalg.vector_norm(part[1], torch.inf, dim=1)), _blocks(largest, rows))
         if not largest.isfinite().all():
             raise ValueError("rows must be finite")
         wild = (largest > 0) & ((largest < 2.0**-SAFE) | (largest > 2.0**SAFE))
         power = torch.where(wild, largest / (2 * torch.frexp(largest).mantissa), 1)
         if rows.dtype is not torch.bfloat16 or not rows.is_contiguous() or wild.any():
+<<<<<<< HEAD
             rows = torch.cat(
                 each(
                     lambda i: (rows[i : i + self.step] / power[i : i + self.step, None]).bfloat16(),
@@ -81,11 +102,23 @@ class Directions:
         norms = torch.cat(each(lambda block: torch.linalg.vector_norm(block.float(), dim=1), self.rows.split(self.step)))
         self.scale = torch.where(norms > 0, 1 / norms, 0)
         self.own = (norms > 0).float()
+=======
+            copy = torch.empty(rows.shape, dtype=torch.bfloat16, device=rows.device)
+            each(lambda part: part[0].copy_(part[1] / part[2][:, None]), _blocks(copy, rows, power))
+            rows = copy
+        self.rows, self.scale = rows, torch.empty(len(rows), device=rows.device)  # in place: blocks that gave
+        # back tensors of their own would leave gaps between their temporary ones, and memory would grow by all of them
+        each(lambda part: part[0].copy_(torch.linalg.vector_norm(part[1].float(), dim=1)), _blocks(self.scale, rows))
+        self.scale = torch.where(self.scale > 0, 1 / self.scale, 0)
+>>>>>>> cluster
 
-    def some(self, experts, seed):
-        order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(seed))[:experts].to(self.rows.device)
+    def some(self, count: int, seed: int) -> torch.Tensor:
+        """Directions to start from as means, zero rows only where there are no others."""
+        order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(seed)).to(self.rows.device)
+        order = order[torch.argsort(self.scale[order] == 0, stable=True)][:count]
         return self.rows[order].float() * self.scale[order, None]
 
+<<<<<<< HEAD
     def scores(self, means, exact=False):
         centred = means - means.mean(0)
         offset = means.square().sum(1) / 2
@@ -110,14 +143,54 @@ class Directions:
             return (self.scale[members] @ self.rows[members].float()) / max(1, len(members))
 
         return torch.stack(self.each(mean, range(experts)))
+=======
+    def means(self, labels: torch.Tensor, clusters: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The clusters' mean directions, summed in fp32, or several times as fast and rounded, in bf16."""
+        weights = self.scale.to(dtype)
+
+        def mean(cluster: int) -> torch.Tensor:
+            members = torch.nonzero(labels == cluster)[:, 0]
+            if dtype is torch.bfloat16 and len(members):
+                total = embedding_bag(members[None], self.rows, mode="sum", per_sample_weights=weights[members][None])[0]
+            else:
+                total = weights[members] @ self.rows[members].to(dtype)
+            return total.float() / max(1, len(members))
+
+        return torch.stack(self.each(mean, clusters.tolist()))
+
+    def scores(self, means: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """[D, K] float32: minus half the squared distances to the means, but for a number that depends on the row alone.
+
+        Products are computed in `dtype`; in bf16 with the means' mean taken off, so that a direction common to all rows
+        costs no digits.
+        """
+        centred = (means - means.mean(0) if dtype is torch.bfloat16 else means).to(dtype)
+        offset = -means.square().sum(1) / 2
+        scores = torch.empty(len(self.rows), len(means), device=self.rows.device)
+
+        def block(part: tuple[torch.Tensor, ...]) -> None:
+            scores, rows, scale = part
+            torch.addcmul(offset, linear(rows.to(dtype), centred).float(), scale[:, None], out=scores)
+
+        self.each(block, _blocks(scores, self.rows, self.scale))
+        return scores
+
+
+def _blocks(*tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+    return list(zip(*(tensor.split(BLOCK) for tensor in tensors)))
+>>>>>>> cluster
 
 
 @contextmanager
 def one_thread_per_block(device: torch.device) -> Iterator[Each]:
+    """A map over blocks of which each is computed by one thread, several at once: no result depends on their number.
+
+    While it is open torch uses one thread of its own. No thread of it waits busily, so a busy neighbour costs little.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(threads) as pool:
+        with ThreadPoolExecutor(threads if device.type == "cpu" else 1) as pool:
             yield lambda function, items: list(pool.map(function, items))
     finally:
         torch.set_num_threads(threads)

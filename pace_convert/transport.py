@@ -12,40 +12,41 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-SOFTEST, STEPS = 4**4, 40  # how much softer choices start at most; the most steps until they are sharp and balanced
+SOFTEST, STEPS = 4**4, 40  # how much softer the choices start at most, and the most steps until they are sharp again
 
 Each = Callable[[Callable, Sequence], list]  # the results of a function for each of some items, in their order
 
 
 def smooth_prices(
-    scores: Sequence[torch.Tensor], prices: torch.Tensor, sharpness: float, each: Each, tolerance: float = 0.02
+    scores: Sequence[torch.Tensor], prices: torch.Tensor, sharpness: float, each: Each, tolerance: float = 0.1
 ) -> torch.Tensor:
     """Prices at which the softened choices fill all clusters alike.
 
     scores: blocks [n, K] float32; prices: [K] float64, where to start; sharpness: 1 / the scores' unit.
     Minimises the dual of entropically softened transport (Cuturi 2013; Genevay et al. 2016),
     sum of logsumexp(sharpness (scores - prices)) / sharpness + N/K sum of prices, by Newton steps, until no cluster's
-    softened size is off by more than `tolerance` of N/K. Steps are shortened by log(1 + r) / r, r = sharpness * the
-    step's spread, which makes each a descent (Bach 2010, "Self-concordant analysis for logistic regression").
-    Where the start is far off, the choices are first softened and then sharpened step by step (Schmitzer 2019).
+    softened size is off by more than `tolerance` of N/K. Steps are shortened to 2 log(1 + r) / r, r = sharpness * the
+    step's spread: half of it is sure to descend (Bach 2010, "Self-concordant analysis for logistic regression"), all
+    of it takes half the steps. Where the start is far off, the choices are first softened, then sharpened step by step
+    (Schmitzer 2019).
     """
     experts = len(prices)
     share = sum(len(block) for block in scores) / experts
     current = sharpness
     sizes, overlap = _soft_sizes(scores, prices, current, each)
-    while _worst(sizes, share) > 1 and current > sharpness / SOFTEST:
+    while _worst(sizes, share) > 3 and current > sharpness / SOFTEST:
         current /= 4
         sizes, overlap = _soft_sizes(scores, prices, current, each)
     for _ in range(STEPS):
-        if current < sharpness and _worst(sizes, share) < 0.2:
-            current *= 2
+        if current < sharpness and _worst(sizes, share) < 1:
+            current *= 4
         elif current == sharpness and _worst(sizes, share) <= tolerance:
             break
         else:
             hessian = torch.diag(sizes + 1e-6 * share) - overlap + share / experts  # shifting all prices changes nothing
             step = torch.linalg.solve(hessian, sizes - share)
-            spread = step.max() - step.min()
-            prices = prices + step * (torch.log1p(spread) / spread / current)
+            spread = (step.max() - step.min()).clamp(min=1e-9)
+            prices = prices + step * ((2 * torch.log1p(spread) / spread).clamp(max=1) / current)
         sizes, overlap = _soft_sizes(scores, prices, current, each)
     return prices
 
