@@ -91,18 +91,6 @@ class Directions:
         wild = (largest > 0) & ((largest < 2.0**-SAFE) | (largest > 2.0**SAFE))
         power = torch.where(wild, largest / (2 * torch.frexp(largest).mantissa), 1)
         if rows.dtype is not torch.bfloat16 or not rows.is_contiguous() or wild.any():
-<<<<<<< HEAD
-            rows = torch.cat(
-                each(
-                    lambda i: (rows[i : i + self.step] / power[i : i + self.step, None]).bfloat16(),
-                    range(0, len(rows), self.step),
-                )
-            )
-        self.rows = rows
-        norms = torch.cat(each(lambda block: torch.linalg.vector_norm(block.float(), dim=1), self.rows.split(self.step)))
-        self.scale = torch.where(norms > 0, 1 / norms, 0)
-        self.own = (norms > 0).float()
-=======
             copy = torch.empty(rows.shape, dtype=torch.bfloat16, device=rows.device)
             each(lambda part: part[0].copy_(part[1] / part[2][:, None]), _blocks(copy, rows, power))
             rows = copy
@@ -110,7 +98,6 @@ class Directions:
         # back tensors of their own would leave gaps between their temporary ones, and memory would grow by all of them
         each(lambda part: part[0].copy_(torch.linalg.vector_norm(part[1].float(), dim=1)), _blocks(self.scale, rows))
         self.scale = torch.where(self.scale > 0, 1 / self.scale, 0)
->>>>>>> cluster
 
     def some(self, count: int, seed: int) -> torch.Tensor:
         """Directions to start from as means, zero rows only where there are no others."""
@@ -118,32 +105,6 @@ class Directions:
         order = order[torch.argsort(self.scale[order] == 0, stable=True)][:count]
         return self.rows[order].float() * self.scale[order, None]
 
-<<<<<<< HEAD
-    def scores(self, means, exact=False):
-        centred = means - means.mean(0)
-        offset = means.square().sum(1) / 2
-        offset = offset - offset.mean()
-        centred = centred.to(torch.float32 if exact else torch.bfloat16)
-        # x.(c - m) - (|c|^2)/2
-        out = torch.empty(len(self.rows), len(means), device=self.rows.device)
-
-        def block(i):
-            s = slice(i, i + self.step)
-            out[s] = torch.nn.functional.linear(self.rows[s].to(centred.dtype), centred).float() * self.scale[s, None] - offset
-
-        self.each(block, range(0, len(self.rows), self.step))
-        return out
-
-    def means(self, labels, experts):
-        order = torch.argsort(labels, stable=True)
-        ends = torch.bincount(labels, minlength=experts).cumsum(0).tolist()
-
-        def mean(k):
-            members = order[ends[k - 1] if k else 0 : ends[k]]
-            return (self.scale[members] @ self.rows[members].float()) / max(1, len(members))
-
-        return torch.stack(self.each(mean, range(experts)))
-=======
     def means(self, labels: torch.Tensor, clusters: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The clusters' mean directions, summed in fp32, or several times as fast and rounded, in bf16."""
         weights = self.scale.to(dtype)
@@ -178,7 +139,6 @@ class Directions:
 
 def _blocks(*tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
     return list(zip(*(tensor.split(BLOCK) for tensor in tensors)))
->>>>>>> cluster
 
 
 @contextmanager
