@@ -37,7 +37,7 @@ def balanced_kmeans(rows: torch.Tensor, experts: int, seed: int) -> np.ndarray:
         for _ in range(EXACT):
             scores[:, changed] = directions.scores(directions.means(labels, changed, torch.float32), torch.float32)
             prices = _prices(directions, scores, prices, SOFTNESS[1] * scores.std())
-            assigned, _ = balanced_labels(scores.cpu().numpy(), prices.cpu().numpy())
+            assigned = balanced_labels(scores.cpu().numpy(), prices.cpu().numpy())
             before, labels = labels, torch.from_numpy(assigned).to(rows.device)
             moved = before != labels
             if moved.sum() <= SETTLED * len(rows):
@@ -85,7 +85,7 @@ class Directions:
         self.each = each
         wide = torch.promote_types(rows.dtype, torch.float32)
         largest = torch.empty(len(rows), dtype=wide, device=rows.device)
-        each(lambda part: part[0].copy_(torch.linalg.vector_norm(part[1], torch.inf, dim=1)), _blocks(largest, rows))
+        each(lambda part: part[0].copy_(torch.maximum(part[1].amax(1), -part[1].amin(1))), _blocks(largest, rows))
         if not largest.isfinite().all():
             raise ValueError("rows must be finite")
         wild = (largest > 0) & ((largest < 2.0**-SAFE) | (largest > 2.0**SAFE))
@@ -109,8 +109,10 @@ class Directions:
         """The clusters' mean directions, summed in fp32, or several times as fast and rounded, in bf16."""
         weights = self.scale.to(dtype)
 
+        order, ends = torch.argsort(labels, stable=True), torch.bincount(labels, minlength=int(clusters.max()) + 1).cumsum(0)
+
         def mean(cluster: int) -> torch.Tensor:
-            members = torch.nonzero(labels == cluster)[:, 0]
+            members = order[int(ends[cluster - 1]) if cluster else 0 : int(ends[cluster])]
             if dtype is torch.bfloat16 and len(members):
                 total = embedding_bag(members[None], self.rows, mode="sum", per_sample_weights=weights[members][None])[0]
             else:
