@@ -39,10 +39,12 @@ def start(
 
 def _run(arguments: list[str], stdout: Path, stderr: Path, cwd: Path | None, kill_at: int | None) -> None:
     import torch
+    import transformers.dynamic_module_utils as dynamic
 
     from pace_convert.cli import pace
 
     torch.set_num_threads(1)
+    dynamic.HF_MODULES_CACHE = str(stderr.with_name("hf-modules"))  # not the user's, and not another test's
     os.chdir(cwd or ".")
     with stdout.open("w") as out, stderr.open("w") as err, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         sys.argv[0] = "pace"

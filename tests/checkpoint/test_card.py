@@ -116,7 +116,7 @@ def test_carries_what_the_licence_forbids_and_demands(source, tmp_path, licence,
 def new_card(folder, hub=None, **options):
     opened = open_source(str(folder))
     opened = replace(opened, name=hub.repo_id, hub=hub) if hub else opened
-    return model_card(opened, make_plan(opened, ConvertOptions(**{"experts": 8, **options}), folder.parent / "out"))
+    return model_card(opened, make_plan(opened, ConvertOptions(**{"experts": 8, **options})))
 
 
 def test_of_a_source_on_the_hub(source):
