@@ -9,4 +9,4 @@ source .venv/bin/activate
 ruff check .
 ruff format --check .
 mypy
-python -m pytest "$@"
+python -m pytest -n auto --maxprocesses 4 --dist worksteal "$@"
