@@ -56,15 +56,15 @@ def free_memory() -> int:
     return min(free, limit - used)
 
 
-def task_bytes(features: TensorInfo, neurons: int, experts: int, ffn: list[TensorInfo]) -> int:
+def task_bytes(features: TensorInfo, neurons: int, experts: int, exact: bool, ffn: list[TensorInfo]) -> int:
     """Memory in bytes of a process that converts a layer with these tensors.
 
-    While it clusters: the rows as they are stored, as bf16, and about 15 arrays [D, K] of fp32. While it permutes:
-    one tensor and two blocks of rows.
+    While it clusters: the rows as they are stored, as bf16, and about 15 arrays [D, K] of fp32; with the exact method
+    also six copies of the rows in fp32 (k-means-constrained, measured). While it permutes: one tensor and two blocks.
     """
     elements = int(np.prod(features.shape))
-    copy = 0 if features.dtype == "BF16" else 2 * elements
-    clustering = features.nbytes + copy + 15 * 4 * neurons * experts
+    copies = (0 if features.dtype == "BF16" else 2) + (6 * 4 if exact else 0)
+    clustering = features.nbytes + copies * elements + 15 * 4 * neurons * experts
     permuting = max(info.nbytes for info in ffn) + 2 * BLOCK_BYTES
     return PROCESS_BYTES + max(clustering, permuting)
 

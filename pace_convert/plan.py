@@ -76,7 +76,7 @@ def make_plan(source: Source, options: ConvertOptions, run: RunOptions | None = 
     memory_layers = () if options.no_memory else resolve_layers(options.memory_layers, layers)
     features = source.tensors[ffn[0].name]
     ffn_infos = [source.tensors[tensor.name] for tensor in ffn]
-    memory = task_bytes(features, neurons, options.experts, ffn_infos)
+    memory = task_bytes(features, neurons, options.experts, options.cluster_method == "exact", ffn_infos)
     run = run or RunOptions()
     jobs = run.jobs or jobs_that_fit(layers, sum(info.nbytes for info in ffn_infos), memory)
     hidden_size = features.shape[1 - ffn[0].axis]

@@ -44,7 +44,9 @@ def _run(arguments: list[str], stdout: Path, stderr: Path, cwd: Path | None, kil
     from pace_convert.cli import pace
 
     torch.set_num_threads(1)
-    dynamic.HF_MODULES_CACHE = str(stderr.with_name("hf-modules"))  # not the user's, and not another test's
+    # Remote code is imported from a folder of this process: not the user's, not the one of the tests' own process.
+    dynamic.HF_MODULES_CACHE = str(stderr.with_name("hf-modules"))
+    sys.path[:] = [path for path in sys.path if not Path(path, "transformers_modules").is_dir()]
     os.chdir(cwd or ".")
     with stdout.open("w") as out, stderr.open("w") as err, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         sys.argv[0] = "pace"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from helpers import hashes
+from helpers import hashes, pace_convert, refuse
 
 from pace_convert.places import UNFINISHED
 
@@ -130,9 +130,7 @@ def test_a_second_conversion_into_the_same_folder_is_refused(source, alone, tmp_
     first = start(source, out, "-j", "1")
     wait_for(lambda: done_tasks(out) >= 1, first)
     for options in ((), ("--resume",), ("--overwrite",)):
-        second = start(source, out, "-j", "1", *options)
-        _, stderr = second.communicate()
-        assert second.returncode == 2 and "another process is converting into" in stderr
+        refuse(pace_convert(source, out, *OPTIONS, *options), 2, "another process is converting into")
     assert first.wait() == 0, first.stderr.read()
     assert hashes(out) == alone
 
