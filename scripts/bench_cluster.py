@@ -6,7 +6,8 @@
 Layers are synthetic, of real shapes, in bf16: `random` rows, and `structured` ones around 200 directions of unequal
 weight plus one common to all. Cases take turns. Times are medians; inertia is the sum of squared distances of the
 normalised rows to their cluster's mean, explained the rest of the total sum of squares, the honest measure where
-structure is weak. `floor` is a plain copy of the layer's three FFN matrices.
+structure is weak. `floor` is a plain copy of the layer's three FFN matrices; `changed`, for each seed, how many neurons
+k-means-constrained moved when it went on from the fast result.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import click
 import numpy as np
 import torch
 
-from pace_convert.cluster import cluster_neurons
+from pace_convert.cluster import Clustering, cluster_neurons
 
 SHAPES = {"7b": (18944, 3584), "1.5b": (8960, 1536), "0.5b": (4864, 896)}  # Qwen2's
 KINDS = ("structured", "random")
@@ -35,7 +36,7 @@ REFERENCE = "library-10"
 
 def layer(shape: str, kind: str) -> torch.Tensor:
     neurons, hidden = SHAPES[shape]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(1)  # 0 is what the method was tuned on
     rows = torch.randn(neurons, hidden, generator=generator)
     if kind == "structured":
         centres = 0.5 * torch.randn(200, hidden, generator=generator)
@@ -45,25 +46,25 @@ def layer(shape: str, kind: str) -> torch.Tensor:
     return (0.02 * rows).bfloat16()
 
 
-def competitor(case: str, rows: torch.Tensor, experts: int, released: Path | None) -> Callable[[int], np.ndarray | None]:
-    """A function of the seed that gives labels."""
+def competitor(case: str, rows: torch.Tensor, experts: int, released: Path | None) -> Callable[[int], Clustering | None]:
+    """A function of the seed."""
     if case == "floor":
         matrices = [rows, rows.clone(), rows.T.clone()]
         return lambda seed: [matrix.clone() for matrix in matrices] and None
     if case == "released":
         return _released(rows, experts, released)
     if case in ("fast", "exact"):
-        return lambda seed: cluster_neurons(rows, experts, seed, case).labels  # type: ignore[arg-type]
-    return lambda seed: cluster_neurons(rows, experts, seed, "exact", restarts=int(case.removeprefix("library-"))).labels
+        return lambda seed: cluster_neurons(rows, experts, seed, case)  # type: ignore[arg-type]
+    return lambda seed: cluster_neurons(rows, experts, seed, "exact", restarts=int(case.removeprefix("library-")))
 
 
-def _released(rows: torch.Tensor, experts: int, folder: Path | None) -> Callable[[int], np.ndarray]:
+def _released(rows: torch.Tensor, experts: int, folder: Path | None) -> Callable[[int], Clustering]:
     sys.path.insert(0, str(folder))
     from pacellm.cortical_expert_clustering import CorticalClusteringConfig, balanced_cluster_neurons  # the paper's code
 
-    def run(seed: int) -> np.ndarray:
+    def run(seed: int) -> Clustering:
         config = CorticalClusteringConfig(n_experts=experts, seed=seed, backend="torch")
-        return balanced_cluster_neurons(rows, config).numpy()
+        return Clustering(balanced_cluster_neurons(rows, config).numpy())
 
     return run
 
@@ -88,9 +89,10 @@ def bench(shape: str, kind: str, cases: list[str], seeds: int, experts: int, rel
             if seed and case not in ("floor", "fast", "exact"):
                 continue
             start = time.perf_counter()
-            labels = functions[case](seed)
+            made = functions[case](seed)
             seconds = time.perf_counter() - start
-            runs[case].append({"seconds": seconds, **(quality(rows, labels) if labels is not None else {})})
+            found = {**quality(rows, made.labels), "changed": made.changed} if made else {}
+            runs[case].append({"seconds": seconds, **found})
             click.echo(f"{shape} {kind} {case} {seed}: {runs[case][-1]}", err=True)
     return [{"shape": shape, "kind": kind, "case": case, "experts": experts, "runs": found} for case, found in runs.items()]
 
@@ -117,8 +119,8 @@ def _resident(what: str) -> int:
 def table(results: dict) -> str:
     """Markdown. Inertia and explained are relative to the library's ten starts where those were run."""
     rows = [
-        "| layer | case | seconds | times the fast one's | inertia, median (worst) | explained, median (worst) | MB |",
-        "|---|---|---|---|---|---|---|",
+        "| layer | case | seconds | times the fast one's | inertia, median (worst) | explained, median (worst) | MB | changed |",
+        "|---" * 8 + "|",
     ]
     found = {(row["shape"], row["kind"], row["case"]): row for row in results["layers"]}
     for (shape, kind, case), row in found.items():
@@ -130,8 +132,11 @@ def table(results: dict) -> str:
         explained = _median_and_worst([run.get("explained") for run in row["runs"]], reference.get("explained"), min)
         peak = results["peak"].get(f"{shape} {case}")
         megabytes = f"{peak / 1e6:.0f}" if peak is not None else ""
-        rows.append(f"| {shape} {kind} | {case} | {seconds:.3g} | {ratio} | {inertia} | {explained} | {megabytes} |")
-    return "\n".join(rows)
+        changed = ", ".join(str(run["changed"]) for run in row["runs"] if run.get("changed") is not None)
+        cells = [f"{shape} {kind}", case, f"{seconds:.3g}", ratio, inertia, explained, megabytes, changed]
+        rows.append(f"| {' | '.join(cells)} |")
+    machine = results["machine"]
+    return "\n".join([*rows, "", f"Measured on {machine['device']}, {machine['threads']} threads, torch {machine['torch']}."])
 
 
 def _median_and_worst(values: list, reference: float | None, worst: Callable) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import click
 import pytest
+from bench_cluster import table as clusters_table
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -134,6 +135,7 @@ def _bytes(value: int) -> str:
 BENCHMARKS = {
     "costs": (costs_table, "bench_memory.json"),
     "conversions": (conversions_table, "bench_convert.json"),
+    "clusters": (clusters_table, "bench_cluster.json"),
 }
 
 
