@@ -119,7 +119,7 @@ def _resident(what: str) -> int:
 def table(results: dict) -> str:
     """Markdown. Inertia and explained are relative to the library's ten starts where those were run."""
     rows = [
-        "| layer | case | seconds | times the fast one's | inertia, median (worst) | explained, median (worst) | MB | changed |",
+        "| layer | case | seconds | of fast's | inertia, median (worst) | explained, median (worst) | MB | changed |",
         "|---" * 8 + "|",
     ]
     found = {(row["shape"], row["kind"], row["case"]): row for row in results["layers"]}
