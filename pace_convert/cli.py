@@ -45,7 +45,7 @@ def method_options(command: Callable) -> Callable:
     """One click option for each field of RunOptions and ConvertOptions; what is not given stays out of the call."""
     fields = {**RunOptions.model_fields, **ConvertOptions.model_fields}
     for name, field in reversed(fields.items()):
-        default = field.default not in (False, None)
+        default = field.default is not None and field.default is not False
         help_text = f"{field.description}  [default: {field.default}]" if default else f"{field.description}"
         annotation = next((kind for kind in get_args(field.annotation) if kind in (int, str)), field.annotation)
         kind: Any = {int: click.INT, float: click.FLOAT, bool: click.BOOL}.get(annotation, click.STRING)  # type: ignore[arg-type]

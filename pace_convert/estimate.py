@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 PROCESS_BYTES = 400 << 20  # Python, torch and its buffers, before any tensor
 JOB_BYTES = 2 << 30  # weights that are worth a process more: starting one takes seconds
-_SAMPLE_BYTES = 16 << 20
+_SAMPLE_BYTES = 64 << 20
 # One round of clustering is a product [D, H] x [H, K]; a layer takes about this many products' time of numpy's own
 # in fp32 (docs/bench_convert.json compares the outcome with what was measured).
 _PRODUCTS = {"fast": 8.0, "exact": 40.0}
@@ -75,7 +75,7 @@ def jobs_that_fit(layers: int, ffn_bytes: int, one_task: int) -> int:
 
 
 def measure(source: Source, plan: Plan, out: Path) -> Estimate:
-    """A product of matrices, a read and a write are timed (a tenth of a second); the rest is proportion."""
+    """A product of matrices, a read and a write are timed (a quarter of a second); the rest is proportion."""
     options = plan.options
     rows, width = 1024, min(plan.hidden_size, 4096)
     a, b = np.ones((rows, width), np.float32), np.ones((width, 64), np.float32)
@@ -98,13 +98,18 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def _write_seconds(out: Path) -> float:
+    """Of _SAMPLE_BYTES, without what even a short flush to the disk takes."""
     parent = next(folder for folder in (out.resolve(), *out.resolve().parents) if folder.is_dir())
-    with tempfile.TemporaryFile(dir=parent) as file:  # without a name: nothing is left of it
-        start = time.perf_counter()
-        file.write(bytes(_SAMPLE_BYTES))
-        file.flush()
-        os.fsync(file.fileno())
-        return time.perf_counter() - start
+    taken = []
+    for nbytes in (1 << 16, _SAMPLE_BYTES):
+        with tempfile.TemporaryFile(dir=parent) as file:  # without a name: nothing is left of it
+            data = bytes(nbytes)
+            start = time.perf_counter()
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            taken.append(time.perf_counter() - start)
+    return max(taken[1] - taken[0], 0)
 
 
 def _read_seconds(source: Source) -> float:
