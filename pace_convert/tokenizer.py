@@ -19,7 +19,7 @@ def load_tokenizer(folder: Path) -> Any:
 
     logging.set_verbosity_error()  # it remarks on the model_type of its own, which is on purpose
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception:  # each tokenizer class fails in its own way
         return None
 
