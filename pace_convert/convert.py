@@ -19,6 +19,7 @@ from .tokenizer import CONFIG as TOKENIZER_CONFIG
 from .tokenizer import named_tokenizer_config
 from .writer import OutputFolder, explained
 
+CARD_BYTES = 1 << 20  # that are searched for the licence
 RESUME = "run the same command with --resume to go on"
 
 
@@ -43,8 +44,8 @@ def prepare(
 ) -> Plan:
     """Check everything that can be checked without reading weights. Changes nothing."""
     check_places(source, out)
-    check_names_free(source)
     plan = make_plan(source, options, run)
+    check_names_free(source)
     if not (resume and is_finished(source, out, plan)):
         check_free(out, overwrite, resume)
     return plan
@@ -134,7 +135,8 @@ def _source_card(source: Source) -> str | None:
     """The text of the source's own model card, if it has one."""
     if CARD not in source.side_files:
         return None
-    return (source.folder / CARD).read_text(encoding="utf-8-sig", errors="replace")
+    with (source.folder / CARD).open("rb") as file:
+        return file.read(CARD_BYTES).decode("utf-8-sig", errors="replace")
 
 
 def _resolve_device(run: RunOptions) -> str:

@@ -102,10 +102,15 @@ def _inherited_metadata(card: str) -> dict:
     front_matter = re.match(r"---[ \t]*\r?\n(.*?)^---\s*$", card, re.DOTALL | re.MULTILINE)
     try:
         metadata = yaml.load(front_matter[1], yaml.BaseLoader) if front_matter else None  # builds strings only
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         metadata = None
     keep = ("license", "license_name", "license_link", "language")
-    return {key: metadata[key] for key in keep if metadata.get(key)} if isinstance(metadata, dict) else {}
+    return {key: metadata[key] for key in keep if _is_plain(metadata.get(key))} if isinstance(metadata, dict) else {}
+
+
+def _is_plain(value: object) -> bool:
+    """Text or a list of texts: with YAML's aliases, a few lines can stand for more than any memory holds."""
+    return bool(value) and (isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value)))
 
 
 def _render(template: str, **values: object) -> str:
