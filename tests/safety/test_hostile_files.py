@@ -179,7 +179,12 @@ def test_tensors_that_differ_only_in_case(source, tmp_path):
 
 def test_tensor_that_stands_twice(source, tmp_path):
     def twice(header):
-        return json.dumps(header).encode()[:-1] + b', "model.norm.weight": ' + json.dumps(header["model.norm.weight"]).encode() + b"}"
+        return (
+            json.dumps(header).encode()[:-1]
+            + b', "model.norm.weight": '
+            + json.dumps(header["model.norm.weight"]).encode()
+            + b"}"
+        )
 
     edit_header(source / SINGLE, twice)
     refused(source, tmp_path, "not a whole safetensors file", "stands twice")
@@ -203,7 +208,7 @@ def test_ffn_with_one_dimension(source, tmp_path):
 
 def test_ffn_of_another_hidden_size(source, tmp_path):
     name = GATE.replace("gate", "up")
-    edit_header(source / SINGLE, lambda h: (h[name].update(shape=[24, 8], dtype="F64")))
+    edit_header(source / SINGLE, lambda h: h[name].update(shape=[24, 8], dtype="F64"))
     refused(source, tmp_path, f"{name} has shape [24, 8]", "hidden size of 16")
 
 
@@ -237,7 +242,10 @@ def shards_of(source) -> list[Path]:
 def test_index_leads_elsewhere(sharded, tmp_path, place):
     shard = shards_of(sharded)[0]
     shutil.copy(shard, tmp_path / shard.name)
-    edit_json(sharded / INDEX, lambda i: i["weight_map"].update({n: place.format(s) for n, s in i["weight_map"].items() if s == shard.name}))
+    edit_json(
+        sharded / INDEX,
+        lambda i: i["weight_map"].update({n: place.format(s) for n, s in i["weight_map"].items() if s == shard.name}),
+    )
     refused(sharded, tmp_path, "which is not a shard of this folder")
 
 
@@ -321,7 +329,9 @@ def test_side_file_whose_name_is_no_text(source, tmp_path):
     refused(source, tmp_path, "the name of a file can't be taken: '\\udcff'")
 
 
-@pytest.mark.parametrize("pair", [("a.txt", "A.TXT"), ("stra\u00dfe", "STRASSE"), ("caf\u00e9", "cafe\u0301"), ("Readme.md", "x")])
+@pytest.mark.parametrize(
+    "pair", [("a.txt", "A.TXT"), ("stra\u00dfe", "STRASSE"), ("caf\u00e9", "cafe\u0301"), ("Readme.md", "x")]
+)
 def test_files_that_differ_only_in_case(source, tmp_path, pair):
     for name in pair:
         (source / name).touch()
@@ -386,7 +396,9 @@ def test_a_link_among_files_that_are_not_taken_anyway(source, tmp_path):
 @pytest.mark.parametrize(
     "head",
     [
-        "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(f"{b}: &{b} [{','.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi")) + "license: *i",
+        "a: &a [x,x,x,x,x,x,x,x,x]\n"
+        + "".join(f"{b}: &{b} [{','.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi"))
+        + "license: *i",
         "license: " + "[" * 5000,
         "license: [&x [*x]]",
         "license: {a: {b: c}}",
