@@ -4,8 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-
-SIZES = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 24, "vocab_size": 40}
+from damage import SIZES
 
 
 @pytest.fixture(scope="session")

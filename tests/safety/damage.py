@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SIZES = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 24, "vocab_size": 40}
 
 
 def edit_json(path: Path, change: Callable[[dict], object]) -> None:
