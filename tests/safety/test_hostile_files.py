@@ -5,10 +5,14 @@ import os
 import shutil
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from damage import INDEX, SINGLE, edit_header, edit_json, write_shard
 from helpers import pace_convert, refuse
+
+from pace_convert.errors import DamagedSourceError
+from pace_convert.source import open_source
 
 GATE = "model.layers.0.mlp.gate_proj.weight"
 
@@ -355,6 +359,16 @@ def test_very_many_files(source, tmp_path):
     for number in range(10_001):
         (source / str(number)).touch()
     refused(source, tmp_path, "more than 10000 files")
+
+
+@pytest.mark.parametrize("name", ["../x", "a/../../x", "/x", "a\\..\\x", "a//x"])
+def test_names_on_the_hub_that_lead_elsewhere(monkeypatch, name):
+    listed = [SimpleNamespace(rfilename=file) for file in ("config.json", SINGLE, name)]
+    api = SimpleNamespace(model_info=lambda *_, **__: SimpleNamespace(siblings=listed, sha="1" * 40))
+    monkeypatch.setattr("pace_convert.source.HfApi", lambda **_: api)
+    monkeypatch.setattr("pace_convert.source.snapshot_download", pytest.fail)
+    with pytest.raises(DamagedSourceError, match="the name of a file can't be taken"):
+        open_source("acme/tiny")
 
 
 # What is taken
