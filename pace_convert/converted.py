@@ -49,6 +49,8 @@ def open_converted(out: Path) -> Converted:
     base = pace.get("base_model_type") if isinstance(pace, dict) else None
     if not isinstance(pace, dict) or not isinstance(base, str) or base not in FAMILIES or not (out / PERMUTATION).is_file():
         raise CallError(f"{out} is not a PaceLLM", "give the folder that pace-convert wrote")
+    if files.config["model_type"] not in (base, f"pace_{base}"):
+        raise DamagedSourceError(f"config.json: model_type is {files.config['model_type']!r}, not pace_{base}", "convert again")
     _check_options(pace)
     layers = read_permutation(out)
     if len(layers) != count_layers(FAMILIES[base], files.config):

@@ -18,6 +18,7 @@ from .files import check_file, is_inside
 from .journal import NAME as JOURNAL
 from .journal import Journal, read_journal
 from .options import RunOptions
+from .package import PERMUTATION
 from .places import MOVE, UNFINISHED, check_places, check_room, is_unfinished, written_files
 from .progress import Progress
 from .shards import BLOCK_BYTES
@@ -49,7 +50,7 @@ def undo(converted: Converted, original: Path, progress: Progress, jobs: int | N
     """
     source = converted.files
     ffn, copies = converted.ffn(), _origins(converted)
-    identity = {"version": __version__, "undo": {name: list(state) for name, state in source.states.items()}}
+    identity = _identity(source)
     _check_free(source, original, identity)
     check_room(source, original)
     sizes = [source.tensors[tensor.name].nbytes for tensor in ffn]
@@ -69,11 +70,18 @@ def undo(converted: Converted, original: Path, progress: Progress, jobs: int | N
     return Restored(original, tuple(files), len(source.tensors), source.nbytes)
 
 
+def _identity(source: Source) -> dict:
+    """What the restored bytes depend on; files are known by size and time of change, as a conversion's are."""
+    permutation = (source.folder / PERMUTATION).stat()
+    states = {**source.states, PERMUTATION: (permutation.st_size, permutation.st_mtime_ns)}
+    return {"version": __version__, "undo": {name: list(state) for name, state in states.items()}}
+
+
 def _origins(converted: Converted) -> dict[str, str]:
     """Name in OUT -> name in the source, of all files but the shards. Raises DamagedSourceError if one is missing."""
     folder, shards = converted.files.folder, converted.files.shards
     origins = {name: origin for name, origin in written_files(folder).items() if origin is not None and name not in shards}
-    if "config.json" not in origins.values() or not all(is_inside(origin) for origin in origins.values()):
+    if "config.json" not in origins.values() or not all(is_inside(name) for name in (*origins, *origins.values())):
         raise DamagedSourceError(f"{folder} does not say which files its source had", "convert again, then undo that")
     for name in origins:
         check_file(folder, name)

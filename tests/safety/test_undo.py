@@ -163,6 +163,15 @@ def test_undo_of_a_conversion_whose_weights_do_not_fit(source, tmp_path):
     refused(tmp_path / "out", tmp_path / "original", "up_proj.weight has shape [23, 16]", code=1)
 
 
+def test_undo_does_not_go_on_after_the_conversion_has_changed(sharded, tmp_path):
+    convert_folder(sharded, tmp_path / "out")
+    arguments = ["undo", tmp_path / "out", tmp_path / "original", "-j", 1]
+    process = forked.start(arguments, Path(os.devnull), tmp_path / "log", kill_at=25)
+    process.join()
+    (tmp_path / "out" / PERMUTATION).touch()
+    refused(tmp_path / "out", tmp_path / "original", "something else that is unfinished", code=2)
+
+
 def forge(out: Path, files: object) -> None:
     save_file(load_file(out / PERMUTATION), out / PERMUTATION, metadata={"files": json.dumps(files)})
 
@@ -178,7 +187,7 @@ def test_undo_of_a_conversion_that_takes_from_elsewhere(source, tmp_path):
     (tmp_path / "id_rsa").write_text("secret")
     convert_folder(source, tmp_path / "out")
     forge(tmp_path / "out", {"config.source.json": "config.json", "../id_rsa": "id_rsa"})
-    refused(tmp_path / "out", tmp_path / "original", "id_rsa is a link that leaves", code=1)
+    refused(tmp_path / "out", tmp_path / "original", "does not say which files", code=1)
 
 
 def test_overwriting_a_conversion_removes_nothing_elsewhere(source, tmp_path):

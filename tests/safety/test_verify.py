@@ -82,7 +82,6 @@ def unbalance(arrays: dict) -> None:
         (lambda out: edit_json(out / INDEX, lambda i: i.update(metadata=None)), "lacks its metadata"),
         (lambda out: edit_json(out / INDEX, lambda i: i["weight_map"].pop("lm_head.weight")), "lm_head.weight does not lie"),
         (lambda out: edit_json(out / "config.json", lambda c: c["pace"]["memory"].update(layers=[7])), "memory in layers [7]"),
-        (lambda out: edit_json(out / "config.json", lambda c: c.update(model_type="pace_llama")), "model_type is pace_llama"),
         (lambda out: (out / "README.md").unlink(), "README.md, which the conversion wrote, is gone"),
     ],
 )
@@ -126,6 +125,11 @@ def test_permutation_that_is_none(out, change):
 def test_memory_settings_that_no_conversion_has(out, change):
     edit_json(out / "config.json", lambda config: config["pace"]["memory"].update(change))
     refuse(pace_convert(out, command=("verify",)), 1, "config.json: pace")
+
+
+def test_model_type_that_is_not_its_bases(out):
+    edit_json(out / "config.json", lambda config: config.update(model_type="pace_llama"))
+    refuse(pace_convert(out, command=("verify",)), 1, "model_type is 'pace_llama', not pace_qwen2")
 
 
 def test_hashes_without_a_source(out):
