@@ -64,7 +64,7 @@ def check_free(out: Path, overwrite: bool, resume: bool, locked: bool = False) -
             raise CallError(f"OUT {out} holds an unfinished conversion", "give --resume to go on, --overwrite to start again")
         if resume and _moving(out):
             return
-    present = _present(out)
+    present = files_in(out)
     if not present:
         return
     ours = written_before(out)
@@ -77,7 +77,7 @@ def check_free(out: Path, overwrite: bool, resume: bool, locked: bool = False) -
         raise CallError(f"OUT {out} holds {foreign[0]}, which no conversion wrote", "move it away, or choose another folder")
 
 
-def _present(out: Path) -> set[str]:
+def files_in(out: Path) -> set[str]:
     """Every file in OUT, but for those of an unfinished conversion."""
     found = out.rglob("*") if out.exists() else ()
     names = {str(path.relative_to(out)) for path in found if path.is_symlink() or not path.is_dir()}

@@ -24,6 +24,14 @@ def load_tokenizer(folder: Path) -> Any:
         return None
 
 
+def read_with_tokenizer(folder: Path, text: str) -> list[int] | None:
+    """The token ids of a text; None where there is no tokenizer that loads and reads it."""
+    try:
+        return load_tokenizer(folder)(text)["input_ids"]
+    except Exception:  # one whose settings make no sense may load and fail here
+        return None
+
+
 def named_tokenizer_config(folder: Path) -> str | None:
     """tokenizer_config.json with the class that the source's model_type stands for; None if it says so already."""
     tokenizer = load_tokenizer(folder)

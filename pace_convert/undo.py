@@ -6,6 +6,7 @@ at times tokenizer_config.json) it keeps in the source's own version beside it; 
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from .journal import NAME as JOURNAL
 from .journal import Journal, read_journal
 from .options import RunOptions
 from .package import PERMUTATION
-from .places import MOVE, UNFINISHED, check_places, check_room, is_unfinished, written_files
+from .places import MOVE, UNFINISHED, check_places, check_room, files_in, is_unfinished, written_files
 from .progress import Progress
 from .shards import BLOCK_BYTES
 from .source import Source
@@ -50,7 +51,11 @@ def undo(converted: Converted, original: Path, progress: Progress, jobs: int | N
     """
     source = converted.files
     ffn, copies = converted.ffn(), _origins(converted)
-    identity = _identity(source)
+    files, identity = [*source.shards, *copies.values()], _identity(source)
+    restored = Restored(original, tuple(sorted(files)), len(source.tensors), source.nbytes)
+    if _only_to_tidy(original, files):
+        shutil.rmtree(original / UNFINISHED)
+        return restored
     _check_free(source, original, identity)
     check_room(source, original)
     sizes = [source.tensors[tensor.name].nbytes for tensor in ffn]
@@ -64,10 +69,14 @@ def undo(converted: Converted, original: Path, progress: Progress, jobs: int | N
             carry_out(tasks, journal, RunOptions(), jobs, memory, progress, ("restoring", "restored"))
             for name, origin in copies.items():
                 folder.copy(source.folder / name, origin)
-            journal.add(MOVE, {"files": [*source.shards, *copies.values()], "remove": []})
+            journal.add(MOVE, {"files": files, "remove": []})
         folder.move(**journal.done[MOVE])
-    files = sorted([*source.shards, *copies.values()])
-    return Restored(original, tuple(files), len(source.tensors), source.nbytes)
+    return restored
+
+
+def _only_to_tidy(original: Path, files: list[str]) -> bool:
+    """Whether an earlier call came to its very end: all is in its place, and the journal is gone already."""
+    return (original / UNFINISHED).is_dir() and not is_unfinished(original) and files_in(original) == set(files)
 
 
 def _identity(source: Source) -> dict:
@@ -96,5 +105,5 @@ def _check_free(source: Source, original: Path, identity: dict) -> None:
     if is_unfinished(original):
         if read_journal(original / UNFINISHED / JOURNAL)[0] != identity:
             raise CallError(f"{original} holds something else that is unfinished", "delete it, or choose another folder")
-    elif original.exists() and any(original.iterdir()):
+    elif files_in(original):
         raise CallError(f"{original} is not empty", "choose another folder")

@@ -18,7 +18,7 @@ from .permute import invert, repeat
 from .progress import Progress
 from .shards import reordered, row_blocks
 from .source import Source
-from .tokenizer import load_tokenizer
+from .tokenizer import read_with_tokenizer
 
 SAMPLE = "The code of Ada is 4711;\n\tit's   written in München, in 東京 and <|here|>. def f(x): return x**2"
 # Reordering the sum over an FFN's neurons moves logits by rounding only; relative to the largest logit.
@@ -140,14 +140,8 @@ def _reads(path: Path, content: bytes) -> bool:
 
 def _same_tokens(source: Source, converted: Converted) -> bool | None:
     """transformers chooses a tokenizer class by model_type, and the conversion has a model_type of its own."""
-    expected = _tokens(source.folder)
-    return None if expected is None else _tokens(converted.files.folder) == expected
-
-
-def _tokens(folder: Path) -> list[int] | None:
-    """The sample's token ids; None where there is no tokenizer that loads."""
-    tokenizer = load_tokenizer(folder)
-    return None if tokenizer is None else tokenizer(SAMPLE)["input_ids"]
+    expected = read_with_tokenizer(source.folder, SAMPLE)
+    return None if expected is None else read_with_tokenizer(converted.files.folder, SAMPLE) == expected
 
 
 def _with_logits(result: Verification, converted: Converted, source: Source) -> Verification:

@@ -12,6 +12,7 @@ from damage import INDEX, SINGLE, edit_header, edit_json, write_shard
 from helpers import pace_convert, refuse
 
 from pace_convert.errors import DamagedSourceError
+from pace_convert.reference.tokenizer import build_tokenizer
 from pace_convert.source import open_source
 
 GATE = "model.layers.0.mlp.gate_proj.weight"
@@ -424,3 +425,11 @@ def test_a_card_that_is_a_bomb(source, tmp_path, head):
     converts(source, tmp_path / "out")
     assert "hello" in (tmp_path / "out" / "README.source.md").read_text()
     assert len((tmp_path / "out" / "README.md").read_text()) < 5000
+
+
+def test_a_tokenizer_that_loads_and_does_not_read(source, tmp_path):
+    build_tokenizer(512).save_pretrained(source)
+    edit_json(source / "tokenizer_config.json", lambda config: config.update(model_max_length=""))
+    converts(source, tmp_path / "out")
+    done = pace_convert(tmp_path / "out", "--source", source, "--no-logits", "--json", "-q", command=("verify",))
+    assert done.returncode == 0 and json.loads(done.stdout)["same_tokens"] is None, done.stderr

@@ -102,7 +102,7 @@ def test_several_processes_write_the_same_bytes(sharded, tmp_path):
     assert hashes(tmp_path / "original") == hashes(sharded)
 
 
-@pytest.mark.parametrize("every", [23, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [13, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_before_each_change_of_a_file_and_run_again(sharded, tmp_path, every):
     convert_folder(sharded, tmp_path / "out")
     at, code = 1, -9
@@ -113,8 +113,9 @@ def test_killed_before_each_change_of_a_file_and_run_again(sharded, tmp_path, ev
         process.join()
         code = process.exitcode
         assert code in (0, -9), (tmp_path / "log").read_text()
-        assert code == 0 or not (original / "config.json").exists() or not (original / UNFINISHED / "config.json").exists()
-        assert pace_convert(*arguments[1:], command=("undo",)).returncode == 0 or code == 0
+        if (original / "config.json").exists():  # it looks finished, so it is
+            assert {name: value for name, value in hashes(original).items() if UNFINISHED not in name} == hashes(sharded)
+        assert code == 0 or pace_convert(*arguments[1:], command=("undo",)).returncode == 0
         assert hashes(original) == hashes(sharded)
         at += every
     assert at > 60
