@@ -39,7 +39,7 @@ The page is written by
 # What libraries say in brackets changes with their versions; these words are ours.
 OURS = r"the key|nested too|text that|\S+ is not a number"
 REASON = re.compile(rf"(safetensors file|valid JSON|is damaged) \((?!{OURS}).*\)")
-ELSEWHERE = re.compile(r"/[^\s']*/pytest-\d+/[^/\s']+")
+ELSEWHERE = re.compile(r"/[^\s']*/pytest-\d+/(popen-gw\d+/)?[^/\s']+")
 
 writing = False
 rows: dict[str, None] = {}

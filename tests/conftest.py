@@ -18,6 +18,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     bad_inputs.writing = config.getoption("--write-bad-inputs")
+    if bad_inputs.writing and hasattr(config, "workerinput"):
+        raise pytest.UsageError("--write-bad-inputs needs all tests in one process: leave -n out")
 
 
 def pytest_sessionfinish(exitstatus):

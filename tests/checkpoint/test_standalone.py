@@ -102,8 +102,8 @@ def test_exact_files(make_source, tmp_path):
     files = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
     assert files == sorted(
         [
-            "LICENSE", "README.md", "README.source.md", "chat_template.jinja", "config.json",
-            "config.source.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json", "nested/notes.txt",
+            "LICENSE", "README.md", "README.source.md", "chat_template.jinja", "config.json", "config.source.json",
+            "generation_config.json", "model.safetensors", "model.safetensors.index.json", "nested/notes.txt",
             "pace_permutation.safetensors", "tokenizer.json", *SHIPPED,
         ]
     )  # fmt: skip
