@@ -6,7 +6,7 @@ import json
 import re
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from jinja2 import Environment, StrictUndefined
@@ -101,15 +101,25 @@ def _inherited_metadata(card: str) -> dict:
     """Licence and language of the source's card, as it states them: text stays text (no, 2024-01-01)."""
     front_matter = re.match(r"---[ \t]*\r?\n(.*?)^---\s*$", card, re.DOTALL | re.MULTILINE)
     try:
-        metadata = yaml.load(front_matter[1], yaml.BaseLoader) if front_matter else None  # builds strings only
+        metadata = yaml.load(front_matter[1], _Plain) if front_matter else None
     except (yaml.YAMLError, RecursionError):
         metadata = None
     keep = ("license", "license_name", "license_link", "language")
     return {key: metadata[key] for key in keep if _is_plain(metadata.get(key))} if isinstance(metadata, dict) else {}
 
 
+class _Plain(yaml.BaseLoader):
+    """Strings, lists and maps, without aliases: with them a few lines stand for more than any memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Raises YAMLError for an alias."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias")
+        return super().compose_node(parent, index)
+
+
 def _is_plain(value: object) -> bool:
-    """Text or a list of texts: with YAML's aliases, a few lines can stand for more than any memory holds."""
+    """Whether it is text, or texts."""
     return bool(value) and (isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value)))
 
 
