@@ -58,7 +58,7 @@ def check_names(names: Iterable[str], kind: str) -> None:
     system may hold for one, and for a file that is a folder as well.
     """
     seen: dict[str, str] = {}
-    for name in names:
+    for name in sorted(names):
         if len(name) > MAX_NAME or not name.isprintable() or (kind == "file" and not is_inside(name)):
             raise DamagedSourceError(f"the name of a {kind} can't be taken: {name[:80]!r}", "check where the model comes from")
         other = seen.setdefault(_folded(name), name)
