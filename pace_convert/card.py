@@ -10,7 +10,8 @@ import fnmatch
 import hashlib
 import json
 import re
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from .source import Source
     from .verify import Verification
 
+CARD_BYTES = 1 << 20  # of the source's card are searched for its metadata
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
 # As they stand in the source's card. The Hub shows the extra_gated ones where a repository is gated.
 INHERITED = ("license", "license_name", "license_link", "language")
@@ -53,7 +55,7 @@ _SEAL = re.compile(r"\n<!-- Written by pace-convert\. SHA-256 of the text above:
 def model_card(source: Source, plan: Plan) -> str:
     """The repository's README.md, the same for the same source and options."""
     has_card = CARD in source.side_files
-    theirs = (source.folder / CARD).read_text(encoding="utf-8-sig", errors="replace") if has_card else ""
+    theirs = _beginning(source.folder / CARD) if has_card else ""
     metadata = inherited_metadata(theirs)
     name = source.name if source.hub else source.folder.resolve().name
     text = render(
@@ -72,6 +74,11 @@ def model_card(source: Source, plan: Plan) -> str:
         version=__version__,
     )
     return _seal(text)
+
+
+def _beginning(path: Path) -> str:
+    with path.open("rb") as file:
+        return file.read(CARD_BYTES).decode("utf-8-sig", errors="replace")
 
 
 def published(card: str, repo_id: str, commit: str, remote: bool, verification: Verification | None) -> str:
@@ -116,13 +123,28 @@ def inherited_metadata(card: str) -> dict:
     """Licence, language and terms of access of the source's card, as it states them: text stays text (no, 2024-01-01)."""
     front_matter = re.match(r"---[ \t]*\r?\n(.*?)^---\s*$", card, re.DOTALL | re.MULTILINE)
     try:
-        metadata = yaml.load(front_matter[1], yaml.BaseLoader) if front_matter else None  # builds strings only
-    except yaml.YAMLError:
+        metadata = yaml.load(front_matter[1], _Plain) if front_matter else None
+    except (yaml.YAMLError, RecursionError):
         metadata = None
     if not isinstance(metadata, dict):
         return {}
     names = [*INHERITED, *(key for key in metadata if isinstance(key, str) and key.startswith(GATED))]
-    return {key: metadata[key] for key in names if metadata.get(key)}
+    return {key: metadata[key] for key in names if metadata.get(key) and (key.startswith(GATED) or _is_plain(metadata[key]))}
+
+
+class _Plain(yaml.BaseLoader):
+    """Strings, lists and maps, without aliases: with them a few lines stand for more than any memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Raises YAMLError for an alias."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias")
+        return super().compose_node(parent, index)
+
+
+def _is_plain(value: object) -> bool:
+    """Whether it is text, or texts."""
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(part, str) for part in value))
 
 
 def _licence(metadata: dict, side_files: tuple[str, ...]) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 import click
 
 from . import __version__, text
-from .errors import CallError, PaceError
+from .errors import CallError, PaceError, one_line
 from .options import EXPERT_OPTIONS, ConvertOptions, RunOptions, load_options, option_name
 from .progress import Progress
 
@@ -80,7 +80,7 @@ def friendly(command: Callable) -> Callable:
         except PaceError as error:
             _fail(error.message, error.hint, error.exit_code)
         except OSError as error:
-            _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), "", 1)
+            _fail(one_line(f"{error.strerror or error}: {error.filename}" if error.filename else str(error)), "", 1)
         except KeyboardInterrupt:
             _fail("stopped", "", 130)
 
@@ -234,25 +234,40 @@ def inspect(
 
 @pace.command()
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--source", required=True, help="The model that was converted: folder or Hub id.")
+@click.option("--source", help="The model that was converted: folder or Hub id.")
 @hub_options
 @click.option("--no-logits", is_flag=True, help="Compare tensors only; loads no model.")
+@click.option("--hashes", is_flag=True, help="List the SHA-256 of each tensor of the source.")
 @click.option("--trust-remote-code", is_flag=True, help="Run OUT's modeling files even where they were edited.")
 @output_options
 @friendly
 def verify(
-    out: Path, source: str, revision: str | None, token: str | None, cache_dir: Path | None, no_logits: bool,
-    trust_remote_code: bool, as_json: bool, quiet: bool,
+    out: Path, source: str | None, revision: str | None, token: str | None, cache_dir: Path | None, no_logits: bool,
+    hashes: bool, trust_remote_code: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
-    """Prove that OUT is SOURCE, permuted: tensors bit for bit, logits with the memory off."""
+    """Prove that OUT is SOURCE, permuted: tensors bit for bit, logits with the memory off.
+
+    Without --source only OUT itself is looked at: index, shapes, permutations, config and modeling files.
+
+    \b
+    pace verify ./out --source Qwen/Qwen2-7B
+    pace verify ./out
+    """
     from . import verify as job
     from .converted import open_converted
+    from .integrity import check_integrity
     from .source import open_source
 
     converted = open_converted(out)
+    if source is None:
+        if hashes:
+            raise CallError("--hashes is for the tensors of a source", "give --source")
+        whole = check_integrity(converted)
+        click.echo(_json(whole.as_dict()) if as_json else text.integrity_text(whole))
+        sys.exit(0 if whole.passed else 1)
     opened = open_source(source, revision, token, cache_dir)
     result = job.verify(converted, opened, Progress(quiet), logits=not no_logits, trust=trust_remote_code)
-    click.echo(_json(result.as_dict()) if as_json else text.verification_text(result))
+    click.echo(_json(result.as_dict()) if as_json else text.verification_text(result, hashes))
     if not result.passed:
         sys.exit(1)
 
@@ -294,6 +309,29 @@ def push(
         compared = verify(converted, opened, progress, logits=False)
     pushed = hub.push(converted, target, compared, progress)
     click.echo(_json(pushed.as_dict()) if as_json else text.pushed_text(pushed))
+
+
+@pace.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("original", type=click.Path(path_type=Path))
+@click.option(
+    "-j", "--jobs", type=click.IntRange(min=1), help="Processes side by side; by default what cores and memory allow."
+)
+@output_options
+@friendly
+def undo(out: Path, original: Path, jobs: int | None, as_json: bool, quiet: bool) -> None:
+    """Write the model that OUT was made from into the folder ORIGINAL, bit for bit.
+
+    \b
+    pace undo ./out ./original
+
+    It needs OUT alone. One that was interrupted goes on when the same command is run again.
+    """
+    from .converted import open_converted
+    from .undo import undo as job
+
+    restored = job(open_converted(out), original, Progress(quiet), jobs)
+    click.echo(_json(restored.as_dict()) if as_json else text.restored_text(restored))
 
 
 @pace.command()

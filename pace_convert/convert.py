@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import errno
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from .card import model_card
-from .errors import CallError, DamagedSourceError, PaceError, Stopped
+from .errors import CallError
 from .executors import run_tasks
 from .journal import Journal, fingerprint
 from .options import ConvertOptions, RunOptions
-from .package import CARD, PERMUTATION, SOURCE_CARD, converted_config, modeling_files, to_json
-from .places import MOVE, check_free, check_places, check_room, is_unfinished, written_before
+from .package import CARD, KEPT, PERMUTATION, converted_config, modeling_files, to_json
+from .places import MOVE, check_free, check_names_free, check_places, check_room, is_unfinished, written_before
 from .plan import Plan, make_plan
 from .progress import Progress
 from .source import INDEX, Source
-from .tasks import LayerTask, layer_result, make_tasks
+from .tasks import Task, layer_result, make_tasks
 from .tokenizer import CONFIG as TOKENIZER_CONFIG
 from .tokenizer import named_tokenizer_config
-from .writer import OutputFolder
+from .writer import OutputFolder, explained
 
 RESUME = "run the same command with --resume to go on"
 
@@ -48,6 +45,7 @@ def prepare(
     """Check everything that can be checked without reading weights. Changes nothing."""
     check_places(source, out)
     plan = make_plan(source, options, run)
+    check_names_free(source)
     if not (resume and is_finished(source, out, plan)):
         check_free(out, overwrite, resume)
     return plan
@@ -62,12 +60,13 @@ def convert(
     check_room(source, out)
     source = source.fetch()
     device = _resolve_device(plan.run)
-    with _explained(out), OutputFolder(out, overwrite, resume) as folder:
+    with explained(out, RESUME), OutputFolder(out, overwrite, resume) as folder:
         journal = Journal(folder.staging)
         identity = fingerprint(source, plan.options, device)
         journal.resume(identity) if is_unfinished(out) else journal.begin(identity)
         if MOVE not in journal.done:
-            _run_tasks(source, plan, folder, device, journal, progress)
+            tasks = make_tasks(source, plan, folder.staging, device)
+            carry_out(tasks, journal, plan.run, plan.jobs, plan.task_bytes, progress, ("converting", "converted"))
             files = _write_files(source, plan, folder, journal)
             journal.add(MOVE, {"files": files, "remove": folder.outdated(files)})
         folder.move(**journal.done[MOVE])
@@ -84,16 +83,27 @@ def is_finished(source: Source, out: Path, plan: Plan) -> bool:
     return bool(files) and all((out / name).is_file() for name in files)
 
 
-def _run_tasks(source: Source, plan: Plan, folder: OutputFolder, device: str, journal: Journal, progress: Progress) -> None:
-    tasks = make_tasks(source, plan, folder.staging, device)
+def carry_out(
+    tasks: list[Task],
+    journal: Journal,
+    run: RunOptions,
+    jobs: int,
+    task_bytes: int,
+    progress: Progress,
+    words: tuple[str, str],
+) -> None:
+    """Run the tasks that the journal does not have, and note each.
+
+    words: for what is being done to the layers, and what was done.
+    """
     todo = [task for task in tasks if task.name not in journal.done]
-    done = sum(task.nbytes for task in tasks) - sum(task.nbytes for task in todo)
-    layers = sum(isinstance(task, LayerTask) for task in tasks)
-    left = sum(isinstance(task, LayerTask) for task in todo)
-    with progress.conversion(source.nbytes, layers, done, layers - left) as report:
-        for task, record in run_tasks(todo, plan.run, plan.jobs, plan.task_bytes):
+    total = sum(task.nbytes for task in tasks)
+    layers = sum(task.is_layer for task in tasks)
+    done, layers_done = total - sum(task.nbytes for task in todo), layers - sum(task.is_layer for task in todo)
+    with progress.layers(total, layers, done, layers_done, words) as report:
+        for task, record in run_tasks(todo, run, jobs, task_bytes):
             journal.add(task.name, record)
-            report(task.name, task.nbytes, isinstance(task, LayerTask))
+            report(task.name, task.nbytes, task.is_layer)
 
 
 def _write_files(source: Source, plan: Plan, folder: OutputFolder, journal: Journal) -> list[str]:
@@ -101,17 +111,20 @@ def _write_files(source: Source, plan: Plan, folder: OutputFolder, journal: Jour
     modeling = {} if plan.options.no_memory else modeling_files(plan.family)
     card = model_card(source, plan)
     tokenizer = None if plan.options.no_memory else named_tokenizer_config(source.folder)
-    texts = {**modeling, CARD: card, **({TOKENIZER_CONFIG: tokenizer} if tokenizer else {})}
-    side_files = {name: SOURCE_CARD if name == CARD else name for name in source.side_files}
-    copies = {name: target for name, target in side_files.items() if target not in texts}
-    files = [*source.shards, PERMUTATION, *copies.values(), *texts, INDEX, "config.json"]
-    folder.permutation([layer_result(journal.done[f"layer {layer}"]) for layer in range(plan.layers)], files)
+    texts = {**modeling, CARD: card, "config.json": _config_text(source, plan)}
+    texts |= {TOKENIZER_CONFIG: tokenizer} if tokenizer else {}
+    theirs = [*source.side_files, "config.json", *([INDEX] if (source.folder / INDEX).is_file() else [])]
+    copies = {name: KEPT[name] if name in texts or name == INDEX else name for name in theirs}
+    origins = {**dict.fromkeys([PERMUTATION, INDEX, *texts]), **{target: name for name, target in copies.items()}}
+    origins |= {name: name for name in source.shards}
+    layers = [layer_result(journal.done[f"layer {layer}"]) for layer in range(plan.layers)]
+    folder.permutation(layers, origins)
     for name, target in copies.items():
         folder.copy(source.folder / name, target)
-    for name, text in {**texts, "config.json": _config_text(source, plan)}.items():
+    for name, text in texts.items():
         folder.write(name, text)
     folder.index(source.tensors)
-    return files
+    return list(origins)
 
 
 def _config_text(source: Source, plan: Plan) -> str:
@@ -130,22 +143,3 @@ def _resolve_device(run: RunOptions) -> str:
     if int(run.device.partition(":")[2] or 0) >= count:
         raise CallError(f"--device {run.device}: this machine has {count or 'no'} CUDA devices", "give --device cpu")
     return run.device
-
-
-@contextmanager
-def _explained(out: Path) -> Iterator[None]:
-    """Failures in words; those that leave something to resume say so."""
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        raise Stopped("stopped", RESUME if is_unfinished(out) else "") from error
-    except (CallError, DamagedSourceError):  # going on would not help
-        raise
-    except PaceError as error:
-        raise PaceError(error.message, f"{error.hint}; {RESUME}") from error
-    except MemoryError as error:
-        raise PaceError("not enough memory", f"give fewer --jobs; {RESUME}") from error
-    except OSError as error:
-        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
-        where = f": {error.filename}" if error.filename else ""
-        raise PaceError(reason + where, RESUME if is_unfinished(out) else "") from error

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+MAX_LINE = 500
+
+
+def one_line(text: str) -> str:
+    """What a terminal may show of a text that holds names from elsewhere: printable, and not endless."""
+    shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text[: MAX_LINE + 1])
+    return shown if len(shown) <= MAX_LINE else shown[: MAX_LINE - 1] + "…"
+
 
 class PaceError(Exception):
     """Something failed. `hint` says what to do next; the command ends with `exit_code`."""
@@ -10,8 +18,8 @@ class PaceError(Exception):
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = one_line(message)
+        self.hint = one_line(hint)
 
 
 class CallError(PaceError):

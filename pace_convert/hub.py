@@ -15,7 +15,8 @@ from .card import pinned_commit, published
 from .converted import Converted
 from .errors import CallError, DamagedSourceError, PaceError
 from .hub_errors import WRITING, hub_errors
-from .package import CARD, modeling_files
+from .integrity import check_integrity
+from .package import CARD
 from .progress import Progress
 from .source import Source
 
@@ -60,8 +61,15 @@ class Pushed:
     def as_dict(self) -> dict:
         """For `--json`."""
         facts = {"repo": self.repo_id, "url": self.url, "commit": self.commit, "branch": self.branch}
-        compared = self.verification.as_dict() if self.verification else None
-        return {**facts, "pull_request": self.pull_request, "files": self.files, "bytes": self.nbytes, "verification": compared}
+        compared = self.verification.as_dict() if self.verification else {}
+        compared.pop("hashes", None)  # of every tensor: too many to repeat here
+        return {
+            **facts,
+            "pull_request": self.pull_request,
+            "files": self.files,
+            "bytes": self.nbytes,
+            "verification": compared or None,
+        }
 
 
 def check_target(target: Target, source: Source | None = None) -> None:
@@ -106,7 +114,7 @@ def push(converted: Converted, target: Target, verification: Verification | None
     if card is not None:
         check_card(target, card)
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file() and not _hidden(path.relative_to(folder))]
-    needs_code = converted.files.config["model_type"].startswith("pace_")
+    needs_code = converted.remote
     progress.let_hub_talk()
     progress.say(f"uploading {len(sizes)} files, {sum(sizes) / 1e6:.2f} MB, to {target.repo_id}")
     with hub_errors(target.repo_id, WRITING):
@@ -176,13 +184,11 @@ def _check_whole(converted: Converted, verification: Verification | None, progre
     if verification is not None and not verification.passed:
         what = f": {verification.different[0]} differs" if verification.different else ""
         raise PaceError(f"{folder} is not its source, permuted{what}", "convert again; nothing was uploaded")
-    if not converted.files.config["model_type"].startswith("pace_"):
-        return
-    for name, text in modeling_files(converted.family).items():
-        if not (folder / name).is_file():
-            raise DamagedSourceError(f"{folder} has no {name}, so it can't be loaded", "convert again")
-        if (folder / name).read_bytes() != text.encode():
-            progress.say(f"{name} is not as this version ships it; it is uploaded as it is")
+    found = check_integrity(converted)
+    if not found.passed:
+        raise DamagedSourceError(f"{folder} is not whole: {found.problems[0]}", "convert again; nothing was uploaded")
+    for name in found.edited_files:
+        progress.say(f"{name} is not as this version ships it; it is uploaded as it is")
 
 
 def _read_card(folder: Path) -> str | None:

@@ -15,7 +15,7 @@ from .errors import CallError
 from .options import ConvertOptions, option_name
 from .source import Source
 
-NAME = "journal.jsonl"
+NAME, PART = "journal.jsonl", "journal.part"  # the latter while its first line is written
 
 
 def fingerprint(source: Source, options: ConvertOptions, device: str) -> dict:
@@ -41,7 +41,7 @@ class Journal:
     def begin(self, identity: dict) -> None:
         """Start anew for a conversion with this fingerprint; what was written before is forgotten."""
         self.done = {}
-        part = self.path.with_suffix(".part")
+        part = self.path.with_name(PART)
         part.unlink(missing_ok=True)
         _append(part, {"fingerprint": identity})
         part.replace(self.path)
@@ -72,7 +72,7 @@ def read_journal(path: Path) -> tuple[dict, dict[str, dict], int]:
     try:
         first, *records = [json.loads(line) for line in data[:whole].splitlines()]
         return first["fingerprint"], {record.pop("task"): record for record in records}, whole
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CallError(f"{path} is damaged", "give --overwrite without --resume to start again") from error
 
 

@@ -17,6 +17,13 @@ MODELING = "modeling_pace.py"
 PERMUTATION = "pace_permutation.safetensors"
 CARD = "README.md"
 SOURCE_CARD = "README.source.md"
+# Files of the source that a conversion writes anew, and the names under which the source's own are kept.
+KEPT = {
+    "config.json": "config.source.json",
+    "model.safetensors.index.json": "model.safetensors.index.source.json",
+    "tokenizer_config.json": "tokenizer_config.source.json",
+    CARD: SOURCE_CARD,
+}
 FORMAT_VERSION = 1
 
 
@@ -27,7 +34,7 @@ def modeling_files(family: FamilySpec) -> dict[str, str]:
 
 def shipped_names() -> list[str]:
     """Names that a conversion adds to a repository; a source must not have them."""
-    return [MODELING, PERMUTATION, SOURCE_CARD, *_modeling_sources()]
+    return [MODELING, PERMUTATION, *KEPT.values(), *_modeling_sources()]
 
 
 def _modeling_sources() -> dict[str, str]:

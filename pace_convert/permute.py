@@ -39,3 +39,11 @@ def apply(tensor: np.ndarray, axis: int, permutation: np.ndarray) -> np.ndarray:
 def is_permutation(permutation: np.ndarray) -> bool:
     """Whether every index below its length occurs once."""
     return permutation.ndim == 1 and np.array_equal(np.sort(permutation), np.arange(len(permutation)))
+
+
+def is_canonical(permutation: np.ndarray, sizes: np.ndarray) -> bool:
+    """Whether these are what `canonical_permutation` gives for their experts."""
+    labels = np.empty(len(permutation), dtype=np.int64)
+    labels[permutation] = np.repeat(np.arange(len(sizes)), sizes)
+    again = canonical_permutation(labels)
+    return np.array_equal(again[0], permutation) and np.array_equal(again[1], sizes)

@@ -12,9 +12,10 @@ from safetensors import SafetensorError, safe_open
 
 from .card import is_untouched
 from .errors import CallError
+from .files import check_names, is_inside
 from .journal import NAME as JOURNAL
-from .journal import read_journal
-from .package import CARD, PERMUTATION
+from .journal import PART, read_journal
+from .package import CARD, KEPT, PERMUTATION, shipped_names
 from .source import Source
 
 UNFINISHED = ".pace-unfinished"  # in OUT: where everything is made before it is moved up
@@ -23,14 +24,24 @@ MOVE = "move"  # in the journal: all is made; these files go up, those of an ear
 
 
 def check_places(source: Source, out: Path) -> None:
-    """OUT and SOURCE must not lie in each other. Raises CallError."""
+    """The folder to be written and the one that is read must not lie in each other. Raises CallError."""
     if source.hub is not None:
         return
     here, there = out.resolve(), source.folder.resolve()
     if here == there or there in here.parents:
-        raise CallError(f"OUT {out} lies inside SOURCE {source.folder}", "choose another folder")
+        raise CallError(f"{out} lies inside {source.folder}", "choose another folder")
     if here in there.parents:
-        raise CallError(f"SOURCE {source.folder} lies inside OUT {out}", "choose another folder")
+        raise CallError(f"{source.folder} lies inside {out}", "choose another folder")
+
+
+def check_names_free(source: Source) -> None:
+    """No file of the source may stand where a conversion puts its own. Raises CallError, DamagedSourceError."""
+    ours = {name.casefold() for name in (*shipped_names(), UNFINISHED, LOCK, JOURNAL, PART)}
+    theirs = [*source.side_files, *source.shards]
+    taken = [name for name in theirs if name.split("/")[0].casefold() in ours]
+    if taken:
+        raise CallError(f"the source has a file named {taken[0]}, which a conversion writes itself", "remove or rename it")
+    check_names({*theirs, *KEPT}, "file")
 
 
 def is_unfinished(out: Path) -> bool:
@@ -54,7 +65,7 @@ def check_free(out: Path, overwrite: bool, resume: bool, locked: bool = False) -
             raise CallError(f"OUT {out} holds an unfinished conversion", "give --resume to go on, --overwrite to start again")
         if resume and _moving(out):
             return
-    present = _present(out)
+    present = files_in(out)
     if not present:
         return
     ours = written_before(out)
@@ -69,9 +80,10 @@ def check_free(out: Path, overwrite: bool, resume: bool, locked: bool = False) -
         raise CallError(f"OUT {out} holds a {CARD} that was edited", "move it away to keep it, or delete it")
 
 
-def _present(out: Path) -> set[str]:
+def files_in(out: Path) -> set[str]:
     """Every file in OUT, but for those of an unfinished conversion."""
-    names = {str(path.relative_to(out)) for path in out.rglob("*") if not path.is_dir()} if out.exists() else set()
+    found = out.rglob("*") if out.exists() else ()
+    names = {str(path.relative_to(out)) for path in found if path.is_symlink() or not path.is_dir()}
     return {name for name in names if not name.startswith(UNFINISHED + os.sep)}
 
 
@@ -79,11 +91,22 @@ def written_before(out: Path) -> set[str]:
     """The names that earlier conversions wrote into this folder; empty if there was none."""
     moving = _moving(out)
     names = {*moving["files"], *moving["remove"]} if moving else set()
+    return {name for name in names | set(written_files(out)) if is_inside(name)}
+
+
+def written_files(out: Path) -> dict[str, str | None]:
+    """Every file that the conversion in this folder wrote: its name, and the name of the source's that it is.
+
+    Empty if there is no conversion.
+    """
     try:
+        if not (out / PERMUTATION).is_file():
+            return {}
         with safe_open(out / PERMUTATION, framework="numpy") as file:
-            return names | set(json.loads((file.metadata() or {})["files"]))
-    except (SafetensorError, OSError, KeyError, ValueError):
-        return names
+            names = json.loads((file.metadata() or {})["files"])
+    except (SafetensorError, OSError, KeyError, ValueError, RecursionError):
+        return {}
+    return names if isinstance(names, dict) and all(isinstance(v, str | None) for v in names.values()) else {}
 
 
 def _moving(out: Path) -> dict | None:

@@ -9,8 +9,7 @@ from .errors import CallError, DamagedSourceError
 from .estimate import jobs_that_fit, task_bytes
 from .families import FamilySpec, FfnTensor, find_family
 from .options import ConvertOptions, RunOptions
-from .package import shipped_names
-from .shards import FLOAT_DTYPES
+from .shards import FLOAT_DTYPES, TensorInfo
 from .source import Source
 
 
@@ -57,7 +56,8 @@ def make_plan(source: Source, options: ConvertOptions, run: RunOptions | None = 
     _refuse_quantised(config)
     _check_type(config, "auto_map", dict)
     family = find_family(config, _check_type(config, "architectures", list) or [])
-    layers, neurons = count_layers(family, config), _count_neurons(family, config)
+    layers, neurons = count_layers(family, config), count_neurons(family, config)
+    ffn = check_ffn(family, layers, neurons, source.tensors)
     if options.experts > neurons:
         raise CallError(
             f"--experts {options.experts} is more than the model's {neurons} neurons per layer", "choose fewer experts"
@@ -67,12 +67,6 @@ def make_plan(source: Source, options: ConvertOptions, run: RunOptions | None = 
             f"--granularity expert needs experts of equal size: {options.experts} does not divide {neurons}",
             f"choose --experts {_divisor_near(neurons, options.experts)}",
         )
-    ffn = tuple(family.ffn_tensors(layers, source.tensors))
-    for tensor in ffn:
-        _check_tensor(source, tensor, neurons)
-    taken = sorted(set(source.side_files) & set(shipped_names()))
-    if taken:
-        raise CallError(f"the source has a file named {taken[0]}, which a PaceLLM ships", "remove or rename it")
     memory_layers = () if options.no_memory else resolve_layers(options.memory_layers, layers)
     features = source.tensors[ffn[0].name]
     ffn_infos = [source.tensors[tensor.name] for tensor in ffn]
@@ -128,7 +122,8 @@ def count_layers(family: FamilySpec, config: dict) -> int:
     return _positive(config, family.layer_keys)
 
 
-def _count_neurons(family: FamilySpec, config: dict) -> int:
+def count_neurons(family: FamilySpec, config: dict) -> int:
+    """Neurons of a layer's FFN, as config.json states them. Raises CallError."""
     if family.width_keys and not any(config.get(key) is not None for key in family.size_keys):
         return 4 * _positive(config, family.width_keys)
     return _positive(config, family.size_keys)
@@ -143,9 +138,33 @@ def _positive(config: dict, keys: tuple[str, ...]) -> int:
     return value
 
 
-def _check_tensor(source: Source, tensor: FfnTensor, neurons: int) -> None:
+def check_ffn(family: FamilySpec, layers: int, neurons: int, tensors: dict[str, TensorInfo]) -> tuple[FfnTensor, ...]:
+    """The tensors of all layers' FFNs, which must be there in the shapes that config.json states.
+
+    Raises DamagedSourceError, and CallError for quantised ones.
+    """
+    if layers > len(tensors):
+        raise DamagedSourceError(
+            f"config.json speaks of {layers} layers, the weights have {len(tensors)} tensors",
+            "config.json and weights do not belong together",
+        )
+    ffn = tuple(family.ffn_tensors(layers, tensors))
+    width = None
+    for tensor in ffn:
+        info = _check_tensor(tensors, tensor, neurons)
+        if len(info.shape) == 2:
+            width = width or info.shape[1 - tensor.axis]
+            if info.shape[1 - tensor.axis] != width or not width:
+                raise DamagedSourceError(
+                    f"{tensor.name} has shape {list(info.shape)}; the other FFN tensors have a hidden size of {width}",
+                    "get an undamaged copy of the model",
+                )
+    return ffn
+
+
+def _check_tensor(tensors: dict[str, TensorInfo], tensor: FfnTensor, neurons: int) -> TensorInfo:
     name, expected = tensor.name, neurons * tensor.parts
-    info = source.tensors.get(name)
+    info = tensors.get(name)
     if info is None:
         raise DamagedSourceError(f"the source lacks the tensor {name}", "check that all its shards are there")
     if info.dtype not in FLOAT_DTYPES:
@@ -159,3 +178,4 @@ def _check_tensor(source: Source, tensor: FfnTensor, neurons: int) -> None:
             f"{name} has shape {list(info.shape)}; axis {tensor.axis} should be {times}the model's {neurons} neurons",
             "config.json and weights do not belong together",
         )
+    return info

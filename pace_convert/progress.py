@@ -31,13 +31,16 @@ class Progress:
             self.say(f"{label}: {amount} in {time.monotonic() - started:.1f} s")
 
     @contextmanager
-    def conversion(self, total: int, layers: int, done: int, layers_done: int) -> Iterator[Callable[[str, int, bool], None]]:
-        """A conversion of `total` bytes in so many layers, of which so much is done already.
+    def layers(
+        self, total: int, layers: int, done: int, layers_done: int, words: tuple[str, str]
+    ) -> Iterator[Callable[[str, int, bool], None]]:
+        """A job of `total` bytes in so many layers, of which so much is done already.
 
-        Yields what to call after each task: with its name, its bytes, and whether it was a layer.
+        words: for what is being done and what was done. Yields what to call after each task: with its name, its bytes,
+        and whether it was a layer.
         """
         started, last, here = time.monotonic(), time.monotonic(), 0
-        with self._bar("converting", total, "B", done) as bar:
+        with self._bar(words[0], total, "B", done) as bar:
             bar.set_postfix_str(f"layer {layers_done} of {layers}")
 
             def report(task: str, nbytes: int, is_layer: bool) -> None:
@@ -54,13 +57,13 @@ class Progress:
                 if not sys.stderr.isatty() and now - last >= LINE_SECONDS:
                     last = now
                     self.say(
-                        f"converting: layer {layers_done} of {layers}, {(done + here) / 1e9:.2f} of {total / 1e9:.2f} GB, "
+                        f"{words[0]}: layer {layers_done} of {layers}, {(done + here) / 1e9:.2f} of {total / 1e9:.2f} GB, "
                         f"about {left:.0f} s left"
                     )
 
             yield report
         if not sys.stderr.isatty():
-            self.say(f"converted {layers} layers, {total / 1e6:.1f} MB in {time.monotonic() - started:.1f} s")
+            self.say(f"{words[1]} {layers} layers, {total / 1e6:.1f} MB in {time.monotonic() - started:.1f} s")
 
     def say(self, text: str) -> None:
         """One line."""

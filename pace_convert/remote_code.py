@@ -10,18 +10,13 @@ from .package import auto_map, modeling_files
 from .source import Source
 
 
-def is_remote(converted: Converted) -> bool:
-    """Whether its model classes are in the folder; without a memory (`--no-memory`) they are transformers' own."""
-    return converted.files.config["model_type"].startswith("pace_")
-
-
 def edited_code(converted: Converted, source: Source | None = None) -> list[str]:
     """Files that are not what this version ships: modeling files, and config.json where it names other classes.
 
     source: what was converted; other Python files and classes must be as they are there. Without it they are not
     looked at: nothing that this version ships imports them.
     """
-    if not is_remote(converted):
+    if not converted.remote:
         return []
     folder = converted.files.folder
     shipped = modeling_files(converted.family)

@@ -7,7 +7,6 @@ https://huggingface.co/docs/safetensors; `safetensors` itself checks a file befo
 from __future__ import annotations
 
 import errno
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,11 +17,13 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from .errors import DamagedSourceError
+from .files import check_names, parse_json
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 ITEM_SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 EXPONENTS = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x1F << 10, "BF16": 0xFF << 7}
 BLOCK_BYTES = 32 << 20
+MAX_DIMENSIONS, MAX_SIZE = 32, 1 << 48  # numpy takes no more; no dimension is longer
 _SCAN_ITEMS = 1 << 16  # stays in the cache: ten times as fast as whole tensors
 
 
@@ -40,23 +41,33 @@ class TensorInfo:
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Every tensor of a shard. Raises DamagedSourceError for a file that is truncated or malformed."""
     try:
-        with safe_open(path, framework="numpy"):
+        with safe_open(path, framework="numpy"):  # offsets, sizes and the header's own size are right, or it raises
             pass
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
     except (SafetensorError, OSError, ValueError) as error:
         raise DamagedSourceError(
             f"{path.name} is not a whole safetensors file ({error})", "download or copy this shard again"
         ) from error
+    assert isinstance(header, dict)
     header.pop("__metadata__", None)
-    start = 8 + length
-    return {
-        name: TensorInfo(
-            path.name, t["dtype"], tuple(t["shape"]), start + t["data_offsets"][0], t["data_offsets"][1] - t["data_offsets"][0]
-        )
-        for name, t in header.items()
-    }
+    tensors = {name: _tensor(path.name, t, 8 + length) for name, t in header.items()}
+    check_tensors(tensors)
+    return tensors
+
+
+def check_tensors(tensors: dict[str, TensorInfo]) -> None:
+    """Raises DamagedSourceError for names and shapes that no model has."""
+    check_names(tensors, "tensor")
+    for name, info in tensors.items():
+        if len(info.shape) > MAX_DIMENSIONS or any(size < 0 or size > MAX_SIZE for size in info.shape):
+            raise DamagedSourceError(f"{name} has a shape that no tensor has", "check where the model comes from")
+
+
+def _tensor(shard: str, entry: dict, start: int) -> TensorInfo:
+    first, last = entry["data_offsets"]
+    return TensorInfo(shard, entry["dtype"], tuple(entry["shape"]), start + first, last - first)
 
 
 def read(path: Path, info: TensorInfo, first: int = 0, last: int | None = None) -> np.ndarray:
@@ -89,6 +100,21 @@ def row_blocks(path: Path, info: TensorInfo) -> Iterator[tuple[int, np.ndarray]]
     step = max(1, BLOCK_BYTES // max(1, _row_bytes(info)))
     for first in range(0, info.shape[0], step):
         yield first, read(path, info, first, first + step)
+
+
+def reordered(path: Path, info: TensorInfo, axis: int, permutation: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """(first row, bits of some rows) of the tensor with its entries along `axis` in the permutation's order.
+
+    In pieces of about 32 MB; along the first axis the whole tensor is in memory meanwhile.
+    """
+    if axis:
+        for first, bits in row_blocks(path, info):
+            yield first, np.take(bits, permutation, axis=1, mode="clip")
+        return
+    bits = read(path, info)
+    step = max(1, BLOCK_BYTES * len(bits) // max(1, bits.nbytes))
+    for first in range(0, len(bits), step):
+        yield first, np.take(bits, permutation[first : first + step], axis=0, mode="clip")
 
 
 def write(path: Path, info: TensorInfo, first: int, bits: np.ndarray) -> None:

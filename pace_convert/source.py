@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-import json
+import glob
+import os
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,8 +12,9 @@ from pathlib import Path
 from huggingface_hub import HfApi, get_safetensors_metadata, snapshot_download
 
 from .errors import CallError, DamagedSourceError
+from .files import HIDDEN, check_file, check_names, list_files, read_json
 from .hub_errors import READING, hub_errors
-from .shards import TensorInfo, read_header
+from .shards import TensorInfo, check_tensors, read_header
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 OTHER_WEIGHTS = (
@@ -20,7 +22,6 @@ OTHER_WEIGHTS = (
     "*.msgpack", "*.ot", "*.onnx", "*.onnx_data", "*.gguf", "*.tflite", "*.pkl",
 )  # fmt: skip
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-HIDDEN = re.compile(r"(^|/)\.(git|cache|DS_Store)")
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Source:
                 revision=hub.commit,
                 token=hub.token,
                 cache_dir=hub.cache_dir,
-                allow_patterns=[*self.side_files, *self.shards, "config.json", INDEX],
+                allow_patterns=_exactly(*self.side_files, *self.shards, "config.json", INDEX),
             )
         states = _states(Path(folder), [*self.side_files, *self.shards, "config.json"])
         return replace(self, folder=Path(folder), tensors=_read_tensors(Path(folder)), states=states)
@@ -99,13 +100,16 @@ def open_source(name: str, revision: str | None = None, token: str | None = None
 
 def open_folder(folder: Path, name: str | None = None) -> Source:
     """A source in a local folder."""
-    if not (folder / "config.json").is_file():
+    if not os.path.lexists(folder / "config.json"):
         raise CallError(f"{folder} is not a model folder: it has no config.json", "give the folder of a model, or a Hub id")
-    files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    config = _read_config(folder)
+    files = list_files(folder)
     _refuse_pickled_only(name or str(folder), files)
-    side_files = _side_files(files)
-    states = _states(folder, [name for name in files if name in side_files or name.endswith((".safetensors", ".json"))])
-    return Source(name or str(folder), folder, _read_config(folder), _read_tensors(folder), side_files, states)
+    tensors, side_files = _read_tensors(folder), _side_files(files)
+    read = [*side_files, "config.json", *sorted({info.shard for info in tensors.values()}), *({INDEX} & set(files))]
+    for file in read:
+        check_file(folder, file)
+    return Source(name or str(folder), folder, config, tensors, side_files, _states(folder, read))
 
 
 def _open_hub(repo_id: str, revision: str | None, token: str | None, cache_dir: Path | None) -> Source:
@@ -114,18 +118,21 @@ def _open_hub(repo_id: str, revision: str | None, token: str | None, cache_dir: 
         files = sorted(sibling.rfilename for sibling in info.siblings or [])
         if "config.json" not in files:
             raise CallError(f"{repo_id} is not a model repository: it has no config.json", "check the name")
+        check_names(files, "file")
         _refuse_pickled_only(repo_id, files)
         side_files = _side_files(files)
         commit = info.sha or "main"
         folder = snapshot_download(
-            repo_id, revision=commit, token=token, cache_dir=cache_dir, allow_patterns=[*side_files, "config.json", INDEX]
-        )
+            repo_id, revision=commit, token=token, cache_dir=cache_dir,
+            allow_patterns=_exactly(*side_files, "config.json", INDEX),
+        )  # fmt: skip
         headers = get_safetensors_metadata(repo_id, revision=commit, token=token or None)
     tensors = {
         name: TensorInfo(shard, t.dtype, tuple(t.shape), -1, t.data_offsets[1] - t.data_offsets[0])
         for shard, header in headers.files_metadata.items()
         for name, t in header.tensors.items()
     }
+    check_tensors(tensors)
     address = HubAddress(repo_id, commit, token, cache_dir)
     return Source(repo_id, Path(folder), _read_config(Path(folder)), tensors, side_files, hub=address)
 
@@ -135,27 +142,22 @@ def _states(folder: Path, names: list[str]) -> dict[str, tuple[int, int]]:
     return {name: (state.st_size, state.st_mtime_ns) for name, state in found.items()}
 
 
+def _exactly(*names: str) -> list[str]:
+    """Patterns that match these names alone."""
+    return [glob.escape(name) for name in names]
+
+
 def _read_config(folder: Path) -> dict:
-    config = _read_json(folder / "config.json")
+    config = read_json(folder, "config.json")
     if not isinstance(config.get("model_type"), str):
         raise CallError(f"config.json of {folder.name} names no model_type", "give the folder of a transformers model")
     return config
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DamagedSourceError(f"{path.name} is not valid JSON ({error})", "download or copy this file again") from error
-    if not isinstance(value, dict):
-        raise DamagedSourceError(f"{path.name} is not a JSON object", "download or copy this file again")
-    return value
-
-
 def _read_tensors(folder: Path) -> dict[str, TensorInfo]:
-    if (folder / INDEX).is_file() and not (folder / SINGLE).is_file():
-        return _read_sharded(folder, _read_json(folder / INDEX).get("weight_map"))
-    return read_header(folder / SINGLE)
+    if os.path.lexists(folder / INDEX) and not os.path.lexists(folder / SINGLE):
+        return _read_sharded(folder, read_json(folder, INDEX).get("weight_map"))
+    return read_header(check_file(folder, SINGLE))
 
 
 def _read_sharded(folder: Path, weight_map: object) -> dict[str, TensorInfo]:
@@ -165,15 +167,19 @@ def _read_sharded(folder: Path, weight_map: object) -> dict[str, TensorInfo]:
     for shard in sorted(set(weight_map.values())):
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise DamagedSourceError(f"{INDEX} names {shard!r}, which is not a shard of this folder", "check the source")
-        if not (folder / shard).is_file():
+        if not os.path.lexists(folder / shard):
             raise DamagedSourceError(f"{INDEX} names {shard}, which is missing", "download or copy this shard again")
-        header = read_header(folder / shard)
+        header = read_header(check_file(folder, shard))
         absent = [name for name, where in weight_map.items() if where == shard and name not in header]
         if absent:
             raise DamagedSourceError(
                 f"{shard} lacks {absent[0]}, which {INDEX} puts there", "download or copy this shard again"
             )
+        twice = [name for name in header if name in tensors]
+        if twice:
+            raise DamagedSourceError(f"{tensors[twice[0]].shard} and {shard} both hold {twice[0]}", "check the source")
         tensors.update(header)
+    check_tensors(tensors)
     return tensors
 
 

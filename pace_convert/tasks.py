@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import base64
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
 from .errors import DamagedSourceError, PaceError
-from .permute import canonical_permutation, repeat
-from .shards import BLOCK_BYTES, TensorInfo, copy_range, first_bad_row, read, row_blocks, write
+from .permute import canonical_permutation, invert, repeat
+from .shards import TensorInfo, copy_range, first_bad_row, read, reordered, row_blocks, write
 
 if TYPE_CHECKING:
     import torch
 
+    from .families import FfnTensor
     from .plan import Plan
     from .source import Source
 
@@ -87,6 +89,8 @@ class LayerTask:
     restarts: int | None
     device: str
 
+    is_layer: ClassVar[bool] = True
+
     @property
     def name(self) -> str:
         """In the journal."""
@@ -103,21 +107,13 @@ class LayerTask:
 
         from .cluster import cluster_neurons
 
-        shards = {place.shard for place in self.tensors}
-        for shard in shards:
-            shard.check()
-            shard.prepare()
-        try:
-            clustering = cluster_neurons(self._features(), self.experts, self.seed, self.method, self.restarts)
-        except torch.OutOfMemoryError as error:
-            raise PaceError(f"the GPU has too little memory for {self.name}", "give --device cpu") from error
-        permutation, sizes = canonical_permutation(clustering.labels)
-        for place in self.tensors:
-            for first, bits in _permuted(place, repeat(permutation, place.parts)):
-                write(place.shard.target, place.info, first, bits)
-        for shard in shards:
-            shard.flush()
-            shard.check()
+        with _at_rest({place.shard for place in self.tensors}):
+            try:
+                clustering = cluster_neurons(self._features(), self.experts, self.seed, self.method, self.restarts)
+            except torch.OutOfMemoryError as error:
+                raise PaceError(f"the GPU has too little memory for {self.name}", "give --device cpu") from error
+            permutation, sizes = canonical_permutation(clustering.labels)
+            _write_permuted(self.tensors, permutation)
         return {"permutation": _pack(permutation), "sizes": _pack(sizes), "changed": clustering.changed}
 
     def _features(self) -> torch.Tensor:
@@ -126,10 +122,40 @@ class LayerTask:
 
         place = self.tensors[0]
         bits = read(place.shard.source, place.info)
-        _refuse_non_finite(place, 0, bits)
+        _refuse_non_finite(place, range(len(bits)), bits)
         dtype = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[place.info.dtype]
         rows = torch.from_numpy(bits.view(f"i{bits.itemsize}")).view(dtype)
         return (rows.T if self.transposed else rows[: self.neurons]).to(self.device)
+
+
+@dataclass(frozen=True, eq=False)
+class RestoreTask:
+    """Write one layer's FFN of a conversion in the order of its source.
+
+    inverse: the permutation that undoes the conversion's, [D] int32.
+    """
+
+    layer: int
+    tensors: tuple[Place, ...]
+    inverse: np.ndarray
+
+    is_layer: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:
+        """In the journal."""
+        return f"layer {self.layer}"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it writes."""
+        return sum(place.info.nbytes for place in self.tensors)
+
+    def run(self) -> dict:
+        """Returns nothing to remember. Raises DamagedSourceError, OSError."""
+        with _at_rest({place.shard for place in self.tensors}):
+            _write_permuted(self.tensors, self.inverse)
+        return {}
 
 
 @dataclass(frozen=True)
@@ -139,6 +165,8 @@ class ShardTask:
     shard: Shard
     tensors: tuple[Place, ...]
     ranges: tuple[tuple[int, int], ...]
+
+    is_layer: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -152,51 +180,59 @@ class ShardTask:
 
     def run(self) -> dict:
         """Returns nothing to remember. Raises DamagedSourceError, OSError."""
-        self.shard.check()
-        self.shard.prepare()
-        for place in self.tensors:
-            for first, bits in row_blocks(self.shard.source, place.info):
-                _refuse_non_finite(place, first, bits)
-        for start, stop in self.ranges:
-            copy_range(self.shard.source, self.shard.target, start, stop)
-        self.shard.flush()
-        self.shard.check()
+        with _at_rest({self.shard}):
+            for place in self.tensors:
+                for first, bits in row_blocks(self.shard.source, place.info):
+                    _refuse_non_finite(place, range(first, first + bits.size), bits)
+            for start, stop in self.ranges:
+                copy_range(self.shard.source, self.shard.target, start, stop)
         return {}
 
 
-Task = LayerTask | ShardTask
+Task = LayerTask | RestoreTask | ShardTask
 
 
 def make_tasks(source: Source, plan: Plan, out: Path, device: str) -> list[Task]:
     """All of a conversion into the folder `out`, shard by shard."""
+    options = plan.options
+
+    def layer_task(layer: int, places: tuple[Place, ...]) -> Task:
+        return LayerTask(
+            layer, places, plan.intermediate_size, plan.family.ffn.transposed,
+            options.experts, options.seed, options.cluster_method, options.exact_restarts, device,
+        )  # fmt: skip
+
+    return _all_tasks(source, plan.ffn, out, layer_task)
+
+
+def restore_tasks(converted: Source, ffn: Sequence[FfnTensor], permutations: Sequence[np.ndarray], out: Path) -> list[Task]:
+    """All that makes a conversion's source again, in the folder `out`. permutations: by layer, [D] int32."""
+    return _all_tasks(converted, ffn, out, lambda layer, places: RestoreTask(layer, places, invert(permutations[layer])))
+
+
+def _all_tasks(
+    source: Source, ffn: Sequence[FfnTensor], out: Path, layer_task: Callable[[int, tuple[Place, ...]], Task]
+) -> list[Task]:
     folder = source.folder.resolve()
     shards = {name: Shard(folder / name, out / name, *source.states[name]) for name in source.shards}
     tasks: list[Task] = []
     places: dict[int, list[Place]] = {}
-    for tensor in plan.ffn:
+    for tensor in ffn:
         info = source.tensors[tensor.name]
         places.setdefault(tensor.layer, []).append(Place(tensor.name, info, shards[info.shard], tensor.axis, tensor.parts))
-    permuted = {tensor.name for tensor in plan.ffn}
+    permuted = {tensor.name for tensor in ffn}
     for name, shard in shards.items():
         here = {n: info for n, info in source.tensors.items() if info.shard == name}
         others = tuple(Place(n, info, shard) for n, info in here.items() if n not in permuted)
         taken = [(info.offset, info.offset + info.nbytes) for n, info in here.items() if n in permuted]
         tasks.append(ShardTask(shard, others, tuple(_gaps(taken, shard.nbytes))))
-        tasks += [_layer_task(layer, places[layer], plan, device) for layer in places if places[layer][0].shard is shard]
+        tasks += [layer_task(layer, tuple(its)) for layer, its in places.items() if its[0].shard is shard]
     return tasks
 
 
 def layer_result(record: dict) -> tuple[np.ndarray, np.ndarray]:
     """The permutation [D] and the expert sizes [K], int32, of what a LayerTask returned."""
     return _unpack(record["permutation"]), _unpack(record["sizes"])
-
-
-def _layer_task(layer: int, places: list[Place], plan: Plan, device: str) -> LayerTask:
-    options = plan.options
-    return LayerTask(
-        layer, tuple(places), plan.intermediate_size, plan.family.ffn.transposed,
-        options.experts, options.seed, options.cluster_method, options.exact_restarts, device,
-    )  # fmt: skip
 
 
 def _gaps(taken: list[tuple[int, int]], end: int) -> Iterator[tuple[int, int]]:
@@ -212,23 +248,35 @@ def _gaps(taken: list[tuple[int, int]], end: int) -> Iterator[tuple[int, int]]:
 
 def _permuted(place: Place, permutation: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """(first row, rows) of the tensor in its new order, in pieces of about 32 MB."""
-    if place.axis:
-        for first, bits in row_blocks(place.shard.source, place.info):
-            _refuse_non_finite(place, first, bits)
-            yield first, np.take(bits, permutation, axis=1, mode="clip")
-        return
-    bits = read(place.shard.source, place.info)
-    _refuse_non_finite(place, 0, bits)
-    step = max(1, BLOCK_BYTES * len(bits) // max(1, bits.nbytes))
-    for first in range(0, len(bits), step):
-        yield first, np.take(bits, permutation[first : first + step], axis=0, mode="clip")
+    for first, bits in reordered(place.shard.source, place.info, place.axis, permutation):
+        _refuse_non_finite(place, range(first, first + len(bits)) if place.axis else permutation[first:], bits)
+        yield first, bits
 
 
-def _refuse_non_finite(place: Place, first: int, bits: np.ndarray) -> None:
+def _write_permuted(places: tuple[Place, ...], permutation: np.ndarray) -> None:
+    for place in places:
+        for first, bits in _permuted(place, repeat(permutation, place.parts)):
+            write(place.shard.target, place.info, first, bits)
+
+
+@contextmanager
+def _at_rest(shards: set[Shard]) -> Iterator[None]:
+    """Sources that stay as they were meanwhile; what was written into their targets is then on the disk."""
+    for shard in shards:
+        shard.check()
+        shard.prepare()
+    yield
+    for shard in shards:
+        shard.flush()
+        shard.check()
+
+
+def _refuse_non_finite(place: Place, rows: Sequence[int] | np.ndarray, bits: np.ndarray) -> None:
+    """rows: the numbers of these rows in the source."""
     row = first_bad_row(bits, place.info.dtype)
     if row is not None:
         raise DamagedSourceError(
-            f"{place.name} has a NaN or an infinity in row {first + row}", "get an undamaged copy of the model"
+            f"{place.name} has a NaN or an infinity in row {rows[row]}", "get an undamaged copy of the model"
         )
 
 

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from .convert import Conversion
     from .estimate import Estimate
     from .hub import Pushed
+    from .integrity import Integrity
     from .plan import Plan
+    from .undo import Restored
     from .verify import Verification
 
 
@@ -126,13 +128,17 @@ def _probe_lines(probe: dict, memory: dict) -> list[str]:
     return lines
 
 
-def verification_text(result: Verification) -> str:
-    """A Verification in words."""
+def verification_text(result: Verification, hashes: bool = False) -> str:
+    """A Verification in words. hashes: with the table of them, as sha256sum writes it."""
     same = result.tensors - len(result.different)
     lines = [
         f"tensors    {same} of {result.tensors} bit-identical to the source ({result.permuted} after undoing the permutation)"
     ]
     lines += [f"  differs  {name}" for name in result.different[:10]]
+    if len(result.different) > 10:
+        lines.append(f"  and {len(result.different) - 10} more")
+    lines += [f"{value}  {name}" for name, value in result.hashes.items() if hashes]
+    lines.append(f"sha256     {result.digest} of the source's tensors" + ("" if hashes else " (--hashes lists each)"))
     lines += [f"edited     {name}" for name in result.edited_files]
     if result.logit_difference is not None:
         verdict = "match" if result.logits_match else "DO NOT MATCH"
@@ -144,6 +150,26 @@ def verification_text(result: Verification) -> str:
         lines.append(f"tokenizer  {'reads alike' if result.same_tokens else 'READS DIFFERENTLY'}")
     lines.append("verified" if result.passed else "NOT the same model")
     return "\n".join(lines)
+
+
+def integrity_text(whole: Integrity) -> str:
+    """An Integrity in words."""
+    lines = [
+        f"files      {whole.tensors} tensors in {whole.shards} shard{'s' if whole.shards > 1 else ''}",
+        f"experts    {whole.layers} layers of {whole.neurons} neurons, each in the order of its permutation",
+    ]
+    lines += [f"  wrong    {problem}" for problem in whole.problems[:10]]
+    lines += [f"edited     {name} is not the file this version ships" for name in whole.edited_files]
+    lines.append("whole; give --source to compare it with the model it was made from" if whole.passed else "NOT whole")
+    return "\n".join(lines)
+
+
+def restored_text(restored: Restored) -> str:
+    """A Restored in words."""
+    return (
+        f"Wrote {restored.folder}: {len(restored.files)} files, {restored.tensors} tensors, {size(restored.nbytes)}. "
+        "They are the source's, byte for byte, if nothing in OUT was changed since."
+    )
 
 
 def table(rows: list[dict[str, str]]) -> str:

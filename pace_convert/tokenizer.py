@@ -19,8 +19,16 @@ def load_tokenizer(folder: Path) -> Any:
 
     logging.set_verbosity_error()  # it remarks on the model_type of its own, which is on purpose
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception:  # each tokenizer class fails in its own way
+        return None
+
+
+def read_with_tokenizer(folder: Path, text: str) -> list[int] | None:
+    """The token ids of a text; None where there is no tokenizer that loads and reads it."""
+    try:
+        return load_tokenizer(folder)(text)["input_ids"]
+    except Exception:  # one whose settings make no sense may load and fail here
         return None
 
 

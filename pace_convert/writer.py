@@ -6,10 +6,12 @@ left in OUT stays whole until then.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,8 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from .errors import CallError, DamagedSourceError
+from .errors import CallError, DamagedSourceError, PaceError, Stopped
+from .files import check_file, is_inside
 from .journal import NAME as JOURNAL
 from .package import PERMUTATION
 from .places import LOCK, UNFINISHED, check_free, in_use, is_unfinished, written_before
@@ -70,8 +73,11 @@ class OutputFolder:
         metadata = {"total_size": sum(info.nbytes for info in tensors.values())}
         self.write(INDEX, json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n")
 
-    def permutation(self, layers: list[tuple[np.ndarray, np.ndarray]], files: list[str]) -> None:
-        """Per layer the permutation [D] and the expert sizes [K], int32; and the names of all files of OUT."""
+    def permutation(self, layers: list[tuple[np.ndarray, np.ndarray]], files: dict[str, str | None]) -> None:
+        """Per layer the permutation [D] and the expert sizes [K], int32; and all files of OUT.
+
+        files: name -> the name of the source's file that it is, shards apart from their order; None for ours.
+        """
         tensors = {}
         for layer, (permutation, sizes) in enumerate(layers):
             tensors[f"layers.{layer}.permutation"] = permutation
@@ -85,6 +91,8 @@ class OutputFolder:
 
     def move(self, files: list[str], remove: list[str]) -> None:
         """Put the files that were made in their place. Interrupted and called again, it goes on."""
+        if not all(is_inside(name) for name in [*files, *remove]):
+            raise CallError(f"{self.staging / JOURNAL} is damaged", "give --overwrite without --resume to start again")
         made = [name for name in files if (self.staging / name).exists()]
         if "config.json" in made:  # while it is in staging, OUT is not a model
             for name in ["config.json", *remove]:
@@ -122,10 +130,31 @@ class OutputFolder:
 def read_permutation(folder: Path) -> list[tuple[np.ndarray, np.ndarray]]:
     """What `OutputFolder.permutation` wrote. Raises DamagedSourceError."""
     try:
-        with safe_open(folder / PERMUTATION, framework="numpy") as file:
-            layers = sum(name.endswith(".permutation") for name in file.keys())  # noqa: SIM118
-            return [
-                (file.get_tensor(f"layers.{i}.permutation"), file.get_tensor(f"layers.{i}.expert_sizes")) for i in range(layers)
-            ]
-    except (SafetensorError, OSError) as error:
+        with safe_open(check_file(folder, PERMUTATION), framework="numpy") as file:
+            names = [name for name in file.keys() if name.endswith(".permutation")]  # noqa: SIM118
+            kinds = ("permutation", "expert_sizes")
+            layers = [tuple(file.get_tensor(f"layers.{i}.{kind}") for kind in kinds) for i in range(len(names))]
+    except (SafetensorError, OSError, TypeError) as error:  # TypeError: of a type that numpy does not have
         raise DamagedSourceError(f"{PERMUTATION} is damaged ({error})", "convert again") from error
+    if any(array.dtype != np.int32 or array.ndim != 1 for layer in layers for array in layer):
+        raise DamagedSourceError(f"{PERMUTATION} holds something else than rows of int32", "convert again")
+    return [(permutation, sizes) for permutation, sizes in layers]
+
+
+@contextmanager
+def explained(out: Path, go_on: str) -> Iterator[None]:
+    """Failures in words; those that leave something to resume say how: `go_on`."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise Stopped("stopped", go_on if is_unfinished(out) else "") from error
+    except (CallError, DamagedSourceError):  # going on would not help
+        raise
+    except PaceError as error:
+        raise PaceError(error.message, f"{error.hint}; {go_on}") from error
+    except MemoryError as error:
+        raise PaceError("not enough memory", f"give fewer --jobs; {go_on}") from error
+    except OSError as error:
+        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
+        where = f": {error.filename}" if error.filename else ""
+        raise PaceError(reason + where, go_on if is_unfinished(out) else "") from error

@@ -5,10 +5,26 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
+import bad_inputs
 import pytest
 import torch
 import transformers
 from helpers import FAMILY_CONFIGS, active_thresholds, convert_folder, family_of
+
+
+def pytest_addoption(parser):
+    parser.addoption("--write-bad-inputs", action="store_true", help="write docs/bad_inputs.md anew from the tests that run")
+
+
+def pytest_configure(config):
+    bad_inputs.writing = config.getoption("--write-bad-inputs")
+    if bad_inputs.writing and hasattr(config, "workerinput"):
+        raise pytest.UsageError("--write-bad-inputs needs all tests in one process: leave -n out")
+
+
+def pytest_sessionfinish(exitstatus):
+    if bad_inputs.writing and exitstatus == 0:
+        bad_inputs.write()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -31,13 +47,15 @@ def own_module_cache(tmp_path_factory):
 def make_source(tmp_path_factory):
     """make_source("qwen2", dtype=..., shards=..., **config) -> a folder in source format."""
 
-    def make(family: str, dtype: torch.dtype = torch.float32, shards: bool = False, **overrides) -> Path:
+    def make(
+        family: str, dtype: torch.dtype = torch.float32, shards: bool = False, shard_size: str = "60KB", **overrides
+    ) -> Path:
         folder = tmp_path_factory.mktemp(family) / "source"
         spec = family_of(family)
         config = getattr(transformers, spec.config_class)(**{**FAMILY_CONFIGS[family], **overrides})
         torch.manual_seed(0)
         model = getattr(transformers, spec.causal_lm_class)(config).to(dtype)
-        model.save_pretrained(folder, max_shard_size="60KB" if shards else "5GB")
+        model.save_pretrained(folder, max_shard_size=shard_size if shards else "5GB")
         return folder
 
     return make

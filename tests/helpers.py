@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bad_inputs
 import forked
 import torch
 from transformers import AutoModelForCausalLM
@@ -149,6 +150,7 @@ def refuse(done, code, *words, out=None):
     assert len(error.strip().splitlines()) <= 2, error
     for word in words:
         assert word in error, error
+    bad_inputs.note(done, error)
     if out is not None:
         assert not out.exists()
 

@@ -15,7 +15,7 @@ from ..converted import Converted
 from ..errors import PaceError
 from ..modeling.memory_bank import MemorySettings
 from ..progress import Progress
-from ..remote_code import edited_code, is_remote, refuse_edited
+from ..remote_code import edited_code, refuse_edited
 from .reading import Text
 from .trace import MemoryTrace
 
@@ -59,7 +59,7 @@ def probe(converted: Converted, text: Text, progress: Progress, trust: bool = Fa
 
 
 def _traces(converted: Converted) -> dict[int, MemoryTrace]:
-    if not is_remote(converted):
+    if not converted.remote:
         return {}
     settings = MemorySettings.from_config(converted.pace)
     return {layer: MemoryTrace(settings) for layer in settings.layers if settings.enabled}
@@ -95,7 +95,7 @@ def _load(converted: Converted) -> Any:
     logging.set_verbosity_error()  # it names the head's weights as unused
     folder, dtype = converted.files.folder, torch.float32 if converted.files.nbytes < 4e9 else "auto"
     try:
-        return AutoModel.from_pretrained(folder, dtype=dtype, trust_remote_code=is_remote(converted)).eval()
+        return AutoModel.from_pretrained(folder, dtype=dtype, trust_remote_code=converted.remote).eval()
     except Exception as error:  # edited files fail in their own ways
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise PaceError(f"{folder} does not load: {reason[0]}", "`pace verify` says what differs from the source") from error

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..converted import Converted
-from ..errors import CallError, PaceError
+from ..errors import CallError, PaceError, one_line
 from ..tokenizer import load_tokenizer
 
 
@@ -51,7 +51,10 @@ def tokenise(converted: Converted, name: str, text: str) -> Text:
         raise PaceError(
             f"{folder} has no tokenizer that loads, so it can't read a text", "copy the source's tokenizer files there"
         )
-    encoded = tokenizer(text, return_offsets_mapping=tokenizer.is_fast, verbose=False)
+    try:
+        encoded = tokenizer(text, return_offsets_mapping=tokenizer.is_fast, verbose=False)
+    except Exception as error:  # one whose settings make no sense may load and fail here
+        raise PaceError(f"{folder}: its tokenizer can't read this text ({one_line(str(error))})", "check its files") from error
     ids = encoded["input_ids"]
     if not ids:
         raise PaceError("the tokenizer makes no token of this text", "give another text")

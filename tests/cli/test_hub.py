@@ -21,6 +21,7 @@ def hub(make_source, tmp_path):
     shutil.copytree(make_source("qwen2", shards=True), folder)
     build_tokenizer(512).save_pretrained(folder)
     (folder / "pytorch_model.bin").write_bytes(b"pickled twin, not to be downloaded")
+    (folder / "notes[1].txt").write_text("a name that is also a pattern")
     (folder / "README.md").write_text("---\nlicense: mit\nlanguage: [en]\n---\n# Tiny\n")
     with Hub({REPO: Repository(folder)}) as server:
         yield server

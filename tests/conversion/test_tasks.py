@@ -69,12 +69,12 @@ def test_permuted_pieces_are_the_whole(tmp_path_factory, neurons, other, axis, p
     shard = tasks.Shard(folder / "a", folder / "b", (folder / "a").stat().st_size, (folder / "a").stat().st_mtime_ns)
     permutation = np.array(data.draw(st.permutations(range(neurons))), dtype=np.int32)
     permutation = tasks.repeat(permutation, parts)
-    before, shards.BLOCK_BYTES, tasks.BLOCK_BYTES = shards.BLOCK_BYTES, block, block
+    before, shards.BLOCK_BYTES = shards.BLOCK_BYTES, block
     try:
         for first, bits in tasks._permuted(tasks.Place("x", info, shard, axis, parts), permutation):
             shards.write(folder / "b", info, first, bits)
     finally:
-        shards.BLOCK_BYTES = tasks.BLOCK_BYTES = before
+        shards.BLOCK_BYTES = before
     assert (folder / "b").read_bytes() == b"12345" + np.take(values, permutation, axis).tobytes() + b"678"
 
 

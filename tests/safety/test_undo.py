@@ -1,0 +1,210 @@
+"""`pace undo` writes the source again, bit for bit, from the conversion alone."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import forked
+import pytest
+import torch
+from damage import INDEX, SINGLE, edit_json
+from helpers import ACTIVE, convert_folder, hashes, pace_convert, refuse
+from safetensors.numpy import load_file, save_file
+
+from pace_convert.converted import open_converted
+from pace_convert.package import PERMUTATION
+from pace_convert.places import UNFINISHED
+from pace_convert.progress import Progress
+from pace_convert.reference.tokenizer import build_tokenizer
+from pace_convert.undo import undo
+
+QUIET = Progress(quiet=True)
+
+
+def undone(out: Path, original: Path) -> dict[str, str]:
+    undo(open_converted(out), original, QUIET)
+    return hashes(original)
+
+
+@pytest.mark.parametrize(
+    ("row", "dtype", "shards"),
+    [
+        ("qwen2", torch.float32, False),
+        ("llama", torch.bfloat16, True),
+        ("phi3", torch.float16, True),
+        ("gpt2", torch.float32, True),
+        ("opt", torch.bfloat16, False),
+    ],
+)
+@pytest.mark.parametrize("no_memory", [False, True])
+def test_the_source_comes_back(make_source, tmp_path, row, dtype, shards, no_memory):
+    source = make_source(row, dtype=dtype, shards=shards)
+    before = hashes(source)
+    convert_folder(source, tmp_path / "out", no_memory=no_memory)
+    assert undone(tmp_path / "out", tmp_path / "original") == before
+
+
+def decorate(source: Path) -> None:
+    """What a conversion replaces, each as no program would write it; a tokenizer_config that it writes anew."""
+    build_tokenizer(512).save_pretrained(source)
+    for name in ("config.json", "tokenizer_config.json", INDEX):
+        value = json.loads((source / name).read_text())
+        value.pop("tokenizer_class", None)
+        (source / name).write_bytes(json.dumps(value, indent=7).replace("\n", " \r\n").encode())
+    (source / "README.md").write_bytes(b"\xef\xbb\xbf---\r\nlicense: mit\r\n---\r\n\xff\r\n")
+    (source / "docs").mkdir()
+    (source / "docs" / "empty").touch()
+
+
+def test_files_come_back_as_they_were_written(sharded, tmp_path):
+    decorate(sharded)
+    convert_folder(sharded, tmp_path / "out")
+    made = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert "tokenizer_class" in made
+    assert undone(tmp_path / "out", tmp_path / "original") == hashes(sharded)
+
+
+def test_what_the_source_did_not_have_does_not_come_back(source, tmp_path):
+    build_tokenizer(512).save_pretrained(source)
+    (source / "tokenizer_config.json").unlink()
+    convert_folder(source, tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer_config.json").exists() and (tmp_path / "out" / INDEX).exists()
+    assert undone(tmp_path / "out", tmp_path / "original") == hashes(source)
+
+
+def test_an_index_beside_a_single_file_comes_back(source, tmp_path):
+    (source / INDEX).write_text("{}")
+    convert_folder(source, tmp_path / "out")
+    assert undone(tmp_path / "out", tmp_path / "original") == hashes(source)
+
+
+def test_settings_changed_since_do_not_matter(source, tmp_path):
+    convert_folder(source, tmp_path / "out")
+    edit_json(tmp_path / "out" / "config.json", lambda config: config["pace"]["memory"].update(slots=3))
+    assert undone(tmp_path / "out", tmp_path / "original") == hashes(source)
+
+
+def test_the_command_says_what_it_wrote(sharded, tmp_path):
+    convert_folder(sharded, tmp_path / "out")
+    done = pace_convert(tmp_path / "out", tmp_path / "original", command=("undo",))
+    assert done.returncode == 0 and "byte for byte" in done.stdout and "restored 2 layers" in done.stderr
+    assert hashes(tmp_path / "original") == hashes(sharded)
+    done = pace_convert(tmp_path / "out", tmp_path / "again", "--json", "-q", command=("undo",))
+    assert json.loads(done.stdout)["files"] == sorted(hashes(sharded)) and not done.stderr
+    assert hashes(tmp_path / "again") == hashes(sharded)
+
+
+@pytest.mark.slow
+def test_several_processes_write_the_same_bytes(sharded, tmp_path):
+    convert_folder(sharded, tmp_path / "out")
+    assert pace_convert(tmp_path / "out", tmp_path / "original", "-j", 2, command=("undo",)).returncode == 0
+    assert hashes(tmp_path / "original") == hashes(sharded)
+
+
+@pytest.mark.parametrize("every", [13, pytest.param(1, marks=pytest.mark.slow)])
+def test_killed_before_each_change_of_a_file_and_run_again(sharded, tmp_path, every):
+    convert_folder(sharded, tmp_path / "out")
+    at, code = 1, -9
+    while code == -9:
+        original = tmp_path / str(at)
+        arguments = ["undo", tmp_path / "out", original, "-j", 1]
+        process = forked.start(arguments, Path(os.devnull), tmp_path / "log", kill_at=at)
+        process.join()
+        code = process.exitcode
+        assert code in (0, -9), (tmp_path / "log").read_text()
+        if (original / "config.json").exists():  # it looks finished, so it is
+            assert {name: value for name, value in hashes(original).items() if UNFINISHED not in name} == hashes(sharded)
+        assert code == 0 or pace_convert(*arguments[1:], command=("undo",)).returncode == 0
+        assert hashes(original) == hashes(sharded)
+        at += every
+    assert at > 60
+
+
+def refused(out: Path, original: Path, *words: str, code: int) -> None:
+    there = hashes(original) if original.is_dir() else {}
+    refuse(pace_convert(out, original, command=("undo",)), code, *words)
+    assert (hashes(original) if original.is_dir() else {}) == there
+
+
+def test_undo_into_a_folder_with_something_in_it(source, tmp_path):
+    convert_folder(source, tmp_path / "out")
+    (tmp_path / "original").mkdir()
+    (tmp_path / "original" / "thesis.txt").write_text("years of work")
+    refused(tmp_path / "out", tmp_path / "original", "is not empty", code=2)
+
+
+def test_undo_into_itself(source, tmp_path):
+    convert_folder(source, tmp_path / "out")
+    refused(tmp_path / "out", tmp_path / "out" / "original", "lies inside", code=2)
+
+
+def test_undo_of_what_is_no_conversion(source, tmp_path):
+    refused(source, tmp_path / "original", "is not a PaceLLM", code=2)
+
+
+def test_undo_over_an_unfinished_conversion(sharded, tmp_path):
+    convert_folder(sharded, tmp_path / "out")
+    process = forked.start(["convert", sharded, tmp_path / "half", "--experts", 4], *[tmp_path / "log"] * 2, kill_at=25)
+    process.join()
+    refused(tmp_path / "out", tmp_path / "half", "something else that is unfinished", code=2)
+
+
+def test_undo_of_a_conversion_that_lost_a_file(source, tmp_path):
+    convert_folder(source, tmp_path / "out")
+    (tmp_path / "out" / "config.source.json").unlink()
+    refused(tmp_path / "out", tmp_path / "original", "config.source.json", code=1)
+
+
+def test_undo_of_a_conversion_whose_weights_do_not_fit(source, tmp_path):
+    convert_folder(source, tmp_path / "out")
+    weights = load_file(tmp_path / "out" / SINGLE)
+    weights["model.layers.0.mlp.up_proj.weight"] = weights["model.layers.0.mlp.up_proj.weight"][:-1]
+    save_file(weights, tmp_path / "out" / SINGLE, metadata={"format": "pt"})
+    refused(tmp_path / "out", tmp_path / "original", "up_proj.weight has shape [23, 16]", code=1)
+
+
+def test_undo_does_not_go_on_after_the_conversion_has_changed(sharded, tmp_path):
+    convert_folder(sharded, tmp_path / "out")
+    arguments = ["undo", tmp_path / "out", tmp_path / "original", "-j", 1]
+    process = forked.start(arguments, Path(os.devnull), tmp_path / "log", kill_at=25)
+    process.join()
+    (tmp_path / "out" / PERMUTATION).touch()
+    refused(tmp_path / "out", tmp_path / "original", "something else that is unfinished", code=2)
+
+
+def forge(out: Path, files: object) -> None:
+    save_file(load_file(out / PERMUTATION), out / PERMUTATION, metadata={"files": json.dumps(files)})
+
+
+@pytest.mark.parametrize("name", ["../stolen", "/tmp/stolen", "a/../../stolen", ""])
+def test_undo_of_a_conversion_that_leads_elsewhere(source, tmp_path, name):
+    convert_folder(source, tmp_path / "out")
+    forge(tmp_path / "out", {"config.source.json": "config.json", "generation_config.json": name})
+    refused(tmp_path / "out", tmp_path / "original", "does not say which files", code=1)
+
+
+def test_undo_of_a_conversion_that_takes_from_elsewhere(source, tmp_path):
+    (tmp_path / "id_rsa").write_text("secret")
+    convert_folder(source, tmp_path / "out")
+    forge(tmp_path / "out", {"config.source.json": "config.json", "../id_rsa": "id_rsa"})
+    refused(tmp_path / "out", tmp_path / "original", "does not say which files", code=1)
+
+
+def test_overwriting_a_conversion_removes_nothing_elsewhere(source, tmp_path):
+    out, thesis = tmp_path / "out", tmp_path / "thesis.txt"
+    convert_folder(source, out)
+    thesis.write_text("years of work")
+    forge(out, {name: None for name in ["../thesis.txt", str(thesis), *hashes(out)]})
+    done = pace_convert(source, out, "--experts", ACTIVE["experts"], "--overwrite")
+    assert done.returncode == 0 and thesis.exists(), done.stderr
+
+
+def test_overwriting_does_not_write_through_a_link(source, tmp_path):
+    (source / "docs").mkdir()
+    (source / "docs" / "config.json").touch()
+    convert_folder(source, tmp_path / "out")
+    shutil.move(tmp_path / "out" / "docs", tmp_path / "elsewhere")
+    (tmp_path / "out" / "docs").symlink_to(tmp_path / "elsewhere")
+    done = pace_convert(source, tmp_path / "out", "--experts", 4, "--overwrite")
+    refuse(done, 2, "docs, which no conversion wrote")
