@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from .card import model_card
 from .errors import CallError
-from .executors import run_tasks
+from .executors import check_executor, run_tasks
 from .journal import Journal, fingerprint
 from .options import ConvertOptions, RunOptions
 from .package import CARD, KEPT, PERMUTATION, converted_config, modeling_files, to_json
-from .places import MOVE, check_free, check_names_free, check_places, check_room, is_unfinished, written_before
+from .places import MOVE, SEAL, UNFINISHED, check_free, check_names_free, check_places, check_room, is_unfinished, read_seal
 from .plan import Plan, make_plan
 from .progress import Progress
 from .source import INDEX, Source
@@ -56,8 +57,10 @@ def convert(
 ) -> Conversion:
     """Carry out a plan. Raises PaceError; what is done by then is kept for `resume`, unless the source is damaged."""
     if resume and is_finished(source, out, plan):
+        shutil.rmtree(out / UNFINISHED, ignore_errors=True)  # where it was killed while it tidied up
         return Conversion(out, plan, len(source.tensors), source.nbytes)
     check_room(source, out)
+    check_executor(plan.run, plan.task_bytes)
     source = source.fetch()
     device = _resolve_device(plan.run)
     with explained(out, RESUME), OutputFolder(out, overwrite, resume) as folder:
@@ -68,19 +71,17 @@ def convert(
             tasks = make_tasks(source, plan, folder.staging, device)
             carry_out(tasks, journal, plan.run, plan.jobs, plan.task_bytes, progress, ("converting", "converted"))
             files = _write_files(source, plan, folder, journal)
-            journal.add(MOVE, {"files": files, "remove": folder.outdated(files)})
+            folder.seal(identity, files)
+            journal.add(MOVE, folder.moves([*files, SEAL]))
         folder.move(**journal.done[MOVE])
     changed = [record["changed"] for record in journal.done.values() if record.get("changed") is not None]
     return Conversion(out, plan, len(source.tensors), source.nbytes, sum(changed) if changed else None)
 
 
 def is_finished(source: Source, out: Path, plan: Plan) -> bool:
-    """Whether OUT is what this conversion would make, all of it."""
-    config = out / "config.json"
-    if is_unfinished(out) or not config.is_file() or config.read_bytes() != _config_text(source, plan).encode():
-        return False
-    files = written_before(out)
-    return bool(files) and all((out / name).is_file() for name in files)
+    """Whether OUT is what this conversion would make, of the same source, each file with its size."""
+    made_from = read_seal(out)
+    return made_from is not None and made_from == fingerprint(source, plan.options, _resolve_device(plan.run))
 
 
 def carry_out(
@@ -96,7 +97,7 @@ def carry_out(
 
     words: for what is being done to the layers, and what was done.
     """
-    todo = [task for task in tasks if task.name not in journal.done]
+    todo = [task for task in tasks if task.name not in journal.done or not task.is_there]
     total = sum(task.nbytes for task in tasks)
     layers = sum(task.is_layer for task in tasks)
     done, layers_done = total - sum(task.nbytes for task in todo), layers - sum(task.is_layer for task in todo)

@@ -26,6 +26,7 @@ _SAMPLE_BYTES = 64 << 20
 # in fp32 (docs/bench_convert.json compares the outcome with what was measured).
 _PRODUCTS = {"fast": 8.0, "exact": 40.0}
 _PRODUCTS_A_RESTART = 500.0
+_PAIRS = 18  # what the prices' second derivatives take, [K, D] x [D, K], as a multiple of K / H of that
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def measure(source: Source, plan: Plan, out: Path) -> Estimate:
     a, b = np.ones((rows, width), np.float32), np.ones((width, 64), np.float32)
     one = _seconds(lambda: a @ b)
     product = one * plan.intermediate_size / rows * plan.hidden_size / width * options.experts / 64
-    products = _PRODUCTS[options.cluster_method]
+    products = _PRODUCTS[options.cluster_method] * (1 + _PAIRS * options.experts / plan.hidden_size)
     if options.exact_restarts:
         products = _PRODUCTS_A_RESTART * options.exact_restarts
     copying = plan.weights_bytes * (_write_seconds(out) + _read_seconds(source)) / _SAMPLE_BYTES
@@ -101,14 +102,17 @@ def _write_seconds(out: Path) -> float:
     """Of _SAMPLE_BYTES, without what even a short flush to the disk takes."""
     parent = next(folder for folder in (out.resolve(), *out.resolve().parents) if folder.is_dir())
     taken = []
-    for nbytes in (1 << 16, _SAMPLE_BYTES):
-        with tempfile.TemporaryFile(dir=parent) as file:  # without a name: nothing is left of it
-            data = bytes(nbytes)
-            start = time.perf_counter()
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            taken.append(time.perf_counter() - start)
+    try:
+        for nbytes in (1 << 16, _SAMPLE_BYTES):
+            with tempfile.TemporaryFile(dir=parent) as file:  # without a name: nothing is left of it
+                data = bytes(nbytes)
+                start = time.perf_counter()
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+                taken.append(time.perf_counter() - start)
+    except OSError:  # too small or read-only: said where it matters
+        return 0.0
     return max(taken[1] - taken[0], 0)
 
 

@@ -9,6 +9,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -33,6 +34,30 @@ def run_tasks(tasks: Sequence[Task], run: RunOptions, jobs: int, task_bytes: int
     if run.executor == "ray":
         return _on_ray(tasks, run, task_bytes)
     return _in_processes(tasks, jobs) if jobs > 1 and len(tasks) > 1 else ((task, task.run()) for task in tasks)
+
+
+def check_executor(run: RunOptions, task_bytes: int) -> None:
+    """Whether tasks can run where they shall, before anything is written. Raises CallError."""
+    if run.executor == "ray":
+        _reach(run.ray_address)
+        ray = _connect(run.ray_address)
+        most = max((node["Resources"].get("memory", 0) for node in ray.nodes()), default=0)
+        if most < task_bytes:
+            ray.shutdown()
+            raise CallError(
+                f"a task needs {task_bytes / 1e9:.1f} GB, no machine of the Ray cluster has more than {most / 1e9:.1f} GB",
+                "give it larger machines",
+            )
+
+
+def _reach(address: str | None) -> None:
+    """Ray itself tries for minutes."""
+    host, _, port = (address or "").rpartition("://")[2].partition(":")
+    if port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+        except OSError as error:
+            raise CallError(f"no Ray cluster at {address}: {error.strerror or error}", "check --ray-address") from error
 
 
 def _in_processes(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, dict]]:
@@ -71,9 +96,13 @@ def _on_ray(tasks: Sequence[Task], run: RunOptions, task_bytes: int) -> Iterator
     ray = _connect(run.ray_address)
     try:
         gpus = 1 if run.device.startswith("cuda") else 0
-        remote = ray.remote(_run).options(max_retries=RAY_RETRIES, memory=task_bytes, num_gpus=gpus)
-        running = {remote.remote(task): task for task in tasks}
-        while running:
+        remote = ray.remote(_run).options(max_retries=RAY_RETRIES, memory=task_bytes)
+        waiting = list(reversed(tasks))
+        running: dict[Any, Task] = {}
+        while waiting or running:
+            while waiting and len(running) < (run.jobs or len(tasks)):
+                task = waiting.pop()
+                running[remote.options(num_gpus=gpus if task.is_layer else 0).remote(task)] = task
             for reference in ray.wait(list(running))[0]:
                 yield running.pop(reference), _result(ray, reference)
     finally:
@@ -85,6 +114,8 @@ def _connect(address: str | None) -> Any:
         import ray
     except ImportError as error:
         raise CallError("--executor ray needs Ray", "pip install 'pace-convert[ray]'") from error
+    if ray.is_initialized():
+        return ray
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from .errors import DamagedSourceError
 
-HIDDEN = re.compile(r"(^|/)\.(git|cache|DS_Store)")
+HIDDEN = re.compile(r"(^|/)\.(git|cache|DS_Store|pace-)")
 MAX_FILES = 10_000
 MAX_JSON_BYTES = 64 << 20  # the index of a model with a hundred thousand tensors has 10 MB
 MAX_NAME = 512

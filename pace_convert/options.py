@@ -88,7 +88,9 @@ class RunOptions(BaseModel):
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="Where neurons are grouped: auto, cpu, cuda or cuda:N."
     )
-    jobs: int | None = Field(None, ge=1, description="Processes side by side; by default what cores and memory allow.")
+    jobs: int | None = Field(
+        None, ge=1, description="Processes side by side; by default what cores and memory allow. On Ray: tasks at once."
+    )
     executor: Literal["local", "ray"] = Field(
         "local", description="Processes on this machine, or tasks on a Ray cluster that shares SOURCE's and OUT's file system."
     )
@@ -98,6 +100,8 @@ class RunOptions(BaseModel):
     def _check(self) -> RunOptions:
         if self.ray_address is not None and self.executor != "ray":
             raise ValueError("--ray-address goes with --executor ray")
+        if self.executor == "ray" and ":" in self.device:
+            raise ValueError("with --executor ray, Ray chooses the GPU: give --device cuda")
         return self
 
 
@@ -119,7 +123,11 @@ def load_options(config: Path | None, given: dict) -> tuple[ConvertOptions, RunO
     values = {**(values or {}), **given}
     run = {name: values.pop(name) for name in RunOptions.model_fields if name in values}
     try:
-        return ConvertOptions.model_validate(values), RunOptions.model_validate(run)
+        options = ConvertOptions.model_validate(values)
+        idle = sorted(options.model_fields_set - {*EXPERT_OPTIONS, "no_memory"})
+        if options.no_memory and idle:
+            raise CallError(f"{option_name(idle[0])} is for the memory, which --no-memory leaves out", "leave one of them out")
+        return options, RunOptions.model_validate(run)
     except ValidationError as error:
         first = error.errors()[0]
         where = option_name(str(first["loc"][0])) + ": " if first["loc"] else ""

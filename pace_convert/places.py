@@ -19,6 +19,7 @@ from .package import CARD, KEPT, PERMUTATION, shipped_names
 from .source import Source
 
 UNFINISHED = ".pace-unfinished"  # in OUT: where everything is made before it is moved up
+SEAL = ".pace-conversion.json"  # in OUT: what was converted and how, and every file's size; not part of the model
 LOCK = "lock"
 MOVE = "move"  # in the journal: all is made; these files go up, those of an earlier conversion go away
 
@@ -27,6 +28,8 @@ def check_places(source: Source, out: Path) -> None:
     """The folder to be written and the one that is read must not lie in each other. Raises CallError."""
     if source.hub is not None:
         return
+    if is_unfinished(source.folder):
+        raise CallError(f"{source.folder} is an unfinished conversion", "finish it first, with --resume")
     here, there = out.resolve(), source.folder.resolve()
     if here == there or there in here.parents:
         raise CallError(f"{out} lies inside {source.folder}", "choose another folder")
@@ -58,6 +61,11 @@ def check_free(out: Path, overwrite: bool, resume: bool, locked: bool = False) -
         raise CallError(f"OUT {out} is a link to nothing", "choose another folder")
     if out.exists() and not out.is_dir():
         raise CallError(f"OUT {out} is a file", "choose another folder")
+    for name in (UNFINISHED, UNFINISHED + os.sep + LOCK):
+        if (out / name).is_symlink():
+            raise CallError(f"{out / name} is a link, which no conversion made", "remove it")
+    if (out / "config.json").is_dir():
+        raise CallError(f"OUT {out} holds a folder named config.json", "choose another folder")
     if is_unfinished(out):
         if not locked and _is_locked(out):
             raise in_use(out)
@@ -91,7 +99,8 @@ def written_before(out: Path) -> set[str]:
     """The names that earlier conversions wrote into this folder; empty if there was none."""
     moving = _moving(out)
     names = {*moving["files"], *moving["remove"]} if moving else set()
-    return {name for name in names | set(written_files(out)) if is_inside(name)}
+    sealed = {SEAL} if (out / SEAL).is_file() and written_files(out) else set()
+    return {name for name in names | sealed | set(written_files(out)) if is_inside(name)}
 
 
 def written_files(out: Path) -> dict[str, str | None]:
@@ -107,6 +116,16 @@ def written_files(out: Path) -> dict[str, str | None]:
     except (SafetensorError, OSError, KeyError, ValueError, RecursionError):
         return {}
     return names if isinstance(names, dict) and all(isinstance(v, str | None) for v in names.values()) else {}
+
+
+def read_seal(out: Path) -> dict | None:
+    """What a finished conversion left in OUT of how it was made; None if a file is not as it was made, or there is none."""
+    try:
+        seal = json.loads((out / SEAL).read_text(encoding="utf-8"))
+        whole = all((out / name).stat().st_size == size for name, size in seal["files"].items() if is_inside(name))
+        return seal["fingerprint"] if whole and not is_unfinished(out) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
 
 
 def _moving(out: Path) -> dict | None:

@@ -43,7 +43,7 @@ class Plan:
             "tensors_permuted": len(self.ffn),
             "bytes_to_read": self.weights_bytes,
             "bytes_to_write": self.weights_bytes,
-            "bytes_of_memory": self.task_bytes * self.jobs,
+            "bytes_of_memory": self.task_bytes * (self.jobs if self.run.executor == "local" else 1),
             "jobs": self.jobs,
             "options": self.options.model_dump(mode="json"),
             "run": self.run.model_dump(mode="json"),
@@ -72,7 +72,8 @@ def make_plan(source: Source, options: ConvertOptions, run: RunOptions | None = 
     ffn_infos = [source.tensors[tensor.name] for tensor in ffn]
     memory = task_bytes(features, neurons, options.experts, options.cluster_method == "exact", ffn_infos)
     run = run or RunOptions()
-    jobs = run.jobs or jobs_that_fit(layers, sum(info.nbytes for info in ffn_infos), memory)
+    local = run.executor == "local"
+    jobs = run.jobs or (jobs_that_fit(layers, sum(info.nbytes for info in ffn_infos), memory) if local else layers)
     hidden_size = features.shape[1 - ffn[0].axis]
     return Plan(
         family, options, run, layers, hidden_size, neurons, memory_layers, ffn, source.nbytes, memory, jobs,

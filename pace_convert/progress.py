@@ -49,16 +49,16 @@ class Progress:
                 bar.set_postfix_str(f"layer {layers_done} of {layers}", refresh=False)
                 bar.update(nbytes)
                 now = time.monotonic()
-                left = (now - started) * (total - done - here) / max(1, here)
+                left = (now - started) * (total - done - here) / here if here else None
                 self.event(
                     "task", task=task, bytes=nbytes, bytes_done=done + here, bytes_total=total, layers_done=layers_done,
-                    layers_total=layers, seconds=round(now - started, 3), seconds_left=round(left, 3),
+                    layers_total=layers, seconds=round(now - started, 3), seconds_left=left and round(left, 3),
                 )  # fmt: skip
                 if not sys.stderr.isatty() and now - last >= LINE_SECONDS:
                     last = now
                     self.say(
                         f"{words[0]}: layer {layers_done} of {layers}, {(done + here) / 1e9:.2f} of {total / 1e9:.2f} GB, "
-                        f"about {left:.0f} s left"
+                        f"about {left or 0:.0f} s left"
                     )
 
             yield report

@@ -90,6 +90,9 @@ def open_source(name: str, revision: str | None = None, token: str | None = None
     """
     folder = Path(name)
     if folder.is_dir():
+        if revision or cache_dir:
+            option = "--revision" if revision else "--cache-dir"
+            raise CallError(f"{option} is for a source on the Hub, {name} is a folder", f"leave {option} out")
         return open_folder(folder, name)
     if folder.exists():
         raise CallError(f"{name} is a file", "give the folder of a model, or a Hub id like Qwen/Qwen2-7B")

@@ -55,6 +55,11 @@ class Shard:
             if file.seek(0, os.SEEK_END) != self.nbytes:
                 file.truncate(self.nbytes)
 
+    @property
+    def is_there(self) -> bool:
+        """Whether the target is, with its size."""
+        return self.target.is_file() and self.target.stat().st_size == self.nbytes
+
     def flush(self) -> None:
         """Wait until what was written is on the disk."""
         with self.target.open("r+b") as file:
@@ -101,6 +106,11 @@ class LayerTask:
         """Bytes that it writes."""
         return sum(place.info.nbytes for place in self.tensors)
 
+    @property
+    def is_there(self) -> bool:
+        """Whether the files that it wrote to still are."""
+        return all(place.shard.is_there for place in self.tensors)
+
     def run(self) -> dict:
         """Returns what `layer_result` reads. Raises DamagedSourceError, OSError."""
         import torch
@@ -112,6 +122,10 @@ class LayerTask:
                 clustering = cluster_neurons(self._features(), self.experts, self.seed, self.method, self.restarts)
             except torch.OutOfMemoryError as error:
                 raise PaceError(f"the GPU has too little memory for {self.name}", "give --device cpu") from error
+            except RuntimeError as error:  # what torch raises on a CPU for want of memory
+                if "can't allocate memory" in str(error) or "can't start new thread" in str(error):
+                    raise MemoryError from error
+                raise
             permutation, sizes = canonical_permutation(clustering.labels)
             _write_permuted(self.tensors, permutation)
         return {"permutation": _pack(permutation), "sizes": _pack(sizes), "changed": clustering.changed}
@@ -151,6 +165,11 @@ class RestoreTask:
         """Bytes that it writes."""
         return sum(place.info.nbytes for place in self.tensors)
 
+    @property
+    def is_there(self) -> bool:
+        """Whether the files that it wrote to still are."""
+        return all(place.shard.is_there for place in self.tensors)
+
     def run(self) -> dict:
         """Returns nothing to remember. Raises DamagedSourceError, OSError."""
         with _at_rest({place.shard for place in self.tensors}):
@@ -177,6 +196,11 @@ class ShardTask:
     def nbytes(self) -> int:
         """Bytes that it writes."""
         return sum(place.info.nbytes for place in self.tensors)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the file that it wrote to still is."""
+        return self.shard.is_there
 
     def run(self) -> dict:
         """Returns nothing to remember. Raises DamagedSourceError, OSError."""

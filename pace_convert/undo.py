@@ -69,7 +69,7 @@ def undo(converted: Converted, original: Path, progress: Progress, jobs: int | N
             carry_out(tasks, journal, RunOptions(), jobs, memory, progress, ("restoring", "restored"))
             for name, origin in copies.items():
                 folder.copy(source.folder / name, origin)
-            journal.add(MOVE, {"files": files, "remove": []})
+            journal.add(MOVE, folder.moves(files))
         folder.move(**journal.done[MOVE])
     return restored
 

@@ -6,12 +6,12 @@ left in OUT stays whole until then.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +22,13 @@ from safetensors.numpy import save
 from .errors import CallError, DamagedSourceError, PaceError, Stopped
 from .files import check_file, is_inside
 from .journal import NAME as JOURNAL
+from .journal import read_journal
 from .package import PERMUTATION
-from .places import LOCK, UNFINISHED, check_free, in_use, is_unfinished, written_before
+from .places import LOCK, MOVE, SEAL, UNFINISHED, check_free, in_use, is_unfinished, written_before
 from .shards import TensorInfo
 from .source import INDEX
+
+AGAIN = "give --overwrite without --resume to start again"
 
 
 class OutputFolder:
@@ -38,10 +41,12 @@ class OutputFolder:
     def __init__(self, path: Path, overwrite: bool, resume: bool) -> None:
         self.path, self.overwrite, self.resume = path, overwrite, resume
         self.staging = path / UNFINISHED
-        self.existed = path.exists()
+        self.missing = [folder for folder in (path, *path.absolute().parents) if not folder.exists()]  # deepest first
         self.lock = FileLock(self.staging / LOCK, timeout=0)
 
     def __enter__(self) -> OutputFolder:
+        if self.staging.is_symlink():  # before anything is made behind it
+            check_free(self.path, self.overwrite, self.resume)
         self.staging.mkdir(parents=True, exist_ok=True)
         try:
             self.lock.acquire()
@@ -53,6 +58,7 @@ class OutputFolder:
             self._release(discard=not is_unfinished(self.path))
             raise
         if not self.resume or not is_unfinished(self.path):
+            self._finish_earlier()
             self._empty_staging()
         return self
 
@@ -85,15 +91,26 @@ class OutputFolder:
         metadata = {"files": json.dumps(files)}  # one entry: safetensors writes several in random order
         self._whole(PERMUTATION, lambda path: path.write_bytes(save(tensors, metadata=metadata)))
 
-    def outdated(self, files: list[str]) -> list[str]:
-        """Files of an earlier conversion in OUT that these don't replace."""
-        return sorted(written_before(self.path) - set(files))
+    def seal(self, fingerprint: dict, files: list[str]) -> None:
+        """Leave in OUT what was converted and how, and every file's size, so that a call for the same knows it."""
+        sizes = {name: (self.staging / name).stat().st_size for name in files}
+        self.write(SEAL, json.dumps({"fingerprint": fingerprint, "files": sizes}, indent=2) + "\n")
 
-    def move(self, files: list[str], remove: list[str]) -> None:
-        """Put the files that were made in their place. Interrupted and called again, it goes on."""
+    def moves(self, files: list[str]) -> dict:
+        """What `move` takes, for these files, once all are made. Raises CallError if OUT has changed meanwhile."""
+        check_free(self.path, self.overwrite, resume=True, locked=True)
+        sizes = {name: (self.staging / name).stat().st_size for name in files}
+        return {"files": sizes, "remove": sorted(written_before(self.path) - set(files))}
+
+    def move(self, files: dict[str, int], remove: list[str]) -> None:
+        """Put the files that were made, of these sizes, in their place. Interrupted and called again, it goes on."""
         if not all(is_inside(name) for name in [*files, *remove]):
-            raise CallError(f"{self.staging / JOURNAL} is damaged", "give --overwrite without --resume to start again")
+            raise CallError(f"{self.staging / JOURNAL} is damaged", AGAIN)
         made = [name for name in files if (self.staging / name).exists()]
+        for name, size in files.items():
+            path = (self.staging if name in made else self.path) / name
+            if not path.is_file() or path.stat().st_size != size:
+                raise CallError(f"{path} is gone or not as it was made", AGAIN)
         if "config.json" in made:  # while it is in staging, OUT is not a model
             for name in ["config.json", *remove]:
                 (self.path / name).unlink(missing_ok=True)
@@ -109,6 +126,14 @@ class OutputFolder:
         with path.open("rb+") as file:
             os.fsync(file.fileno())
 
+    def _finish_earlier(self) -> None:
+        """Let a conversion that was killed while it moved its files be whole before another one takes its place."""
+        if is_unfinished(self.path):
+            with contextlib.suppress(CallError):  # a damaged journal, or lost files: there is nothing to finish
+                moving = read_journal(self.staging / JOURNAL)[1].get(MOVE)
+                if moving:
+                    self.move(**moving)
+
     def _empty_staging(self) -> None:
         (self.staging / JOURNAL).unlink(missing_ok=True)  # first: without it the rest means nothing
         for entry in self.staging.iterdir():
@@ -121,9 +146,9 @@ class OutputFolder:
         if discard:
             self._empty_staging()
             (self.staging / LOCK).unlink(missing_ok=True)
-            self.staging.rmdir()
-            if not self.existed and not any(self.path.iterdir()):
-                self.path.rmdir()
+            with contextlib.suppress(OSError):  # somebody else is waiting with the lock in hand, or OUT holds files
+                for folder in (self.staging, *self.missing):
+                    folder.rmdir()
         self.lock.release()
 
 
@@ -141,7 +166,7 @@ def read_permutation(folder: Path) -> list[tuple[np.ndarray, np.ndarray]]:
     return [(permutation, sizes) for permutation, sizes in layers]
 
 
-@contextmanager
+@contextlib.contextmanager
 def explained(out: Path, go_on: str) -> Iterator[None]:
     """Failures in words; those that leave something to resume say how: `go_on`."""
     try:
