@@ -123,7 +123,7 @@ def test_a_link_in_place_of_the_staging_folder(source, tmp_path):
     (out / UNFINISHED).symlink_to(home)
     for options in ((), ("--resume",), ("--overwrite",)):
         refuse(pace_convert(source, out, *OPTIONS, *options), 2, "is a link")
-    assert os.listdir(home) == ["thesis.txt"]
+    assert [path.name for path in home.iterdir()] == ["thesis.txt"]
 
 
 def test_files_that_appear_while_it_works_are_kept(source, tmp_path, monkeypatch):
