@@ -77,22 +77,30 @@ class Place:
     parts: int = 1
 
 
-@dataclass(frozen=True)
-class LayerTask:
-    """Group one layer's neurons and write its FFN in the new order.
+@dataclass(frozen=True, eq=False)
+class _Task:
+    """What all tasks have. tensors: those that it reads and writes."""
 
-    tensors: all that are permuted, the one whose neurons are grouped first.
-    """
+    tensors: tuple[Place, ...]
+
+    is_layer: ClassVar[bool] = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensors that it writes."""
+        return sum(place.info.nbytes for place in self.tensors)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the files that it wrote to still are."""
+        return all(place.shard.is_there for place in self.tensors)
+
+
+@dataclass(frozen=True, eq=False)
+class _OfLayer(_Task):
+    """A task for one layer's FFN."""
 
     layer: int
-    tensors: tuple[Place, ...]
-    neurons: int
-    transposed: bool
-    experts: int
-    seed: int
-    method: Literal["fast", "exact"]
-    restarts: int | None
-    device: str
 
     is_layer: ClassVar[bool] = True
 
@@ -101,15 +109,18 @@ class LayerTask:
         """In the journal."""
         return f"layer {self.layer}"
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that it writes."""
-        return sum(place.info.nbytes for place in self.tensors)
 
-    @property
-    def is_there(self) -> bool:
-        """Whether the files that it wrote to still are."""
-        return all(place.shard.is_there for place in self.tensors)
+@dataclass(frozen=True, eq=False)
+class LayerTask(_OfLayer):
+    """Group one layer's neurons and write its FFN in the new order. The first of its tensors is the one that is grouped."""
+
+    neurons: int
+    transposed: bool
+    experts: int
+    seed: int
+    method: Literal["fast", "exact"]
+    restarts: int | None
+    device: str
 
     def run(self) -> dict:
         """Returns what `layer_result` reads. Raises DamagedSourceError, OSError."""
@@ -143,32 +154,13 @@ class LayerTask:
 
 
 @dataclass(frozen=True, eq=False)
-class RestoreTask:
+class RestoreTask(_OfLayer):
     """Write one layer's FFN of a conversion in the order of its source.
 
     inverse: the permutation that undoes the conversion's, [D] int32.
     """
 
-    layer: int
-    tensors: tuple[Place, ...]
     inverse: np.ndarray
-
-    is_layer: ClassVar[bool] = True
-
-    @property
-    def name(self) -> str:
-        """In the journal."""
-        return f"layer {self.layer}"
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that it writes."""
-        return sum(place.info.nbytes for place in self.tensors)
-
-    @property
-    def is_there(self) -> bool:
-        """Whether the files that it wrote to still are."""
-        return all(place.shard.is_there for place in self.tensors)
 
     def run(self) -> dict:
         """Returns nothing to remember. Raises DamagedSourceError, OSError."""
@@ -177,25 +169,17 @@ class RestoreTask:
         return {}
 
 
-@dataclass(frozen=True)
-class ShardTask:
+@dataclass(frozen=True, eq=False)
+class ShardTask(_Task):
     """Copy what no layer's FFN holds: the header, other tensors and the gaps between them."""
 
     shard: Shard
-    tensors: tuple[Place, ...]
     ranges: tuple[tuple[int, int], ...]
-
-    is_layer: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
         """In the journal."""
         return f"rest of {self.shard.target.name}"
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that it writes."""
-        return sum(place.info.nbytes for place in self.tensors)
 
     @property
     def is_there(self) -> bool:
@@ -222,7 +206,7 @@ def make_tasks(source: Source, plan: Plan, out: Path, device: str) -> list[Task]
 
     def layer_task(layer: int, places: tuple[Place, ...]) -> Task:
         return LayerTask(
-            layer, places, plan.intermediate_size, plan.family.ffn.transposed,
+            places, layer, plan.intermediate_size, plan.family.ffn.transposed,
             options.experts, options.seed, options.cluster_method, options.exact_restarts, device,
         )  # fmt: skip
 
@@ -231,7 +215,7 @@ def make_tasks(source: Source, plan: Plan, out: Path, device: str) -> list[Task]
 
 def restore_tasks(converted: Source, ffn: Sequence[FfnTensor], permutations: Sequence[np.ndarray], out: Path) -> list[Task]:
     """All that makes a conversion's source again, in the folder `out`. permutations: by layer, [D] int32."""
-    return _all_tasks(converted, ffn, out, lambda layer, places: RestoreTask(layer, places, invert(permutations[layer])))
+    return _all_tasks(converted, ffn, out, lambda layer, places: RestoreTask(places, layer, invert(permutations[layer])))
 
 
 def _all_tasks(
@@ -249,7 +233,7 @@ def _all_tasks(
         here = {n: info for n, info in source.tensors.items() if info.shard == name}
         others = tuple(Place(n, info, shard) for n, info in here.items() if n not in permuted)
         taken = [(info.offset, info.offset + info.nbytes) for n, info in here.items() if n in permuted]
-        tasks.append(ShardTask(shard, others, tuple(_gaps(taken, shard.nbytes))))
+        tasks.append(ShardTask(others, shard, tuple(_gaps(taken, shard.nbytes))))
         tasks += [layer_task(layer, tuple(its)) for layer, its in places.items() if its[0].shard is shard]
     return tasks
 
