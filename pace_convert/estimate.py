@@ -20,12 +20,13 @@ if TYPE_CHECKING:
     from .source import Source
 
 PROCESS_BYTES = 400 << 20  # Python, torch and its buffers, before any tensor
-JOB_BYTES = 2 << 30  # weights that are worth a process more: starting one takes seconds
+JOB_BYTES = 256 << 20  # FFN weights that are worth a process more: starting one takes two seconds
 _SAMPLE_BYTES = 64 << 20
 # One round of clustering is a product [D, H] x [H, K]; a layer takes about this many products' time of numpy's own
 # in fp32 (docs/bench_convert.json compares the outcome with what was measured).
 _PRODUCTS = {"fast": 8.0, "exact": 40.0}
 _PRODUCTS_A_RESTART = 500.0
+_LAYER_SECONDS = 0.3  # whatever its size
 _PAIRS = 18  # what the prices' second derivatives take, [K, D] x [D, K], as a multiple of K / H of that
 
 
@@ -86,7 +87,7 @@ def measure(source: Source, plan: Plan, out: Path) -> Estimate:
     if options.exact_restarts:
         products = _PRODUCTS_A_RESTART * options.exact_restarts
     copying = plan.weights_bytes * (_write_seconds(out) + _read_seconds(source)) / _SAMPLE_BYTES
-    return Estimate(plan.layers * products * product, copying)
+    return Estimate(plan.layers * (products * product + _LAYER_SECONDS), copying)
 
 
 def _seconds(work: Callable[[], object]) -> float:
