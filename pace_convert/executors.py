@@ -96,13 +96,14 @@ def _on_ray(tasks: Sequence[Task], run: RunOptions, task_bytes: int) -> Iterator
     ray = _connect(run.ray_address)
     try:
         gpus = 1 if run.device.startswith("cuda") else 0
-        remote = ray.remote(_run).options(max_retries=RAY_RETRIES, memory=task_bytes)
+        remote = ray.remote(_run)
         waiting = list(reversed(tasks))
         running: dict[Any, Task] = {}
         while waiting or running:
             while waiting and len(running) < (run.jobs or len(tasks)):
                 task = waiting.pop()
-                running[remote.options(num_gpus=gpus if task.is_layer else 0).remote(task)] = task
+                needs = {"memory": task_bytes, "num_gpus": gpus if task.is_layer else 0}
+                running[remote.options(max_retries=RAY_RETRIES, **needs).remote(task)] = task
             for reference in ray.wait(list(running))[0]:
                 yield running.pop(reference), _result(ray, reference)
     finally:

@@ -8,6 +8,8 @@ import torch
 from helpers import FAMILY_CONFIGS, SMALL, convert_folder, family_of, load, load_alone, random_ids, run_alone
 from safetensors import safe_open
 
+from pace_convert.places import SEAL
+
 SHIPPED = [
     "memory_bank.py",
     "memory_blocks.py",
@@ -101,7 +103,7 @@ def test_exact_files(make_source, tmp_path):
     files = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
     assert files == sorted(
         [
-            "LICENSE", "README.md", "README.source.md", "chat_template.jinja", "config.json", "config.source.json",
+            SEAL, "LICENSE", "README.md", "README.source.md", "chat_template.jinja", "config.json", "config.source.json",
             "generation_config.json", "model.safetensors", "model.safetensors.index.json", "nested/notes.txt",
             "pace_permutation.safetensors", "tokenizer.json", *SHIPPED,
         ]

@@ -104,7 +104,9 @@ print(json.dumps(done))
 
 
 def files_of(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Those that are uploaded: none that is hidden."""
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 # Loads by name at a commit, generates with the memory on, where pace_convert can't be imported.
@@ -298,7 +300,7 @@ def test_a_folder_that_is_not_whole_or_not_its_source_stays_here(hub, run, sourc
     shard.write_bytes(shard.read_bytes()[:-1] + b"\x01")
     refuse(run("push", out, "acme/new", "--source", other), 1, "is not its source, permuted", "nothing was uploaded")
     (out / "memory_cache.py").unlink()
-    refuse(run("push", out, "acme/new"), 1, "has no memory_cache.py", "convert again")
+    refuse(run("push", out, "acme/new"), 1, "memory_cache.py, which the conversion wrote, is gone", "convert again")
     refuse(run("push", source, "acme/new"), 2, "is not a PaceLLM")
     assert "acme/new" not in hub.repositories and not hub.stored
 

@@ -127,6 +127,7 @@ def test_ctrl_c(source, alone, tmp_path, jobs):
 
 def test_a_second_conversion_into_the_same_folder_is_refused(source, alone, tmp_path):
     out = tmp_path / "out"
+    assert pace_convert("--help").returncode == 0  # starts the server of forks, so that the next ones are quick
     first = start(source, out, "-j", "1")
     wait_for(lambda: done_tasks(out) >= 1, first)
     for options in ((), ("--resume",), ("--overwrite",)):

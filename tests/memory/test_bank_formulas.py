@@ -35,17 +35,18 @@ def memory_settings(draw):
 
 @st.composite
 def activations(draw, config):
-    """One sequence: clustered vectors, so that every decision occurs, with some zeros among them.
+    """One sequence: clustered vectors, so that every decision occurs, and perhaps a zero among them.
 
-    Without momentum, zeros make keys that are parallel: a tie that rounding breaks one way or the other.
+    Zeros make keys that are parallel: two of them, once the same tokens merge with both; one, without momentum. That is
+    a tie that rounding breaks one way or the other.
     """
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     length = draw(st.integers(1, 40))
     centres = rng.normal(size=(draw(st.integers(1, 5)), D))
     noise = draw(st.sampled_from([0.05, 0.4, 2.0]))
     h = centres[rng.integers(len(centres), size=length)] + noise * rng.normal(size=(length, D))
-    if config.momentum:
-        h[rng.random(length) < draw(st.sampled_from([0.0, 0.2]))] = 0.0
+    if config.momentum and draw(st.booleans()):
+        h[draw(st.integers(0, length - 1))] = 0.0
     return h
 
 

@@ -124,6 +124,6 @@ def test_bad_options_are_refused_before_any_work(tmp_path):
     for options, words in (({"experts": 513}, "512"), ({"memory_layers": (4,)}, "no layer 4")):
         with pytest.raises(CallError, match=words):
             prepare(source, tmp_path / "out", ConvertOptions(**options))
-    with pytest.raises(CallError, match="inside SOURCE"):
+    with pytest.raises(CallError, match="lies inside"):
         prepare(source, reference_model() / "out", ConvertOptions(experts=16))
     assert not (tmp_path / "out").exists()
