@@ -89,7 +89,9 @@ def facts_text(facts: dict) -> str:
         lines += [f"    {name:18}{value}" for name, value in memory.items() if name not in ("enabled", "layers")]
     lines += ["  " + line for line in table([_layer_row(facts, row) for row in facts["layers"]]).splitlines()]
     if any("quality" in row for row in facts["layers"]):
-        lines.append("  noise: the same clustering of noise with the weights' mean and spread; only what lies above it is structure")
+        lines.append(
+            "  noise: the same clustering of noise with the weights' mean and spread; only what lies above it is structure"
+        )
     if "probe" in facts:
         lines += _probe_lines(facts["probe"], memory)
     return "\n".join(lines)

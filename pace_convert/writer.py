@@ -147,7 +147,8 @@ class OutputFolder:
             self._empty_staging()
             (self.staging / LOCK).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # somebody else is waiting with the lock in hand, or OUT holds files
-                for folder in (self.staging, *self.missing):
+                self.staging.rmdir()
+                for folder in self.missing if not any(self.path.iterdir()) else ():
                     folder.rmdir()
         self.lock.release()
 
