@@ -1,0 +1,1 @@
+"""`pace eval` and `pace tune`: what a PaceLLM does for the answers, and what it costs."""

@@ -1,0 +1,229 @@
+"""Time and memory of a model with its memory on and off, in one process and in turn.
+
+A *walk* takes every arm through the same prompt, chunk by chunk: the same chunk with the memory off, off once more,
+and on, so that what else the machine does falls on all of them. At each of the lengths asked for, copies of the
+caches go on token by token, again in turn.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from ..errors import PaceError
+from ..modeling.memory_blocks import Rhythm
+from .cost_model import calls
+from .shapes import SHAPES, random_model
+
+CHUNK = 1024  # tokens of a prefill call
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to run a model: its memory on or off, and how many of its layers (0: all)."""
+
+    name: str
+    enabled: bool = False
+    layers: int = 0
+
+
+BASE, AGAIN, PACE = Arm("base"), Arm("again"), Arm("pace", enabled=True)
+SHALLOW = Arm("shallow", layers=1)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds by arm: of a prompt of `length` tokens, and of a token after it (the mean of a round)."""
+
+    length: int
+    prefill: dict[str, float]
+    decode: dict[str, float]
+
+
+@torch.no_grad()
+def walk(model: Any, arms: list[Arm], lengths: list[int], ids: Tensor, tick: Callable[[int], object]) -> Iterator[Timing]:
+    """One repetition. ids: [1, longest] int64. tick: called with the tokens that all arms have done."""
+    caches = {arm: DynamicCache(config=_depth(model, arm)) for arm in arms}
+    taken = dict.fromkeys([arm.name for arm in arms], 0.0)
+    begin = 0
+    for turn, length in enumerate(lengths):
+        for past, tokens in calls(length - begin, CHUNK):
+            part = ids[:, begin + past : begin + past + tokens]
+            for arm in _in_turn(arms, turn + past // CHUNK):
+                taken[arm.name] += _timed(model, arm, part, caches[arm])
+            tick(tokens)
+        begin = length
+        yield Timing(length, dict(taken), _decode(model, arms, ids[:, :1], copy.deepcopy(caches)))
+    _depth(model, BASE)
+
+
+def round_tokens(model: Any) -> int:
+    """Tokens of a decode round: so many that the memory settles the tokens of its ring exactly once."""
+    rhythm = Rhythm.of(model._stack_memory.settings.update_interval)
+    return rhythm.ring - rhythm.window
+
+
+def _decode(model: Any, arms: list[Arm], token: Tensor, caches: dict[Arm, Any]) -> dict[str, float]:
+    for arm in arms:  # what the first step alone does
+        _timed(model, arm, token, caches[arm])
+    steps, taken = round_tokens(model), dict.fromkeys([arm.name for arm in arms], 0.0)
+    for step in range(steps):
+        for arm in _in_turn(arms, step):
+            taken[arm.name] += _timed(model, arm, token, caches[arm])
+    return {name: seconds / steps for name, seconds in taken.items()}
+
+
+def _in_turn(arms: list[Arm], turn: int) -> list[Arm]:
+    """Every arm comes first equally often."""
+    return arms[turn % len(arms) :] + arms[: turn % len(arms)]
+
+
+def _depth(model: Any, arm: Arm) -> Any:
+    """Let the model run so many layers; its configuration."""
+    model.config.num_hidden_layers = arm.layers or model.pace_depth
+    return model.config
+
+
+def _timed(model: Any, arm: Arm, ids: Tensor, cache: Any) -> float:
+    _depth(model, arm)
+    model.set_memory_enabled(arm.enabled)
+    _wait(model)
+    start = time.perf_counter()
+    model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    _wait(model)
+    return time.perf_counter() - start
+
+
+def _wait(model: Any) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+
+
+def tensor_bytes(*objects: object) -> int:
+    """Bytes of the storages of all tensors in these objects and what they hold; shared ones once."""
+    storages, todo = {}, list(objects)
+    while todo:
+        item = todo.pop()
+        if isinstance(item, Tensor):
+            storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
+        elif hasattr(item, "__dict__"):
+            todo += vars(item).values()
+    return sum(storages.values())
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The model to load: a converted folder, or a shape with so many layers, all of them with memory."""
+
+    folder: str = ""
+    shape: str = ""
+    layers: int = 0
+    device: str = "cpu"
+
+    def load(self) -> Any:
+        """The model. Raises PaceError where a folder does not load."""
+        from ..modeling.memory_bank import MemorySettings
+
+        if self.shape:
+            settings = MemorySettings(layers=tuple(range(self.layers)))
+            model = random_model(SHAPES[self.shape], self.layers, settings, torch.bfloat16, self.device)
+        else:
+            model = _load_folder(self.folder, self.device)
+        model.pace_depth = model.config.num_hidden_layers
+        return model
+
+
+def _load_folder(folder: str, device: str) -> Any:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=True).eval()
+    except Exception as error:  # edited files fail in their own ways
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise PaceError(f"{folder} does not load: {reason[0]}", "`pace verify` says what is wrong with it") from error
+    return model.to(device)
+
+
+@dataclass(frozen=True)
+class Space:
+    """Bytes at a length. peak: of the process (CPU) or the device, above what it held when the model was loaded."""
+
+    peak: int
+    cache: int
+    state: int
+
+
+def measure_space(wanted: Wanted, enabled: bool, lengths: list[int]) -> tuple[int, list[Space]]:
+    """Bytes that the loaded model takes, and what a prompt adds, from a process of its own.
+
+    A prompt grows through all the lengths, so the peak at each is that of a prompt of this length.
+    """
+    job = json.dumps({"wanted": asdict(wanted), "enabled": enabled, "lengths": lengths})
+    command = [sys.executable, "-m", "pace_convert.evaluate.cost_measure"]
+    done = subprocess.run(command, input=job, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = done.stderr.strip().splitlines() or [f"the process ended with {done.returncode}"]
+        raise PaceError(f"measuring memory failed: {reason[-1]}", "try shorter --lengths")
+    loaded, spaces = json.loads(done.stdout.splitlines()[-1])
+    return loaded, [Space(**space) for space in spaces]
+
+
+@torch.no_grad()
+def _measure_here(wanted: Wanted, enabled: bool, lengths: list[int]) -> tuple[int, list[Space]]:
+    model = wanted.load()
+    model.set_memory_enabled(enabled)
+    model(torch.zeros(1, 2, dtype=torch.int64, device=model.device), use_cache=False, logits_to_keep=1)
+    reset_peak(model.device)
+    loaded, spaces, begin = peak(model.device), [], 0
+    cache: Any = DynamicCache(config=model.config)
+    for length in lengths:
+        for _, tokens in calls(length - begin, CHUNK):
+            ids = torch.randint(model.config.vocab_size, (1, tokens), device=model.device)
+            model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        begin = length
+        entry = cache.layers[-1] if enabled else None
+        if entry is not None:
+            entry.catch_up()
+        held = [layer for layer in cache.layers if layer is not entry]
+        state = tensor_bytes(*(part for memory in entry.memories.values() for part in (memory.state, memory.ring))) if entry else 0
+        spaces.append(Space(peak(model.device) - loaded, tensor_bytes(*held), state))
+    return loaded, spaces
+
+
+def reset_peak(device: torch.device) -> None:
+    """Forget the peak so far (where the system lets a process do so)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak(device: torch.device) -> int:
+    """Peak bytes: allocated on a GPU, or resident of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():
+        return 1024 * int(next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM")))
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+if __name__ == "__main__":
+    job = json.load(sys.stdin)
+    loaded, spaces = _measure_here(Wanted(**job["wanted"]), job["enabled"], job["lengths"])
+    print(json.dumps([loaded, [asdict(space) for space in spaces]]))
