@@ -211,7 +211,7 @@ def _call(memory: LayerMemory, h: Tensor, spans: list[Span], tape: Tape | None) 
 def memory_entry(cache: Cache, settings: MemorySettings, num_hidden_layers: int) -> MemoryEntry:
     """The cache's memory, attached on first sight.
 
-    Raises ValueError for a cache that already holds tokens the memory has not seen.
+    Raises ValueError for a cache that already holds tokens the memory has not seen, or began with other settings.
     """
     entry = find_entry(cache)
     if entry is None:
@@ -223,6 +223,8 @@ def memory_entry(cache: Cache, settings: MemorySettings, num_hidden_layers: int)
         entry.stale = bool(seen)
         cache.layers.append(entry)
         return entry
+    if entry.settings != settings:
+        raise ValueError("this cache began with other memory parameters; start with a new cache")
     entry.catch_up()
     seen = cache.get_seq_length()
     if not isinstance(seen, Tensor) and seen != entry.columns:  # a static cache's length is on the device

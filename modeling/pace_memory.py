@@ -70,6 +70,13 @@ class StackMemory:
         entry.announce(tokens.shape[0], tokens.shape[1], real, tokens.device)
         return entry
 
+    def configure(self, settings: MemorySettings) -> None:
+        """Other parameters, for the sequences that begin from now on."""
+        with _binding:
+            for layer in set(self.bound) - set(settings.layers):
+                self.bound.pop(layer)[1].remove()
+            self.settings = settings
+
     def _bind(self) -> None:
         """Hook the projections; again where quantisers or adapters have put another module in place."""
         for layer in self.settings.layers:
@@ -195,16 +202,19 @@ class PaceMixin:
 
     def _attach_memory(self, stack: nn.Module, projection: str) -> None:
         pace = getattr(self.config, "pace", None) or {}
+        settings = self._settings(pace)
+        self._stack_memory = StackMemory(stack, settings, projection, pace.get("intermediate_size", 0))
+        self.register_forward_pre_hook(_take_switch, with_kwargs=True, prepend=True)  # type: ignore[attr-defined]
+        self.register_forward_hook(_drop_switch, always_call=True)  # type: ignore[attr-defined]
+
+    def _settings(self, pace: dict) -> MemorySettings:
         settings = MemorySettings.from_config(pace)
-        intermediate_size = pace.get("intermediate_size", 0)
-        if settings.layers and not intermediate_size:
+        if settings.layers and not pace.get("intermediate_size"):
             raise ValueError("config.json: pace.intermediate_size is missing; convert the model again")
         absent = [layer for layer in settings.layers if layer >= self.config.num_hidden_layers]
         if absent:
             raise ValueError(f"config.json: pace.memory.layers has {absent[0]}, the model has no such layer")
-        self._stack_memory = StackMemory(stack, settings, projection, intermediate_size)
-        self.register_forward_pre_hook(_take_switch, with_kwargs=True, prepend=True)  # type: ignore[attr-defined]
-        self.register_forward_hook(_drop_switch, always_call=True)  # type: ignore[attr-defined]
+        return settings
 
     def prepare_inputs_for_generation(
         self,
@@ -243,6 +253,19 @@ class PaceMixin:
     def set_memory_enabled(self, enabled: bool) -> None:
         """Switch the memory on or off, for this loaded model (config.json keeps its own setting)."""
         self._stack_memory.enabled = enabled
+
+    def set_memory(self, **parameters: object) -> None:
+        """Other parameters of the memory, named as in config.json's `pace.memory`, for sequences that begin from now on.
+
+        Nothing is converted again. `save_pretrained` keeps them. Raises ValueError for what can't be.
+        """
+        pace = self.config.pace or {}
+        memory = {**(pace.get("memory") or {}), **parameters}
+        changed = {**pace, "memory": {**memory, "layers": list(memory.get("layers") or ())}}
+        self._stack_memory.configure(self._settings(changed))
+        self.config.pace = changed
+        if "enabled" in parameters:
+            self.set_memory_enabled(bool(parameters["enabled"]))
 
     @contextlib.contextmanager
     def memory_disabled(self) -> Iterator[None]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 import click
 
 from . import __version__, text
-from .errors import CallError, PaceError, one_line
+from .command import as_json_text, friendly, hub_options, output_options
+from .errors import CallError, PaceError
+from .evaluate.cli import evaluation
 from .options import EXPERT_OPTIONS, ConvertOptions, RunOptions, load_options, option_name
 from .progress import Progress
 
@@ -55,44 +55,6 @@ def method_options(command: Callable) -> Callable:
         flag = field.annotation is bool
         command = click.option(*names, name, type=kind, is_flag=flag, default=None, help=help_text)(command)
     return command
-
-
-def hub_options(command: Callable) -> Callable:
-    """Where a source on the Hub is found."""
-    command = click.option("--cache-dir", type=click.Path(path_type=Path), help="Where downloads are kept.")(command)
-    command = click.option("--token", envvar="HF_TOKEN", help="Hub token; HF_TOKEN or the stored login otherwise.")(command)
-    return click.option("--revision", help="Branch, tag or commit of a source on the Hub.")(command)
-
-
-def output_options(command: Callable) -> Callable:
-    """How results are printed."""
-    command = click.option("-q", "--quiet", is_flag=True, help="No progress.")(command)
-    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(command)
-
-
-def friendly(command: Callable) -> Callable:
-    """Errors become a line or two and an exit code: 2 for a wrong call, 1 for a failure."""
-
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except PaceError as error:
-            _fail(error.message, error.hint, error.exit_code)
-        except OSError as error:
-            _fail(one_line(f"{error.strerror or error}: {error.filename}" if error.filename else str(error)), "", 1)
-        except KeyboardInterrupt:
-            _fail("stopped", "", 130)
-
-    return run
-
-
-def _fail(message: str, hint: str, code: int) -> None:
-    click.secho("error: ", fg="red", err=True, nl=False)
-    click.echo(message, err=True)
-    if hint:
-        click.echo(f"       {hint}", err=True)
-    sys.exit(code)
 
 
 @click.command(cls=GroupedCommand, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -201,7 +163,7 @@ def families(as_json: bool) -> None:
         {"model_type": spec.model_type, "class": spec.causal_lm_class, "ffn": spec.ffn.kind, "models": spec.models}
         for spec in FAMILIES.values()
     ]
-    click.echo(_json(rows) if as_json else text.table(rows))
+    click.echo(as_json_text(rows) if as_json else text.table(rows))
 
 
 @pace.command()
@@ -227,7 +189,7 @@ def inspect(
     from .report import inspect as job
 
     facts = job.inspect(open_converted(out), Progress(quiet), quality, probe, html, trust_remote_code)
-    click.echo(_json(facts) if as_json else text.facts_text(facts))
+    click.echo(as_json_text(facts) if as_json else text.facts_text(facts))
     if html and not as_json:
         click.echo(f"Wrote {html}: {text.size(html.stat().st_size)}, opens in any browser.")
 
@@ -263,11 +225,11 @@ def verify(
         if hashes:
             raise CallError("--hashes is for the tensors of a source", "give --source")
         whole = check_integrity(converted)
-        click.echo(_json(whole.as_dict()) if as_json else text.integrity_text(whole))
+        click.echo(as_json_text(whole.as_dict()) if as_json else text.integrity_text(whole))
         sys.exit(0 if whole.passed else 1)
     opened = open_source(source, revision, token, cache_dir)
     result = job.verify(converted, opened, Progress(quiet), logits=not no_logits, trust=trust_remote_code)
-    click.echo(_json(result.as_dict()) if as_json else text.verification_text(result, hashes))
+    click.echo(as_json_text(result.as_dict()) if as_json else text.verification_text(result, hashes))
     if not result.passed:
         sys.exit(1)
 
@@ -308,7 +270,7 @@ def push(
 
         compared = verify(converted, opened, progress, logits=False)
     pushed = hub.push(converted, target, compared, progress)
-    click.echo(_json(pushed.as_dict()) if as_json else text.pushed_text(pushed))
+    click.echo(as_json_text(pushed.as_dict()) if as_json else text.pushed_text(pushed))
 
 
 @pace.command()
@@ -331,7 +293,7 @@ def undo(out: Path, original: Path, jobs: int | None, as_json: bool, quiet: bool
     from .undo import undo as job
 
     restored = job(open_converted(out), original, Progress(quiet), jobs)
-    click.echo(_json(restored.as_dict()) if as_json else text.restored_text(restored))
+    click.echo(as_json_text(restored.as_dict()) if as_json else text.restored_text(restored))
 
 
 @pace.command()
@@ -345,5 +307,4 @@ def demo(out: Path, quiet: bool) -> None:
     run_demo(out, Progress(quiet))
 
 
-def _json(value: object) -> str:
-    return json.dumps(value, indent=2)
+pace.add_command(evaluation, "eval")

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from .errors import CallError, PaceError
 from .estimate import core_count
@@ -23,6 +23,15 @@ from .options import RunOptions
 from .tasks import Task
 
 RAY_RETRIES = 3  # of a task whose worker or machine died; Ray's own default, said here because we promise it
+
+
+class Runnable(Protocol):
+    """A picklable piece of work."""
+
+    def run(self) -> dict: ...
+
+
+Work = TypeVar("Work", bound=Runnable)
 
 
 def run_tasks(tasks: Sequence[Task], run: RunOptions, jobs: int, task_bytes: int) -> Iterator[tuple[Task, dict]]:
@@ -33,6 +42,11 @@ def run_tasks(tasks: Sequence[Task], run: RunOptions, jobs: int, task_bytes: int
     """
     if run.executor == "ray":
         return _on_ray(tasks, run, task_bytes)
+    return run_here(tasks, jobs)
+
+
+def run_here(tasks: Sequence[Work], jobs: int) -> Iterator[tuple[Work, dict]]:
+    """As `run_tasks`, on this machine."""
     return _in_processes(tasks, jobs) if jobs > 1 and len(tasks) > 1 else ((task, task.run()) for task in tasks)
 
 
@@ -60,7 +74,7 @@ def _reach(address: str | None) -> None:
             raise CallError(f"no Ray cluster at {address}: {error.strerror or error}", "check --ray-address") from error
 
 
-def _in_processes(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, dict]]:
+def _in_processes(tasks: Sequence[Work], jobs: int) -> Iterator[tuple[Work, dict]]:
     threads = max(1, core_count() // jobs)
     pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin_worker, (threads,))
     try:

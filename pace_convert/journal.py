@@ -1,4 +1,4 @@
-"""The journal of a conversion: for what it is, and which of its tasks are done, so that it can go on after a kill.
+"""The journal of a job: for what it is, and which of its tasks are done, so that it can go on after a kill.
 
 One JSON object a line, each on the disk before the next is begun. A line that was cut off is as if it had not been
 written: its task is done again.
@@ -16,6 +16,7 @@ from .options import ConvertOptions, option_name
 from .source import Source
 
 NAME, PART = "journal.jsonl", "journal.part"  # the latter while its first line is written
+AGAIN = "give the same source and options, or --overwrite without --resume to start again"
 
 
 def fingerprint(source: Source, options: ConvertOptions, device: str) -> dict:
@@ -32,10 +33,14 @@ def fingerprint(source: Source, options: ConvertOptions, device: str) -> dict:
 
 
 class Journal:
-    """What is done, task name -> record; `begin`, then `add` while working, or `resume`."""
+    """What is done, task name -> record; `begin`, then `add` while working, or `resume`.
 
-    def __init__(self, folder: Path) -> None:
+    job: what it is of, and again: what to do where it is of another one, both for people.
+    """
+
+    def __init__(self, folder: Path, job: str = "conversion", again: str = AGAIN) -> None:
         self.path = folder / NAME
+        self.job, self.again = job, again
         self.done: dict[str, dict] = {}
 
     def begin(self, identity: dict) -> None:
@@ -50,10 +55,7 @@ class Journal:
         """Take up what is done. Raises CallError if it was done for another fingerprint."""
         before, self.done, whole = read_journal(self.path)
         if before != identity:
-            raise CallError(
-                f"the unfinished conversion can't go on: {_difference(before, identity)}",
-                "give the same source and options, or --overwrite without --resume to start again",
-            )
+            raise CallError(f"the unfinished {self.job} can't go on: {_difference(before, identity)}", self.again)
         os.truncate(self.path, whole)  # nothing can follow a line that was cut off
 
     def add(self, task: str, record: dict) -> None:
@@ -73,7 +75,7 @@ def read_journal(path: Path) -> tuple[dict, dict[str, dict], int]:
         first, *records = [json.loads(line) for line in data[:whole].splitlines()]
         return first["fingerprint"], {record.pop("task"): record for record in records}, whole
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CallError(f"{path} is damaged", "give --overwrite without --resume to start again") from error
+        raise CallError(f"{path} is damaged", "give --overwrite without --resume to start again, or delete it") from error
 
 
 def _append(path: Path, line: dict) -> None:
@@ -88,11 +90,11 @@ def _difference(before: dict, now: dict) -> str:
     if before.get("version") != now["version"]:
         return f"pace-convert {before.get('version')} began it, this is {now['version']}"
     for name, value in now["options"].items():
-        old = before["options"].get(name)
+        old = before.get("options", {}).get(name)
         if old != value:
             return f"{option_name(name)} was {old} and is {value}"
-    if not (isinstance(before["source"], dict) and isinstance(now["source"], dict)):
-        return f"the source was at {before['source']} and is at {now['source']}"
+    if not (isinstance(before.get("source"), dict) and isinstance(now["source"], dict)):
+        return f"the source was at {before.get('source')} and is at {now['source']}"
     names = {**before["source"], **now["source"]}
     changed = next(name for name in names if before["source"].get(name) != now["source"].get(name))
     return f"{changed} of the source has changed"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from .converted import Converted
 from .errors import CallError
-from .package import auto_map, modeling_files
+from .package import MODELING, auto_map, modeling_files
 from .source import Source
 
 
@@ -40,6 +41,18 @@ def refuse_edited(edited: list[str], trust: bool, instead: str = "") -> None:
             f"{edited[0]} is not as this version ships it, so it is not run",
             f"read it, then give --trust-remote-code{', ' + instead if instead else ''}",
         )
+
+
+def causal_lm_class(converted: Converted) -> Any:
+    """The class that `from_pretrained` is called of, without trust in anything but the modeling files."""
+    from transformers import AutoModelForCausalLM
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    if not converted.remote:
+        return AutoModelForCausalLM
+    # Not AutoModelForCausalLM with trust_remote_code: that runs a custom_generate/ that came along from the source.
+    name = f"{MODELING.removesuffix('.py')}.Pace{converted.family.causal_lm_class}"
+    return get_class_from_dynamic_module(name, converted.files.folder)
 
 
 def _reads(path: Path, content: bytes) -> bool:

@@ -13,10 +13,9 @@ import torch
 
 from .converted import Converted
 from .errors import CallError
-from .package import MODELING
 from .permute import invert, repeat
 from .progress import Progress
-from .remote_code import edited_code, refuse_edited
+from .remote_code import causal_lm_class, edited_code, refuse_edited
 from .shards import reordered, row_blocks
 from .source import Source
 from .tokenizer import read_with_tokenizer
@@ -141,15 +140,10 @@ def _with_logits(result: Verification, converted: Converted, source: Source) -> 
 def _logits(folder: Path, dtype: torch.dtype | str, converted: Converted | None = None) -> tuple[torch.Tensor, torch.dtype]:
     """Logits [2, 64, vocabulary] of the same random tokens for every model."""
     from transformers import AutoModelForCausalLM
-    from transformers.dynamic_module_utils import get_class_from_dynamic_module
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    cls: Any = AutoModelForCausalLM
-    if converted and converted.remote:
-        # Not AutoModelForCausalLM with trust_remote_code: that runs a custom_generate/ that came along from the source.
-        name = f"{MODELING.removesuffix('.py')}.Pace{converted.family.causal_lm_class}"
-        cls = get_class_from_dynamic_module(name, folder)
+    cls: Any = causal_lm_class(converted) if converted else AutoModelForCausalLM
     model = cls.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
     if converted and converted.remote:
         model.set_memory_enabled(False)

@@ -1,1 +1,1 @@
-"""`pace eval` and `pace tune`: what a PaceLLM does for the answers, and what it costs."""
+"""Does it help? Evaluations of converted models beside their base; everything they need comes with `pace-convert[eval]`."""

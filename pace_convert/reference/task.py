@@ -101,7 +101,7 @@ def _hide(rng: np.random.Generator, sentences: list[list[str]], room: int, depth
     """Filler of `room` words with `sentences` put between its sentences."""
     filler: list[list[str]] = []
     while sum(map(len, filler)) < room:
-        filler.append(_filler_sentence(rng))
+        filler.append(filler_sentence(rng))
     if filler:
         filler[-1] = filler[-1][sum(map(len, filler)) - room :]
         filler.insert(0, filler.pop())  # the cut sentence opens the text
@@ -118,7 +118,9 @@ def _hide(rng: np.random.Generator, sentences: list[list[str]], room: int, depth
     return words
 
 
-def _filler_sentence(rng: np.random.Generator) -> list[str]:
+def filler_sentence(rng: np.random.Generator) -> list[str]:
+    """A sentence that tells nothing: 7 to 10 words, the full stop one of them."""
+
     def pick(words: tuple[str, ...]) -> str:
         return words[int(rng.integers(len(words)))]
 

@@ -1,0 +1,56 @@
+"""How sure a mean is: bootstrap intervals of means, and of differences on the same questions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+RESAMPLES = 2000
+LEVEL = 0.95
+STRATUM = 20  # scores of a cell that can be resampled alone
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean of `count` scores with its 95 % interval, all in the scores' unit."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+    @property
+    def beyond_noise(self) -> bool:
+        """Of a difference: the interval leaves zero out."""
+        return self.low > 0 or self.high < 0
+
+    def as_dict(self) -> dict:
+        """For JSON."""
+        return {"mean": self.mean, "low": self.low, "high": self.high, "count": self.count}
+
+
+def estimate(cells: list[list[float]], seed: int = 0) -> Estimate:
+    """The mean of the cells' means, and its percentile bootstrap interval (Efron 1979).
+
+    Scores are resampled within their cell. Where a cell has less than 20 that says little (ten right answers of ten
+    leave nothing to resample), and all are taken as one sample: the interval then holds what differs between cells
+    too, and is wider. Raises ValueError without scores.
+    """
+    mean = float(np.mean([np.mean(cell) for cell in cells])) if cells and all(cells) else None
+    if mean is None:
+        raise ValueError("no scores")
+    strata = [[score for cell in cells for score in cell]] if min(map(len, cells)) < STRATUM else cells
+    rng = np.random.default_rng(seed)
+    drawn = np.zeros(RESAMPLES)
+    for stratum in strata:
+        values = np.asarray(stratum, dtype=float)
+        drawn += values[rng.integers(len(values), size=(RESAMPLES, len(values)))].mean(1)
+    tail = 50 * (1 - LEVEL)
+    low, high = np.percentile(drawn / len(strata), [tail, 100 - tail])
+    return Estimate(mean, float(low), float(high), sum(map(len, cells)))
+
+
+def difference(cells: list[list[float]], base: list[list[float]]) -> Estimate:
+    """Of the means, with the interval of paired scores: both lists hold the same questions in the same order."""
+    return estimate([[a - b for a, b in zip(mine, theirs, strict=True)] for mine, theirs in zip(cells, base, strict=True)])

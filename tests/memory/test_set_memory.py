@@ -1,0 +1,67 @@
+"""Parameters switched at run time are those of a fresh conversion, and a running sequence keeps its own."""
+
+import pytest
+import torch
+from helpers import ACTIVE, convert_folder, load, random_ids
+from transformers import AutoModelForCausalLM, DynamicCache
+
+CHANGES = [
+    {"layers": (0, 3), "theta_low": 0.1},
+    {"slots": 3, "update_interval": 7, "fusion_weight": 0.6},
+    {"granularity": "expert", "bottom_k": 0, "top_k": 2},
+]
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=lambda changes: " ".join(changes))
+@torch.no_grad()
+def test_is_a_fresh_conversion(make_source, tmp_path, changes):
+    source = make_source("qwen2")
+    convert_folder(source, tmp_path / "before", **ACTIVE)
+    options = {"memory_layers" if name == "layers" else name: value for name, value in changes.items()}
+    convert_folder(source, tmp_path / "after", **{**ACTIVE, **options})
+    model, expected = load(tmp_path / "before"), load(tmp_path / "after")
+    ids = random_ids(2, 50)
+    before = model(ids).logits
+    model.set_memory(**changes)
+    assert torch.equal(model(ids).logits, expected(ids).logits) and not torch.equal(model(ids).logits, before)
+    model.save_pretrained(tmp_path / "saved")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", trust_remote_code=True, dtype=torch.float64).eval()
+    assert torch.equal(saved(ids).logits, expected(ids).logits)
+
+
+@torch.no_grad()
+def test_a_running_sequence_keeps_its_own(qwen2_pair):
+    model = load(qwen2_pair[1])
+    cache = DynamicCache(config=model.config)
+    model(random_ids(1, 20), past_key_values=cache)
+    model.set_memory(theta_low=0.11)
+    with pytest.raises(ValueError, match="began with other memory parameters"):
+        model(random_ids(1, 1), past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"slots": 0}, "at least 1"), ({"theta_low": 0.9}, "theta_low"), ({"layers": (9,)}, "no such layer"),
+        ({"nonsense": 1}, "nonsense"), ({"granularity": "neuron"}, "granularity"),
+    ],
+)  # fmt: skip
+@torch.no_grad()
+def test_what_cannot_be_changes_nothing(qwen2_pair, changes, words):
+    model, ids = load(qwen2_pair[1]), random_ids(1, 40)
+    before = model(ids).logits
+    with pytest.raises(ValueError, match=words):
+        model.set_memory(**changes)
+    assert torch.equal(model(ids).logits, before)
+
+
+@torch.no_grad()
+def test_off_and_on_again(qwen2_pair):
+    model, ids = load(qwen2_pair[1]), random_ids(1, 40)
+    before = model(ids).logits
+    model.set_memory(enabled=False)
+    with model.memory_disabled():
+        plain = model(ids).logits
+    assert torch.equal(model(ids).logits, plain) and not torch.equal(plain, before)
+    model.set_memory(enabled=True)
+    assert torch.equal(model(ids).logits, before)
