@@ -28,7 +28,9 @@ from statistics import median
 import click
 import psutil
 import torch
-from synthetic import SHAPES, write_headers, write_random
+from synthetic import write_headers, write_random
+
+from pace_convert.evaluate.shapes import SHAPES
 
 CASES = {  # name -> layers, and of which model
     "Qwen2-0.5B": ("Qwen2-0.5B", 24),

@@ -11,11 +11,11 @@ ratios counts. `scripts/readme_tables.py` puts the result into the README.
 from __future__ import annotations
 
 import json
-import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -28,7 +28,11 @@ from tqdm import tqdm
 from transformers import DynamicCache, Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
-SHAPES = {"Qwen2-7B": (3584, 18944), "Qwen2-1.5B": (1536, 8960), "Qwen2-0.5B": (896, 4864)}
+from pace_convert.evaluate.cost import machine
+from pace_convert.evaluate.cost_measure import peak, tensor_bytes
+from pace_convert.evaluate.shapes import SHAPES, random_model
+
+MODELS = ("Qwen2-7B", "Qwen2-1.5B", "Qwen2-0.5B")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 CALL = 8192  # tokens of one prefill call; longer prompts come in several
 
@@ -37,7 +41,7 @@ class Ffn:
     """One gated FFN of real shape: plain, with our memory, and with the released code's."""
 
     def __init__(self, shape: str, dtype: torch.dtype, device: str, released: Path | None) -> None:
-        hidden, neurons = SHAPES[shape]
+        hidden, neurons = SHAPES[shape].hidden, SHAPES[shape].neurons
         self.hidden, self.device, self.dtype = hidden, device, dtype
         torch.manual_seed(0)
         with torch.device(device):
@@ -130,17 +134,7 @@ def decode(ffn: Ffn, rows: int, context: int, repeats: int) -> dict[str, float]:
 
 def whole_model(shape: str, layers: int, length: int, dtype: torch.dtype, device: str, repeats: int) -> dict[str, float]:
     """A model of `layers` layers with one memory: a prompt of `length`, then single tokens."""
-    from pace_convert.families import FAMILIES
-    from pace_convert.package import modeling_files
-
-    hidden, neurons = SHAPES[shape]
-    heads = hidden // (128 if hidden > 1000 else 64)
-    config = {"hidden_size": hidden, "intermediate_size": neurons, "num_hidden_layers": layers, "vocab_size": 1000}
-    model = _model(
-        modeling_files(FAMILIES["qwen2"]),
-        {**config, "num_attention_heads": heads, "num_key_value_heads": 2 if hidden < 2000 else 4},
-    )
-    model = model.to(device=device, dtype=dtype).eval()
+    model = random_model(replace(SHAPES[shape], vocabulary=1000), layers, MemorySettings(layers=(layers // 2,)), dtype, device)
     ids = torch.randint(1000, (1, length), device=device)
 
     def run(enabled: bool) -> None:
@@ -161,27 +155,9 @@ def whole_model(shape: str, layers: int, length: int, dtype: torch.dtype, device
     return {"prefill": result["memory"], "prefill_s": result["plain"], "decode": steps["memory"], "decode_s": steps["plain"]}
 
 
-def _model(files: dict[str, str], config: dict) -> nn.Module:
-    """A PaceLLM with random weights, from the files that a checkpoint ships."""
-    import tempfile
-
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with tempfile.TemporaryDirectory() as folder:
-        for name, text in files.items():
-            (Path(folder) / name).write_text(text)
-        auto = {"AutoConfig": "modeling_pace.PaceQwen2Config", "AutoModelForCausalLM": "modeling_pace.PaceQwen2ForCausalLM"}
-        memory = {"enabled": True, "layers": [config["num_hidden_layers"] // 2]}
-        pace = {"memory": memory, "experts": {"count": 1}, "intermediate_size": config["intermediate_size"]}
-        whole = {**config, "model_type": "pace_qwen2", "auto_map": auto, "pace": pace}
-        (Path(folder) / "config.json").write_text(json.dumps(whole))
-        made = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-        return AutoModelForCausalLM.from_config(made, trust_remote_code=True)
-
-
 def state_bytes(shape: str, dtype: torch.dtype) -> dict[str, int]:
     """Bytes that one sequence's memory holds in one layer: between block ends, and while one can be undone."""
-    neurons, found = SHAPES[shape][1], {}
+    neurons, found = SHAPES[shape].neurons, {}
     for name, length in (("settled", 2048), ("window", 2049)):
         entry = MemoryEntry(MemorySettings(layers=(0,)))
         for part in torch.randn(1, length, neurons).to(dtype).split(1024, 1):
@@ -190,19 +166,8 @@ def state_bytes(shape: str, dtype: torch.dtype) -> dict[str, int]:
             entry.fuse(0, part, call)
             entry.end(call)
         entry.catch_up()
-        found[name] = _bytes([entry.memories[0].state, entry.memories[0].ring])
+        found[name] = tensor_bytes(entry.memories[0].state, entry.memories[0].ring)
     return found
-
-
-def _bytes(todo: list) -> int:
-    storages = {}
-    while todo:
-        item = todo.pop()
-        if isinstance(item, torch.Tensor):
-            storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
-        else:
-            todo += vars(item).values()
-    return sum(storages.values())
 
 
 def peak_bytes(shape: str, dtype: str, variant: str, released: Path | None) -> int:
@@ -217,15 +182,9 @@ def _print_peak(shape: str, dtype: str, variant: str, released: Path | None) -> 
     x = ffn.tokens(1, 2048)
     with torch.no_grad():
         ffn.plain(x)
-        before = _peak()
+        before = peak(x.device)
         ffn.with_memory(x, MemoryEntry(ffn.settings)) if variant == "memory" else ffn.released(x)  # type: ignore[misc]
-    print(_peak() - before)
-
-
-def _peak() -> int:
-    """Peak resident bytes of this process since its start (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+    print(peak(x.device) - before)
 
 
 @click.command(help=__doc__)
@@ -233,7 +192,7 @@ def _peak() -> int:
     "--released-code", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A clone of the paper's repository."
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Put the results here, as JSON, beside those of other shapes.")
-@click.option("--shape", "shapes", multiple=True, type=click.Choice(list(SHAPES)), default=list(SHAPES), help="Layer shapes.")
+@click.option("--shape", "shapes", multiple=True, type=click.Choice(MODELS), default=MODELS, help="Layer shapes.")
 @click.option("--dtype", "dtypes", multiple=True, type=click.Choice(list(DTYPES)), default=list(DTYPES), help="Number formats.")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 @click.option("--length", "lengths", multiple=True, type=int, default=[2048, 8192, 32768], help="Prompt lengths.")
@@ -247,7 +206,7 @@ def main(released_code, out, shapes, dtypes, device, lengths, threads, repeats, 
     if peak_of:
         _print_peak(shapes[0], dtypes[0], peak_of, released_code)
         return
-    results: dict = {"machine": _machine(device), "ffn": [], "model": [], "memory": []}
+    results: dict = {"machine": machine(device), "ffn": [], "model": [], "memory": []}
     for shape in tqdm(shapes, disable=None):
         for dtype in dtypes:
             where = {"shape": shape, "dtype": dtype}
@@ -292,17 +251,6 @@ def _bench_ffn(ffn: Ffn, where: dict, lengths: list[int], repeats: int, results:
     for name, run in cases:
         results.append({**where, "case": name, **run()})
         print(json.dumps(results[-1]), file=sys.stderr, flush=True)
-
-
-def _machine(device: str) -> dict:
-    name = torch.cuda.get_device_name() if device == "cuda" else _cpu()
-    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,43 +12,6 @@ import transformers
 from safetensors.torch import save_file
 
 SHARD_BYTES = 5 << 30
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A model's sizes, as its config.json states them."""
-
-    family: str
-    hidden: int
-    neurons: int
-    layers: int
-    heads: int
-    kv_heads: int
-    vocabulary: int
-    tied: bool = False
-
-    def config(self, layers: int | None = None) -> transformers.PretrainedConfig:
-        """layers: fewer than the real model's, if given."""
-        return getattr(transformers, f"{self.family}Config")(
-            hidden_size=self.hidden,
-            intermediate_size=self.neurons,
-            num_hidden_layers=layers or self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            vocab_size=self.vocabulary,
-            tie_word_embeddings=self.tied,
-            architectures=[f"{self.family}ForCausalLM"],
-            dtype="bfloat16",
-        )
-
-
-SHAPES = {
-    "Qwen2-0.5B": Shape("Qwen2", 896, 4864, 24, 14, 2, 151936, tied=True),
-    "Qwen2-1.5B": Shape("Qwen2", 1536, 8960, 28, 12, 2, 151936, tied=True),
-    "Qwen2-7B": Shape("Qwen2", 3584, 18944, 28, 28, 4, 152064),
-    "Llama-3-70B": Shape("Llama", 8192, 28672, 80, 64, 8, 128256),
-    "Llama-3-405B": Shape("Llama", 16384, 53248, 126, 128, 8, 128256),
-}
 
 
 def tensor_shapes(config: transformers.PretrainedConfig) -> dict[str, tuple[int, ...]]:

@@ -208,3 +208,54 @@ def needing_extra() -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise PaceError(f"this needs the package {error.name}, which is not installed", EXTRA) from error
+
+
+@evaluation.command()
+@click.argument("model", required=False)
+@click.option("--shape", "shapes", multiple=True, metavar="NAME",
+              help="Also a public model's shape, with random weights: two layers, scaled to all; may be repeated.")  # fmt: skip
+@click.option("--lengths", default="1k,2k,4k,8k", show_default=True, help="Context in tokens: 1k,4k,16k; k is 1024.")
+@click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Medians of so many.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: as torch chooses]")
+@trust_option
+@click.option("--out", type=click.Path(path_type=Path), default=Path("pace-cost"), show_default=True,
+              help="Folder of the results.")  # fmt: skip
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@friendly
+def cost(
+    model: str | None, shapes: tuple[str, ...], lengths: str, repeats: int, threads: int | None, trust_remote_code: bool,
+    out: Path, device: str, as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Time and memory with the memory on and off, by length of the context and size of the model.
+
+    \b
+    pace eval cost ./out --lengths 1k,4k,16k
+    pace eval cost --shape qwen2-0.5b --shape qwen2-7b --lengths 1k,2k,4k
+
+    Measured on this machine, in turn in one process, beside what was counted on paper for it, and for 7B and 70B at
+    up to 200K tokens. Writes cost.json and cost.png into --out.
+    """
+    from .cost import chosen_cases, measure
+    from .cost_plot import plot_cost
+    from .cost_text import print_cost
+    from .evaluation import write_json
+    from .needle import parse_grid
+
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+    cases = chosen_cases(model, shapes, checked_device(device), trust_remote_code)
+    if out.exists() and not out.is_dir():
+        raise CallError(f"{out} is a file", "give another --out")
+    results = measure(cases, parse_grid(lengths, KILO), repeats, Progress(quiet))
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "cost.json", results)
+    plot_cost(results, out / "cost.png")
+    if as_json:
+        click.echo(as_json_text(results))
+    else:
+        print_cost(results)
+        click.echo(f"All numbers: {out / 'cost.json'}; as a picture: {out / 'cost.png'}")

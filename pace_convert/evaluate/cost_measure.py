@@ -12,19 +12,22 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from ..errors import PaceError
+from ..modeling.memory_bank import MemorySettings
 from ..modeling.memory_blocks import Rhythm
 from .cost_model import calls
 from .shapes import SHAPES, random_model
+from .subjects import Subject, load
 
 CHUNK = 1024  # tokens of a prefill call
 
@@ -42,9 +45,12 @@ BASE, AGAIN, PACE = Arm("base"), Arm("again"), Arm("pace", enabled=True)
 SHALLOW = Arm("shallow", layers=1)
 
 
+Meter = Callable[[Any, Any], float]  # runs a call it is given; what it took
+
+
 @dataclass(frozen=True)
-class Timing:
-    """Seconds by arm: of a prompt of `length` tokens, and of a token after it (the mean of a round)."""
+class Taken:
+    """Seconds (or operations) by arm: of a prompt of `length` tokens, and of a token after it (the mean of a round)."""
 
     length: int
     prefill: dict[str, float]
@@ -52,20 +58,41 @@ class Timing:
 
 
 @torch.no_grad()
-def walk(model: Any, arms: list[Arm], lengths: list[int], ids: Tensor, tick: Callable[[int], object]) -> Iterator[Timing]:
-    """One repetition. ids: [1, longest] int64. tick: called with the tokens that all arms have done."""
-    caches = {arm: DynamicCache(config=_depth(model, arm)) for arm in arms}
-    taken = dict.fromkeys([arm.name for arm in arms], 0.0)
-    begin = 0
-    for turn, length in enumerate(lengths):
-        for past, tokens in calls(length - begin, CHUNK):
-            part = ids[:, begin + past : begin + past + tokens]
-            for arm in _in_turn(arms, turn + past // CHUNK):
-                taken[arm.name] += _timed(model, arm, part, caches[arm])
-            tick(tokens)
-        begin = length
-        yield Timing(length, dict(taken), _decode(model, arms, ids[:, :1], copy.deepcopy(caches)))
-    _depth(model, BASE)
+def walk(
+    model: Any, arms: list[Arm], lengths: Sequence[int], tick: Callable[[int], object], meter: Meter | None = None
+) -> Iterator[Taken]:
+    """One repetition, with random tokens. tick: called with the tokens that all arms have done. meter: by default a clock."""
+    depth = model.config.num_hidden_layers
+    ids = torch.randint(model.config.vocab_size, (1, lengths[-1]), device=model.device)
+    meter = meter or seconds
+
+    def run(arm: Arm, part: Tensor, cache: Any) -> float:
+        model.config.num_hidden_layers = arm.layers or depth
+        model.set_memory_enabled(arm.enabled)
+        return meter(model.device, lambda: model(part, past_key_values=cache, use_cache=True, logits_to_keep=1))
+
+    def decode(caches: dict[Arm, Any]) -> dict[str, float]:
+        steps, taken = round_tokens(model), dict.fromkeys([arm.name for arm in arms], 0.0)
+        for step in range(-1, steps):  # the first one is not counted: it alone ends a block, and warms up
+            for arm in _in_turn(arms, step):
+                spent = run(arm, ids[:, :1], caches[arm])
+                taken[arm.name] += spent if step >= 0 else 0.0
+        return {name: spent / steps for name, spent in taken.items()}
+
+    caches, taken = {}, dict.fromkeys([arm.name for arm in arms], 0.0)
+    for arm in arms:
+        model.config.num_hidden_layers = arm.layers or depth
+        caches[arm] = DynamicCache(config=model.config)
+    try:
+        for turn, (begin, length) in enumerate(zip([0, *lengths], lengths)):
+            for past, tokens in calls(length - begin, CHUNK):
+                part = ids[:, begin + past : begin + past + tokens]
+                for arm in _in_turn(arms, turn + past // CHUNK):
+                    taken[arm.name] += run(arm, part, caches[arm])
+                tick(tokens)
+            yield Taken(length, dict(taken), decode(copy.deepcopy(caches)))
+    finally:
+        model.config.num_hidden_layers = depth
 
 
 def round_tokens(model: Any) -> int:
@@ -74,40 +101,44 @@ def round_tokens(model: Any) -> int:
     return rhythm.ring - rhythm.window
 
 
-def _decode(model: Any, arms: list[Arm], token: Tensor, caches: dict[Arm, Any]) -> dict[str, float]:
-    for arm in arms:  # what the first step alone does
-        _timed(model, arm, token, caches[arm])
-    steps, taken = round_tokens(model), dict.fromkeys([arm.name for arm in arms], 0.0)
-    for step in range(steps):
-        for arm in _in_turn(arms, step):
-            taken[arm.name] += _timed(model, arm, token, caches[arm])
-    return {name: seconds / steps for name, seconds in taken.items()}
-
-
 def _in_turn(arms: list[Arm], turn: int) -> list[Arm]:
     """Every arm comes first equally often."""
     return arms[turn % len(arms) :] + arms[: turn % len(arms)]
 
 
-def _depth(model: Any, arm: Arm) -> Any:
-    """Let the model run so many layers; its configuration."""
-    model.config.num_hidden_layers = arm.layers or model.pace_depth
-    return model.config
+def clock(device: torch.device) -> Callable[[], float]:
+    """One thread's own time where there is one: what other processes take does not count. Else the time that passes."""
+    return time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
 
-def _timed(model: Any, arm: Arm, ids: Tensor, cache: Any) -> float:
-    _depth(model, arm)
-    model.set_memory_enabled(arm.enabled)
-    _wait(model)
-    start = time.perf_counter()
-    model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    _wait(model)
-    return time.perf_counter() - start
+def seconds(device: torch.device, call: Callable[[], object]) -> float:
+    """What a call takes."""
+    now = clock(device)
+    _wait(device)
+    start = now()
+    call()
+    _wait(device)
+    return now() - start
 
 
-def _wait(model: Any) -> None:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
+def operations(device: torch.device, call: Callable[[], object]) -> float:
+    """How many of torch's operators a call runs."""
+    with _Counter() as counter:
+        call()
+    return counter.count
+
+
+class _Counter(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def tensor_bytes(*objects: object) -> int:
@@ -130,31 +161,14 @@ class Wanted:
     shape: str = ""
     layers: int = 0
     device: str = "cpu"
+    trust: bool = False
 
     def load(self) -> Any:
         """The model. Raises PaceError where a folder does not load."""
-        from ..modeling.memory_bank import MemorySettings
-
-        if self.shape:
-            settings = MemorySettings(layers=tuple(range(self.layers)))
-            model = random_model(SHAPES[self.shape], self.layers, settings, torch.bfloat16, self.device)
-        else:
-            model = _load_folder(self.folder, self.device)
-        model.pace_depth = model.config.num_hidden_layers
-        return model
-
-
-def _load_folder(folder: str, device: str) -> Any:
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=True).eval()
-    except Exception as error:  # edited files fail in their own ways
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise PaceError(f"{folder} does not load: {reason[0]}", "`pace verify` says what is wrong with it") from error
-    return model.to(device)
+        if not self.shape:
+            return load(Subject(self.folder, trust=self.trust), self.device).model
+        settings = MemorySettings(layers=tuple(range(self.layers)))
+        return random_model(SHAPES[self.shape], self.layers, settings, torch.bfloat16, self.device)
 
 
 @dataclass(frozen=True)
@@ -166,12 +180,14 @@ class Space:
     state: int
 
 
-def measure_space(wanted: Wanted, enabled: bool, lengths: list[int]) -> tuple[int, list[Space]]:
+def measure_space(wanted: Wanted, enabled: bool, lengths: Sequence[int]) -> tuple[int, list[Space]]:
     """Bytes that the loaded model takes, and what a prompt adds, from a process of its own.
 
     A prompt grows through all the lengths, so the peak at each is that of a prompt of this length.
     """
-    job = json.dumps({"wanted": asdict(wanted), "enabled": enabled, "lengths": lengths})
+    job = json.dumps(
+        {"wanted": asdict(wanted), "enabled": enabled, "lengths": list(lengths), "threads": torch.get_num_threads()}
+    )
     command = [sys.executable, "-m", "pace_convert.evaluate.cost_measure"]
     done = subprocess.run(command, input=job, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -198,7 +214,9 @@ def _measure_here(wanted: Wanted, enabled: bool, lengths: list[int]) -> tuple[in
         if entry is not None:
             entry.catch_up()
         held = [layer for layer in cache.layers if layer is not entry]
-        state = tensor_bytes(*(part for memory in entry.memories.values() for part in (memory.state, memory.ring))) if entry else 0
+        state = (
+            tensor_bytes(*(part for memory in entry.memories.values() for part in (memory.state, memory.ring))) if entry else 0
+        )
         spaces.append(Space(peak(model.device) - loaded, tensor_bytes(*held), state))
     return loaded, spaces
 
@@ -223,7 +241,13 @@ def peak(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def tokens_text(count: int) -> str:
+    """1K for 1024."""
+    return f"{count / 1024:g}K" if count >= 1024 and count % 128 == 0 else f"{count}"
+
+
 if __name__ == "__main__":
     job = json.load(sys.stdin)
+    torch.set_num_threads(job["threads"])
     loaded, spaces = _measure_here(Wanted(**job["wanted"]), job["enabled"], job["lengths"])
     print(json.dumps([loaded, [asdict(space) for space in spaces]]))

@@ -14,6 +14,7 @@ import transformers
 from ..families import FAMILIES
 from ..modeling.memory_bank import MemorySettings
 from ..package import auto_map, modeling_files
+from .cost_model import Dimensions
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,13 @@ class Shape:
             architectures=[f"{self.family}ForCausalLM"],
             dtype="bfloat16",
         )
+
+    def dimensions(self, itemsize: int = 2) -> Dimensions:
+        """For the cost model."""
+        return Dimensions(
+            self.hidden, self.neurons, self.layers, self.heads, self.kv_heads, self.hidden // self.heads, self.vocabulary,
+            itemsize=itemsize, tied=self.tied,
+        )  # fmt: skip
 
 
 SHAPES = {

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from pace_convert import shards, tasks
 from pace_convert.convert import prepare
 from pace_convert.errors import CallError
+from pace_convert.evaluate.shapes import SHAPES
 from pace_convert.journal import Journal
 from pace_convert.options import ConvertOptions, RunOptions
 from pace_convert.source import open_source
@@ -157,7 +158,7 @@ def add_embedding(path: Path, nbytes: int) -> None:
 @pytest.mark.parametrize("name", ["Llama-3-70B", "Llama-3-405B"])
 def test_dry_run_of_a_model_far_larger_than_the_machine(tmp_path, name):
     """From headers alone, real shapes: all is said, and then whether the disk has room."""
-    shape = synthetic.SHAPES[name]
+    shape = SHAPES[name]
     synthetic.write_headers(tmp_path / "source", shape.config())
     done = pace_convert(tmp_path / "source", tmp_path / "out", "--dry-run", "--json", "-j", 1, "--device", "cpu")
     plan = json.loads(done.stdout)
