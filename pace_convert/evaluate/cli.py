@@ -235,9 +235,10 @@ def cost(
     pace eval cost --shape qwen2-0.5b --shape qwen2-7b --lengths 1k,2k,4k
 
     Measured on this machine, in turn in one process, beside what was counted on paper for it, and for 7B and 70B at
-    up to 200K tokens. Writes cost.json and cost.png into --out.
+    up to 200K tokens. Writes cost.json and cost.png into --out, beside other models' that are there.
     """
-    from .cost import chosen_cases, measure
+    from .cost import COSTS, beside, measure
+    from .cost_cases import chosen_cases
     from .cost_plot import plot_cost
     from .cost_text import print_cost
     from .evaluation import write_json
@@ -250,12 +251,14 @@ def cost(
     cases = chosen_cases(model, shapes, checked_device(device), trust_remote_code)
     if out.exists() and not out.is_dir():
         raise CallError(f"{out} is a file", "give another --out")
+    earlier = beside(out, cases)
     results = measure(cases, parse_grid(lengths, KILO), repeats, Progress(quiet))
+    results["curves"] = [*earlier, *results["curves"]]
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "cost.json", results)
+    write_json(out / COSTS, results)
     plot_cost(results, out / "cost.png")
     if as_json:
         click.echo(as_json_text(results))
     else:
         print_cost(results)
-        click.echo(f"All numbers: {out / 'cost.json'}; as a picture: {out / 'cost.png'}")
+        click.echo(f"All numbers: {out / COSTS}; as a picture: {out / 'cost.png'}")

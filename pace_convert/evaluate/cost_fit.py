@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 import numpy as np
 from scipy.optimize import nnls
 
-from .cost_model import Work
+from .cost_cases import Case
+from .cost_measure import CHUNK, Arm, Taken
+from .cost_model import Dimensions, Work, base_call, calls_of, prefill, whole
+
+KINDS = ("prefill", "decode")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """work and torch's operators of a run, and the seconds it took."""
+    """work and torch's operators of a run, and the seconds it took (0: it was not run)."""
 
     work: Work
     operations: float
-    seconds: float
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -29,18 +33,15 @@ class Machine:
     a_byte: float
     an_operation: float
 
-    def seconds(self, work: Work, operations: float) -> float:
-        """What a run should take."""
-        return self.a_flop * work.products + self.a_byte * work.moved + self.an_operation * operations
+    def predict(self, sample: Sample) -> float:
+        """Seconds that a run should take."""
+        work = sample.work
+        return self.a_flop * work.products + self.a_byte * work.moved + self.an_operation * sample.operations
 
     def errors(self, samples: Sequence[Sample]) -> dict[str, float]:
         """Predicted over measured, less 1: median of the absolute ones and the largest of them."""
-        found = [abs(self.seconds(sample.work, sample.operations) / sample.seconds - 1) for sample in samples]
+        found = [abs(self.predict(sample) / sample.seconds - 1) for sample in samples]
         return {"median": median(found), "largest": max(found)}
-
-    def as_dict(self) -> dict:
-        """For JSON."""
-        return asdict(self)
 
 
 def fit(samples: Sequence[Sample]) -> Machine:
@@ -50,3 +51,51 @@ def fit(samples: Sequence[Sample]) -> Machine:
     scale = matrix.max(0)
     found, _ = nnls(matrix / scale, np.ones(len(rows)))
     return Machine(*(float(x) for x in found / scale))
+
+
+def counted_lengths(lengths: Sequence[int]) -> list[int]:
+    """Lengths at which operators are counted: of longer prompts every further call is like the second."""
+    more = [CHUNK, 2 * CHUNK] if lengths[-1] > 2 * CHUNK else []
+    return sorted({*more, *(length for length in lengths if length <= 2 * CHUNK)})
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the arms of a case do on their way through the lengths. operators: as counted by a walk."""
+
+    case: Case
+    lengths: Sequence[int]
+    operators: list[Taken]
+
+    def sample(self, kind: str, arm: Arm, taken: list[Taken]) -> Sample:
+        """An arm's work at a length, and the median of the seconds it took."""
+        length = taken[0].length
+        d = replace(self.case.d, layers=arm.layers or self.case.d.layers)
+        work = self._work(kind, d, self.case.memory_layers if arm.enabled else 0, length)
+        return Sample(work, self._operators(kind, length)[arm.name], median(getattr(one, kind)[arm.name] for one in taken))
+
+    def whole(self, kind: str, length: int) -> dict[str, float]:
+        """Operators of all layers, base and PaceLLM."""
+        return self.case.whole(self._operators(kind, length))
+
+    def whole_samples(self, kind: str, length: int) -> tuple[Sample, Sample]:
+        """All layers, base and PaceLLM."""
+        layers = {"base": 0, "pace": self.case.of_memory_layers}
+        found = self.whole(kind, length)
+        base, pace = (Sample(self._work(kind, self.case.of, layers[arm], length), found[arm]) for arm in ("base", "pace"))
+        return base, pace
+
+    def _work(self, kind: str, d: Dimensions, memory_layers: int, length: int) -> Work:
+        calls = calls_of([n for n in self.lengths if n <= length], CHUNK)
+        cost = self.case.cost
+        base = prefill(d, calls) if kind == "prefill" else base_call(d, length, 1)
+        return base + whole(cost.prefill(calls) if kind == "prefill" else cost.decode(length)) * memory_layers
+
+    def _operators(self, kind: str, length: int) -> dict[str, float]:
+        at_hand = {count.length: getattr(count, kind) for count in self.operators}
+        if length in at_hand:
+            return at_hand[length]
+        first, second = at_hand[CHUNK], at_hand[2 * CHUNK]
+        if kind == "decode":
+            return second
+        return {arm: second[arm] + (length / CHUNK - 2) * (second[arm] - first[arm]) for arm in first}

@@ -25,7 +25,7 @@ from transformers import DynamicCache
 from ..errors import PaceError
 from ..modeling.memory_bank import MemorySettings
 from ..modeling.memory_blocks import Rhythm
-from .cost_model import calls
+from .cost_model import calls_of
 from .shapes import SHAPES, random_model
 from .subjects import Subject, load
 
@@ -84,13 +84,12 @@ def walk(
         model.config.num_hidden_layers = arm.layers or depth
         caches[arm] = DynamicCache(config=model.config)
     try:
-        for turn, (begin, length) in enumerate(zip([0, *lengths], lengths)):
-            for past, tokens in calls(length - begin, CHUNK):
-                part = ids[:, begin + past : begin + past + tokens]
-                for arm in _in_turn(arms, turn + past // CHUNK):
-                    taken[arm.name] += run(arm, part, caches[arm])
-                tick(tokens)
-            yield Taken(length, dict(taken), decode(copy.deepcopy(caches)))
+        for turn, (past, tokens) in enumerate(calls_of(lengths, CHUNK)):
+            for arm in _in_turn(arms, turn):
+                taken[arm.name] += run(arm, ids[:, past : past + tokens], caches[arm])
+            tick(tokens)
+            if past + tokens in lengths:
+                yield Taken(past + tokens, dict(taken), decode(copy.deepcopy(caches)))
     finally:
         model.config.num_hidden_layers = depth
 
@@ -203,13 +202,13 @@ def _measure_here(wanted: Wanted, enabled: bool, lengths: list[int]) -> tuple[in
     model.set_memory_enabled(enabled)
     model(torch.zeros(1, 2, dtype=torch.int64, device=model.device), use_cache=False, logits_to_keep=1)
     reset_peak(model.device)
-    loaded, spaces, begin = peak(model.device), [], 0
+    loaded, spaces = peak(model.device), []
     cache: Any = DynamicCache(config=model.config)
-    for length in lengths:
-        for _, tokens in calls(length - begin, CHUNK):
-            ids = torch.randint(model.config.vocab_size, (1, tokens), device=model.device)
-            model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        begin = length
+    for past, tokens in calls_of(lengths, CHUNK):
+        ids = torch.randint(model.config.vocab_size, (1, tokens), device=model.device)
+        model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        if past + tokens not in lengths:
+            continue
         entry = cache.layers[-1] if enabled else None
         if entry is not None:
             entry.catch_up()

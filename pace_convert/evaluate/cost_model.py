@@ -12,11 +12,13 @@ call, b bytes of an activation, w = max(b, 4) of a similarity or norm, U tokens 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ..modeling.memory_bank import MemorySettings
 from ..modeling.memory_blocks import Finish, Progress, Read, Rhythm, Settle
+
+Calls = list[tuple[int, int]]  # tokens before a call, and in it
 
 
 @dataclass(frozen=True)
@@ -97,14 +99,16 @@ def base_call(d: Dimensions, past: int, tokens: int, copies: bool = True) -> Wor
     return layer * d.layers + head
 
 
-def prefill(d: Dimensions, length: int, chunk: int, copies: bool = True) -> Work:
-    """A prompt of `length` tokens in calls of `chunk`."""
-    return sum((base_call(d, past, tokens, copies) for past, tokens in calls(length, chunk)), Work())
+def prefill(d: Dimensions, calls: Calls, copies: bool = True) -> Work:
+    """A prompt in these calls."""
+    return sum((base_call(d, past, tokens, copies) for past, tokens in calls), Work())
 
 
-def calls(length: int, chunk: int) -> list[tuple[int, int]]:
-    """(past, tokens) of each call."""
-    return [(past, min(chunk, length - past)) for past in range(0, length, chunk)]
+def calls_of(lengths: Sequence[int], chunk: int) -> Calls:
+    """Prompts that grow through these lengths, in calls of at most `chunk` tokens."""
+    return [
+        (past, min(chunk, stop - past)) for start, stop in zip([0, *lengths], lengths) for past in range(start, stop, chunk)
+    ]
 
 
 @dataclass(frozen=True)
@@ -177,10 +181,10 @@ class MemoryCost:
         kept = after.seen - max(after.settled, at.seen)
         return _total([*done, ("ring", self.copy(max(0, kept)))]), after
 
-    def prefill(self, length: int, chunk: int) -> dict[str, Work]:
-        """A prompt of `length` tokens in calls of `chunk`."""
+    def prefill(self, calls: Calls) -> dict[str, Work]:
+        """A prompt in these calls."""
         parts, at = [], Progress()
-        for _, tokens in calls(length, chunk):
+        for _, tokens in calls:
             if tokens == 1:
                 step, at = self.step(at)
             else:

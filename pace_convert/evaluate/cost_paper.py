@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from ..modeling.memory_bank import MemorySettings
 from ..plan import resolve_layers
-from .cost_fit import Machine
-from .cost_model import Dimensions, MemoryCost, base_call, prefill, whole
+from .cost_fit import Machine, Sample
+from .cost_model import Dimensions, MemoryCost, base_call, calls_of, prefill, whole
 from .shapes import SHAPES
 
 MODELS = ("Qwen2-7B", "Llama-3-70B", "Qwen2-72B")
@@ -24,17 +24,16 @@ def on_paper() -> list[dict]:
 def _row(name: str, d: Dimensions, length: int) -> dict:
     layers = resolve_layers("auto", d.layers)
     cost = MemoryCost(MemorySettings(layers=layers), d.neurons, d.itemsize)
-    base = {"prefill": prefill(d, length, CALL, copies=False), "decode": base_call(d, length, 1, copies=False)}
-    more = {"prefill": whole(cost.prefill(length, CALL)), "decode": whole(cost.decode(length))}
+    calls = calls_of([length], CALL)
+    base = {"prefill": prefill(d, calls, copies=False), "decode": base_call(d, length, 1, copies=False)}
+    more = {"prefill": whole(cost.prefill(calls)), "decode": whole(cost.decode(length))}
     shares = {
         f"{kind}_{what}": len(layers) * getattr(more[kind], what) / getattr(base[kind], what)
         for kind in ("prefill", "decode")
         for what in ("flops", "moved")
     }
-    ratios = {
-        f"{kind}_ratio": 1 + len(layers) * GPU.seconds(more[kind], 0) / GPU.seconds(base[kind], 0)
-        for kind in ("prefill", "decode")
-    }
+    seconds = {kind: (GPU.predict(Sample(base[kind], 0)), GPU.predict(Sample(more[kind], 0))) for kind in base}
+    ratios = {f"{kind}_ratio": 1 + len(layers) * added / plain for kind, (plain, added) in seconds.items()}
     return {
         "model": name,
         "length": length,

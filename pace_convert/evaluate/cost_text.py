@@ -15,7 +15,7 @@ _WORDS = {"prefill": "prompt", "decode": "a token after it"}
 def print_cost(results: dict) -> None:
     """A table a model, one of whole models where shapes were run, and what is on paper. results: as in cost.json."""
     for curve in results["curves"]:
-        _print(_times(curve, results["repeats"]))
+        _print(_times(curve))
         fit = curve["fit"]
         print(
             f"Counted work and three constants fitted to the base predict the base within {fit['base_error']['median']:.1%} "
@@ -28,11 +28,11 @@ def print_cost(results: dict) -> None:
     _print(_paper(results["paper"]))
 
 
-def _times(curve: dict, repeats: int) -> Table:
+def _times(curve: dict) -> Table:
     measured, memory = curve["measured"], curve["memory"]
     title = (
         f"{curve['name']}, {curve['dtype']}, {measured['layers']} layers, memory in {measured['memory_layers']} of them, "
-        f"U = {memory['update_interval']}; medians of {repeats} (range)"
+        f"U = {memory['update_interval']}; medians of {curve['repeats']} (range)"
     )
     table = Table(title=title)
     names = (

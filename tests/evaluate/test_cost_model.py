@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from pace_convert.evaluate.cost_measure import tensor_bytes
-from pace_convert.evaluate.cost_model import Dimensions, MemoryCost, Work, base_call, prefill, whole
+from pace_convert.evaluate.cost_model import Dimensions, MemoryCost, Work, base_call, calls_of, prefill, whole
 from pace_convert.evaluate.shapes import Shape, random_model
 
 NEURONS = 24
@@ -73,7 +73,7 @@ def test_a_models_products_are_counted_to_the_flop():
     model = random_model(shape, 3, memory, torch.float32)
     model.set_attn_implementation("eager")  # whose products the counter sees
     d = Dimensions(32, 72, 3, 4, 2, 8, 120, itemsize=4)
-    cost, ids = MemoryCost(memory, 72, 4), torch.arange(50)[None]
+    cost, ids, calls = MemoryCost(memory, 72, 4), torch.arange(50)[None], calls_of([50], 20)
     for enabled in (False, True):
         model.set_memory_enabled(enabled)
         cache = DynamicCache(config=model.config)
@@ -82,8 +82,8 @@ def test_a_models_products_are_counted_to_the_flop():
                 model(part, past_key_values=cache, logits_to_keep=1)
         with torch.no_grad(), FlopCounterMode(display=False) as step:
             model(ids[:, :1], past_key_values=cache)
-        extra = whole(cost.prefill(50, 20)).products
-        assert prompt.get_total_flops() == prefill(d, 50, 20).products + enabled * 2 * extra
+        extra = whole(cost.prefill(calls)).products
+        assert prompt.get_total_flops() == prefill(d, calls).products + enabled * 2 * extra
         assert enabled or step.get_total_flops() == base_call(d, 50, 1).products
         assert cache.layers[0].keys.nbytes * 3 * 2 == d.cache_bytes(51)
 
@@ -92,5 +92,7 @@ def test_the_memory_does_not_grow_with_the_context():
     """Promise 5: a token costs the same after 4 blocks and after 200 thousand tokens, and so does the state."""
     cost = MemoryCost(MemorySettings(layers=(0,)), 18944)
     assert whole(cost.decode(4096)) == whole(cost.decode(200 * 1024))
-    early, late = (whole(cost.prefill(n, 1024)) + whole(cost.prefill(n - 8192, 1024)) * -1 for n in (16384, 131072))
+    early, late = (
+        whole(cost.prefill(calls_of([n], 1024))) + whole(cost.prefill(calls_of([n - 8192], 1024))) * -1 for n in (16384, 131072)
+    )
     assert early.products == late.products and early.moved == late.moved
