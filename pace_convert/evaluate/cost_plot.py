@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,21 @@ def plot_cost(results: dict, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    sizes = [curve for curve in results["curves"] if curve["measured"]["random_weights"]]
-    panels = 3 if len(sizes) > 1 else 2
-    figure, axes = plt.subplots(1, panels, figsize=(6.2 * panels, 5.4), layout="constrained")
+    models, shapes = (
+        [curve for curve in results["curves"] if curve["measured"]["random_weights"] == random] for random in (False, True)
+    )
     colours = {curve["name"]: f"C{i}" for i, curve in enumerate(results["curves"])}
-    _time(axes[0], results["curves"], colours)
-    _memory(axes[1], results["curves"], colours)
-    if panels == 3:
-        _size(axes[2], sizes)
+    panels: list[Callable[[Any], None]] = [
+        partial(_time, curves=curves, colours=colours) for curves in (models, shapes) if curves
+    ]
+    panels.append(partial(_memory, curves=results["curves"], colours=colours))
+    if len(shapes) > 1:
+        panels.append(partial(_size, curves=shapes))
+    rows = 2 if len(panels) == 4 else 1
+    columns = len(panels) // rows
+    figure, axes = plt.subplots(rows, columns, figsize=(6.4 * columns, 5.2 * rows), layout="constrained", squeeze=False)
+    for panel, axis in zip(panels, axes.flat):
+        panel(axis)
     part = path.with_name(path.name + ".part")
     figure.savefig(part, dpi=110, format="png")
     plt.close(figure)
@@ -42,7 +51,9 @@ def _time(axis: Any, curves: list[dict], colours: dict[str, str]) -> None:
     floors = [point[kind]["floor"] for curve in curves for point in curve["points"] for kind in _STYLES]
     axis.axhspan(min(f["low"] for f in floors), max(f["high"] for f in floors), color="grey", alpha=0.15, lw=0)
     _lengths(axis, curves)
-    axis.set(title="as run: time with the memory, the base's being 1", ylabel="ratio")
+    shape = curves[0]["measured"]["random_weights"]
+    title = f"time with the memory, {'two layers of a shape, both with memory' if shape else 'as converted'}"
+    axis.set(title=title, ylabel="ratio to the base")
     _legend(
         axis,
         "points: measured, median and range; lines: counted work,\nconstants fitted to the base; grey: the base against itself",
@@ -50,18 +61,24 @@ def _time(axis: Any, curves: list[dict], colours: dict[str, str]) -> None:
 
 
 def _memory(axis: Any, curves: list[dict], colours: dict[str, str]) -> None:
+    kinds = {
+        "cache": ("-", "KV cache"),
+        "state": ("x", "the memory's state, measured"),
+        "counted_state": (":", "and counted"),
+        "peak_base": ("v", "peak beyond the loaded model, base"),
+        "peak_pace": ("^", "and with memory"),
+    }
+    for style, label in kinds.values():
+        axis.plot([], [], style, color="black", mfc="none", label=label)
     for curve in curves:
-        points, colour = curve["points"], colours[curve["name"]]
-        lengths, spaces = [point["length"] for point in points], [point["space"] for point in points]
-        axis.plot(lengths, [s["cache"] / 1e6 for s in spaces], "-", color=colour, label=f"{curve['name']}: KV cache")
-        axis.plot(lengths, [s["counted_state"] / 1e6 for s in spaces], ":", color=colour)
-        axis.plot(lengths, [s["state"] / 1e6 for s in spaces], "x", color=colour, label="its memory's state")
-        for name, marker in (("peak_base", "v"), ("peak_pace", "^")):
-            peaks = [s[name] / 1e6 for s in spaces]
-            axis.plot(lengths, peaks, marker, color=colour, ms=5, mfc="none", label=f"peak beyond weights, {name[5:]}")
+        lengths = [point["length"] for point in curve["points"]]
+        for kind, (style, _) in kinds.items():
+            values = [point["space"][kind] / 1e6 for point in curve["points"]]
+            name = curve["name"] if kind == "cache" else None
+            axis.plot(lengths, values, style, color=colours[curve["name"]], ms=5, mfc="none", label=name)
     _lengths(axis, curves)
-    axis.set(title="as run: bytes", ylabel="MB", yscale="log")
-    _legend(axis, "crosses: measured, dotted: counted")
+    axis.set(title="bytes, as run", ylabel="MB", yscale="log")
+    _legend(axis, "")
 
 
 def _size(axis: Any, curves: list[dict]) -> None:
@@ -75,7 +92,7 @@ def _size(axis: Any, curves: list[dict]) -> None:
         axis.plot(weights, [row["predicted_ratio"] for row in rows], style, color=f"C{i}", lw=1)
     axis.axhspan(*PAPER, color="C3", alpha=0.15, lw=0, label="the paper's report")
     axis.axhline(1, color="grey", lw=0.6)
-    axis.set(title=f"whole models, from layers measured at {tokens_text(length)}", ylabel="ratio", xscale="log")
+    axis.set(title=f"whole models, from layers measured at {tokens_text(length)}", ylabel="ratio to the base", xscale="log")
     axis.set_xlabel("weights, billions")
     axis.set_xticks(weights, [f"{weight:.2g}\n{curve['name']}" for weight, curve in zip(weights, curves)])
     axis.minorticks_off()

@@ -4,6 +4,7 @@ import json
 import signal
 
 import pytest
+import torch
 from click.testing import CliRunner
 from helpers import convert_folder, pace_convert, refuse
 from hypothesis import given
@@ -12,6 +13,7 @@ from PIL import Image
 
 from pace_convert.cli import pace
 from pace_convert.evaluate import cost as job
+from pace_convert.evaluate.cost import beside
 from pace_convert.evaluate.cost_cases import chosen_cases
 from pace_convert.evaluate.cost_fit import Machine, Sample, fit
 from pace_convert.evaluate.cost_measure import AGAIN, BASE, PACE, SHALLOW, Space, walk
@@ -55,6 +57,10 @@ def test_what_it_measures_is_what_it_counts(folder, tmp_path):
             assert row["whole"]["ratio"] == row["ratio"]  # a folder stands for itself
             assert row["predicted_pace_seconds"] > row["predicted_base_seconds"] > 0
     assert curve["operators_a_step"]["pace"] > curve["operators_a_step"]["base"] > 0
+    (tmp_path / "costs" / "cost.json").write_text(json.dumps({**results, "curves": [{"name": "small"}, {"name": "another"}]}))
+    (case,) = chosen_cases(str(folder), [], "cpu", False)
+    torch.set_num_threads(1)
+    assert beside(out, [case]) == [{"name": "another"}]
     long = {row["model"]: row for row in results["paper"] if row["length"] == 200 << 10}
     assert long["Qwen2-7B"]["memory_layers"] == [12, 26]
     assert long["Qwen2-7B"]["cache_bytes"] == 2 * 28 * 4 * 128 * 2 * (200 << 10)
@@ -121,6 +127,10 @@ def test_calls_that_can_not_be_carried_out(folder, make_source, tmp_path):
     refuse(cost("--shape", "qwen2-8b", "--out", out), 2, "no 'qwen2-8b'", "qwen2-7b", out=out)
     refuse(cost(folder, "--device", "gpu", "--out", out), 2, "--device 'gpu'", out=out)
     refuse(cost(folder, "--out", tmp_path / "file"), 2, "is a file")
+    for text, words in (("[]", "not a file of this command"), ('{"machine": {"threads": 99}, "curves": []}', "threads 99")):
+        (tmp_path / "cost.json").write_text(text)
+        refuse(cost(folder, "--out", tmp_path), 2, words, "another --out")
+        assert (tmp_path / "cost.json").read_text() == text
 
 
 def test_a_model_with_learned_positions_has_an_end(make_source, tmp_path):
