@@ -122,12 +122,12 @@ def _layers(part: str, count: int) -> list[tuple[int, ...]]:
 
 
 def _value(name: str, part: str) -> Any:
-    kind = ConvertOptions.model_fields[name].annotation
+    kind: Any = ConvertOptions.model_fields[name].annotation
     try:
-        value = part if kind not in (int, float) else kind(part)  # type: ignore[operator]
+        value = kind(part) if kind in (int, float) else part
         ConvertOptions.model_validate({"theta_high": 1.0, "theta_low": -1.0, name: value})
     except ValidationError as error:
         raise CallError(f"--vary {name}={part}: {error.errors()[0]['msg']}", "see pace-convert --help") from error
     except ValueError as error:
-        raise CallError(f"--vary {name}: {part!r} is no {kind.__name__}", "give numbers like 0.5,0.75") from error  # type: ignore[union-attr]
+        raise CallError(f"--vary {name}: {part!r} is no {kind.__name__}", "give numbers like 0.5,0.75") from error
     return value
