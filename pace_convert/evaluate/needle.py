@@ -54,9 +54,17 @@ class NeedleTest:
     def run(self, reader: Reader, cell: str) -> list[dict]:
         """One record a question: score, rouge, the value and the answer."""
         length, depth = int(self.group(cell)), float(cell.partition("/")[2])
-        prompts = [p for seed in range(self.seeds) for p in self._prompts(reader, length, depth, self.first_seed + seed)]
+        stories = [self._prompts(reader, length, depth, self.first_seed + seed) for seed in range(self.seeds)]
+        prompts = [prompt for story in stories for prompt in story]
         rows = [_row(reader, prompt) for prompt in prompts]
-        answers = reader.answer(rows, ANSWER_TOKENS, stop=("\n",))
+        if self.needles.asked == 1:
+            answers = reader.answer(rows, ANSWER_TOKENS, stop=("\n",))
+        else:  # the questions to a haystack begin alike
+            answers = [
+                answer
+                for first in range(0, len(rows), self.needles.asked)
+                for answer in reader.answer_each(rows[first : first + self.needles.asked], ANSWER_TOKENS, stop=("\n",))
+            ]
         return [
             {"score": found(answer, prompt), "rouge": rouge_recall(answer, prompt.answer), "value": prompt.answer,
              "answer": answer, "tokens": len(row)}

@@ -36,8 +36,9 @@ def test_prose(length, depth, seed, count, hops, values):
             other = haystack.split(f"{name} has the same code as ")[1].split(".")[0]
             assert f"The code of {other} is {prompt.answer}." in haystack
         assert all(f"is {value}." in haystack for value in prompt.hidden)
-    facts = [i for i, sentence in enumerate(haystack.split(". ")) if "The code of" in sentence or "same code" in sentence]
-    assert facts[0] / max(1, haystack.count(". ")) == pytest.approx(depth, abs=0.08 + 0.3 * (length < 400))
+    sentences = haystack.split(". ")
+    facts = [i for i, sentence in enumerate(sentences) if "The code of" in sentence or "same code" in sentence]
+    assert len(facts) == count * hops and facts[0] == round(depth * (len(sentences) - len(facts)))
 
 
 @pytest.mark.parametrize("hops", [1, 2])

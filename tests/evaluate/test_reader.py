@@ -36,6 +36,19 @@ def test_answers_do_not_depend_on_batch_or_chunks(reader, prompts, monkeypatch):
     assert reader.answer(rows, 5) == expected
 
 
+def test_prompts_that_begin_alike_are_answered_as_if_alone(reader, monkeypatch):
+    rng = np.random.default_rng(6)
+    story = make_story(rng, 300, 4, 4, held_out=True)
+    texts = [" ".join(story.words[: story.questions[0].position - 8])]
+    rows = [reader.encode(f"{texts[0]} what is the code of {q.name} ?<assistant>") for q in story.questions]
+    expected = reader.answer(rows, 4)
+    assert sum(answer.split()[0] == q.answer for answer, q in zip(expected, story.questions)) >= 3
+    monkeypatch.setattr(reader, "answer", None)  # it must not be what answers
+    monkeypatch.setattr(module, "CHUNK", 50)
+    assert reader.answer_each(rows, 4) == expected
+    assert reader.answer_each([rows[0], rows[0]], 4) == expected[:1] * 2
+
+
 def test_answers_end_at_the_first_stop(reader, prompts):
     rows, values = prompts
     assert reader.answer(rows[:1], 20, stop=(values[0][2:],)) == [" " + values[0][:2]]
