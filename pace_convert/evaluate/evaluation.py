@@ -159,7 +159,7 @@ def _journal(out: Path, evaluation: Evaluation) -> Iterator[Journal]:
     out.mkdir(parents=True, exist_ok=True)
     options = {"evaluation": evaluation.name, **evaluation.identity()}
     identity = json.loads(json.dumps({"version": __version__, "options": options, "source": {}}))
-    journal = Journal(out, "evaluation", f"give the same options, another --out, or delete {out}")
+    journal = Journal(out, "evaluation", f"another --out, or delete {out}")
     try:
         with FileLock(out / LOCK, timeout=0):
             journal.resume(identity) if journal.path.exists() else journal.begin(identity)
