@@ -127,7 +127,7 @@ def evaluate(
     """
     tasks = [CellTask(evaluation, subject, cell, device) for subject in subjects for cell in evaluation.cells()]
     with _journal(out, evaluation) as journal:
-        todo = [task for task in tasks if task.key not in journal.done]
+        todo = sorted((task for task in tasks if task.key not in journal.done), key=lambda task: task.subject.weights)
         if len(todo) < len(tasks):
             progress.say(f"{out} has {len(tasks) - len(todo)} of {len(tasks)} cells already")
         with progress.step(evaluation.name, len(todo), "cell") as bar:

@@ -7,6 +7,8 @@ import forked
 import pytest
 from helpers import pace_convert, refuse
 
+from pace_convert.reference import reference_model
+
 ARGUMENTS = ("--haystack", "reference", "--lengths", "96,200", "--depths", "0,100", "--seeds", 2, "-q")
 
 
@@ -24,6 +26,14 @@ def test_needle_prints_and_writes_what_it_found(reference, tmp_path):
     rows = {(row["group"], row["subject"]): row for row in made["table"]}
     assert rows["all", "base"]["mean"] == 1 and rows["all", "base"]["count"] == 8
     assert rows["200", "ce+pa"]["against"]["subject"] == "base"
+
+
+def test_other_models_stand_beside(reference, tmp_path):
+    done = needle(reference, reference_model(), "--out", tmp_path / "n", "--json")
+    made = json.loads(done.stdout)
+    assert [(s["name"], s["arm"]) for s in made["subjects"]] == [("model", "pace"), ("ref", "pace")], done.stderr
+    base, pace = (row for row in made["table"] if row["group"] == "all")
+    assert base["mean"] == 1 and pace["against"]["subject"] == "model"
 
 
 @pytest.mark.parametrize("kill_at", [4, 9, 12])
