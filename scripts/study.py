@@ -44,9 +44,9 @@ class Part:
 
 CONVERT = f"pace-convert pace_convert/reference/model {MODEL} --experts 16 --update-interval 64"
 PARTS = (
-    Part("single", f"eval needle {MODEL} {GRID} --seeds 8", "needle.png"),
-    Part("multi", f"eval needle {MODEL} {GRID} --needles 4 --seeds 6", "needle.png"),
-    Part("two-hop", f"eval needle {MODEL} {GRID} --needles 4 --hops 2 --ask 4 --seeds 3", "needle.png"),
+    Part("single", f"eval needle {MODEL} {GRID} --seeds 5", "needle.png"),
+    Part("multi", f"eval needle {MODEL} {GRID} --needles 4 --seeds 4", "needle.png"),
+    Part("two-hop", f"eval needle {MODEL} {GRID} --needles 4 --hops 2 --ask 4 --seeds 2", "needle.png"),
     Part(
         "thresholds",
         f"eval sweep {MODEL} {SWEEP} --vary theta-high=0.5,0.6,0.75,0.9 --vary theta-low=0.1,0.25,0.4",
