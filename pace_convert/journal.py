@@ -16,7 +16,7 @@ from .options import ConvertOptions, option_name
 from .source import Source
 
 NAME, PART = "journal.jsonl", "journal.part"  # the latter while its first line is written
-AGAIN = "give the same source and options, or --overwrite without --resume to start again"
+ANEW = "--overwrite without --resume to start again"
 
 
 def fingerprint(source: Source, options: ConvertOptions, device: str) -> dict:
@@ -35,12 +35,12 @@ def fingerprint(source: Source, options: ConvertOptions, device: str) -> dict:
 class Journal:
     """What is done, task name -> record; `begin`, then `add` while working, or `resume`.
 
-    job: what it is of, and again: what to do where it is of another one, both for people.
+    job: what it is of, and anew: what to give to begin anew, both for people.
     """
 
-    def __init__(self, folder: Path, job: str = "conversion", again: str = AGAIN) -> None:
+    def __init__(self, folder: Path, job: str = "conversion", anew: str = ANEW) -> None:
         self.path = folder / NAME
-        self.job, self.again = job, again
+        self.job, self.anew = job, anew
         self.done: dict[str, dict] = {}
 
     def begin(self, identity: dict) -> None:
@@ -53,9 +53,12 @@ class Journal:
 
     def resume(self, identity: dict) -> None:
         """Take up what is done. Raises CallError if it was done for another fingerprint."""
-        before, self.done, whole = read_journal(self.path)
+        before, self.done, whole = read_journal(self.path, self.anew)
         if before != identity:
-            raise CallError(f"the unfinished {self.job} can't go on: {_difference(before, identity)}", self.again)
+            raise CallError(
+                f"the unfinished {self.job} can't go on: {_difference(before, identity)}",
+                f"give the same source and options, or {self.anew}",
+            )
         os.truncate(self.path, whole)  # nothing can follow a line that was cut off
 
     def add(self, task: str, record: dict) -> None:
@@ -64,7 +67,7 @@ class Journal:
         _append(self.path, {"task": task, **record})
 
 
-def read_journal(path: Path) -> tuple[dict, dict[str, dict], int]:
+def read_journal(path: Path, anew: str = ANEW) -> tuple[dict, dict[str, dict], int]:
     """The fingerprint, the records by task, and the length in bytes of the lines that are whole.
 
     Raises CallError for what no journal can become by being cut off.
@@ -75,7 +78,7 @@ def read_journal(path: Path) -> tuple[dict, dict[str, dict], int]:
         first, *records = [json.loads(line) for line in data[:whole].splitlines()]
         return first["fingerprint"], {record.pop("task"): record for record in records}, whole
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CallError(f"{path} is damaged", "give --overwrite without --resume to start again, or delete it") from error
+        raise CallError(f"{path} is damaged", f"give {anew}") from error
 
 
 def _append(path: Path, line: dict) -> None:

@@ -14,10 +14,12 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    "forked torch pace_convert.convert pace_convert.cluster pace_convert.evaluate.cost "
-    "transformers.models.auto.tokenization_auto".split()
-)
+PRELOAD = """
+    forked torch pace_convert.convert pace_convert.cluster transformers.models.auto.tokenization_auto
+    pace_convert.evaluate.needle_plot pace_convert.evaluate.cost pace_convert.evaluate.tables matplotlib.pyplot
+    transformers.models.qwen2.modeling_qwen2 transformers.generation
+"""
+_context.set_forkserver_preload(PRELOAD.split())
 
 
 def run(arguments: Sequence[object], cwd: Path | None = None) -> subprocess.CompletedProcess:

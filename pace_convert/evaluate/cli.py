@@ -121,9 +121,68 @@ def needle(
         click.echo(f"The grid as a picture: {folder / 'needle.png'}")
 
 
+@evaluation.command(context_settings={"ignore_unknown_options": True})
+@click.argument("model")
+@click.argument("rest", nargs=-1, type=click.UNPROCESSED, metavar="[OPTIONS OF THE EVALUATION]...")
+@click.option("--on", "name", required=True, help="The evaluation: needle, longbench, infinitebench or ruler.")
+@click.option(
+    "--vary", multiple=True, required=True, metavar="NAME=VALUE,...",
+    help="A memory parameter and its values: slots=50,100 or layers=single,pairs,second,all,1+2. Several: all combinations.",
+)  # fmt: skip
+@trust_option
+@run_options
+@friendly
+def sweep(
+    model: str, rest: tuple[str, ...], name: str, vary: tuple[str, ...], trust_remote_code: bool, out: Path | None, device: str,
+    jobs: int, as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """A grid of memory parameters, on any evaluation. They are switched at run time: nothing is converted again.
+
+    \b
+    pace eval sweep ./out --on needle --vary theta-high=0.6,0.75,0.9 --vary theta-low=0.1,0.25 --lengths 4k,16k
+    pace eval sweep ./out --on longbench --vary layers=single --limit 50 --tasks hotpotqa
+
+    Options that it does not know itself are the evaluation's. Writes results.json and sweep.png into --out.
+    """
+    from .subjects import layer_count
+    from .sweep import combinations, levels, parse_factor, swept_subjects
+    from .sweep_plot import plot_levels
+    from .tables import print_levels
+
+    factors = [parse_factor(text, layer_count(model)) for text in vary]
+    grid, refused = combinations(model, factors)
+    test = _test_of(name, model, rest)
+    for reason in refused:
+        Progress(quiet).say(f"left out: {reason}")
+    folder = out or Path("pace-sweep")
+    results = run(test, swept_subjects(model, grid, trust_remote_code), folder, device, jobs, quiet)
+    made = levels(results, factors)
+    plot_levels(made, f"{test.name}: {test.metric}, {len(grid)} combinations", folder / "sweep.png")
+    finish(results, folder, as_json, {"levels": [level.as_dict() for level in made]})
+    if not as_json:
+        print_levels(results, made)
+        click.echo(f"Each factor as a picture: {folder / 'sweep.png'}")
+
+
+def _test_of(name: str, model: str, rest: Sequence[str]) -> Evaluation:
+    """The evaluation `name` with the options that its own command takes. Raises CallError for others."""
+    if name not in TESTS:
+        raise CallError(f"--on: there is no evaluation {name!r}", f"choose from {', '.join(TESTS)}")
+    command = evaluation.commands[name]
+    try:
+        params = command.make_context(name, [model, *rest]).params
+    except click.UsageError as error:
+        raise CallError(f"{name}: {error.format_message()}", f"see pace eval {name} --help") from error
+    if params["bases"] or params["arms"] or params["trust_remote_code"]:
+        raise CallError("a sweep is of one model and of no arms", "leave out BASE and --arms")
+    with needing_extra():
+        return TESTS[name](model, params)
+
+
 def needle_test(model: str, asked: dict[str, Any]) -> Evaluation:
     """The test that the options of `needle_options` describe."""
-    from .needle import NeedleTest, parse_grid
+    from .grid import parse_grid
+    from .needle import NeedleTest
     from .needle_text import PROSE, REFERENCE, Needles, split_sentences
     from .subjects import context_length
 
@@ -242,7 +301,7 @@ def cost(
     from .cost_plot import plot_cost
     from .cost_text import print_cost
     from .evaluation import write_json
-    from .needle import parse_grid
+    from .grid import parse_grid
 
     if threads:
         import torch
@@ -262,3 +321,7 @@ def cost(
     else:
         print_cost(results)
         click.echo(f"All numbers: {out / COSTS}; as a picture: {out / 'cost.png'}")
+
+
+# Evaluations that can be swept: model and the parameters of the command of that name -> what is run.
+TESTS: dict[str, Callable[[str, dict[str, Any]], Evaluation]] = {"needle": needle_test}

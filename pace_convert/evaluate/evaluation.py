@@ -127,7 +127,7 @@ def evaluate(
     """
     tasks = [CellTask(evaluation, subject, cell, device) for subject in subjects for cell in evaluation.cells()]
     with _journal(out, evaluation) as journal:
-        todo = [task for task in tasks if task.key not in journal.done]
+        todo = sorted((task for task in tasks if task.key not in journal.done), key=lambda task: task.subject.weights)
         if len(todo) < len(tasks):
             progress.say(f"{out} has {len(tasks) - len(todo)} of {len(tasks)} cells already")
         with progress.step(evaluation.name, len(todo), "cell") as bar:
@@ -159,7 +159,7 @@ def _journal(out: Path, evaluation: Evaluation) -> Iterator[Journal]:
     out.mkdir(parents=True, exist_ok=True)
     options = {"evaluation": evaluation.name, **evaluation.identity()}
     identity = json.loads(json.dumps({"version": __version__, "options": options, "source": {}}))
-    journal = Journal(out, "evaluation", f"give the same options, another --out, or delete {out}")
+    journal = Journal(out, "evaluation", f"another --out, or delete {out}")
     try:
         with FileLock(out / LOCK, timeout=0):
             journal.resume(identity) if journal.path.exists() else journal.begin(identity)

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 
 from rouge_score.rouge_scorer import RougeScorer
 
-from ..errors import CallError
 from .evaluation import Results
 from .needle_text import PROSE, REFERENCE, Needles, Prompt, prose_prompts, reference_prompts, split_sentences
 from .reader import Reader
@@ -54,9 +53,17 @@ class NeedleTest:
     def run(self, reader: Reader, cell: str) -> list[dict]:
         """One record a question: score, rouge, the value and the answer."""
         length, depth = int(self.group(cell)), float(cell.partition("/")[2])
-        prompts = [p for seed in range(self.seeds) for p in self._prompts(reader, length, depth, self.first_seed + seed)]
+        stories = [self._prompts(reader, length, depth, self.first_seed + seed) for seed in range(self.seeds)]
+        prompts = [prompt for story in stories for prompt in story]
         rows = [_row(reader, prompt) for prompt in prompts]
-        answers = reader.answer(rows, ANSWER_TOKENS, stop=("\n",))
+        if self.needles.asked == 1:
+            answers = reader.answer(rows, ANSWER_TOKENS, stop=("\n",))
+        else:  # the questions to a haystack begin alike
+            answers = [
+                answer
+                for first in range(0, len(rows), self.needles.asked)
+                for answer in reader.answer_each(rows[first : first + self.needles.asked], ANSWER_TOKENS, stop=("\n",))
+            ]
         return [
             {"score": found(answer, prompt), "rouge": rouge_recall(answer, prompt.answer), "value": prompt.answer,
              "answer": answer, "tokens": len(row)}
@@ -94,25 +101,6 @@ def found(answer: str, prompt: Prompt) -> float:
 def rouge_recall(answer: str, value: str) -> float:
     """Share of the value's words in the longest common subsequence."""
     return RougeScorer(["rougeL"]).score(value, answer)["rougeL"].recall
-
-
-def parse_grid(text: str, unit: int = 1) -> tuple[int, ...]:
-    """'1k,4k' or '1k..200k' (ten even steps) or '1k..200k:5'; k stands for `unit`. Raises CallError."""
-    numbers: list[int] = []
-    for part in text.lower().split(","):
-        match = re.fullmatch(r"\s*(\d+)(k?)(?:\.\.(\d+)(k?)(?::(\d+))?)?\s*", part)
-        if match is None or (unit == 1 and "k" in part):
-            raise CallError(f"can't read {part.strip()!r} in {text!r}", "give numbers like 1k,4k,16k or a range like 1k..200k")
-        first, kilo, last, last_kilo, steps = match.groups()
-        start = int(first) * (unit if kilo else 1)
-        if last is None:
-            numbers.append(start)
-            continue
-        end, count = int(last) * (unit if last_kilo else 1), int(steps or 10)
-        if count < 2 or end <= start:
-            raise CallError(f"{part.strip()!r} is no range", "give the smaller number first, and at least two steps")
-        numbers += [round(start + (end - start) * i / (count - 1)) for i in range(count)]
-    return tuple(sorted(set(numbers)))
 
 
 def _row(reader: Reader, prompt: Prompt) -> list[int]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import groupby
+from copy import deepcopy
+from itertools import groupby, takewhile
 from typing import Any
 
 import torch
@@ -60,14 +61,40 @@ class Reader:
             mask = torch.zeros(len(rows), width, dtype=torch.long)
             for i, row in enumerate(rows):
                 ids[i, width - len(row) :], mask[i, width - len(row) :] = torch.tensor(row), 1
-            made = self.model.generate(
-                ids.to(self.device), attention_mask=mask.to(self.device), max_new_tokens=max_new_tokens, do_sample=False,
-                num_beams=1, temperature=None, top_p=None, top_k=None, repetition_penalty=1.0, pad_token_id=self._padding,
-                prefill_chunk_size=CHUNK if width > CHUNK else None,
-                **({"stop_strings": list(stop), "tokenizer": self.tokenizer} if stop else {}),
-            )  # fmt: skip
-            answers += [_cut(self.decode(row), stop) for row in made[:, width:].tolist()]
+            answers += self._generate(ids, mask, max_new_tokens, stop)
         return answers
+
+    @torch.no_grad()
+    def answer_each(self, prompts: list[list[int]], max_new_tokens: int, stop: tuple[str, ...] = ()) -> list[str]:
+        """As `answer`, for prompts that begin alike: what they have in common is read once, and its cache copied."""
+        from transformers import DynamicCache
+
+        shared = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts)))
+        if len(prompts) < 2 or shared < min(map(len, prompts)) // 2:
+            return self.answer(prompts, max_new_tokens, stop)
+        shared = min(shared, min(map(len, prompts)) - 1)  # generation needs a token that is not in the cache
+        cache, ids = DynamicCache(config=self.model.config), torch.tensor([prompts[0][:shared]], device=self.device)
+        for part in ids.split(CHUNK, 1):
+            self.model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        answers: list[str] = []
+        for row in prompts:
+            ids = torch.tensor([row])
+            answers += self._generate(ids, torch.ones_like(ids), max_new_tokens, stop, past_key_values=deepcopy(cache))
+        return answers
+
+    def _generate(
+        self, ids: torch.Tensor, mask: torch.Tensor, max_new_tokens: int, stop: tuple[str, ...], **more: Any
+    ) -> list[str]:
+        """ids, mask: [B, L]. Sampling parameters that a checkpoint brings along are set aside."""
+        if stop:
+            more |= {"stop_strings": list(stop), "tokenizer": self.tokenizer}
+        if ids.shape[1] > CHUNK and "past_key_values" not in more:
+            more |= {"prefill_chunk_size": CHUNK}
+        made = self.model.generate(
+            ids.to(self.device), attention_mask=mask.to(self.device), max_new_tokens=max_new_tokens, do_sample=False,
+            num_beams=1, temperature=None, top_p=None, top_k=None, repetition_penalty=1.0, pad_token_id=self._padding, **more,
+        )  # fmt: skip
+        return [_cut(self.decode(row), stop) for row in made[:, ids.shape[1] :].tolist()]
 
     @torch.no_grad()
     def log_likelihood(self, prompts: list[list[int]], continuations: list[list[int]]) -> list[float]:

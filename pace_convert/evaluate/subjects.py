@@ -53,6 +53,11 @@ class Subject:
         changed = " ".join(f"{name}={_short(value)}" for name, value in self.memory)
         return self.label or " ".join(part for part in (self.arm, changed) if part)
 
+    @property
+    def weights(self) -> tuple[str, bool]:
+        """What has to be loaded: the model, and whether its neurons stay in the experts' order."""
+        return self.model, ARMS.get(self.arm, (True, None))[0]
+
     def key(self) -> str:
         """The same for what must score the same: the files' state, the arm and the parameters."""
         arm = [self.arm, [list(pair) for pair in self.memory]]
@@ -127,8 +132,8 @@ def load(subject: Subject, device: str = "auto") -> Reader:
 
     fp32 on a CPU below 4 GB of weights, else the stored type. Raises PaceError where it does not load.
     """
-    clustered, granularity = ARMS.get(subject.arm, (True, None))
-    loaded = _load(subject.model, clustered, _device(device), subject.trust)
+    granularity = ARMS.get(subject.arm, (True, None))[1]
+    loaded = _load(*subject.weights, _device(device), subject.trust)
     model = loaded.model
     if hasattr(model, "set_memory") and loaded.memory:
         arm = {"granularity": granularity} if granularity else {}

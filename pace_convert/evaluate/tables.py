@@ -7,6 +7,7 @@ from rich.table import Table
 
 from .evaluation import Results
 from .intervals import Estimate
+from .sweep import Level
 
 MOST_COLUMNS = 7  # subjects side by side; more become rows
 
@@ -42,6 +43,18 @@ def _print_long(results: Results, title: str, names: list[str]) -> None:
     for name in names:
         change = "" if name == names[0] else signed(results.against(name, names[0]))
         table.add_row(name, percent(results.mean(name)), change)
+    console(table).print(table)
+
+
+def print_levels(results: Results, made: list[Level]) -> None:
+    """What each value of each factor does, over all the others."""
+    table = Table(title=f"mean difference to the {results.subjects[0].name}, % points (95 % interval)")
+    for column in ("factor", "value", "difference", "combinations"):
+        table.add_column(column, justify="left" if column == "factor" else "right")
+    for before, level in zip([None, *made], made):
+        factor = "" if before and before.factor == level.factor else level.factor
+        value = ",".join(map(str, level.value)) if isinstance(level.value, tuple) else str(level.value)
+        table.add_row(factor, value, signed(level.change), str(level.combinations))
     console(table).print(table)
 
 

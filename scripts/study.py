@@ -1,0 +1,148 @@
+"""Runs the study of the reference model and puts its tables and pictures into docs/study.md.
+
+    python scripts/study.py                 # everything; hours on one core, and it goes on where it was
+    python scripts/study.py --only multi    # one part
+    python scripts/study.py --tables        # only the tables, from the results in docs/study
+
+Every part is a command that a user could type; it is shown in the document. Raw answers stay in runs/study.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+ROOT = Path(__file__).parent.parent
+DOCUMENT, RESULTS, RUNS = ROOT / "docs" / "study.md", ROOT / "docs" / "study", Path("runs/study")
+MODEL = "runs/study/ref"
+ARMS = "base,ce,pa,pa-expert,ce+pa,ce+pa-expert"
+GRID = f"--haystack reference --lengths 512,1k,1536,2k,4k,8k --depths 0..100:5 --arms {ARMS}"
+SWEEP = "--on needle --haystack reference --needles 4 --lengths 2k --depths 0..100:5 --seeds 3"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One command of the study; it writes into runs/study/NAME. picture: what it draws there."""
+
+    name: str
+    command: str
+    picture: str
+
+    @property
+    def line(self) -> str:
+        """As it is typed."""
+        return f"pace {self.command} --out {RUNS / self.name}"
+
+
+CONVERT = f"pace-convert pace_convert/reference/model {MODEL} --experts 16 --update-interval 64"
+PARTS = (
+    Part("single", f"eval needle {MODEL} {GRID} --seeds 5", "needle.png"),
+    Part("multi", f"eval needle {MODEL} {GRID} --needles 4 --seeds 4", "needle.png"),
+    Part("two-hop", f"eval needle {MODEL} {GRID} --needles 4 --hops 2 --ask 4 --seeds 2", "needle.png"),
+    Part(
+        "thresholds",
+        f"eval sweep {MODEL} {SWEEP} --vary theta-high=0.5,0.6,0.75,0.9 --vary theta-low=0.1,0.25,0.4",
+        "sweep.png",
+    ),
+    Part("slots", f"eval sweep {MODEL} {SWEEP} --vary slots=50,100,200,500", "sweep.png"),
+    Part("layers", f"eval sweep {MODEL} {SWEEP} --vary layers=single,pairs,second,all", "sweep.png"),
+    Part(
+        "fusion", f"eval sweep {MODEL} {SWEEP} --vary fusion-weight=0.1,0.2,0.5,1 --vary granularity=token,expert", "sweep.png"
+    ),
+    Part("noise", f"eval sweep {MODEL} {SWEEP} --vary bottom-k=0,2 --vary top-k=1,5", "sweep.png"),
+    Part("interval", f"eval sweep {MODEL} {SWEEP} --vary update-interval=16,64,256,1024", "sweep.png"),
+)
+
+
+def run(part: Part) -> None:
+    """The command itself, in a process of its own; then its results beside the document."""
+    if not (ROOT / MODEL / "config.json").exists():
+        _call(CONVERT)
+    _call(part.line)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(ROOT / RUNS / part.name / "results.json", RESULTS / f"{part.name}.json")
+    shutil.copyfile(ROOT / RUNS / part.name / part.picture, RESULTS / f"{part.name}.png")
+
+
+def _call(line: str) -> None:
+    words = shlex.split(line)
+    start = "from pace_convert.cli import pace, pace_convert"
+    code = f"{start}; {'pace' if words[0] == 'pace' else 'pace_convert'}()"
+    subprocess.run([sys.executable, "-c", code, *words[1:]], check=True, cwd=ROOT)
+
+
+def needle_table(results: dict) -> str:
+    """Mean by length and arm with intervals, the difference to the base, and the measurable context."""
+    names = [subject["name"] for subject in results["subjects"]]
+    rows = {(row["group"], row["subject"]): row for row in results["table"]}
+    groups = list(dict.fromkeys(row["group"] for row in results["table"]))
+    lines = ["| words | " + " | ".join(names) + " | questions |", "|---:" * (len(names) + 2) + "|"]
+    for group in groups:
+        cells = [_percent(rows[group, name]) for name in names]
+        lines.append(f"| {group} | {' | '.join(cells)} | {rows[group, names[0]]['count']} |")
+    changes = ["" if name == names[0] else _signed(rows["all", name]["against"]) for name in names]
+    lines.append(f"| all, less {names[0]} | {' | '.join(changes)} | |")
+    reach = [str(results["measurable_context"][name]) for name in names]
+    lines.append(f"| measurable context | {' | '.join(reach)} | |")
+    return "\n".join(lines)
+
+
+def sweep_table(results: dict) -> str:
+    """Each value of each factor over all the others, and the best and the worst combination."""
+    lines = ["| parameter | value | less base, % points | combinations |", "|---|---:|---:|---:|"]
+    for level in results["levels"]:
+        value = ", ".join(map(str, level["value"])) if isinstance(level["value"], list) else level["value"]
+        lines.append(f"| {level['factor']} | {value} | {_signed(level['change'])} | {level['combinations']} |")
+    rows = [row for row in results["table"] if row["group"] == "all" and "against" in row]
+    ordered = sorted(rows, key=lambda row: row["against"]["mean"])
+    base = next(row for row in results["table"] if row["group"] == "all" and "against" not in row)
+    lines += ["", f"Base: {_percent(base)} of {base['count']} questions. "
+              f"Best of {len(rows)}: `{ordered[-1]['subject']}`, {_signed(ordered[-1]['against'])}; "
+              f"worst: `{ordered[0]['subject']}`, {_signed(ordered[0]['against'])}."]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _percent(row: dict) -> str:
+    return f"{100 * row['mean']:.1f} ({100 * row['low']:.0f}-{100 * row['high']:.0f})"
+
+
+def _signed(change: dict) -> str:
+    star = " **\\***" if change["low"] > 0 or change["high"] < 0 else ""
+    return f"{100 * change['mean']:+.1f} ({100 * change['low']:+.1f} to {100 * change['high']:+.1f}){star}"
+
+
+def put(text: str, part: Part) -> str:
+    """The document with this part's command, table and picture between its two comments."""
+    begin, end = f"<!-- {part.name}: made by scripts/study.py -->", f"<!-- end of {part.name} -->"
+    if begin not in text:
+        raise click.ClickException(f"{DOCUMENT.name} has no place for {part.name}: {begin} ... {end}")
+    results = json.loads((RESULTS / f"{part.name}.json").read_text())
+    table = needle_table(results) if part.picture == "needle.png" else sweep_table(results)
+    body = f"```bash\n{part.line}\n```\n\n{table}\n\n![{part.name}](study/{part.name}.png)"
+    return re.sub(re.escape(begin) + r".*?" + re.escape(end), lambda _: f"{begin}\n{body}\n{end}", text, flags=re.DOTALL)
+
+
+@click.command(help=__doc__)
+@click.option("--only", multiple=True, type=click.Choice([part.name for part in PARTS]), help="These parts alone.")
+@click.option("--tables", is_flag=True, help="Run nothing; tables from the results that are there.")
+def main(only: tuple[str, ...], tables: bool) -> None:
+    for part in PARTS:
+        if not tables and (not only or part.name in only):
+            run(part)
+    text = DOCUMENT.read_text()
+    for part in PARTS:
+        if (RESULTS / f"{part.name}.json").exists():
+            text = put(text, part)
+    DOCUMENT.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
