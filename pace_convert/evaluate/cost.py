@@ -65,7 +65,7 @@ def _curve(case: Case, lengths: Sequence[int], repeats: int, progress: Progress)
     found = fit(base)
     points = [_point(case, taken, counts, found) for taken in by_length]
     for i, point in enumerate(points):
-        point["space"] = _space(case, {name: space[1][i] for name, space in spaces.items()})
+        point["space"] = _space({name: space[1][i] for name, space in spaces.items()}, counts.state(lengths[i]))
     settings = case.cost.settings
     return {
         "name": case.name,
@@ -110,14 +110,14 @@ def _spread(values: list[float]) -> dict[str, float]:
     return {"median": median(values), "low": min(values), "high": max(values)}
 
 
-def _space(case: Case, spaces: dict[str, Space]) -> dict:
+def _space(spaces: dict[str, Space], counted_state: int) -> dict:
     base, pace = spaces["base"], spaces["pace"]
     return {
         "peak_base": base.peak,
         "peak_pace": pace.peak,
         "cache": pace.cache,
         "state": pace.state,
-        "counted_state": case.memory_layers * case.cost.state_bytes(),
+        "counted_state": counted_state,
     }
 
 

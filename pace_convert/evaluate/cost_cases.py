@@ -30,7 +30,7 @@ class Case:
     """A model to measure.
 
     d: what is run; of: the whole model that it stands for (the same for a folder). memory_layers, of_memory_layers:
-    layers with memory in both.
+    layers with memory in both. positions: how many there are, where they were learned.
     """
 
     name: str
@@ -89,7 +89,7 @@ def chosen_cases(model: str | None, shapes: Sequence[str], device: str, trust: b
         raise CallError(f"--shape: there is no {unknown[0]!r}", f"choose from {', '.join(names)}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    cases = [_shape_case(names[shape.lower()], device) for shape in dict.fromkeys(shapes)]
+    cases = [_shape_case(name, device) for name in dict.fromkeys(names[shape.lower()] for shape in shapes)]
     return [*cases, *([_folder_case(model, device, trust)] if model is not None else [])]
 
 

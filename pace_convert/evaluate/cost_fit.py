@@ -11,7 +11,7 @@ from scipy.optimize import nnls
 
 from .cost_cases import Case
 from .cost_measure import CHUNK, Arm, Taken
-from .cost_model import Dimensions, Work, base_call, calls_of, prefill, whole
+from .cost_model import Calls, Dimensions, Work, base_call, calls_of, prefill, whole
 
 KINDS = ("prefill", "decode")
 
@@ -85,9 +85,15 @@ class Counts:
         base, pace = (Sample(self._work(kind, self.case.of, layers[arm], length), found[arm]) for arm in ("base", "pace"))
         return base, pace
 
+    def state(self, length: int) -> int:
+        """Bytes of all memories after a prompt."""
+        return self.case.memory_layers * self.case.cost.state_after(self._calls(length))
+
+    def _calls(self, length: int) -> Calls:
+        return calls_of([n for n in self.lengths if n <= length], CHUNK)
+
     def _work(self, kind: str, d: Dimensions, memory_layers: int, length: int) -> Work:
-        calls = calls_of([n for n in self.lengths if n <= length], CHUNK)
-        cost = self.case.cost
+        calls, cost = self._calls(length), self.case.cost
         base = prefill(d, calls) if kind == "prefill" else base_call(d, length, 1)
         return base + whole(cost.prefill(calls) if kind == "prefill" else cost.decode(length)) * memory_layers
 

@@ -224,6 +224,13 @@ class MemoryCost:
         ring = (Rhythm.of(self.settings.update_interval).ring + 1) * self.neurons * self.itemsize
         return (2 if undoable else 1) * bank + draft + ring + 48
 
+    def state_after(self, calls: Calls) -> int:
+        """Bytes of the layer's state after a prompt in these calls."""
+        rhythm, at = Rhythm.of(self.settings.update_interval), Progress()
+        for _, tokens in calls:
+            _, at = rhythm.call(at, tokens)
+        return self.state_bytes(undoable=at.settled < at.finished * rhythm.interval)
+
     @property
     def _columns(self) -> int:
         """Cosines a token: by expert, and of the whole activation where that is another number."""
