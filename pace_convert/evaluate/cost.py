@@ -16,7 +16,7 @@ from ..errors import CallError
 from ..progress import Progress
 from .cost_cases import Case
 from .cost_fit import KINDS, Counts, Machine, counted_lengths, fit
-from .cost_measure import BASE, CHUNK, PACE, Space, Taken, clock, measure_space, operations, walk
+from .cost_measure import BASE, CHUNK, PACE, Space, Taken, clock, measure_space, operations, operator_seconds, walk
 from .cost_paper import on_paper
 
 COSTS = "cost.json"
@@ -57,12 +57,12 @@ def _curve(case: Case, lengths: Sequence[int], repeats: int, progress: Progress)
     model = case.wanted.load()
     counted = counted_lengths(lengths)
     with progress.step(case.name, repeats * lengths[-1] + counted[-1], "token") as bar:
-        counts = Counts(case, lengths, list(walk(model, case.arms, counted, bar.update, operations)))
+        counts = Counts(case, lengths, list(walk(case.wanted.small() or model, case.arms, counted, bar.update, operations)))
         runs = [list(walk(model, case.arms, lengths, bar.update)) for _ in range(repeats)]
     by_length = [[run[i] for run in runs] for i in range(len(lengths))]
     samples = [(arm, counts.sample(kind, arm, taken)) for taken in by_length for kind in KINDS for arm in case.arms]
     base, pace = ([sample for arm, sample in samples if arm.enabled == enabled] for enabled in (False, True))
-    found = fit(base)
+    found = fit(base, operator_seconds(case.wanted.device))
     points = [_point(case, taken, counts, found) for taken in by_length]
     for i, point in enumerate(points):
         point["space"] = _space({name: space[1][i] for name, space in spaces.items()}, counts.state(lengths[i]))

@@ -1,4 +1,8 @@
-"""From counted work to seconds: three constants of the machine, found on the base model alone."""
+"""From counted work to seconds: three constants of the machine, found on base models alone.
+
+What torch's operators take whatever their size is measured on a tiny model, where it is all there is; the other two
+are fitted to the base.
+"""
 
 from __future__ import annotations
 
@@ -44,13 +48,13 @@ class Machine:
         return {"median": median(found), "largest": max(found)}
 
 
-def fit(samples: Sequence[Sample]) -> Machine:
-    """The constants, none negative, with the smallest sum of squared relative errors."""
-    rows = [[s.work.products / s.seconds, s.work.moved / s.seconds, s.operations / s.seconds] for s in samples]
-    matrix = np.array(rows)
-    scale = matrix.max(0)
-    found, _ = nnls(matrix / scale, np.ones(len(rows)))
-    return Machine(*(float(x) for x in found / scale))
+def fit(samples: Sequence[Sample], an_operation: float) -> Machine:
+    """The two other constants, none negative, with the smallest sum of squared relative errors."""
+    rows = np.array([[s.work.products / s.seconds, s.work.moved / s.seconds] for s in samples])
+    left = np.array([1 - an_operation * s.operations / s.seconds for s in samples])
+    scale = rows.max(0)
+    a_flop, a_byte = nnls(rows / scale, left)[0] / scale
+    return Machine(float(a_flop), float(a_byte), an_operation)
 
 
 def counted_lengths(lengths: Sequence[int]) -> list[int]:

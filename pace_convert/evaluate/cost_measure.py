@@ -13,8 +13,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from ..errors import PaceError
 from ..modeling.memory_bank import MemorySettings
 from ..modeling.memory_blocks import Rhythm
 from .cost_model import calls_of
-from .shapes import SHAPES, random_model
+from .shapes import SHAPES, Shape, random_model
 from .subjects import Subject, load
 
 CHUNK = 1024  # tokens of a prefill call
@@ -127,6 +128,17 @@ def operations(device: torch.device, call: Callable[[], object]) -> float:
     return counter.count
 
 
+def operator_seconds(device: str) -> float:
+    """What one of torch's operators takes whatever its size: in a tiny model's decode steps there is nothing else."""
+    model = random_model(Shape("Qwen2", 64, 128, 2, 2, 1, 128), 2, MemorySettings(), torch.float32, device)
+
+    def step(meter: Meter | None = None) -> float:
+        (taken,) = walk(model, [BASE], [64], lambda tokens: None, meter)
+        return taken.decode["base"]
+
+    return median(step() for _ in range(7)) / step(operations)
+
+
 class _Counter(TorchDispatchMode):
     count = 0
 
@@ -166,8 +178,16 @@ class Wanted:
         """The model. Raises PaceError where a folder does not load."""
         if not self.shape:
             return load(Subject(self.folder, trust=self.trust), self.device).model
+        return self._random(SHAPES[self.shape])
+
+    def small(self) -> Any | None:
+        """For a shape, a small model that runs the same operators."""
+        of = SHAPES.get(self.shape)
+        return of and self._random(replace(of, hidden=64, neurons=128, heads=4, kv_heads=2, vocabulary=128))
+
+    def _random(self, shape: Shape) -> Any:
         settings = MemorySettings(layers=tuple(range(self.layers)))
-        return random_model(SHAPES[self.shape], self.layers, settings, torch.bfloat16, self.device)
+        return random_model(shape, self.layers, settings, torch.bfloat16, self.device)
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ def print_cost(results: dict) -> None:
         _print(_times(curve))
         fit = curve["fit"]
         print(
-            f"Counted work and three constants fitted to the base predict the base within {fit['base_error']['median']:.1%} "
-            f"(median; largest {fit['base_error']['largest']:.1%}), PaceLLM within {fit['pace_error']['median']:.1%} "
-            f"({fit['pace_error']['largest']:.1%}).\n"
+            "Counted work, with two constants fitted to the base and one measured on a tiny model, predicts the base within "
+            f"{fit['base_error']['median']:.1%} (median; largest {fit['base_error']['largest']:.1%}), PaceLLM within "
+            f"{fit['pace_error']['median']:.1%} ({fit['pace_error']['largest']:.1%}).\n"
         )
     shapes = [curve for curve in results["curves"] if curve["measured"]["random_weights"]]
     if shapes:

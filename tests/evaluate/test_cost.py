@@ -90,7 +90,7 @@ def test_the_machines_constants_are_found_again(constants, count):
     machine = Machine(*(x * scale for x, scale in zip(constants, (1e-11, 1e-10, 1e-5))))
     runs = [(Work(1e9 * (i * i + 1), 0, 1e8 * (i % 3 + 1)), 100.0 * (7 * i % 5 + 1)) for i in range(count)]
     samples = [Sample(work, operations, machine.predict(Sample(work, operations))) for work, operations in runs]
-    found = fit(samples)
+    found = fit(samples, machine.an_operation)
     assert found.errors(samples)["largest"] < 1e-6
     assert found.a_flop == pytest.approx(machine.a_flop, rel=1e-4)
 
