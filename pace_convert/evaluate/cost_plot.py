@@ -78,6 +78,7 @@ def _memory(axis: Any, curves: list[dict], colours: dict[str, str]) -> None:
             axis.plot(lengths, values, style, color=colours[curve["name"]], ms=5, mfc="none", label=name)
     _lengths(axis, curves)
     axis.set(title="bytes, as run", ylabel="MB", yscale="log")
+    axis.set_ylim(top=20 * axis.get_ylim()[1])  # room for the legend
     _legend(axis, "")
 
 
