@@ -107,7 +107,7 @@ def needle(
         from .needle import measurable_context
         from .needle_plot import plot_needle
 
-    subjects = chosen_subjects(model, bases, arms, trust_remote_code)
+    subjects = chosen_subjects(model, bases, arms, trust_remote_code, quiet)
     test = needle_test(model, asked)
     folder = out or Path("pace-needle")
     results = run(test, subjects, folder, device, jobs, quiet)
@@ -149,6 +149,7 @@ def sweep(
     from .sweep_plot import plot_levels
     from .tables import print_levels
 
+    Progress(quiet).let_hub_talk()
     factors = [parse_factor(text, layer_count(model)) for text in vary]
     grid, refused = combinations(model, factors)
     test = _test_of(name, model, rest)
@@ -181,11 +182,12 @@ def _test_of(name: str, model: str, rest: Sequence[str]) -> Evaluation:
 
 
 def chosen_subjects(
-    model: str, bases: Sequence[str], arms: str | None, trust: bool, default: Sequence[str] = ("base", "pace")
+    model: str, bases: Sequence[str], arms: str | None, trust: bool, quiet: bool, default: Sequence[str] = ("base", "pace")
 ) -> list[Subject]:
     """What `subject_options` asks for. default: arms where neither they nor BASE are given."""
     from .subjects import ARMS, AS_IT_IS, is_pace, subjects_of
 
+    Progress(quiet).let_hub_talk()
     if arms is None:
         chosen = [AS_IT_IS] if bases or not is_pace(model) else list(default)
     else:
@@ -320,6 +322,6 @@ def _benchmark(
         from .asked import TESTS
         from .subjects import TABLE_ARMS
 
-        subjects = chosen_subjects(model, bases, arms, trust, TABLE_ARMS)
+        subjects = chosen_subjects(model, bases, arms, trust, quiet, TABLE_ARMS)
         folder = out or Path(f"pace-{name}")
         finish(run(TESTS[name](model, asked), subjects, folder, device, jobs, quiet), folder, as_json)
