@@ -349,7 +349,7 @@ ROUTES = [
     (rf"/{_REPO}\.git/info/lfs/objects/batch", _Handler._batch),
     (r"/lfs/(\w+)", _Handler._blob),
     (r"/lfs-verify", _Handler._verify),
-    (rf"/{_REPO}/resolve/([^/]+)/(.+)", _Handler._file),
+    (rf"/(?:datasets/)?{_REPO}/resolve/([^/]+)/(.+)", _Handler._file),
 ]
 
 

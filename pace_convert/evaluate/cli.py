@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from .evaluation import Evaluation, Results
     from .subjects import Subject
 
-KILO = 1024
 EXTRA = "pip install 'pace-convert[eval]'"
 
 
@@ -104,10 +103,11 @@ def needle(
     Writes results.json and needle.png into --out.
     """
     with needing_extra():
+        from .asked import needle_test
         from .needle import measurable_context
         from .needle_plot import plot_needle
 
-    subjects = chosen_subjects(model, bases, arms, trust_remote_code)
+    subjects = chosen_subjects(model, bases, arms, trust_remote_code, quiet)
     test = needle_test(model, asked)
     folder = out or Path("pace-needle")
     results = run(test, subjects, folder, device, jobs, quiet)
@@ -149,6 +149,7 @@ def sweep(
     from .sweep_plot import plot_levels
     from .tables import print_levels
 
+    Progress(quiet).let_hub_talk()
     factors = [parse_factor(text, layer_count(model)) for text in vary]
     grid, refused = combinations(model, factors)
     test = _test_of(name, model, rest)
@@ -166,6 +167,8 @@ def sweep(
 
 def _test_of(name: str, model: str, rest: Sequence[str]) -> Evaluation:
     """The evaluation `name` with the options that its own command takes. Raises CallError for others."""
+    with needing_extra():
+        from .asked import TESTS
     if name not in TESTS:
         raise CallError(f"--on: there is no evaluation {name!r}", f"choose from {', '.join(TESTS)}")
     command = evaluation.commands[name]
@@ -175,40 +178,16 @@ def _test_of(name: str, model: str, rest: Sequence[str]) -> Evaluation:
         raise CallError(f"{name}: {error.format_message()}", f"see pace eval {name} --help") from error
     if params["bases"] or params["arms"] or params["trust_remote_code"]:
         raise CallError("a sweep is of one model and of no arms", "leave out BASE and --arms")
-    with needing_extra():
-        return TESTS[name](model, params)
-
-
-def needle_test(model: str, asked: dict[str, Any]) -> Evaluation:
-    """The test that the options of `needle_options` describe."""
-    from .grid import parse_grid
-    from .needle import NeedleTest
-    from .needle_text import PROSE, REFERENCE, Needles, split_sentences
-    from .subjects import context_length
-
-    depths = parse_grid(asked["depths"])
-    if max(depths) > 100:
-        raise CallError(f"--depths {asked['depths']}: a depth is at most 100 per cent", "give 0..100 or a list like 0,50,100")
-    count, ask = asked["needles"], asked["ask"] or asked["needles"]
-    if ask > count:
-        raise CallError(f"--ask {ask} is more than --needles {count}", "leave --ask out to ask for all")
-    if asked["haystack"] == REFERENCE and asked["values"] == "numbers":
-        raise CallError("the reference model's task has no numbers", "leave out --values, or --haystack reference")
-    if asked["haystack"] not in (PROSE, REFERENCE):
-        split_sentences(asked["haystack"])
-    longest = context_length(model)
-    lengths = parse_grid(asked["lengths"], KILO) if asked["lengths"] else tuple(longest * i // 10 for i in range(1, 11))
-    needles = Needles(count, ask, asked["hops"], asked["values"])
-    shares = tuple(depth / 100 for depth in depths)
-    return NeedleTest(lengths, shares, asked["seeds"], asked["first_seed"], needles, asked["haystack"])
+    return TESTS[name](model, params)
 
 
 def chosen_subjects(
-    model: str, bases: Sequence[str], arms: str | None, trust: bool, default: Sequence[str] = ("base", "pace")
+    model: str, bases: Sequence[str], arms: str | None, trust: bool, quiet: bool, default: Sequence[str] = ("base", "pace")
 ) -> list[Subject]:
     """What `subject_options` asks for. default: arms where neither they nor BASE are given."""
     from .subjects import ARMS, AS_IT_IS, is_pace, subjects_of
 
+    Progress(quiet).let_hub_talk()
     if arms is None:
         chosen = [AS_IT_IS] if bases or not is_pace(model) else list(default)
     else:
@@ -323,5 +302,80 @@ def cost(
         click.echo(f"All numbers: {out / COSTS}; as a picture: {out / 'cost.png'}")
 
 
-# Evaluations that can be swept: model and the parameters of the command of that name -> what is run.
-TESTS: dict[str, Callable[[str, dict[str, Any]], Evaluation]] = {"needle": needle_test}
+data_options = stacked(
+    click.option("--tasks", help="Data sets or categories, separated by commas.  [default: all]"),
+    click.option(
+        "--data", type=click.Path(path_type=Path), help="Folder of .jsonl files in the official format.  [default: the Hub]"
+    ),
+    click.option("--limit", type=click.IntRange(min=1), help="Questions of each data set.  [default: all]"),
+    click.option(
+        "--max-length",
+        type=click.IntRange(min=2),
+        help="Tokens of a prompt; of longer ones the middle is left out.  [default: what the model was made for, less answer]",
+    ),
+)
+
+
+@evaluation.command()
+@subject_options
+@data_options
+@friendly
+def longbench(model: str, bases: tuple[str, ...], arms: str | None, trust_remote_code: bool, out: Path | None, device: str,
+              jobs: int, as_json: bool, quiet: bool, **asked: Any) -> None:  # fmt: skip
+    """LongBench: fourteen English data sets in five categories.
+
+    \b
+    pace eval longbench ./out
+    pace eval longbench ./out Qwen/Qwen2-7B-Instruct --tasks multi-doc\ qa --limit 50 --data ./longbench
+
+    Without BASE and --arms it compares base, ce, pa, ce+pa and ce+pa-expert. Writes results.json into --out.
+    """
+    _benchmark("longbench", model, bases, arms, trust_remote_code, out, device, jobs, as_json, quiet, asked)
+
+
+@evaluation.command()
+@subject_options
+@data_options
+@friendly
+def infinitebench(model: str, bases: tuple[str, ...], arms: str | None, trust_remote_code: bool, out: Path | None, device: str,
+                  jobs: int, as_json: bool, quiet: bool, **asked: Any) -> None:  # fmt: skip
+    """InfiniteBench: twelve tasks of 100K tokens and more, scored as the official script does.
+
+    \b
+    pace eval infinitebench ./out --tasks En.MC,Code.Debug,Math.Find
+
+    Without BASE and --arms it compares base, ce, pa, ce+pa and ce+pa-expert. Writes results.json into --out.
+    """
+    _benchmark("infinitebench", model, bases, arms, trust_remote_code, out, device, jobs, as_json, quiet, asked)
+
+
+@evaluation.command()
+@subject_options
+@click.option("--tasks", help="Tasks or categories, separated by commas.  [default: all]")
+@click.option("--lengths", default="4k,8k,16k", show_default=True, help="Context in tokens, answer included; k is 1024.")
+@click.option("--limit", type=click.IntRange(1, 500), default=100, show_default=True, help="Questions a task and length.")
+@friendly
+def ruler(model: str, bases: tuple[str, ...], arms: str | None, trust_remote_code: bool, out: Path | None, device: str,
+          jobs: int, as_json: bool, quiet: bool, **asked: Any) -> None:  # fmt: skip
+    """RULER: retrieval, tracing, aggregation and questions at any length; made and scored by lm-evaluation-harness.
+
+    \b
+    pace eval ruler ./out --lengths 4k,32k,128k
+    pace eval ruler ./out --tasks niah_single_1,ruler_vt --limit 20
+
+    The essays and the questions are downloaded. Without BASE and --arms it compares base, ce, pa, ce+pa and ce+pa-expert.
+    """
+    _benchmark("ruler", model, bases, arms, trust_remote_code, out, device, jobs, as_json, quiet, asked)
+
+
+def _benchmark(
+    name: str, model: str, bases: tuple[str, ...], arms: str | None, trust: bool, out: Path | None, device: str, jobs: int,
+    as_json: bool, quiet: bool, asked: dict[str, Any],
+) -> None:  # fmt: skip
+    with needing_extra():
+        from .asked import TESTS
+        from .subjects import TABLE_ARMS
+
+        subjects = chosen_subjects(model, bases, arms, trust, quiet, TABLE_ARMS)
+        folder = out or Path(f"pace-{name}")
+        finish(run(TESTS[name](model, asked), subjects, folder, device, jobs, quiet), folder, as_json)

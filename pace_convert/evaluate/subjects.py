@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
 
 from ..converted import Converted, open_converted
 from ..errors import CallError, PaceError
+from ..hub_errors import READING, hub_errors
+from ..package import PERMUTATION
 from ..permute import invert, repeat
 from ..remote_code import causal_lm_class, edited_code, refuse_edited
 from ..source import Source, open_source
@@ -191,6 +194,10 @@ def _open(model: str) -> Converted | Source:
     source = open_source(model)
     if not isinstance(source.config.get("pace"), dict):
         return source
+    if source.hub:
+        hub = source.hub
+        with hub_errors(hub.repo_id, READING):  # `fetch` takes only the weights that the index names
+            hf_hub_download(hub.repo_id, PERMUTATION, revision=hub.commit, token=hub.token, cache_dir=hub.cache_dir)
     return open_converted(source.fetch().folder)
 
 

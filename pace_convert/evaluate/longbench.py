@@ -1,0 +1,114 @@
+"""LongBench (Bai et al. 2023, arXiv 2308.14508): the English data sets, in the categories of the PaceLLM paper.
+
+Prompts and answer lengths come from lm-evaluation-harness, where they are the official ones. Ours, because the harness
+does otherwise: what is too long is cut in the middle and not on the left, and no answer ends at a line break, as the
+official pred.py does it; first lines are taken when scoring.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import yaml
+from jinja2 import Environment
+
+from ..errors import CallError
+from .longbench_metrics import score
+from .reader import Reader
+from .records import Records, middle_cut
+
+HUB = Records("THUDM/LongBench", "data.zip")
+CATEGORIES = {
+    "Single-Doc QA": ("narrativeqa", "qasper", "multifieldqa_en"),
+    "Multi-Doc QA": ("hotpotqa", "2wikimqa", "musique"),
+    "Summarization": ("gov_report", "qmsum", "multi_news"),
+    "Few-shot": ("trec", "triviaqa", "samsum"),
+    "Code": ("lcc", "repobench-p"),
+}
+NO_CHAT = ("trec", "triviaqa", "samsum", "lcc", "repobench-p")  # the official script gives these as they are
+FIELDS = ("input", "context", "answers")
+
+
+@dataclass(frozen=True)
+class LongBench:
+    """One cell a data set.
+
+    limit: questions of each; None: all. max_length: tokens of a prompt before the chat template, the middle of longer
+    ones is left out; None: what the model was made for, less answer and template.
+    """
+
+    tasks: tuple[str, ...]
+    records: Records = HUB
+    limit: int | None = None
+    max_length: int | None = None
+
+    name = "longbench"
+    metric = "score of LongBench"
+
+    def identity(self) -> dict:
+        """Data and how much of it."""
+        return {"data": self.records.identity(), "limit": self.limit, "max_length": self.max_length}
+
+    def cells(self) -> list[str]:
+        """Data sets."""
+        return list(self.tasks)
+
+    def group(self, cell: str) -> str:
+        """Category."""
+        return next(category for category, tasks in CATEGORIES.items() if cell in tasks)
+
+    def run(self, reader: Reader, cell: str) -> list[dict]:
+        """One record a question."""
+        questions = self.records.read(cell, FIELDS, self.limit)
+        template, new_tokens = official_prompt(cell)
+        chat = cell not in NO_CHAT
+        rows = []
+        for question in questions:
+            text = template.render(context=question["context"], question=question["input"])
+            rows.append(fitted(reader, text, new_tokens, self.max_length, chat))
+        answers = reader.answer(rows, new_tokens)
+        return [
+            {"score": score(cell, answer, question["answers"], question.get("all_classes")), "answer": answer}
+            for question, answer in zip(questions, answers)
+        ]
+
+
+def fitted(reader: Reader, text: str, new_tokens: int, max_length: int | None, chat: bool) -> list[int]:
+    """Token ids of a prompt: cut in the middle, decoded, put into the chat template and encoded again.
+
+    Raises CallError where nothing of it would fit.
+    """
+    around = len(reader.encode(reader.chat(""), special=False)) if chat and reader.chats else 0
+    limit = max_length or (reader.context or 10**9) - new_tokens - around
+    if limit < 2:
+        raise CallError(f"the model takes {reader.context} tokens, the answer alone may have {new_tokens}", "give --max-length")
+    parts = list(middle_cut(reader.encode(text), limit))
+    if len(parts) > 1:
+        text = "".join(reader.decode(part) for part in parts)
+    if chat and reader.chats:
+        return reader.encode(reader.chat(text), special=False)
+    return reader.encode(text)
+
+
+@lru_cache(maxsize=32)
+def official_prompt(task: str):
+    """(jinja template over context and question, length of the answer in tokens) of lm-evaluation-harness."""
+    import lm_eval.tasks
+
+    path = Path(lm_eval.tasks.__file__).parent / "longbench" / f"{task}.yaml"
+    config = yaml.load(path.read_text(encoding="utf-8"), Loader=_Plain)
+    return template_of(config["doc_to_text"]), config["generation_kwargs"]["max_gen_toks"]
+
+
+def template_of(text: str):
+    """As the harness reads its templates."""
+    return Environment(keep_trailing_newline=True).from_string(text)
+
+
+class _Plain(yaml.SafeLoader):
+    """Reads `!function name` as its name."""
+
+
+_Plain.add_constructor("!function", lambda loader, node: node.value)
