@@ -10,13 +10,11 @@ from typing import Any
 from ..errors import CallError
 from . import infinitebench, longbench, ruler
 from .evaluation import Evaluation
-from .grid import parse_grid
+from .grid import KILO, parse_grid
 from .needle import NeedleTest
 from .needle_text import PROSE, REFERENCE, Needles, split_sentences
 from .records import Records, choose
 from .subjects import context_length
-
-KILO = 1024
 
 
 def needle_test(model: str, asked: dict[str, Any]) -> Evaluation:

@@ -280,7 +280,7 @@ def cost(
     from .cost_plot import plot_cost
     from .cost_text import print_cost
     from .evaluation import write_json
-    from .grid import parse_grid
+    from .grid import KILO, parse_grid
 
     if threads:
         import torch
@@ -326,7 +326,7 @@ def longbench(model: str, bases: tuple[str, ...], arms: str | None, trust_remote
 
     \b
     pace eval longbench ./out
-    pace eval longbench ./out Qwen/Qwen2-7B-Instruct --tasks multi-doc\ qa --limit 50 --data ./longbench
+    pace eval longbench ./out Qwen/Qwen2-7B-Instruct --tasks multi-doc\\ qa --limit 50 --data ./longbench
 
     Without BASE and --arms it compares base, ce, pa, ce+pa and ce+pa-expert. Writes results.json into --out.
     """

@@ -6,6 +6,8 @@ import re
 
 from ..errors import CallError
 
+KILO = 1024
+
 
 def parse_grid(text: str, unit: int = 1) -> tuple[int, ...]:
     """'1k,4k' or '1k..200k' (ten even steps) or '1k..200k:5'; k stands for `unit`. Raises CallError."""
