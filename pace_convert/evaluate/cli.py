@@ -24,8 +24,8 @@ EXTRA = "pip install 'pace-convert[eval]'"
 def evaluation() -> None:
     """Measure whether it helps: converted models beside their base.
 
-    MODEL is a folder that pace-convert wrote, a Hub id, or any other causal language model. Each command keeps a
-    journal in --out: run again after a kill it goes on, run with more models or more cells it reuses what is there.
+    MODEL is a folder that pace-convert wrote, a Hub id, or any other causal language model. All commands but cost
+    keep a journal in --out: run again after a kill they go on, run with more models or more cells they reuse what is there.
     """
 
 
