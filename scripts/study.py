@@ -25,7 +25,7 @@ DOCUMENT, RESULTS, RUNS = ROOT / "docs" / "study.md", ROOT / "docs" / "study", P
 MODEL = "runs/study/ref"
 ARMS = "base,ce,pa,pa-expert,ce+pa,ce+pa-expert"
 GRID = f"--haystack reference --lengths 512,1k,1536,2k,4k,8k --depths 0..100:5 --arms {ARMS}"
-SWEEP = "--on needle --haystack reference --needles 4 --lengths 2k --depths 0..100:5 --seeds 3"
+SWEEP = "--on needle --haystack reference --needles 4 --lengths 1280,1536 --depths 0,10,20 --seeds 4"
 
 
 @dataclass(frozen=True)
