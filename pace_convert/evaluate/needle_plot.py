@@ -9,33 +9,40 @@ import numpy as np
 from .evaluation import Results
 from .needle import measurable_context
 
+ABREAST = 3
+
 
 def plot_needle(results: Results, threshold: float, path: Path) -> None:
-    """One heat map a subject side by side, and below each but the first its difference to the first."""
+    """One heat map a subject side by side, three in a row, and below each but the first its difference to the first."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     names = [subject.name for subject in results.subjects]
-    grids = {name: _grid(results, name) for name in names}
-    rows, columns = (2 if len(names) > 1 else 1), len(names)
     lengths, depths = _axes(results)
-    width = max(4.6, 1.6 + 0.5 * len(lengths))
-    height = max(3.0, 1.2 + 0.3 * len(depths))
-    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), layout="constrained", squeeze=False)
-    for column, name in enumerate(names):
+    columns, each = min(ABREAST, len(names)), 2 if len(names) > 1 else 1
+    rows = each * -(-len(names) // columns)
+    size = (max(4.6, 1.6 + 0.5 * len(lengths)) * columns, max(3.0, 1.2 + 0.3 * len(depths)) * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    grids = {name: _grid(results, name) for name in names}
+    shown = set()
+    for place, name in enumerate(names):
+        above = axes[each * (place // columns)][place % columns]
         reach = measurable_context(results, name, threshold)
         title = f"{name}\nmean {grids[name].mean():.1%}, measurable context {_tokens(reach)}"
-        score = _heat(axes[0][column], grids[name], lengths, depths, title, "RdYlGn", (0, 1))
-    figure.colorbar(score, ax=axes[0], label=results.evaluation.metric, format=lambda x, _: f"{x:.0%}")
-    if rows == 2:
-        axes[1][0].axis("off")
-        for column, name in enumerate(names[1:], 1):
+        score = _heat(above, grids[name], lengths, depths, title, "RdYlGn", (0, 1))
+        shown.add(above)
+        if place:
+            below = axes[each * (place // columns) + 1][place % columns]
             made = results.against(name, names[0])
             title = f"{name} less {names[0]}\n{made.mean:+.1%} ({made.low:+.1%} to {made.high:+.1%})"
-            change = grids[name] - grids[names[0]]
-            delta = _heat(axes[1][column], change, lengths, depths, title, "RdBu", (-1, 1))
+            delta = _heat(below, grids[name] - grids[names[0]], lengths, depths, title, "RdBu", (-1, 1))
+            shown.add(below)
+    for axis in set(axes.flat) - shown:
+        axis.axis("off")
+    figure.colorbar(score, ax=axes[0], label=results.evaluation.metric, format=lambda x, _: f"{x:.0%}")
+    if each == 2:
         figure.colorbar(delta, ax=axes[1], label="difference", format=lambda x, _: f"{x:+.0%}")
     figure.savefig(path, dpi=110, format="png")
     plt.close(figure)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from .sweep import Level
 
+LEAST_RANGE = 2.0  # % points; so that nothing does not look like much
+
 
 def plot_levels(levels: list[Level], title: str, path: Path) -> None:
     """One panel a factor: the mean difference to the base at each value, in per cent points with 95 % intervals."""
@@ -31,6 +33,8 @@ def plot_levels(levels: list[Level], title: str, path: Path) -> None:
         axis.set_xticks(range(len(mine)), labels, rotation=45 if max(map(len, labels)) * len(labels) > 28 else 0)
         axis.set_title(factor, fontsize=10)
         axis.grid(axis="y", alpha=0.3)
+    bottom, top = axes[0][0].get_ylim()  # shared by all
+    axes[0][0].set_ylim(min(bottom, -LEAST_RANGE), max(top, LEAST_RANGE))
     for axis in axes[:, 0]:
         axis.set_ylabel("less base, % points")
     for axis in list(axes.flat)[len(factors) :]:
