@@ -135,3 +135,132 @@ class Plain:
                 self.seen(first, part, found, bank)
             bank = finish(bank, absorb(Draft.empty(bank), part, found, first, bank, settings), block, settings)
         return torch.cat(out, 1)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A memory that departs from the shipped one; the defaults are the nearest to it that this code has.
+
+    key: activation that is compared: of this layer (None: the memory's own), `lags` tokens ago (several: one
+    behind the other); centre: after taking off the mean of all tokens so far. value: "own" activation, that of
+    the token "ahead" after, "contrast" (own less the mean), "follower contrast", "residual" (the activation whose
+    output is what stood in the residual stream, less its mean) or "word" (whose output is the token's embedding,
+    less the mean, as long as a usual activation). write: which tokens may enter, keep: which stay; see `Bounded`.
+    gain: r's weight above theta_high, mix between theta_low and it. "add": h + fusion_weight r, else a blend.
+    """
+
+    slots: int = 100
+    update_interval: int = 64
+    top_k: int = 5
+    bottom_k: int = 0
+    theta_high: float = 0.75
+    theta_low: float = 0.25
+    fusion_weight: float = 0.2
+    gain: float = 1.0
+    mix: float = 0.5
+    noise: float = 0.1
+    key: int | None = None
+    lags: tuple[int, ...] = (0,)
+    centre: bool = False
+    value: str = "own"
+    ahead: int = 0
+    write: str = "novelty"
+    keep: str = "lru"
+    add: bool = False
+    graded: bool = False
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a bounded memory is given of a whole story.
+
+    keys: [B, L, K]. values: [B, L, D]. score: [B, L], which tokens to keep first (None: by novelty).
+    """
+
+    keys: Tensor
+    values: Tensor
+    score: Tensor | None
+
+
+class Bounded:
+    """A memory of M slots that holds token numbers: whatever has the highest priority of all so far.
+
+    Priority is the block of last use ("lru"), the token's number ("fifo"), a draw ("random": a fair sample of
+    all so far) or the score ("score"). Merging is left out.
+    """
+
+    def __init__(self, trial: Trial, material: Material, only: Tensor | None = None, seen=None) -> None:
+        """only: [B, Q], the positions whose h' matters. seen: called with each block's (first, best, numbers found)."""
+        self.trial, self.material, self.seen = trial, material, seen
+        blind = trial.keep != "lru" and not (trial.keep == "score" and material.score is None) and trial.write != "novelty"
+        self.wanted = set((only // trial.update_interval).flatten().tolist()) if only is not None and blind else None
+
+    def __call__(self, h: Tensor) -> Tensor:
+        size, (rows, length), out = self.trial.update_interval, h.shape[:2], []
+        index, priority = torch.zeros(rows, 0, dtype=torch.int64), torch.zeros(rows, 0)
+        draw = torch.rand(rows, length, generator=torch.Generator().manual_seed(0))
+        for block, first in enumerate(range(0, length, size)):
+            part = h[:, first : first + size]
+            if self.wanted is not None and block not in self.wanted:  # nothing here depends on what is read
+                out.append(part)
+                index, priority = self._update(first, part.shape[1], block, None, index, priority, draw)
+                continue
+            similarity = self._similarity(first, part.shape[1], index, self._mean(first))
+            out.append(self._read(part, similarity, index, first))
+            index, priority = self._update(first, part.shape[1], block, similarity, index, priority, draw)
+        return torch.cat(out, 1)
+
+    def _mean(self, first: int) -> Tensor | None:
+        return self.material.keys[:, :first].mean(1, keepdim=True) if self.trial.centre and first else None
+
+    def _similarity(self, first: int, count: int, index: Tensor, mean: Tensor | None) -> Tensor:
+        """Cosines [B, S, m] of a block's keys with the slots'."""
+        query, keys = self.material.keys[:, first : first + count], _pick(self.material.keys, index)
+        if mean is not None:
+            query, keys = query - mean, keys - mean
+        return torch.matmul(F.normalize(query, dim=-1), F.normalize(keys, dim=-1).transpose(1, 2))
+
+    def _read(self, h: Tensor, similarity: Tensor, index: Tensor, first: int) -> Tensor:
+        trial, filled = self.trial, index.shape[1]
+        if not filled:
+            return h
+        top = similarity.topk(min(trial.top_k, filled), -1)
+        best = top.values[..., :1]
+        gain = torch.where(best > trial.theta_high, trial.gain, torch.where(best > trial.theta_low, trial.mix, 0.0))
+        share = top.values.clamp_min(0).expand_as(top.values) if trial.graded else torch.ones_like(top.values)
+        weights = torch.zeros_like(similarity).scatter(-1, top.indices, share / top.values.shape[-1])
+        retrieved = gain * torch.matmul(weights, _pick(self.material.values, index))
+        if trial.bottom_k:
+            low = similarity.topk(min(trial.bottom_k, filled), -1, largest=False).indices
+            weights = torch.zeros_like(similarity).scatter(-1, low, trial.noise / low.shape[-1])
+            retrieved = retrieved + torch.matmul(weights, _pick(self.material.values, index))
+        if self.seen:
+            self.seen(first, best[..., 0], index.gather(1, top.indices.flatten(1)).view(top.indices.shape))
+        moved = trial.fusion_weight * (gain > 0)
+        return h + moved * retrieved if trial.add else torch.lerp(h, retrieved, moved.to(h.dtype))
+
+    def _update(self, first, count, block, similarity, index, priority, draw) -> tuple[Tensor, Tensor]:
+        trial, rows = self.trial, len(index)
+        top = None if similarity is None or not index.shape[1] else similarity.topk(min(trial.top_k, index.shape[1]), -1)
+        new = torch.ones(rows, count, dtype=torch.bool) if top is None else top.values.mean(-1) <= trial.theta_low
+        if trial.write == "every" or trial.keep == "score":
+            new = torch.ones_like(new)
+        number = torch.arange(first, first + count)
+        if trial.keep == "lru" and top is not None:
+            hit = torch.zeros_like(similarity, dtype=torch.bool).scatter(-1, top.indices, True) & ~new[..., None]
+            priority = torch.where(hit.any(1), float(block), priority)
+        score = {
+            "lru": block + (number - first) * 1e-6 * torch.ones(rows, 1),
+            "fifo": number.float().expand(rows, -1),
+            "random": draw[:, first : first + count],
+            "score": self._score(first, count, top),
+        }[trial.keep]
+        index = torch.cat([index, number.expand(rows, -1)], 1)
+        priority = torch.cat([priority, score.masked_fill(~new, -torch.inf)], 1)
+        kept = priority.topk(min(trial.slots, index.shape[1]), -1)
+        return index.gather(1, kept.indices), kept.values
+
+    def _score(self, first: int, count: int, top) -> Tensor:
+        if self.material.score is not None:
+            return self.material.score[:, first : first + count]
+        return 1 - top.values[..., 0] if top is not None else torch.ones(len(self.material.keys), count)
