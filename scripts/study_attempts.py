@@ -27,16 +27,15 @@ from study_stories import CONFIRMATION_SEED, SELECTION_SEED, batches, make_stori
 from study_trials import Attempt, confirmed, departures, shipped, shipped_attempts
 from study_why import WHY
 from torch import Tensor
-from train_reference import TASKS
 from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 
 from pace_convert.cluster import cluster_neurons
 from pace_convert.permute import canonical_permutation
 from pace_convert.reference import reference_model
 
-SELECTION = (("multi8", 512, 32), ("multi8", 2048, 32))  # task, words, stories
-LENGTHS = {512: 128, 1024: 64, 1280: 48, 1536: 48, 2048: 48, 2560: 32, 3072: 32, 4096: 24, 8192: 16}
-STORIES = {"single": 2.0, "multi4": 1.0, "multi8": 1.0, "two_hop": 1.5}  # times as many
+SELECTION = (("multi8", 512, 24), ("multi8", 2048, 24), ("multi8", 8192, 8))  # task, words, stories
+LENGTHS = {512: 40, 1024: 32, 1280: 24, 1536: 24, 1792: 24, 2048: 32, 2560: 16, 3072: 16, 4096: 16, 8192: 8}
+STORIES = {"multi8": 1.0, "multi4": 1.0, "two_hop": 1.0, "single": 2.0}  # times as many
 
 
 class Results:
@@ -173,13 +172,15 @@ def main(out: Path, small: bool) -> None:
         stage("why", {"part": part}, work, *arguments[:1], *numbers)
     for task, length, number in SELECTION:
         attempts = shipped_attempts() + departures()
+        if length > 4096:  # the rest would take an hour
+            attempts = [attempt for attempt in attempts if attempt.layers == (3,) and attempt.trial]
         stage("selection", {"task": task, "length": length}, cell, task, length, count(number), SELECTION_SEED, attempts)
-    for task, (length, number) in product(TASKS, LENGTHS.items()):
+    for task, (length, number) in product(STORIES, LENGTHS.items()):
         stories = count(number * STORIES[task])
         key = {"task": task, "length": length}
         stage("confirmation", key, cell, task, length, stories, CONFIRMATION_SEED, confirmed())
     for length in (1024, 2048):
-        stage("filler", {"length": length}, filler, length, count(16), confirmed())
+        stage("filler", {"length": length}, filler, length, count(8), confirmed())
 
 
 if __name__ == "__main__":

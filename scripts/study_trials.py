@@ -144,7 +144,6 @@ def embedding_rows() -> list[tuple[str, str, tuple[int, ...], Trial]]:
 CONFIRMED = (  # chosen on multi8 alone; group, name
     ("placement", "layers 1,2 (plain)"),
     ("key two back, layer 0's h", "word, layer 3"),
-    ("key two back, embedding", "word, write every, keep surprise, M 100"),
     ("key two back, embedding", "residual, weight 4, layer 3"),
     ("key two back, embedding", "word, layer 3"),
 )

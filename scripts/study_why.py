@@ -212,9 +212,9 @@ def retrieval(model: Reference, length: int, count: int) -> list[dict]:
 
 
 WHY = {  # by part: the work, a length, how many stories
-    "look-up": (look_up, 8192, 32),
-    "memory 512": (memory, 512, 32),
-    "memory 2048": (memory, 2048, 24),
-    "oracle": (oracle, 2048, 24),
-    "keys": (retrieval, 2048, 24),
+    "look-up": (look_up, 8192, 24),
+    "memory 512": (memory, 512, 24),
+    "memory 2048": (memory, 2048, 16),
+    "oracle": (oracle, 2048, 16),
+    "keys": (retrieval, 2048, 16),
 }
