@@ -8,8 +8,11 @@ from study_forward import Reference, pick
 from study_memory import EMBEDDING, Batch, Plain
 from study_stories import KINDS, SELECTION_SEED, batches, kinds, make_stories, sources
 from torch import Tensor
+from train_reference import encode
+from transformers import Qwen2ForCausalLM
 
 from modeling.memory_bank import MemorySettings
+from pace_convert.reference import reference_model
 
 LOOK_UP_LAYER, LOOK_UP_HEAD, CAP, NEAR = 2, 0, 800, 600
 INTERVAL = 64
@@ -211,10 +214,41 @@ def retrieval(model: Reference, length: int, count: int) -> list[dict]:
     return rows + [{"table": "identity", "layer": layer, "cosine": torch.cat(v).mean().item()} for layer, v in identity.items()]
 
 
+ROPES: dict[str, dict] = {
+    "as trained": {"rope_type": "default"},
+    "linear, factor 2": {"rope_type": "linear", "factor": 2.0},
+    "dynamic NTK": {"rope_type": "dynamic", "factor": 2.0},
+    "YaRN, factor 4": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024},
+    "YaRN, factor 8": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 1024},
+}
+
+
+def rope(_: Reference, longest: int, count: int) -> list[dict]:
+    """Accuracy of the same weights with transformers' own RoPE scalings: the remedy that needs no memory."""
+    rows = []
+    for name, parameters in ROPES.items():
+        scaled = Qwen2ForCausalLM.from_pretrained(
+            reference_model(), rope_parameters={"rope_theta": 10000.0, **parameters}, max_position_embeddings=1024
+        ).eval()
+        for length in (512, 1024, 2048, 4096, longest):
+            right = []
+            for start in range(0, max(2, count * 1024 // max(length, 1024)), max(1, 16384 // length)):
+                stories = make_stories("multi8", length, max(1, 16384 // length), SELECTION_SEED + start)
+                ids, marks = encode(stories)
+                answers = marks[:, 1:].bool()
+                right.append((scaled(ids).logits[:, :-1].argmax(-1) == ids[:, 1:])[answers].float())
+            found = torch.cat(right)
+            rows.append(
+                {"table": "rope", "name": name, "length": length, "questions": len(found), "accuracy": found.mean().item()}
+            )
+    return rows
+
+
 WHY = {  # by part: the work, a length, how many stories
     "look-up": (look_up, 8192, 24),
     "memory 512": (memory, 512, 24),
     "memory 2048": (memory, 2048, 16),
     "oracle": (oracle, 2048, 16),
+    "rope": (rope, 8192, 48),
     "keys": (retrieval, 2048, 16),
 }
