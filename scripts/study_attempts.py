@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from study_forward import Reference, pick
 from study_memory import Batch, Bounded, Plain
 from study_stories import CONFIRMATION_SEED, SELECTION_SEED, batches, make_stories
-from study_trials import Attempt, confirmed, departures, shipped, shipped_attempts
+from study_trials import Attempt, confirmed, departures, layer_two_attempts, shipped, shipped_attempts
 from study_why import WHY
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
@@ -170,11 +170,13 @@ def main(out: Path, small: bool) -> None:
     for part, (work, *arguments) in WHY.items():
         numbers = [count(number) for number in arguments[1:]]
         stage("why", {"part": part}, work, *arguments[:1], *numbers)
-    for task, length, number in SELECTION:
-        attempts = shipped_attempts() + departures()
+    sets = {"all": shipped_attempts() + departures(), "layer 2": layer_two_attempts()}
+    for (task, length, number), (name, attempts) in product(SELECTION, sets.items()):
         if length > 4096:  # the rest would take an hour
             attempts = [attempt for attempt in attempts if attempt.layers == (3,) and attempt.trial]
-        stage("selection", {"task": task, "length": length}, cell, task, length, count(number), SELECTION_SEED, attempts)
+        key = {"task": task, "length": length, "set": name}
+        if attempts:
+            stage("selection", key, cell, task, length, count(number), SELECTION_SEED, attempts)
     for task, (length, number) in product(STORIES, LENGTHS.items()):
         stories = count(number * STORIES[task])
         key = {"task": task, "length": length}

@@ -50,6 +50,19 @@ def shipped_attempts() -> list[Attempt]:
     return attempts
 
 
+def layer_two_attempts() -> list[Attempt]:
+    """What the oracle and the bank's contents point to within the method: layer 2 alone, the nearest slot alone."""
+    near = {"layers": (2,), "top_k": 1, "bottom_k": 0, "mix_weight": 1.0}
+    names = [(f"k 1, k' 0, mix weight 1, lambda {x}", {"fusion_weight": x}) for x in (0.2, 0.35, 0.5, 0.65)]
+    names += [("the same, lambda 0.5, M 400", {"fusion_weight": 0.5, "slots": 400})]
+    names += [("the same, lambda 0.5, theta_low 0.4", {"fusion_weight": 0.5, "theta_low": 0.4})]
+    names += [
+        ("the same, lambda 0.5, theta 0.1 / 0.15 (no merging)", {"fusion_weight": 0.5, "theta_low": 0.1, "theta_high": 0.15})
+    ]
+    attempts = [shipped("layer 2 alone", name, **{**near, **values}) for name, values in names]
+    return [*attempts, shipped("layer 2 alone", "k 5, k' 2, lambda 0.5", (2,), fusion_weight=0.5)]
+
+
 WORD = Trial(  # three departures at once: key, value, what is kept
     update_interval=32,
     top_k=1,
@@ -151,5 +164,5 @@ CONFIRMED = (  # chosen on multi8 alone; group, name
 
 def confirmed() -> list[Attempt]:
     """The attempts that other tasks and other seeds are put to."""
-    known = {(a.group, a.name): a for a in shipped_attempts() + departures()}
+    known = {(a.group, a.name): a for a in shipped_attempts() + layer_two_attempts() + departures()}
     return [known[key] for key in CONFIRMED]
