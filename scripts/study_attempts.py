@@ -177,12 +177,11 @@ def main(out: Path, small: bool) -> None:
         key = {"task": task, "length": length, "set": name}
         if attempts:
             stage("selection", key, cell, task, length, count(number), SELECTION_SEED, attempts)
-    for task, (length, number) in product(STORIES, LENGTHS.items()):
-        stories = count(number * STORIES[task])
-        key = {"task": task, "length": length}
-        stage("confirmation", key, cell, task, length, stories, CONFIRMATION_SEED, confirmed())
+    for (task, share_of), (length, number), (name, attempts) in product(STORIES.items(), LENGTHS.items(), confirmed().items()):
+        key = {"task": task, "length": length, "set": name}
+        stage("confirmation", key, cell, task, length, count(number * share_of), CONFIRMATION_SEED, attempts)
     for length in (1024, 2048):
-        stage("filler", {"length": length}, filler, length, count(8), confirmed())
+        stage("filler", {"length": length}, filler, length, count(8), confirmed()["all"])
 
 
 if __name__ == "__main__":

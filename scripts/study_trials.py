@@ -154,15 +154,17 @@ def embedding_rows() -> list[tuple[str, str, tuple[int, ...], Trial]]:
     return rows
 
 
-CONFIRMED = (  # chosen on multi8 alone; group, name
-    ("placement", "layers 1,2 (plain)"),
-    ("key two back, layer 0's h", "word, layer 3"),
-    ("key two back, embedding", "residual, weight 4, layer 3"),
-    ("key two back, embedding", "word, layer 3"),
-)
+CONFIRMED = {  # by set: group and name of what was chosen on multi8 alone, to be tried on other seeds and tasks
+    "all": (
+        ("placement", "layers 1,2 (plain)"),
+        ("key two back, layer 0's h", "word, layer 3"),
+        ("key two back, embedding", "residual, weight 4, layer 3"),
+        ("key two back, embedding", "word, layer 3"),
+    ),
+}
 
 
-def confirmed() -> list[Attempt]:
-    """The attempts that other tasks and other seeds are put to."""
+def confirmed() -> dict[str, list[Attempt]]:
+    """The attempts that other tasks and other seeds are put to, by set."""
     known = {(a.group, a.name): a for a in shipped_attempts() + layer_two_attempts() + departures()}
-    return [known[key] for key in CONFIRMED]
+    return {name: [known[key] for key in keys] for name, keys in CONFIRMED.items()}
