@@ -161,6 +161,10 @@ CONFIRMED = {  # by set: group and name of what was chosen on multi8 alone, to b
         ("key two back, embedding", "residual, weight 4, layer 3"),
         ("key two back, embedding", "word, layer 3"),
     ),
+    "second": (
+        ("key two back, embedding", "own, blend 0.5, layer 2"),
+        ("key two back, layer 0's h", "word, most novel firsts kept"),
+    ),
 }
 
 
