@@ -1,6 +1,6 @@
 """Why the plain memory changes nothing for the reference model, and what was tried to make it help.
 
-    python scripts/study_attempts.py --out docs/study_attempts.json
+    python scripts/study_attempts.py --out docs/study/attempts.json
 
 Stages: `check` (this harness against a converted checkpoint), `why` (study_why.py), `selection` (every attempt on
 multi8, seeds for choosing), `confirmation` (a few attempts on all tasks and lengths, other seeds), `filler` (what they do

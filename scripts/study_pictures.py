@@ -1,6 +1,6 @@
 """Draw the pictures of docs/study/ from the numbers of study_attempts.py.
 
-python scripts/study_pictures.py docs/study_attempts.json docs/study
+python scripts/study_pictures.py docs/study/attempts.json docs/study
 """
 
 from __future__ import annotations
