@@ -17,12 +17,17 @@ import matplotlib.pyplot as plt
 LABELS = {  # of the confirmed attempts
     "base": "base model",
     "layers 1,2 (plain)": "plain memory",
-    "word, layer 3": "word",
-    "word, most novel firsts kept": "word",
-    "residual, weight 4, layer 3": "residual",
+    "word, most novel firsts kept": "B2: word, first occurrences",
+    "own, blend 0.5, layer 2": "A: own activation",
+    "residual, weight 4, layer 3": "C: residual",
 }
 KEYS = {"key two back, layer 0's h": ", key: layer 0's h two back", "key two back, embedding": ", key: embedding two back"}
 TITLES = {"single": "1 fact", "multi4": "4 facts", "multi8": "8 facts", "two_hop": "two-hop (chance: 25 %)"}
+
+
+def _label(group: str, name: str) -> str:
+    word = "B: word" if "layer 0" in group else "D: word"
+    return LABELS.get(name, word) + KEYS.get(group, "")
 
 
 def look_up(data: dict, path: Path) -> None:
@@ -123,9 +128,7 @@ def confirmation(data: dict, path: Path) -> None:
                 (r["length"], r["accuracy"]) for r in rows if (r["task"], r["group"], r["name"]) == (task, group, name)
             )
             style = {"base": "k-", "placement": "C1:"}.get(group, f"C{i}--" if i % 2 else f"C{i}-")
-            axis.plot(
-                *zip(*found), style, marker="os^dv"[i % 5], markersize=4, label=LABELS.get(name, name) + KEYS.get(group, "")
-            )
+            axis.plot(*zip(*found), style, marker="os^dv"[i % 5], markersize=4, label=_label(group, name))
         axis.axvline(1024, color="0.7", linewidth=1)
         axis.axhline(0.8, color="0.7", linewidth=1, linestyle=":")
         axis.set(title=title, xscale="log", ylim=(-0.03, 1.05))

@@ -154,7 +154,7 @@ def embedding_rows() -> list[tuple[str, str, tuple[int, ...], Trial]]:
     return rows
 
 
-CONFIRMED = {  # by set: group and name of what was chosen on multi8 alone, to be tried on other seeds and tasks
+CONFIRMED = {  # by set: group and name of what was chosen on the selection seed, to be tried on another and on all tasks
     "all": (
         ("placement", "layers 1,2 (plain)"),
         ("key two back, layer 0's h", "word, layer 3"),
