@@ -62,14 +62,39 @@ PARTS = (
 )
 
 
+LONG = "runs/study/long"  # a model so small that it reads 200K tokens on a CPU
+PROOF = Part("proof", f"eval needle {LONG} --lengths 200k --depths 50 --seeds 1", "needle.png")
+
+
 def run(part: Part) -> None:
     """The command itself, in a process of its own; then its results beside the document."""
-    if not (ROOT / MODEL / "config.json").exists():
+    if part is PROOF and not (ROOT / LONG / "config.json").exists():
+        _make_long(ROOT / f"{LONG}-source")
+        _call(f"pace-convert {LONG}-source {LONG} --experts 16 --memory-layers 0,1")
+    elif part is not PROOF and not (ROOT / MODEL / "config.json").exists():
         _call(CONVERT)
     _call(part.line)
     RESULTS.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(ROOT / RUNS / part.name / "results.json", RESULTS / f"{part.name}.json")
     shutil.copyfile(ROOT / RUNS / part.name / part.picture, RESULTS / f"{part.name}.png")
+
+
+def _make_long(folder: Path) -> None:
+    """Two layers with random weights, and the reference model's tokenizer."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from pace_convert.reference.tokenizer import build_tokenizer
+
+    context = 1 << 18
+    tokenizer = build_tokenizer(context)
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=context, tie_word_embeddings=True,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def _call(line: str) -> None:
@@ -131,14 +156,14 @@ def put(text: str, part: Part) -> str:
 
 
 @click.command(help=__doc__)
-@click.option("--only", multiple=True, type=click.Choice([part.name for part in PARTS]), help="These parts alone.")
+@click.option("--only", multiple=True, type=click.Choice([part.name for part in (*PARTS, PROOF)]), help="These parts alone.")
 @click.option("--tables", is_flag=True, help="Run nothing; tables from the results that are there.")
 def main(only: tuple[str, ...], tables: bool) -> None:
-    for part in PARTS:
+    for part in (*PARTS, PROOF):
         if not tables and (not only or part.name in only):
             run(part)
     text = DOCUMENT.read_text()
-    for part in PARTS:
+    for part in (*PARTS, PROOF):
         if (RESULTS / f"{part.name}.json").exists():
             text = put(text, part)
     DOCUMENT.write_text(text)
