@@ -12,7 +12,7 @@ import click
 from . import __version__, text
 from .command import as_json_text, friendly, hub_options, output_options
 from .errors import CallError, PaceError
-from .evaluate.cli import evaluation
+from .evaluate.cli import evaluation, tune
 from .options import EXPERT_OPTIONS, ConvertOptions, RunOptions, load_options, option_name
 from .progress import Progress
 
@@ -308,3 +308,4 @@ def demo(out: Path, quiet: bool) -> None:
 
 
 pace.add_command(evaluation, "eval")
+pace.add_command(tune)

@@ -17,7 +17,7 @@ class Difference(BaseModel):
     high: float = Field(allow_inf_nan=False)
 
     def __str__(self) -> str:
-        return f"{self.mean:+.4f} ({self.low:+.4f} to {self.high:+.4f})"
+        return f"{self.mean:+.3g} ({self.low:+.3g} to {self.high:+.3g})"
 
 
 class Tuned(BaseModel):
