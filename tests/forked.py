@@ -15,7 +15,14 @@ from pathlib import Path
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["forked", "torch", "pace_convert.convert", "pace_convert.cluster", "transformers.models.auto.tokenization_auto"]
+    [
+        "forked",
+        "torch",
+        "pace_convert.convert",
+        "pace_convert.cluster",
+        "transformers.models.auto.tokenization_auto",
+        "pace_convert.evaluate.tune",
+    ]
 )
 
 

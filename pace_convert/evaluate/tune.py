@@ -181,7 +181,7 @@ def _judged(wish: Wish, data: Data, study: Any, memory: dict, trials: list[Trial
         for i, trial in enumerate(chosen)
     ]
     if memory["layers"]:
-        entrants.append((f"current: {words_of(memory, memory)}", memory, as_it_is and as_it_is.scores))
+        entrants.append((f"current: {words_of(memory, memory)}", memory, as_it_is.scores if as_it_is else None))
     rows, against = [], {}
     for name, parameters, scores in entrants:
         there = seen(json.dumps(parameters, sort_keys=True), parameters)
@@ -243,7 +243,11 @@ def _folder(wish: Wish, converted: Converted, memory: dict) -> Iterator[dict]:
             if before["identity"] != identity or memory not in (before["memory"], written):
                 raise CallError(f"{out} holds a search on something else", f"give another --out, or delete {out}")
             _drop_torn_line(out / JOURNAL)
-            yield before["memory"]
+            try:
+                yield before["memory"]
+            finally:
+                if not (out / JOURNAL).exists():  # it failed before anything was done: another call may have the folder
+                    (out / IDENTITY).unlink()
     except Timeout as error:
         raise CallError(f"another search is writing to {out}", "wait for it, or give another --out") from error
 

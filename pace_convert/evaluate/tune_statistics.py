@@ -61,9 +61,9 @@ def measure(reader: Reader, converted: Converted, items: Sequence[Item], memory:
 
 def _summary(layer: int, seen: list[tuple[np.ndarray, np.ndarray]], memory: dict) -> Layer:
     whole, experts = (np.concatenate(part) for part in zip(*seen))
-    quantiles = [tuple(np.quantile(x, LEVELS).round(5).tolist()) for x in (whole, experts)]
+    token, expert = (tuple(np.quantile(x, LEVELS).round(5).tolist()) for x in (whole, experts))
     reused, kept = (whole > memory["theta_high"]).mean(), (whole <= memory["theta_low"]).mean()
-    return Layer(layer, *quantiles, reused=round(float(reused), 5), kept=round(float(kept), 5))
+    return Layer(layer, token, expert, round(float(reused), 5), round(float(kept), 5))
 
 
 @torch.no_grad()
