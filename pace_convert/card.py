@@ -21,6 +21,7 @@ from .package import CARD, SOURCE_CARD, render
 if TYPE_CHECKING:
     from .plan import Plan
     from .source import Source
+    from .tuned import Tuned
     from .verify import Verification
 
 CARD_BYTES = 1 << 20  # of the source's card are searched for its metadata
@@ -58,11 +59,13 @@ def model_card(source: Source, plan: Plan) -> str:
     theirs = _beginning(source.folder / CARD) if has_card else ""
     metadata = inherited_metadata(theirs)
     name = source.name if source.hub else source.folder.resolve().name
+    memory = plan.options.memory_config(plan.memory_layers)
     text = render(
         "model_card.md.jinja",
         plan=plan,
         options=plan.options,
-        memory=plan.options.memory_config(plan.memory_layers),
+        memory=memory,
+        memory_section=_block("memory", _memory(memory, plan.layers)),
         source=name,
         title=" ".join(name.split("/")[-1].split()),
         revision=source.hub.commit if source.hub else None,
@@ -90,6 +93,16 @@ def published(card: str, repo_id: str, commit: str, remote: bool, verification: 
     if verification is not None:
         text = _replace_block(text, "verification", _measured(verification))
     return _seal(_SEAL.sub("", text)) if is_untouched(card.encode()) else text
+
+
+def retuned(card: str, memory: dict, layers: int, tuned: Tuned) -> str:
+    """A card whose model has other memory parameters now. layers: of the model."""
+    return _seal(_replace_block(_SEAL.sub("", card), "memory", _memory(memory, layers, tuned)))
+
+
+def _memory(memory: dict, layers: int, tuned: Tuned | None = None) -> str:
+    sentence = None if tuned is None else tuned.sentence()
+    return render("memory.md.jinja", memory=memory, count=layers, tuned=sentence).strip()
 
 
 def pinned_commit(card: str) -> str | None:

@@ -13,6 +13,7 @@ from . import __version__, text
 from .command import as_json_text, friendly, hub_options, output_options
 from .errors import CallError, PaceError
 from .evaluate.cli import evaluation
+from .evaluate.tune_cli import tune
 from .options import EXPERT_OPTIONS, ConvertOptions, RunOptions, load_options, option_name
 from .progress import Progress
 
@@ -308,3 +309,4 @@ def demo(out: Path, quiet: bool) -> None:
 
 
 pace.add_command(evaluation, "eval")
+pace.add_command(tune)

@@ -16,6 +16,7 @@ from .permute import is_permutation
 from .places import is_unfinished
 from .plan import check_ffn, count_layers
 from .source import Source, open_folder
+from .tuned import Tuned
 from .writer import read_permutation
 
 
@@ -71,6 +72,8 @@ def _check_options(pace: dict) -> None:
         if experts:
             given["exact_restarts"] = experts.pop("restarts")
         ConvertOptions.model_validate({**given, **experts, **memory, "memory_layers": layers})
+        if "tuned" in pace:
+            Tuned.model_validate(pace["tuned"])
     except ValidationError as error:
         first = error.errors()[0]
         where = f"{first['loc'][0]}: " if first["loc"] else ""

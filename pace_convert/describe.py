@@ -36,6 +36,7 @@ def describe(converted: Converted, quality: Sequence[Quality] | None = None, pro
         "intermediate_size": len(converted.layers[0][0]),
         "experts": converted.pace.get("experts"),
         "memory": {**ConvertOptions().memory_config(()), **converted.pace["memory"]},  # what is not set has its default
+        "tuned": converted.pace.get("tuned"),
         "layers": layers,
     }
     return facts if probed is None else {**facts, "probe": _probe(probed)}

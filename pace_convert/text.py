@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from .card import loading_snippet
 from .options import ConvertOptions
+from .tuned import Tuned
 
 if TYPE_CHECKING:
     from .convert import Conversion
@@ -87,6 +88,8 @@ def facts_text(facts: dict) -> str:
     ]
     if memory["enabled"]:
         lines += [f"    {name:18}{value}" for name, value in memory.items() if name not in ("enabled", "layers")]
+    if facts["tuned"]:
+        lines.append(f"  tuned      {Tuned.model_validate(facts['tuned']).sentence()}")
     lines += ["  " + line for line in table([_layer_row(facts, row) for row in facts["layers"]]).splitlines()]
     if any("quality" in row for row in facts["layers"]):
         lines.append(

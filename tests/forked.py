@@ -16,7 +16,8 @@ from pathlib import Path
 _context = multiprocessing.get_context("forkserver")
 PRELOAD = """
     forked torch pace_convert.convert pace_convert.cluster transformers.models.auto.tokenization_auto
-    pace_convert.evaluate.needle_plot pace_convert.evaluate.cost pace_convert.evaluate.tables matplotlib.pyplot
+    pace_convert.evaluate.needle_plot pace_convert.evaluate.cost pace_convert.evaluate.tables pace_convert.evaluate.tune
+    matplotlib.pyplot
     transformers.models.qwen2.modeling_qwen2 transformers.generation
 """
 _context.set_forkserver_preload(PRELOAD.split())

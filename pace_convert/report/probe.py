@@ -118,7 +118,7 @@ def _run(
         if layer in traces:
             seen[layer] = h
 
-    with _listening(model, converted, take), progress.step("reading the text", len(ids), "token") as bar:
+    with listening(model, converted, take), progress.step("reading the text", len(ids), "token") as bar:
         while first < len(ids):
             stop = min(len(ids), first + _CALL, *((first // u + 1) * u for u in blocks))
             model(input_ids=torch.tensor([ids[first:stop]]), past_key_values=cache, use_cache=True)
@@ -130,7 +130,7 @@ def _run(
 
 
 @contextmanager
-def _listening(model: nn.Module, converted: Converted, take: Callable[[int, Tensor], None]) -> Iterator[None]:
+def listening(model: nn.Module, converted: Converted, take: Callable[[int, Tensor], None]) -> Iterator[None]:
     """take(layer, h) gets the raw activations [S, D] of each call, as they are before the memory's own hook."""
     family, hooks = converted.family, []
     prefix = f"{family.stack}." if family.stack else ""
