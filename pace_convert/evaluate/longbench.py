@@ -1,8 +1,9 @@
 """LongBench (Bai et al. 2023, arXiv 2308.14508): the English data sets, in the categories of the PaceLLM paper.
 
-Prompts and answer lengths come from lm-evaluation-harness, where they are the official ones. Ours, because the harness
-does otherwise: what is too long is cut in the middle and not on the left, and no answer ends at a line break, as the
-official pred.py does it; first lines are taken when scoring.
+Prompts and answer lengths come from lm-evaluation-harness, with the line breaks of the official dataset2prompt.json that
+it lacks in four of them. Ours, because the harness does otherwise: what is too long is cut in the middle and not on the
+left, and no answer ends at a line break, as the official pred.py does it (but for samsum, where it ends at one; only its
+first line is scored in either case).
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ CATEGORIES = {
     "Code": ("lcc", "repobench-p"),
 }
 NO_CHAT = ("trec", "triviaqa", "samsum", "lcc", "repobench-p")  # the official script gives these as they are
+LINE_BREAKS = {  # what the harness has -> what dataset2prompt.json has
+    **dict.fromkeys(("triviaqa", "samsum"), ("{{context}}\n{{question}}", "{{context}}\n\n{{question}}")),
+    **dict.fromkeys(("lcc", "repobench-p"), ("Next line of code:", "Next line of code:\n")),
+}
 FIELDS = ("input", "context", "answers")
 
 
@@ -94,12 +99,13 @@ def fitted(reader: Reader, text: str, new_tokens: int, max_length: int | None, c
 
 @lru_cache(maxsize=32)
 def official_prompt(task: str):
-    """(jinja template over context and question, length of the answer in tokens) of lm-evaluation-harness."""
+    """(jinja template over context and question, length of the answer in tokens), as the official configuration has them."""
     import lm_eval.tasks
 
     path = Path(lm_eval.tasks.__file__).parent / "longbench" / f"{task}.yaml"
     config = yaml.load(path.read_text(encoding="utf-8"), Loader=_Plain)
-    return template_of(config["doc_to_text"]), config["generation_kwargs"]["max_gen_toks"]
+    text = config["doc_to_text"].rstrip("\n").replace(*LINE_BREAKS.get(task, ("", "")))
+    return template_of(text), config["generation_kwargs"]["max_gen_toks"]
 
 
 def template_of(text: str):

@@ -45,8 +45,16 @@ def rouge_l(answer: str, right: str, classes: Sequence[str] = ()) -> float:
 
 
 def classification(answer: str, right: str, classes: Sequence[str] = ()) -> float:
-    """1 / (classes named) if the right one is among them, not counting those that are only a part of its name."""
-    named = [name for name in classes if name in answer and (name == right or name not in right)]
+    """1 / (classes named) if the right one is among them, less those that are only a part of its name.
+
+    As the official loop does it, which deletes from the list that it walks along: the class behind a deleted one is
+    passed over and stays.
+    """
+    named, at = [name for name in classes if name in answer], 0
+    while at < len(named):
+        if named[at] != right and named[at] in right:
+            del named[at]
+        at += 1
     return 1 / len(named) if right in named else 0.0
 
 

@@ -33,8 +33,8 @@ class Records:
     def read(self, name: str, fields: tuple[str, ...], limit: int | None) -> list[dict]:
         """The first `limit` questions of NAME.jsonl. Raises CallError where it is missing, DamagedSourceError for bad lines."""
         with self._open(f"{name}.jsonl") as file:
-            lines = islice(enumerate(file, 1), limit)
-            questions = [_question(line, f"{name}.jsonl, line {number}", fields) for number, line in lines if line.strip()]
+            lines = ((number, line) for number, line in enumerate(_text(file, f"{name}.jsonl"), 1) if line.strip())
+            questions = [_question(line, f"{name}.jsonl, line {number}", fields) for number, line in islice(lines, limit)]
         if not questions:
             raise DamagedSourceError(f"{name}.jsonl is empty", "download it again")
         return questions
@@ -68,6 +68,13 @@ class Records:
             return TextIOWrapper(archive.open(inside[0]), encoding="utf-8")
 
 
+def _text(file: IO[str], name: str) -> Iterator[str]:
+    try:
+        yield from file
+    except UnicodeDecodeError as error:
+        raise DamagedSourceError(f"{name} is not UTF-8 text", "download the file again") from error
+
+
 def _question(line: str, where: str, fields: tuple[str, ...]) -> dict:
     try:
         question = json.loads(line)
@@ -78,6 +85,12 @@ def _question(line: str, where: str, fields: tuple[str, ...]) -> dict:
     absent = [field for field in fields if field not in question]
     if absent:
         raise DamagedSourceError(f"{where} has no {absent[0]!r}", "give files in the official format")
+    for field in ("context", "input"):
+        if not isinstance(question.get(field, ""), str):
+            raise DamagedSourceError(f"{where}: {field!r} is no text", "give files in the official format")
+    answers = question.get("answers", [""])
+    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
+        raise DamagedSourceError(f"{where}: 'answers' is no list of texts", "give files in the official format")
     return question
 
 

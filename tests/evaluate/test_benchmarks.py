@@ -85,6 +85,14 @@ def test_every_prompt_is_there():
         assert all(option in text for option in question["options"])
 
 
+def test_line_breaks_are_the_official_ones():
+    """dataset2prompt.json; lm-evaluation-harness has one less in each of these."""
+    ends = {"triviaqa": "C\n\nQ", "samsum": "C\n\nQ", "trec": "C\nQ", "lcc": "CNext line of code:\n",
+            "repobench-p": "CQNext line of code:\n", "hotpotqa": "Question: Q\nAnswer:"}  # fmt: skip
+    for task, end in ends.items():
+        assert longbench.official_prompt(task)[0].render(context="C", question="Q").endswith(end), task
+
+
 def test_what_is_too_long_is_cut_in_the_middle(reader):
     assert list(middle_cut([1, 2, 3, 4, 5], 5)) == [[1, 2, 3, 4, 5]]
     assert list(middle_cut([1, 2, 3, 4, 5, 6], 5)) == [[1, 2], [5, 6]]
@@ -111,6 +119,8 @@ def test_names_of_tasks():
     ("line", "words"),
     [
         ("{", "line 2 is not valid JSON"), ("[1]", "line 2 is not an object"), ('{"input": "x"}', "line 2 has no 'context'"),
+        ('{"input": "x", "context": null, "answers": ["y"]}', "line 2: 'context' is no text"),
+        ('{"input": "x", "context": "z", "answers": "y"}', "line 2: 'answers' is no list of texts"),
     ],
 )  # fmt: skip
 def test_damaged_files(tmp_path, line, words):
@@ -120,6 +130,14 @@ def test_damaged_files(tmp_path, line, words):
     with pytest.raises(DamagedSourceError, match=words):
         Records("", folder=str(tmp_path)).read("lcc", longbench.FIELDS, None)
     assert len(Records("", folder=str(tmp_path)).read("lcc", longbench.FIELDS, 1)) == 1
+
+
+def test_blank_lines_are_no_questions_and_other_encodings_are_refused(tmp_path):
+    (tmp_path / "qa.jsonl").write_text('\n{"n": 1}\n\n{"n": 2}\n', encoding="utf-8")
+    assert Records("", folder=str(tmp_path)).read("qa", ("n",), 2) == [{"n": 1}, {"n": 2}]
+    (tmp_path / "qa.jsonl").write_bytes('{"n": "é"}'.encode("latin-1"))
+    with pytest.raises(DamagedSourceError, match="not UTF-8"):
+        Records("", folder=str(tmp_path)).read("qa", ("n",), None)
 
 
 def test_wrong_calls(reference, tmp_path):

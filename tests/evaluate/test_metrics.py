@@ -58,6 +58,13 @@ def test_classification(answer, expected):
     assert classification(answer, "Other location", ["Other location", "location", "City", "State"]) == expected
 
 
+def test_classes_that_are_parts_of_the_right_one():
+    classes = ["loc", "Other", "Other loc", "City"]
+    # "loc" goes, "Other" moves into its place and is passed over: it and the right one are left
+    assert classification("Other loc", "Other loc", classes) == 0.5
+    assert classification("Other loc", "Other loc", ["loc", "City", "Other loc"]) == 1
+
+
 def test_similarity_of_code():
     assert code_similarity("x = 1", "x = 1") == 1
     assert code_similarity("```python\n# a comment\n// another\nreturn x\nmore", "return x") == 1
