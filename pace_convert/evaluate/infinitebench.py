@@ -1,22 +1,17 @@
 """InfiniteBench (Zhang et al. 2024, arXiv 2402.13718): 100K tokens and more, scored as its official script does.
 
-Prompts are the official ones for chat models, from lm-evaluation-harness where it has them; what is too long is cut in
-the middle, as the official scripts do.
+What is too long is cut in the middle, as the official scripts do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
-
-import yaml
 
 from ..errors import DamagedSourceError
 from .infinitebench_metrics import METRICS
-from .longbench import _Plain, fitted, template_of
+from .infinitebench_prompts import prompt_of
+from .longbench import fitted
 from .reader import Reader
 from .records import Records
 
@@ -40,9 +35,9 @@ NEW_TOKENS = {  # eval_utils.py
     "longbook_qa_eng": 40, "longbook_qa_chn": 40, "longdialogue_qa_eng": 40, "math_find": 3, "math_calc": 30000, "code_run": 5,
     "code_debug": 5,
 }  # fmt: skip
+ASKS = 1  # another number for other prompts or scores: an older journal is then not taken up
 CHOICES = ("longbook_choice_eng", "code_debug")
 FIELDS = ("context", "input", "answer")
-MATH_CALC = "Compute the intermediate values in the following long expression.\n\n{{context}}"  # prompt.py; not in the harness
 
 
 @dataclass(frozen=True)
@@ -63,7 +58,7 @@ class InfiniteBench:
 
     def identity(self) -> dict:
         """Data and how much of it."""
-        return {"data": self.records.identity(), "limit": self.limit, "max_length": self.max_length}
+        return {"data": self.records.identity(), "limit": self.limit, "max_length": self.max_length, "asks": ASKS}
 
     def cells(self) -> list[str]:
         """Tasks."""
@@ -76,8 +71,9 @@ class InfiniteBench:
     def run(self, reader: Reader, cell: str) -> list[dict]:
         """One record a question."""
         questions = self.records.read(cell, FIELDS, self.limit)
-        render, new_tokens = official_prompt(cell), NEW_TOKENS[cell]
-        rows = [fitted(reader, render(question), new_tokens, self.max_length, chat=True) for question in questions]
+        new_tokens, chat = NEW_TOKENS[cell], reader.chats
+        texts = [prompt_of(cell, question, chat) for question in questions]
+        rows = [fitted(reader, text, new_tokens, self.max_length, chat) for text in texts]
         answers = reader.answer(rows, new_tokens)
         return [
             {"score": METRICS[cell](answer, label_of(cell, question)), "answer": answer}
@@ -98,22 +94,3 @@ def label_of(task: str, question: dict) -> Any:
             f"{task}.jsonl: the answer {text!r} is none of the options", "give files in the official format"
         )
     return [text, "ABCD"[question["options"].index(text)]]
-
-
-@lru_cache(maxsize=16)
-def official_prompt(task: str) -> Callable[[dict], str]:
-    """Question -> prompt."""
-    import lm_eval.tasks
-
-    if task == "math_calc":
-        return lambda question: template_of(MATH_CALC).render(context=question["context"])
-    name = f"infinitebench_{task.removesuffix('g') if task.endswith('_eng') else task}"
-    path = Path(lm_eval.tasks.__file__).parent / "infinitebench" / f"{name}.yaml"
-    config = yaml.load(path.read_text(encoding="utf-8"), Loader=_Plain)
-    text = config["doc_to_text"]
-    if text.startswith("utils."):
-        from lm_eval.tasks.infinitebench import utils
-
-        return getattr(utils, text.removeprefix("utils."))
-    template = template_of(config.get("description", "") + text)
-    return lambda question: template.render(**question)

@@ -33,6 +33,7 @@ LINE_BREAKS = {  # what the harness has -> what dataset2prompt.json has
     **dict.fromkeys(("triviaqa", "samsum"), ("{{context}}\n{{question}}", "{{context}}\n\n{{question}}")),
     **dict.fromkeys(("lcc", "repobench-p"), ("Next line of code:", "Next line of code:\n")),
 }
+ASKS = 1  # another number for other prompts or scores: an older journal is then not taken up
 FIELDS = ("input", "context", "answers")
 
 
@@ -54,7 +55,7 @@ class LongBench:
 
     def identity(self) -> dict:
         """Data and how much of it."""
-        return {"data": self.records.identity(), "limit": self.limit, "max_length": self.max_length}
+        return {"data": self.records.identity(), "limit": self.limit, "max_length": self.max_length, "asks": ASKS}
 
     def cells(self) -> list[str]:
         """Data sets."""

@@ -1,8 +1,8 @@
 """How LongBench scores an answer (Bai et al. 2023, arXiv 2308.14508; the released eval.py and metrics.py).
 
 Each function: answer, one of the right answers, names of all classes -> 0 to 1. The similarity of code is what
-fuzzywuzzy.fuzz.ratio gives without its optional C library, as LongBench's requirements install it: Python's difflib,
-in whole per cents. With that library (or rapidfuzz) the same pair can score differently, so nothing that may or may
+fuzzywuzzy.fuzz.ratio, which the official script calls, gives without its optional C library: Python's difflib, in whole
+per cents. With that library (or rapidfuzz) the same pair can score differently, so nothing that may or may
 not be installed is asked.
 """
 

@@ -8,6 +8,7 @@ from helpers import pace_convert, refuse
 
 from pace_convert.errors import CallError, DamagedSourceError, PaceError
 from pace_convert.evaluate import infinitebench, longbench
+from pace_convert.evaluate.infinitebench_prompts import prompt_of
 from pace_convert.evaluate.longbench import LongBench, fitted
 from pace_convert.evaluate.records import Records, choose, middle_cut
 from pace_convert.evaluate.ruler import Ruler
@@ -80,9 +81,12 @@ def test_every_prompt_is_there():
             assert "CONTEXT" in text and ("QUESTION" in text) == asks and "{{" not in text and 32 <= tokens <= 512
     for task, fields in official.INFINITE.items():
         question = {"context": "CONTEXT", "input": "what is it ?", "options": [], **fields}
-        text = infinitebench.official_prompt(task)(question)
-        assert "CONTEXT" in text and "{{" not in text
-        assert all(option in text for option in question["options"])
+        for chat in (True, False):
+            text = prompt_of(task, question, chat)
+            assert "CONTEXT" in text and "{" not in text
+            assert all(option in text for option in question["options"])
+    question = {"context": "CONTEXT", "input": "", **official.INFINITE["code_run"]}
+    assert prompt_of("code_run", question, chat=False).endswith("The value of func_3(12) is")
 
 
 def test_line_breaks_are_the_official_ones():
@@ -172,6 +176,7 @@ def test_ruler_is_made_and_scored_by_the_harness(reader):
     assert [record["score"] for record in test.run(Finder(), "niah_single_1/512")] == [1, 1, 1]
 
 
+@pytest.mark.slow
 def test_what_the_harness_cannot_make(reader):
     pytest.importorskip("wonderwords")
     with pytest.raises(PaceError, match="can't make niah_nonsense of 512 tokens"):
