@@ -46,6 +46,12 @@ CONVERT = f"pace-convert pace_convert/reference/model {MODEL} --experts 16 --upd
 PARTS = (
     Part("single", f"eval needle {MODEL} {GRID} --seeds 5", "needle.png"),
     Part("multi", f"eval needle {MODEL} {GRID} --needles 4 --seeds 4", "needle.png"),
+    Part(
+        "experts",
+        f"eval needle {MODEL} --haystack reference --lengths 1536,2k,4k --depths 0..100:5 --needles 4 --seeds 6 "
+        "--first-seed 100 --arms base,pa-expert,ce+pa-expert",
+        "needle.png",
+    ),
     Part("two-hop", f"eval needle {MODEL} {GRID} --needles 4 --hops 2 --ask 4 --seeds 2", "needle.png"),
     Part(
         "thresholds",
