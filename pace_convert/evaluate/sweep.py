@@ -93,8 +93,10 @@ def levels(results: Results, factors: Sequence[tuple[str, list[Any]]]) -> list[L
         for value in values:
             having = [s.name for s in results.subjects if dict(s.memory).get(name) == value]
             if having:
-                mine = [cell for subject in having for cell in results.scores(subject)]
-                made.append(Level(name, value, difference(mine, base * len(having)), len(having)))
+                # Combinations answer the same questions: their mean at each question is one score, not several.
+                cells = zip(*(results.scores(subject) for subject in having))
+                mine = [[sum(scores) / len(having) for scores in zip(*cell)] for cell in cells]
+                made.append(Level(name, value, difference(mine, base), len(having)))
     return made
 
 

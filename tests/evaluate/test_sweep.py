@@ -58,6 +58,7 @@ def test_levels_are_means_over_the_others():
         ("slots", 1, 2), ("slots", 2, 2), ("top_k", 1, 2), ("top_k", 5, 2),
     ]  # fmt: skip
     assert [level.change.mean for level in made] == pytest.approx([0.125, 0.125, 0.25, 0.0])
+    assert [level.change.count for level in made] == [30] * 4  # questions, however many combinations answered them
 
 
 def test_a_sweep_end_to_end(reference, tmp_path):
