@@ -22,7 +22,7 @@ _context.set_forkserver_preload(
         "pace_convert.cluster",
         "transformers.models.auto.tokenization_auto",
         "pace_convert.evaluate.tune",
-    ]
+    ]  # fmt: skip
 )
 
 
