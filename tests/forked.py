@@ -22,8 +22,8 @@ _context.set_forkserver_preload(
         "pace_convert.cluster",
         "transformers.models.auto.tokenization_auto",
         "pace_convert.evaluate.tune",
-    ]  # fmt: skip
-)
+    ]
+)  # fmt: skip
 
 
 def run(arguments: Sequence[object], cwd: Path | None = None) -> subprocess.CompletedProcess:
