@@ -32,7 +32,7 @@ from .reader import Reader
 from .subjects import Subject, load
 from .tune_data import Asked, Data, check_data, read_data
 from .tune_report import plot_statistics, words_of
-from .tune_search import PARTS, Space, Trial, best, kept, open_study, search
+from .tune_search import PARTS, Space, Trial, best, kept, open_study, repair, search
 from .tune_statistics import Layer, candidate_layers, measure
 from .tune_write import check_writable, write_memory
 
@@ -242,7 +242,7 @@ def _folder(wish: Wish, converted: Converted, memory: dict) -> Iterator[dict]:
             written = json.loads((out / RESULTS).read_text())["winner"] if (out / RESULTS).exists() else None
             if before["identity"] != identity or memory not in (before["memory"], written):
                 raise CallError(f"{out} holds a search on something else", f"give another --out, or delete {out}")
-            _drop_torn_line(out / JOURNAL)
+            repair(out / JOURNAL)
             try:
                 yield before["memory"]
             finally:
@@ -256,16 +256,6 @@ def _state(on: str) -> list:
     path = Path(on)
     files = sorted(path.rglob("*.txt")) if path.is_dir() else [path] if path.is_file() else []
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-
-
-def _drop_torn_line(journal: Path) -> None:
-    """Nothing can follow a line that was cut off by a kill."""
-    if journal.exists():
-        data = journal.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            with journal.open("r+b") as file:
-                file.truncate(whole)
 
 
 def verdict(facts: dict, wish: Wish) -> str:

@@ -6,6 +6,7 @@ out whether or not it was killed in between.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -165,6 +166,14 @@ def search(journal: Path, space: Space, score: Score, trials: int, seed: int, jo
             for _ in run_here(alone, jobs):
                 bar.update(1)
     return [_known(trial) for trial in open_study(journal, seed).get_trials(deepcopy=False, states=DONE)]
+
+
+def repair(journal: Path) -> None:
+    """What a kill may leave: a line that was cut off, which nothing can follow, and optuna's lock, which it waits for."""
+    journal.with_name(journal.name + ".lock").unlink(missing_ok=True)
+    if journal.exists():
+        whole = journal.read_bytes().rfind(b"\n") + 1
+        os.truncate(journal, whole)
 
 
 def kept(study: optuna.Study, name: str, make: Callable[[], Any]) -> Any:

@@ -18,7 +18,7 @@ from pace_convert.convert import is_finished
 from pace_convert.converted import open_converted
 from pace_convert.evaluate.subjects import Subject, load
 from pace_convert.evaluate.tune_data import LIKELIHOOD, Asked, read_data
-from pace_convert.evaluate.tune_search import PARTS, Space, best, search
+from pace_convert.evaluate.tune_search import PARTS, Space, best, repair, search
 from pace_convert.evaluate.tune_statistics import LEVELS, Layer, similarities
 from pace_convert.evaluate.tune_write import write_memory
 from pace_convert.options import ConvertOptions
@@ -137,6 +137,9 @@ def test_goes_on_after_a_kill_to_the_same_trials(tmp_path):
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
+    with (tmp_path / "log").open("a") as file:
+        file.write('{"op_code": 4, "wor')
+    repair(tmp_path / "log")
     assert search(tmp_path / "log", space(), Planted(), 12, 0, 1, QUIET) == whole
 
 
