@@ -209,5 +209,3 @@ def test_bad_calls(out, tmp_path, text):
     refuse(tune("--on", text, "--length", "1000"), 2, "at least 40", "--length")
     (tmp_path / "short.jsonl").write_text('{"prompt": "ada", "answer": " river"}\n')
     refuse(tune("--on", tmp_path / "short.jsonl"), 2, "never acts", "--update-interval")
-    done = pace_convert("some/model", "--on", text, command=("tune",))
-    assert done.returncode != 0 and "Traceback" not in done.stderr
