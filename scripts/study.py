@@ -30,7 +30,7 @@ SWEEP = "--on needle --haystack reference --needles 4 --lengths 1280,1536 --dept
 
 @dataclass(frozen=True)
 class Part:
-    """One command of the study; it writes into runs/study/NAME. picture: what it draws there."""
+    """One command of the study; it writes into runs/study/NAME. picture: what it draws there that is shown."""
 
     name: str
     command: str
@@ -64,6 +64,13 @@ PARTS = (
         "fusion", f"eval sweep {MODEL} {SWEEP} --vary fusion-weight=0.1,0.2,0.5,1 --vary granularity=token,expert", "sweep.png"
     ),
     Part("noise", f"eval sweep {MODEL} {SWEEP} --vary bottom-k=0,2 --vary top-k=1,5", "sweep.png"),
+    Part(
+        "tuned",
+        f"eval sweep {MODEL} --on needle --haystack reference --needles 4 --lengths 1k,1536,2k,4k --depths 0..100:5 --seeds 3 "
+        "--first-seed 200 --vary layers=0+1 --vary theta-high=1 --vary fusion-weight=0.385 --vary mix-weight=1 "
+        "--vary update-interval=16",
+        "",
+    ),
     Part("interval", f"eval sweep {MODEL} {SWEEP} --vary update-interval=16,64,256,1024", "sweep.png"),
 )
 
@@ -82,7 +89,8 @@ def run(part: Part) -> None:
     _call(part.line)
     RESULTS.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(ROOT / RUNS / part.name / "results.json", RESULTS / f"{part.name}.json")
-    shutil.copyfile(ROOT / RUNS / part.name / part.picture, RESULTS / f"{part.name}.png")
+    if part.picture:
+        shutil.copyfile(ROOT / RUNS / part.name / part.picture, RESULTS / f"{part.name}.png")
 
 
 def _make_long(folder: Path) -> None:
@@ -121,8 +129,9 @@ def needle_table(results: dict) -> str:
         lines.append(f"| {group} | {' | '.join(cells)} | {rows[group, names[0]]['count']} |")
     changes = ["" if name == names[0] else _signed(rows["all", name]["against"]) for name in names]
     lines.append(f"| all, less {names[0]} | {' | '.join(changes)} | |")
-    reach = [str(results["measurable_context"][name]) for name in names]
-    lines.append(f"| measurable context | {' | '.join(reach)} | |")
+    if "measurable_context" in results:
+        reach = [str(results["measurable_context"][name]) for name in names]
+        lines.append(f"| measurable context | {' | '.join(reach)} | |")
     return "\n".join(lines)
 
 
@@ -156,8 +165,9 @@ def put(text: str, part: Part) -> str:
     if begin not in text:
         raise click.ClickException(f"{DOCUMENT.name} has no place for {part.name}: {begin} ... {end}")
     results = json.loads((RESULTS / f"{part.name}.json").read_text())
-    table = needle_table(results) if part.picture == "needle.png" else sweep_table(results)
-    body = f"```bash\n{part.line}\n```\n\n{table}\n\n![{part.name}](study/{part.name}.png)"
+    table = sweep_table(results) if part.picture == "sweep.png" else needle_table(results)
+    picture = f"\n\n![{part.name}](study/{part.name}.png)" if part.picture else ""
+    body = f"```bash\n{part.line}\n```\n\n{table}{picture}"
     return re.sub(re.escape(begin) + r".*?" + re.escape(end), lambda _: f"{begin}\n{body}\n{end}", text, flags=re.DOTALL)
 
 
