@@ -65,7 +65,7 @@ PARTS = (
     ),
     Part("noise", f"eval sweep {MODEL} {SWEEP} --vary bottom-k=0,2 --vary top-k=1,5", "sweep.png"),
     Part(
-        "tuned",
+        "best-tuned",
         f"eval sweep {MODEL} --on needle --haystack reference --needles 4 --lengths 1k,1536,2k,4k --depths 0..100:5 --seeds 3 "
         "--first-seed 200 --vary layers=0+1 --vary theta-high=1 --vary fusion-weight=0.385 --vary mix-weight=1 "
         "--vary update-interval=16",
