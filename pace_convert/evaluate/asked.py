@@ -38,14 +38,12 @@ def needle_test(model: str, asked: dict[str, Any]) -> Evaluation:
 
 def longbench_test(model: str, asked: dict[str, Any]) -> Evaluation:
     """What the options of `longbench` describe."""
-
     tasks = choose(asked["tasks"], longbench.CATEGORIES)
     return longbench.LongBench(tasks, _records(longbench.HUB, tasks, asked["data"]), asked["limit"], asked["max_length"])
 
 
 def infinitebench_test(model: str, asked: dict[str, Any]) -> Evaluation:
     """What the options of `infinitebench` describe."""
-
     tasks = choose(asked["tasks"], infinitebench.CATEGORIES)
     return infinitebench.InfiniteBench(
         tasks, _records(infinitebench.HUB, tasks, asked["data"]), asked["limit"], asked["max_length"]
@@ -54,7 +52,6 @@ def infinitebench_test(model: str, asked: dict[str, Any]) -> Evaluation:
 
 def ruler_test(model: str, asked: dict[str, Any]) -> Evaluation:
     """What the options of `ruler` describe."""
-
     return ruler.Ruler(choose(asked["tasks"], ruler.CATEGORIES), parse_grid(asked["lengths"], KILO), asked["limit"])
 
 

@@ -60,8 +60,11 @@ def needle(
     results = run(test, subjects, folder, device, jobs, quiet)
     reach = {subject.name: measurable_context(results, subject.name, threshold) for subject in subjects}
     plot_needle(results, threshold, folder / "needle.png")
-    finish(results, folder, as_json, {"threshold": threshold, "measurable_context": reach})
+    rouge = {subject.name: results.mean(subject.name, field="rouge").as_dict() for subject in subjects}
+    finish(results, folder, as_json, {"threshold": threshold, "measurable_context": reach, "rouge_l_recall": rouge})
     if not as_json:
+        shares = ", ".join(f"{name} {made['mean']:.1%}" for name, made in rouge.items())
+        click.echo(f"ROUGE-L recall of the values: {shares}")
         click.echo(f"Measurable context, tokens up to which the mean is at least {threshold:.0%}:")
         for name, tokens in reach.items():
             click.echo(f"  {name}: {tokens or 'none of the lengths tested'}")
@@ -294,7 +297,7 @@ def ruler(model: str, bases: tuple[str, ...], arms: str | None, trust_remote_cod
 
     \b
     pace eval ruler ./out --lengths 4k,32k,128k
-    pace eval ruler ./out --tasks niah_single_1,ruler_vt --limit 20
+    pace eval ruler ./out --tasks niah_single_1,ruler_fwe --limit 20
 
     The essays and the questions are downloaded. Without BASE and --arms it compares base, ce, pa, ce+pa and ce+pa-expert.
     """

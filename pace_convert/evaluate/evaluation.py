@@ -89,9 +89,9 @@ class Results:
         found = [[record[field] for record in rows] for cell, rows in cells if group in (None, self.evaluation.group(cell))]
         return [cell for cell in found if cell]
 
-    def mean(self, subject: str, group: str | None = None) -> Estimate:
-        """Mean score with its interval."""
-        return estimate(self.scores(subject, group))
+    def mean(self, subject: str, group: str | None = None, field: str = "score") -> Estimate:
+        """Mean with its interval, of the score or another number of the records."""
+        return estimate(self.scores(subject, group, field))
 
     def against(self, subject: str, base: str, group: str | None = None) -> Estimate:
         """Difference to another subject on the same questions."""
@@ -121,7 +121,7 @@ class Results:
 def evaluate(
     evaluation: Evaluation, subjects: Sequence[Subject], out: Path, progress: Progress, jobs: int = 1, device: str = "auto"
 ) -> Results:
-    """Every cell of every subject, in `jobs` processes; `out` keeps the journal and results.json.
+    """Every cell of every subject, in `jobs` processes; `out` keeps the journal.
 
     Raises CallError where `out` holds something else, PaceError where a model does not load.
     """
@@ -137,9 +137,7 @@ def evaluate(
         records: dict[str, dict[str, list[dict]]] = {subject.name: {} for subject in subjects}
         for task in tasks:
             records[task.subject.name][task.cell] = journal.done[task.key]["records"]
-    results = Results(evaluation, list(subjects), records)
-    write_json(out / RESULTS, results.as_dict())
-    return results
+    return Results(evaluation, list(subjects), records)
 
 
 def write_json(path: Path, value: object) -> None:

@@ -13,7 +13,7 @@ from .infinitebench_metrics import METRICS
 from .infinitebench_prompts import prompt_of
 from .longbench import fitted
 from .reader import Reader
-from .records import Records
+from .records import FromRecords, Records
 
 HUB = Records("xinrongzhang2022/InfiniteBench")
 CATEGORIES = {  # names of the official table
@@ -35,38 +35,17 @@ NEW_TOKENS = {  # eval_utils.py
     "longbook_qa_eng": 40, "longbook_qa_chn": 40, "longdialogue_qa_eng": 40, "math_find": 3, "math_calc": 30000, "code_run": 5,
     "code_debug": 5,
 }  # fmt: skip
-ASKS = 1  # another number for other prompts or scores: an older journal is then not taken up
 CHOICES = ("longbook_choice_eng", "code_debug")
 FIELDS = ("context", "input", "answer")
 
 
 @dataclass(frozen=True)
-class InfiniteBench:
-    """One cell a task.
-
-    limit: questions of each; None: all. max_length: tokens of a prompt before the chat template, the middle of longer
-    ones is left out; None: what the model was made for, less answer and template.
-    """
-
-    tasks: tuple[str, ...]
-    records: Records = HUB
-    limit: int | None = None
-    max_length: int | None = None
+class InfiniteBench(FromRecords):
+    """One cell a task."""
 
     name = "infinitebench"
     metric = "score of InfiniteBench"
-
-    def identity(self) -> dict:
-        """Data and how much of it."""
-        return {"data": self.records.identity(), "limit": self.limit, "max_length": self.max_length, "asks": ASKS}
-
-    def cells(self) -> list[str]:
-        """Tasks."""
-        return list(self.tasks)
-
-    def group(self, cell: str) -> str:
-        """Name in the official table."""
-        return next(name for name, tasks in CATEGORIES.items() if cell in tasks)
+    categories = CATEGORIES
 
     def run(self, reader: Reader, cell: str) -> list[dict]:
         """One record a question."""

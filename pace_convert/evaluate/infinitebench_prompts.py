@@ -10,11 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import lru_cache
-from pathlib import Path
 
-import yaml
-
-from .longbench import _Plain, template_of
+from .harness import task_config, template_of
 
 HIDDEN = "There is an important info hidden inside a lot of irrelevant text. Find it"
 QUIZ = "I will quiz you about the important information there.\n\n{context}\n\n{input}"
@@ -58,13 +55,10 @@ def prompt_of(task: str, question: dict, chat: bool) -> str:
 
 @lru_cache(maxsize=16)
 def _of_harness(task: str) -> Callable[[dict], str]:
-    import lm_eval.tasks
-
     if task == "math_calc":
         return lambda question: MATH_CALC.format(context=question["context"])
     name = f"infinitebench_{task.removesuffix('g') if task.endswith('_eng') else task}"
-    path = Path(lm_eval.tasks.__file__).parent / "infinitebench" / f"{name}.yaml"
-    config = yaml.load(path.read_text(encoding="utf-8"), Loader=_Plain)
+    config = task_config("infinitebench", name)
     text = config["doc_to_text"]
     if text.startswith("utils."):
         from lm_eval.tasks.infinitebench import utils

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
-import yaml
-from jinja2 import Environment
+from jinja2 import Template
 
 from ..errors import CallError
+from .harness import task_config, template_of
 from .longbench_metrics import score
 from .reader import Reader
-from .records import Records, middle_cut
+from .records import FromRecords, Records, middle_cut
 
 HUB = Records("THUDM/LongBench", "data.zip")
 CATEGORIES = {
@@ -33,37 +32,16 @@ LINE_BREAKS = {  # what the harness has -> what dataset2prompt.json has
     **dict.fromkeys(("triviaqa", "samsum"), ("{{context}}\n{{question}}", "{{context}}\n\n{{question}}")),
     **dict.fromkeys(("lcc", "repobench-p"), ("Next line of code:", "Next line of code:\n")),
 }
-ASKS = 1  # another number for other prompts or scores: an older journal is then not taken up
 FIELDS = ("input", "context", "answers")
 
 
 @dataclass(frozen=True)
-class LongBench:
-    """One cell a data set.
-
-    limit: questions of each; None: all. max_length: tokens of a prompt before the chat template, the middle of longer
-    ones is left out; None: what the model was made for, less answer and template.
-    """
-
-    tasks: tuple[str, ...]
-    records: Records = HUB
-    limit: int | None = None
-    max_length: int | None = None
+class LongBench(FromRecords):
+    """One cell a data set."""
 
     name = "longbench"
     metric = "score of LongBench"
-
-    def identity(self) -> dict:
-        """Data and how much of it."""
-        return {"data": self.records.identity(), "limit": self.limit, "max_length": self.max_length, "asks": ASKS}
-
-    def cells(self) -> list[str]:
-        """Data sets."""
-        return list(self.tasks)
-
-    def group(self, cell: str) -> str:
-        """Category."""
-        return next(category for category, tasks in CATEGORIES.items() if cell in tasks)
+    categories = CATEGORIES
 
     def run(self, reader: Reader, cell: str) -> list[dict]:
         """One record a question."""
@@ -99,23 +77,8 @@ def fitted(reader: Reader, text: str, new_tokens: int, max_length: int | None, c
 
 
 @lru_cache(maxsize=32)
-def official_prompt(task: str):
-    """(jinja template over context and question, length of the answer in tokens), as the official configuration has them."""
-    import lm_eval.tasks
-
-    path = Path(lm_eval.tasks.__file__).parent / "longbench" / f"{task}.yaml"
-    config = yaml.load(path.read_text(encoding="utf-8"), Loader=_Plain)
+def official_prompt(task: str) -> tuple[Template, int]:
+    """The template over context and question, and the answer's length in tokens, as the official configuration has them."""
+    config = task_config("longbench", task)
     text = config["doc_to_text"].rstrip("\n").replace(*LINE_BREAKS.get(task, ("", "")))
     return template_of(text), config["generation_kwargs"]["max_gen_toks"]
-
-
-def template_of(text: str):
-    """As the harness reads its templates."""
-    return Environment(keep_trailing_newline=True).from_string(text)
-
-
-class _Plain(yaml.SafeLoader):
-    """Reads `!function name` as its name."""
-
-
-_Plain.add_constructor("!function", lambda loader, node: node.value)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from io import TextIOWrapper
 from itertools import islice
 from pathlib import Path
-from typing import IO
+from typing import IO, ClassVar
 
 from huggingface_hub import hf_hub_download
 
@@ -66,6 +66,36 @@ class Records:
             if not inside:
                 raise DamagedSourceError(f"{self.archive} of {self.repo_id} has no {file}", "give --data FOLDER")
             return TextIOWrapper(archive.open(inside[0]), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class FromRecords:
+    """An evaluation on such files, one cell a file.
+
+    limit: questions of each; None: all. max_length: tokens of a prompt before the chat template, the middle of longer
+    ones is left out; None: what the model was made for, less answer and template. categories: the table's rows.
+    asks: another number for other prompts or scores, so that an older journal is not taken up.
+    """
+
+    tasks: tuple[str, ...]
+    records: Records
+    limit: int | None = None
+    max_length: int | None = None
+
+    categories: ClassVar[Mapping[str, tuple[str, ...]]]
+    asks: ClassVar[int] = 1
+
+    def identity(self) -> dict:
+        """Data and how much of it."""
+        return {"data": self.records.identity(), "limit": self.limit, "max_length": self.max_length, "asks": self.asks}
+
+    def cells(self) -> list[str]:
+        """Files."""
+        return list(self.tasks)
+
+    def group(self, cell: str) -> str:
+        """Category."""
+        return next(category for category, tasks in self.categories.items() if cell in tasks)
 
 
 def _text(file: IO[str], name: str) -> Iterator[str]:

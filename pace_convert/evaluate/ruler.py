@@ -77,7 +77,7 @@ def made_by_harness(name: str, length: int, tokenizer: str) -> tuple[Any, list[d
         raise
     except Exception as error:  # of the harness, of what it downloads, or of a length that nothing fits into
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        hint = "" if name in OFFLINE else "; this task downloads its texts, --tasks niah_single_1,ruler_vt does not"
+        hint = "" if name in OFFLINE else "; this task downloads its texts, --tasks niah_single_1,ruler_fwe does not"
         raise PaceError(
             f"lm-evaluation-harness can't make {name} of {length} tokens: {reason}", f"give other --lengths{hint}"
         ) from error

@@ -22,6 +22,7 @@ def test_needle_prints_and_writes_what_it_found(reference, tmp_path):
     assert "Measurable context" in done.stdout and "ce+pa: 200" in done.stdout and "all, less base" in done.stdout
     assert (tmp_path / "n" / "needle.png").read_bytes().startswith(b"\x89PNG")
     made = json.loads((tmp_path / "n" / "results.json").read_text())
+    assert "ROUGE-L recall of the values: base 100.0%" in done.stdout and made["rouge_l_recall"]["base"]["mean"] == 1
     assert made["measurable_context"] == {"base": 200, "ce+pa": 200} and len(made["cells"]) == 8
     rows = {(row["group"], row["subject"]): row for row in made["table"]}
     assert rows["all", "base"]["mean"] == 1 and rows["all", "base"]["count"] == 8
