@@ -20,8 +20,10 @@ def wheel(tmp_path_factory):
     names = ["pace_convert", "modeling", "templates", "pyproject.toml", "README.md", "LICENSE"]
     tree.mkdir()
     for name in names:
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile
-        copy(ROOT / name, tree / name)
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, tree / name, symlinks=True)
+        else:
+            shutil.copyfile(ROOT / name, tree / name)
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(tree)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
