@@ -15,8 +15,9 @@ from pathlib import Path
 
 _context = multiprocessing.get_context("forkserver")
 PRELOAD = """
-    forked torch pace_convert.convert pace_convert.cluster transformers.models.auto.tokenization_auto
-    pace_convert.evaluate.needle_plot pace_convert.evaluate.cost pace_convert.evaluate.tables pace_convert.evaluate.tune
+    forked torch pace_convert.conversion.convert pace_convert.experts.cluster transformers.models.auto.tokenization_auto
+    pace_convert.evaluation.benchmarks.needle_plot pace_convert.evaluation.cost.curves
+    pace_convert.evaluation.tables pace_convert.evaluation.tune.tune
     matplotlib.pyplot
     transformers.models.qwen2.modeling_qwen2 transformers.generation
 """
@@ -45,7 +46,7 @@ def _run(arguments: list[str], stdout: Path, stderr: Path, cwd: Path | None, kil
     import torch
     import transformers.dynamic_module_utils as dynamic
 
-    from pace_convert.cli import pace
+    from pace_convert.cli.main import pace
 
     torch.set_num_threads(1)
     # Remote code is imported from a folder of this process: not the user's, not the one of the tests' own process.

@@ -13,11 +13,11 @@ import forked
 import torch
 from transformers import AutoModelForCausalLM
 
-from pace_convert.convert import convert, prepare
+from pace_convert.checkpoint.checkpoint import open_source
+from pace_convert.conversion.convert import convert, prepare
 from pace_convert.families import FAMILIES, FamilySpec
 from pace_convert.options import ConvertOptions
 from pace_convert.progress import Progress
-from pace_convert.source import open_source
 
 SMALL = {
     "vocab_size": 120,

@@ -12,14 +12,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from .. import convert as conversion
-from ..converted import open_converted
+from ..checkpoint.checkpoint import open_folder
+from ..cli.text import verification_text
+from ..conversion import convert as conversion
+from ..converted.opened import open_converted
+from ..converted.verify import verify
 from ..errors import PaceError
 from ..options import ConvertOptions
 from ..progress import Progress
-from ..source import open_folder
-from ..text import verification_text
-from ..verify import verify
 from . import reference_model
 from .task import make_story
 

@@ -8,13 +8,13 @@ from helpers import convert_folder
 from hub_server import metadata_errors
 from huggingface_hub import ModelCard
 
-from pace_convert.card import inherited_metadata, is_untouched, model_card, pinned_commit, published
-from pace_convert.convert import prepare
+from pace_convert.checkpoint.checkpoint import HubAddress, open_source
+from pace_convert.conversion.convert import prepare
+from pace_convert.conversion.plan import make_plan
+from pace_convert.converted.card import inherited_metadata, is_untouched, model_card, pinned_commit, published
+from pace_convert.converted.verify import Verification
 from pace_convert.errors import CallError
 from pace_convert.options import ConvertOptions
-from pace_convert.plan import make_plan
-from pace_convert.source import HubAddress, open_source
-from pace_convert.verify import Verification
 
 
 def card_of(out):

@@ -8,13 +8,13 @@ import shutil
 
 import pytest
 
-from pace_convert.converted import open_converted
+from pace_convert.checkpoint.checkpoint import open_source
+from pace_convert.converted.format import modeling_files
+from pace_convert.converted.opened import open_converted
+from pace_convert.converted.verify import verify
 from pace_convert.errors import CallError
 from pace_convert.families import FAMILIES
-from pace_convert.package import modeling_files
 from pace_convert.progress import Progress
-from pace_convert.source import open_source
-from pace_convert.verify import verify
 
 STANDARD = {"__future__", "collections.abc", "contextlib", "dataclasses", "inspect", "math", "threading", "typing"}
 TORCH = {"torch", "torch.nn.functional"}

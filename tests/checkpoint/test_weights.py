@@ -11,13 +11,13 @@ from helpers import ACTIVE, FAMILY_CONFIGS, active_thresholds, convert_folder, f
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pace_convert.converted import open_converted
+from pace_convert.checkpoint.checkpoint import open_source
+from pace_convert.conversion.output import read_permutation
+from pace_convert.conversion.plan import make_plan
+from pace_convert.converted.opened import open_converted
+from pace_convert.converted.verify import verify
 from pace_convert.options import ConvertOptions
-from pace_convert.plan import make_plan
 from pace_convert.progress import Progress
-from pace_convert.source import open_source
-from pace_convert.verify import verify
-from pace_convert.writer import read_permutation
 
 QUIET = Progress(quiet=True)
 

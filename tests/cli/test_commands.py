@@ -104,7 +104,7 @@ def test_help_groups_the_methods_options():
 def test_progress_bar_on_a_terminal(make_source, tmp_path):
     main, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    code = "from pace_convert.cli import pace; pace()"
+    code = "from pace_convert.cli.main import pace; pace()"
     arguments = ["convert", str(make_source("qwen2")), str(tmp_path / "out"), "--experts", "8"]
     process = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=terminal, stdout=subprocess.DEVNULL)
     os.close(terminal)

@@ -233,10 +233,10 @@ def test_out_that_can_not_be_made(source, tmp_path):
 
 
 def convert_in_process(source, out, overwrite=False, between=lambda: None):
-    from pace_convert.convert import convert, prepare
+    from pace_convert.checkpoint.checkpoint import open_source
+    from pace_convert.conversion.convert import convert, prepare
     from pace_convert.options import ConvertOptions
     from pace_convert.progress import Progress
-    from pace_convert.source import open_source
 
     opened = open_source(str(source))
     plan = prepare(opened, out, ConvertOptions(experts=8), overwrite)

@@ -38,7 +38,7 @@ def run(hub, tmp_path):
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         }
         kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-        command = [sys.executable, "-c", "from pace_convert.cli import pace; pace()", *map(str, args)]
+        command = [sys.executable, "-c", "from pace_convert.cli.main import pace; pace()", *map(str, args)]
         return subprocess.run(command, capture_output=True, text=True, env={**kept, **settings, **environment})
 
     return run

@@ -16,10 +16,10 @@ from hub_server import FIRST, Hub, Repository, User
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from test_errors import refuse
 
-from pace_convert.card import is_untouched
-from pace_convert.converted import open_converted
+from pace_convert.checkpoint.hub_errors import READING, WRITING, hub_errors
+from pace_convert.converted.card import is_untouched
+from pace_convert.converted.opened import open_converted
 from pace_convert.errors import CallError, PaceError
-from pace_convert.hub_errors import READING, WRITING, hub_errors
 from pace_convert.reference.tokenizer import build_tokenizer
 
 SOURCE = "acme/tiny-qwen"
@@ -65,7 +65,7 @@ def command(hub, tmp_path):
             "HF_TOKEN": "hf_ann",
         }
         kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-        arguments = [sys.executable, "-c", "from pace_convert.cli import pace; pace()", *map(str, args)]
+        arguments = [sys.executable, "-c", "from pace_convert.cli.main import pace; pace()", *map(str, args)]
         return {"args": arguments, "env": {**kept, **settings, **environment}}
 
     return command
@@ -91,7 +91,7 @@ def run_many(command):
 
 MANY = """
 import contextlib, io, json, os, sys
-from pace_convert.cli import pace
+from pace_convert.cli.main import pace
 done = []
 for arguments, os.environ["HF_TOKEN"] in json.loads(sys.argv[1]):
     with contextlib.redirect_stderr(io.StringIO()) as errors, contextlib.redirect_stdout(io.StringIO()) as out:

@@ -12,7 +12,7 @@ import psutil
 import pytest
 from helpers import hashes, pace_convert, refuse
 
-from pace_convert.places import UNFINISHED
+from pace_convert.conversion.places import UNFINISHED
 
 # Slow enough to be caught in the middle: half a second a layer and more.
 OPTIONS = ("--experts", "16", "--cluster-method", "exact", "--exact-restarts", "1")
@@ -35,7 +35,7 @@ def start(source: Path, out: Path, *options: str) -> subprocess.Popen:
     command = [
         sys.executable,
         "-c",
-        "from pace_convert.cli import pace_convert; pace_convert()",
+        "from pace_convert.cli.main import pace_convert; pace_convert()",
         source,
         out,
         *OPTIONS,

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from helpers import ACTIVE, hashes
 
-from pace_convert import tasks
-from pace_convert.convert import convert, prepare
+from pace_convert.checkpoint.checkpoint import open_source
+from pace_convert.conversion import tasks
+from pace_convert.conversion.convert import convert, prepare
+from pace_convert.conversion.places import UNFINISHED
 from pace_convert.errors import DamagedSourceError, PaceError, Stopped
 from pace_convert.options import ConvertOptions, RunOptions
-from pace_convert.places import UNFINISHED
 from pace_convert.progress import Progress
-from pace_convert.source import open_source
 
 OPTIONS = ConvertOptions(**ACTIVE)
 
@@ -115,7 +115,7 @@ def test_source_that_changes_meanwhile(source, tmp_path, change, existed):
 
 
 def test_source_that_ends_while_it_is_read(source, tmp_path):
-    from pace_convert.shards import copy_range, read, read_header
+    from pace_convert.checkpoint.shards import copy_range, read, read_header
 
     shard = sorted(source.glob("*.safetensors"))[0]
     header = read_header(shard)
@@ -157,8 +157,8 @@ def test_a_gpu_that_is_not_there(source, tmp_path):
 
 
 def test_ray_that_is_not_installed(source, tmp_path, monkeypatch):
+    from pace_convert.conversion.executors import run_tasks
     from pace_convert.errors import CallError
-    from pace_convert.executors import run_tasks
 
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(CallError, match="needs Ray"):

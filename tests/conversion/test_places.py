@@ -9,7 +9,7 @@ import forked
 import pytest
 from helpers import hashes, pace_convert, refuse
 
-from pace_convert.places import MOVE, SEAL, UNFINISHED
+from pace_convert.conversion.places import MOVE, SEAL, UNFINISHED
 
 OPTIONS = ("--experts", 8, "-j", 1)
 
@@ -127,11 +127,11 @@ def test_a_link_in_place_of_the_staging_folder(source, tmp_path):
 
 
 def test_files_that_appear_while_it_works_are_kept(source, tmp_path, monkeypatch):
-    from pace_convert import convert as job
+    from pace_convert.checkpoint.checkpoint import open_source
+    from pace_convert.conversion import convert as job
     from pace_convert.errors import CallError
     from pace_convert.options import ConvertOptions, RunOptions
     from pace_convert.progress import Progress
-    from pace_convert.source import open_source
 
     out, write_files = tmp_path / "out", job._write_files
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from helpers import hashes
 
+from pace_convert.conversion.places import UNFINISHED
 from pace_convert.errors import CallError
-from pace_convert.places import UNFINISHED
 from pace_convert.reference.tokenizer import build_tokenizer
 
 OPTIONS = ("--experts", 8, "-j", 1)
@@ -120,7 +120,7 @@ def refused(source, out, tmp_path, *options) -> str:
 def test_a_half_finished_folder_is_reported_with_the_way_on(source, half_done, tmp_path):
     text = refused(source, half_done, tmp_path)
     assert "unfinished conversion" in text and "--resume" in text and "--overwrite" in text
-    from pace_convert.converted import open_converted
+    from pace_convert.converted.opened import open_converted
 
     with pytest.raises(CallError, match="unfinished"):
         open_converted(half_done)

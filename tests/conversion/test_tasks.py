@@ -14,13 +14,14 @@ from helpers import ACTIVE, hashes, pace_convert, refuse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pace_convert import shards, tasks
-from pace_convert.convert import prepare
+from pace_convert.checkpoint import shards
+from pace_convert.checkpoint.checkpoint import open_source
+from pace_convert.conversion import tasks
+from pace_convert.conversion.convert import prepare
+from pace_convert.conversion.journal import Journal
 from pace_convert.errors import CallError
-from pace_convert.evaluate.shapes import SHAPES
-from pace_convert.journal import Journal
+from pace_convert.evaluation.cost.shapes import SHAPES
 from pace_convert.options import ConvertOptions, RunOptions
-from pace_convert.source import open_source
 
 ranges = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)).map(sorted).map(tuple), max_size=6)
 
@@ -125,7 +126,7 @@ def test_a_journal_cut_off_anywhere_is_a_shorter_journal(tmp_path_factory, layer
 
 PEAK = """
 import re, sys
-from pace_convert.cli import pace_convert
+from pace_convert.cli.main import pace_convert
 try:
     pace_convert(sys.argv[1:])
 finally:  # not ru_maxrss, which begins with the peak of the process that started this one

@@ -3,7 +3,7 @@
 import pytest
 from helpers import convert_folder
 
-from pace_convert.evaluate import subjects
+from pace_convert.evaluation import subjects
 from pace_convert.reference import reference_model
 
 

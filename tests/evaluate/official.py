@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pace_convert.evaluate import infinitebench, longbench
+from pace_convert.evaluation.benchmarks import infinitebench, longbench
 from pace_convert.reference.task import make_story
 
 FACT = "the code of ada is river . the old farmer saw a lamp . the code of ben is stone ."

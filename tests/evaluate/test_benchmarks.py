@@ -7,12 +7,12 @@ import pytest
 from helpers import pace_convert, refuse
 
 from pace_convert.errors import CallError, DamagedSourceError, PaceError
-from pace_convert.evaluate import infinitebench, longbench
-from pace_convert.evaluate.infinitebench_prompts import prompt_of
-from pace_convert.evaluate.longbench import LongBench, fitted
-from pace_convert.evaluate.records import Records, choose, middle_cut
-from pace_convert.evaluate.ruler import Ruler
-from pace_convert.evaluate.subjects import Subject, load
+from pace_convert.evaluation.benchmarks import infinitebench, longbench
+from pace_convert.evaluation.benchmarks.infinitebench_prompts import prompt_of
+from pace_convert.evaluation.benchmarks.longbench import LongBench, fitted
+from pace_convert.evaluation.benchmarks.records import Records, choose, middle_cut
+from pace_convert.evaluation.benchmarks.ruler import Ruler
+from pace_convert.evaluation.subjects import Subject, load
 
 
 @pytest.fixture(scope="module")

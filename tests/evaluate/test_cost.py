@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pace_convert.cli import pace
-from pace_convert.evaluate import cost as job
-from pace_convert.evaluate.cost import beside
-from pace_convert.evaluate.cost_cases import chosen_cases
-from pace_convert.evaluate.cost_fit import Machine, Sample, fit
-from pace_convert.evaluate.cost_measure import AGAIN, BASE, PACE, SHALLOW, Space, walk
-from pace_convert.evaluate.cost_model import Work
+from pace_convert.cli.main import pace
+from pace_convert.evaluation.cost import curves as job
+from pace_convert.evaluation.cost.cases import chosen_cases
+from pace_convert.evaluation.cost.counted import Work
+from pace_convert.evaluation.cost.curves import beside
+from pace_convert.evaluation.cost.fit import Machine, Sample, fit
+from pace_convert.evaluation.cost.walk import AGAIN, BASE, PACE, SHALLOW, Space, walk
 from pace_convert.reference.tokenizer import build_tokenizer
 
 

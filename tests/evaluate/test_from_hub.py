@@ -9,7 +9,7 @@ import zipfile
 import official
 from hub_server import Hub, Repository
 
-from pace_convert.evaluate.longbench import HUB
+from pace_convert.evaluation.benchmarks.longbench import HUB
 
 
 def test_model_and_questions_come_from_the_hub(reference, tmp_path):
@@ -22,7 +22,7 @@ def test_model_and_questions_come_from_the_hub(reference, tmp_path):
         own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
 
         def evaluate(*arguments):
-            code = "from pace_convert.cli import pace; pace()"
+            code = "from pace_convert.cli.main import pace; pace()"
             command = [sys.executable, "-c", code, "eval", "longbench", "acme/ref-pace", *arguments, "-q"]
             return subprocess.run(
                 [*map(str, command), "--out", str(tmp_path / "o")], env={**kept, **own}, capture_output=True, text=True

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pace_convert.evaluate.intervals import difference, estimate
+from pace_convert.evaluation.intervals import difference, estimate
 
 
 def test_covers_the_truth_about_as_often_as_it_says():

@@ -4,9 +4,17 @@ from difflib import SequenceMatcher
 
 import pytest
 
-from pace_convert.evaluate import infinitebench_metrics as infinite
-from pace_convert.evaluate.infinitebench import label_of
-from pace_convert.evaluate.longbench_metrics import METRICS, classification, code_similarity, normalise, qa_f1, rouge_l, score
+from pace_convert.evaluation.benchmarks import infinitebench_metrics as infinite
+from pace_convert.evaluation.benchmarks.infinitebench import label_of
+from pace_convert.evaluation.benchmarks.longbench_metrics import (
+    METRICS,
+    classification,
+    code_similarity,
+    normalise,
+    qa_f1,
+    rouge_l,
+    score,
+)
 
 
 def test_words_are_normalised():

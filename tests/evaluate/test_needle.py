@@ -5,11 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pace_convert.errors import CallError
-from pace_convert.evaluate.evaluation import Results
-from pace_convert.evaluate.grid import parse_grid
-from pace_convert.evaluate.needle import NeedleTest, found, measurable_context, rouge_recall
-from pace_convert.evaluate.needle_text import Needles, Prompt, prose_prompts, reference_prompts
-from pace_convert.evaluate.subjects import Subject, load
+from pace_convert.evaluation.benchmarks.needle import NeedleTest, found, measurable_context, rouge_recall
+from pace_convert.evaluation.benchmarks.needle_text import Needles, Prompt, prose_prompts, reference_prompts
+from pace_convert.evaluation.grid import parse_grid
+from pace_convert.evaluation.runner import Results
+from pace_convert.evaluation.subjects import Subject, load
 from pace_convert.reference.task import is_held_out
 
 

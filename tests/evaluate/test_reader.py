@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from pace_convert.evaluate import reader as module
-from pace_convert.evaluate.subjects import Subject, load
+from pace_convert.evaluation import reader as module
+from pace_convert.evaluation.subjects import Subject, load
 from pace_convert.reference.task import make_story
 
 

@@ -9,7 +9,7 @@ import transformers
 from helpers import convert_folder, random_ids
 
 from pace_convert.errors import CallError
-from pace_convert.evaluate.subjects import ARMS, Subject, load, subjects_of
+from pace_convert.evaluation.subjects import ARMS, Subject, load, subjects_of
 from pace_convert.reference.tokenizer import build_tokenizer
 
 

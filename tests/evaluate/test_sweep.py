@@ -6,10 +6,10 @@ import pytest
 from helpers import pace_convert, refuse
 
 from pace_convert.errors import CallError
-from pace_convert.evaluate.evaluation import Results
-from pace_convert.evaluate.needle import NeedleTest
-from pace_convert.evaluate.subjects import Subject
-from pace_convert.evaluate.sweep import combinations, levels, parse_factor
+from pace_convert.evaluation.benchmarks.needle import NeedleTest
+from pace_convert.evaluation.runner import Results
+from pace_convert.evaluation.subjects import Subject
+from pace_convert.evaluation.sweep import combinations, levels, parse_factor
 
 
 def test_factors():

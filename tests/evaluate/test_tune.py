@@ -12,21 +12,21 @@ import numpy as np
 import pytest
 import torch
 from helpers import convert_folder, hashes, pace_convert, refuse
-from pace_convert.modeling.memory_bank import MemorySettings
 
-from pace_convert.convert import is_finished
-from pace_convert.converted import open_converted
-from pace_convert.evaluate.subjects import Subject, load
-from pace_convert.evaluate.tune_data import LIKELIHOOD, Asked, read_data
-from pace_convert.evaluate.tune_search import PARTS, Space, best, repair, search
-from pace_convert.evaluate.tune_statistics import LEVELS, Layer, similarities
-from pace_convert.evaluate.tune_write import write_memory
+from pace_convert.checkpoint.checkpoint import open_source
+from pace_convert.conversion.convert import is_finished
+from pace_convert.conversion.plan import make_plan
+from pace_convert.converted.opened import open_converted
+from pace_convert.converted.retune import write_memory
+from pace_convert.converted.tuned import Difference, Tuned
+from pace_convert.evaluation.subjects import Subject, load
+from pace_convert.evaluation.tune.data import LIKELIHOOD, Asked, read_data
+from pace_convert.evaluation.tune.search import PARTS, Space, best, repair, search
+from pace_convert.evaluation.tune.similarity import LEVELS, Layer, similarities
+from pace_convert.modeling.memory_bank import MemorySettings
 from pace_convert.options import ConvertOptions
-from pace_convert.plan import make_plan
 from pace_convert.progress import Progress
 from pace_convert.reference import reference_model
-from pace_convert.source import open_source
-from pace_convert.tuned import Difference, Tuned
 
 QUIET = Progress(quiet=True)
 MEMORY = {**ConvertOptions(update_interval=64).memory_config((1, 2))}

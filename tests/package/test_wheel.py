@@ -54,9 +54,9 @@ def test_wheel_holds_what_travels_and_nothing_else(wheel):
     for name in (
         "modeling/memory_bank.py",
         "templates/report.css.jinja",
-        "report/page.py",
+        "inspect/page.py",
         "reference/model/model.safetensors",
-        "cli.py",
+        "cli/main.py",
     ):
         assert f"pace_convert/{name}" in names
     assert all(name.startswith(("pace_convert/", "pace_convert-")) for name in names)

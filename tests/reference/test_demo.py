@@ -3,11 +3,11 @@
 import subprocess
 import sys
 
-from pace_convert.converted import open_converted
+from pace_convert.converted.opened import open_converted
 
 
 def test_demo(tmp_path):
-    code = "from pace_convert.cli import pace; pace()"
+    code = "from pace_convert.cli.main import pace; pace()"
     out = tmp_path / "demo"
     done = subprocess.run([sys.executable, "-c", code, "demo", str(out)], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -8,15 +8,15 @@ import torch
 from helpers import load, load_alone
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Qwen2ForCausalLM
 
-from pace_convert.convert import convert, prepare
-from pace_convert.converted import open_converted
+from pace_convert.checkpoint.checkpoint import open_source
+from pace_convert.conversion.convert import convert, prepare
+from pace_convert.converted.opened import open_converted
+from pace_convert.converted.verify import verify
 from pace_convert.errors import CallError
 from pace_convert.options import ConvertOptions
 from pace_convert.progress import Progress
 from pace_convert.reference import reference_model
 from pace_convert.reference.task import make_story
-from pace_convert.source import open_source
-from pace_convert.verify import verify
 
 
 @pytest.fixture(scope="module")

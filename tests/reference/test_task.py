@@ -13,7 +13,7 @@ from pace_convert.reference.task import as_text, is_held_out, make_story
 from pace_convert.reference.tokenizer import build_tokenizer, word_ids
 from pace_convert.reference.words import ASSISTANT, VOCABULARY
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "research"))
 import train_reference
 
 

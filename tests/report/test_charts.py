@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.image import imread
 
-from pace_convert.report.charts import columns, heat_map, permutation_map
-from pace_convert.report.tracks import tracks
+from pace_convert.inspect.charts import columns, heat_map, permutation_map
+from pace_convert.inspect.tracks import tracks
 
 values = st.lists(st.none() | st.floats(-1, 300).filter(lambda x: abs(x) > 0.01 or x == 0), min_size=1, max_size=90)
 

@@ -13,12 +13,12 @@ from helpers import convert_folder
 sys.path.append(str(Path(__file__).parents[1] / "cli"))
 from test_errors import pace_convert, refuse
 
-from pace_convert.converted import open_converted
+from pace_convert.cli.text import facts_text
+from pace_convert.converted.opened import open_converted
 from pace_convert.errors import CallError, PaceError
+from pace_convert.inspect import inspect as job
 from pace_convert.progress import Progress
 from pace_convert.reference.tokenizer import build_tokenizer
-from pace_convert.report import inspect as job
-from pace_convert.text import facts_text
 
 QUIET = Progress(quiet=True)
 

@@ -6,11 +6,11 @@ import torch
 from helpers import convert_folder, random_ids
 from transformers import AutoModel, DynamicCache
 
-from pace_convert.converted import open_converted
+from pace_convert.converted.opened import open_converted
+from pace_convert.inspect import probe as module
+from pace_convert.inspect.probe import probe
+from pace_convert.inspect.reading import Text
 from pace_convert.progress import Progress
-from pace_convert.report import probe as module
-from pace_convert.report.probe import probe
-from pace_convert.report.reading import Text
 
 QUIET = Progress(quiet=True)
 

@@ -10,10 +10,10 @@ from safetensors.numpy import load_file
 from sklearn.cluster import KMeans
 from sklearn.metrics import silhouette_samples
 
-from pace_convert.converted import open_converted
-from pace_convert.permute import canonical_permutation
+from pace_convert.converted.opened import open_converted
+from pace_convert.experts.permute import canonical_permutation
+from pace_convert.inspect.quality import _features, layer_quality, measure, silhouettes
 from pace_convert.progress import Progress
-from pace_convert.report.quality import _features, layer_quality, measure, silhouettes
 
 
 def directions(rng, count, width, zeros=0):

@@ -19,18 +19,18 @@ from damage import INDEX, SINGLE, SIZES
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from pace_convert.convert import convert, prepare
-from pace_convert.converted import open_converted
-from pace_convert.describe import describe
+from pace_convert.checkpoint.checkpoint import Source, open_source
+from pace_convert.conversion.convert import convert, prepare
+from pace_convert.conversion.undo import undo
+from pace_convert.converted.integrity import check_integrity
+from pace_convert.converted.opened import open_converted
+from pace_convert.converted.verify import verify
 from pace_convert.errors import MAX_LINE, CallError, PaceError
 from pace_convert.families import FAMILIES
-from pace_convert.integrity import check_integrity
+from pace_convert.inspect.describe import describe
 from pace_convert.options import ConvertOptions, RunOptions
 from pace_convert.progress import Progress
 from pace_convert.reference.tokenizer import build_tokenizer
-from pace_convert.source import Source, open_source
-from pace_convert.undo import undo
-from pace_convert.verify import verify
 
 QUIET, OPTIONS, HERE = Progress(quiet=True), ConvertOptions(experts=4), RunOptions(device="cpu", jobs=1)
 SECONDS = 60  # of one case; most take a twentieth of a second

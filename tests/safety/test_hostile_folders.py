@@ -10,9 +10,9 @@ import pytest
 from damage import SINGLE, edit_json, refused
 from helpers import pace_convert
 
+from pace_convert.checkpoint.checkpoint import open_source
 from pace_convert.errors import DamagedSourceError
 from pace_convert.reference.tokenizer import build_tokenizer
-from pace_convert.source import open_source
 
 
 def test_side_file_is_a_pipe(source, tmp_path):
@@ -90,8 +90,8 @@ def test_very_many_files(source, tmp_path):
 def test_names_on_the_hub_that_lead_elsewhere(monkeypatch, name):
     listed = [SimpleNamespace(rfilename=file) for file in ("config.json", SINGLE, name)]
     api = SimpleNamespace(model_info=lambda *_, **__: SimpleNamespace(siblings=listed, sha="1" * 40))
-    monkeypatch.setattr("pace_convert.source.HfApi", lambda **_: api)
-    monkeypatch.setattr("pace_convert.source.snapshot_download", pytest.fail)
+    monkeypatch.setattr("pace_convert.checkpoint.checkpoint.HfApi", lambda **_: api)
+    monkeypatch.setattr("pace_convert.checkpoint.checkpoint.snapshot_download", pytest.fail)
     with pytest.raises(DamagedSourceError, match="the name of a file can't be taken"):
         open_source("acme/tiny")
 

@@ -11,9 +11,9 @@ from damage import INDEX, edit_json
 from helpers import convert_folder, pace_convert, refuse
 from safetensors.numpy import load_file, save_file
 
-from pace_convert.converted import open_converted
-from pace_convert.integrity import check_integrity
-from pace_convert.package import PERMUTATION
+from pace_convert.converted.format import PERMUTATION
+from pace_convert.converted.integrity import check_integrity
+from pace_convert.converted.opened import open_converted
 
 
 @pytest.fixture(scope="module")

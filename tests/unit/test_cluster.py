@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment, linprog
 
-from pace_convert.cluster import cluster_neurons
-from pace_convert.transport import _cheapest_flow, balanced_labels
+from pace_convert.experts.cluster import cluster_neurons
+from pace_convert.experts.transport import _cheapest_flow, balanced_labels
 
 
 def random_rows(neurons: int, hidden: int, planted: int = 0, seed: int = 0) -> torch.Tensor:

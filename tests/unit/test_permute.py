@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pace_convert.permute import apply, canonical_permutation, invert, is_permutation
+from pace_convert.experts.permute import apply, canonical_permutation, invert, is_permutation
 
 labels = st.lists(st.integers(0, 6), min_size=1, max_size=60).map(np.array)
 

@@ -2,9 +2,9 @@
 
 import pytest
 
+from pace_convert.conversion.plan import resolve_layers
 from pace_convert.errors import CallError
 from pace_convert.options import ConvertOptions, load_options
-from pace_convert.plan import resolve_layers
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Any model folder or Hub repository, as data."""

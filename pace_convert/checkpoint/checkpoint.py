@@ -1,0 +1,205 @@
+"""A local folder or a Hub repository as lazily read tensors plus side files."""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import os
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_safetensors_metadata, snapshot_download
+
+from ..errors import CallError, DamagedSourceError
+from .files import HIDDEN, check_file, check_names, list_files, read_json
+from .hub_errors import READING, hub_errors
+from .shards import TensorInfo, check_tensors, read_header
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+OTHER_WEIGHTS = (
+    "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.h5",
+    "*.msgpack", "*.ot", "*.onnx", "*.onnx_data", "*.gguf", "*.tflite", "*.pkl",
+)  # fmt: skip
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+@dataclass(frozen=True)
+class HubAddress:
+    """A repository on the Hub at a resolved commit."""
+
+    repo_id: str
+    commit: str
+    token: str | None
+    cache_dir: Path | None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint to convert.
+
+    folder: where the files are; for a Hub source without the weights until `fetch`.
+    side_files: every file that is neither weights nor config, relative to the folder.
+    states: size in bytes and time of change in ns of every file that is here, from before it was read.
+    """
+
+    name: str
+    folder: Path
+    config: dict
+    tensors: dict[str, TensorInfo]
+    side_files: tuple[str, ...]
+    states: dict[str, tuple[int, int]] = field(default_factory=dict)
+    hub: HubAddress | None = None
+
+    @property
+    def shards(self) -> list[str]:
+        """File names of the shards, in order."""
+        return sorted({info.shard for info in self.tensors.values()})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def path(self, tensor: str) -> Path:
+        """The shard that holds a tensor."""
+        return self.folder / self.tensors[tensor].shard
+
+    def fetch(self) -> Source:
+        """This source with its weights on this machine."""
+        if self.hub is None:
+            return self
+        hub = self.hub
+        with hub_errors(hub.repo_id, READING):
+            folder = snapshot_download(
+                hub.repo_id,
+                revision=hub.commit,
+                token=hub.token,
+                cache_dir=hub.cache_dir,
+                allow_patterns=_exactly(*self.side_files, *self.shards, "config.json", INDEX),
+            )
+        states = _states(Path(folder), [*self.side_files, *self.shards, "config.json"])
+        return replace(self, folder=Path(folder), tensors=_read_tensors(Path(folder)), states=states)
+
+
+def open_source(name: str, revision: str | None = None, token: str | None = None, cache_dir: Path | None = None) -> Source:
+    """Config, tensor list and side files of a local folder or of a Hub repository.
+
+    Of a Hub repository only the small files and the shards' headers are downloaded. Raises CallError
+    for what can't be a source and DamagedSourceError for one with broken files.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        if revision or cache_dir:
+            option = "--revision" if revision else "--cache-dir"
+            raise CallError(f"{option} is for a source on the Hub, {name} is a folder", f"leave {option} out")
+        return open_folder(folder, name)
+    if folder.exists():
+        raise CallError(f"{name} is a file", "give the folder of a model, or a Hub id like Qwen/Qwen2-7B")
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
+        raise CallError(f"no such folder: {name}", "give the folder of a model, or a Hub id like Qwen/Qwen2-7B")
+    return _open_hub(name, revision, token, cache_dir)
+
+
+def open_folder(folder: Path, name: str | None = None) -> Source:
+    """A source in a local folder."""
+    if not os.path.lexists(folder / "config.json"):
+        raise CallError(f"{folder} is not a model folder: it has no config.json", "give the folder of a model, or a Hub id")
+    config = _read_config(folder)
+    files = list_files(folder)
+    _refuse_pickled_only(name or str(folder), files)
+    tensors, side_files = _read_tensors(folder), _side_files(files)
+    read = [*side_files, "config.json", *sorted({info.shard for info in tensors.values()}), *({INDEX} & set(files))]
+    for file in read:
+        check_file(folder, file)
+    return Source(name or str(folder), folder, config, tensors, side_files, _states(folder, read))
+
+
+def _open_hub(repo_id: str, revision: str | None, token: str | None, cache_dir: Path | None) -> Source:
+    with hub_errors(repo_id, READING):
+        info = HfApi(token=token).model_info(repo_id, revision=revision)
+        files = sorted(sibling.rfilename for sibling in info.siblings or [])
+        if "config.json" not in files:
+            raise CallError(f"{repo_id} is not a model repository: it has no config.json", "check the name")
+        check_names(files, "file")
+        _refuse_pickled_only(repo_id, files)
+        side_files = _side_files(files)
+        commit = info.sha or "main"
+        folder = snapshot_download(
+            repo_id, revision=commit, token=token, cache_dir=cache_dir,
+            allow_patterns=_exactly(*side_files, "config.json", INDEX),
+        )  # fmt: skip
+        headers = get_safetensors_metadata(repo_id, revision=commit, token=token or None)
+    tensors = {
+        name: TensorInfo(shard, t.dtype, tuple(t.shape), -1, t.data_offsets[1] - t.data_offsets[0])
+        for shard, header in headers.files_metadata.items()
+        for name, t in header.tensors.items()
+    }
+    check_tensors(tensors)
+    address = HubAddress(repo_id, commit, token, cache_dir)
+    return Source(repo_id, Path(folder), _read_config(Path(folder)), tensors, side_files, hub=address)
+
+
+def _states(folder: Path, names: list[str]) -> dict[str, tuple[int, int]]:
+    found = {name: (folder / name).stat() for name in names}
+    return {name: (state.st_size, state.st_mtime_ns) for name, state in found.items()}
+
+
+def _exactly(*names: str) -> list[str]:
+    """Patterns that match these names alone."""
+    return [glob.escape(name) for name in names]
+
+
+def _read_config(folder: Path) -> dict:
+    config = read_json(folder, "config.json")
+    if not isinstance(config.get("model_type"), str):
+        raise CallError(f"config.json of {folder.name} names no model_type", "give the folder of a transformers model")
+    return config
+
+
+def _read_tensors(folder: Path) -> dict[str, TensorInfo]:
+    if os.path.lexists(folder / INDEX) and not os.path.lexists(folder / SINGLE):
+        return _read_sharded(folder, read_json(folder, INDEX).get("weight_map"))
+    return read_header(check_file(folder, SINGLE))
+
+
+def _read_sharded(folder: Path, weight_map: object) -> dict[str, TensorInfo]:
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise DamagedSourceError(f"{INDEX} has no weight_map of tensor to shard", "download or copy this file again")
+    tensors: dict[str, TensorInfo] = {}
+    for shard in sorted(set(weight_map.values())):
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise DamagedSourceError(f"{INDEX} names {shard!r}, which is not a shard of this folder", "check the source")
+        if not os.path.lexists(folder / shard):
+            raise DamagedSourceError(f"{INDEX} names {shard}, which is missing", "download or copy this shard again")
+        header = read_header(check_file(folder, shard))
+        absent = [name for name, where in weight_map.items() if where == shard and name not in header]
+        if absent:
+            raise DamagedSourceError(
+                f"{shard} lacks {absent[0]}, which {INDEX} puts there", "download or copy this shard again"
+            )
+        twice = [name for name in header if name in tensors]
+        if twice:
+            raise DamagedSourceError(f"{tensors[twice[0]].shard} and {shard} both hold {twice[0]}", "check the source")
+        tensors.update(header)
+    check_tensors(tensors)
+    return tensors
+
+
+def _refuse_pickled_only(name: str, files: list[str]) -> None:
+    if SINGLE in files or INDEX in files:
+        return
+    if any(fnmatch.fnmatch(file, pattern) for file in files for pattern in PICKLED):
+        raise CallError(
+            f"{name} has only pickled weights, which can run code when loaded",
+            "convert it to safetensors first, on a machine you can lose: huggingface.co/spaces/safetensors/convert",
+        )
+    raise CallError(f"{name} has no {SINGLE} and no {INDEX}", "give a checkpoint in safetensors format")
+
+
+def _side_files(files: list[str]) -> tuple[str, ...]:
+    def wanted(file: str) -> bool:
+        weights = any(fnmatch.fnmatch(Path(file).name, pattern) for pattern in OTHER_WEIGHTS)
+        return not weights and not HIDDEN.search(file) and file != "config.json"
+
+    return tuple(file for file in files if wanted(file))

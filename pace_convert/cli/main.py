@@ -1,0 +1,313 @@
+"""The command line: parse, call, print."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+
+import click
+
+from .. import __version__
+from ..errors import CallError, PaceError
+from ..options import EXPERT_OPTIONS, ConvertOptions, RunOptions, load_options, option_name
+from ..progress import Progress
+from . import text
+from .command import as_json_text, friendly, hub_options, output_options
+from .evaluate import evaluation
+from .tune import tune
+
+if TYPE_CHECKING:
+    from ..checkpoint.checkpoint import Source
+    from ..converted.push import Pushed, Target
+
+GROUPS = {
+    "Experts": EXPERT_OPTIONS,
+    "Memory": tuple(name for name in ConvertOptions.model_fields if name not in EXPERT_OPTIONS),
+}
+
+
+class GroupedCommand(click.Command):
+    """A command whose help shows the method's options in groups of their own."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        group_of = {name: title for title, names in GROUPS.items() for name in names}
+        sections: dict[str, list] = {"Options": []}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
+            if record is not None:
+                sections.setdefault(group_of.get(param.name or "", "Options"), []).append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+def method_options(command: Callable) -> Callable:
+    """One click option for each field of RunOptions and ConvertOptions; what is not given stays out of the call."""
+    fields = {**RunOptions.model_fields, **ConvertOptions.model_fields}
+    for name, field in reversed(fields.items()):
+        default = field.default is not None and field.default is not False
+        help_text = f"{field.description}  [default: {field.default}]" if default else f"{field.description}"
+        annotation = next((kind for kind in get_args(field.annotation) if kind in (int, str)), field.annotation)
+        kind: Any = {int: click.INT, float: click.FLOAT, bool: click.BOOL}.get(annotation, click.STRING)  # type: ignore[arg-type]
+        if get_origin(field.annotation) is Literal:
+            kind = click.Choice(get_args(field.annotation))
+        names = ("-j", option_name(name)) if name == "jobs" else (option_name(name),)
+        flag = field.annotation is bool
+        command = click.option(*names, name, type=kind, is_flag=flag, default=None, help=help_text)(command)
+    return command
+
+
+@click.command(cls=GroupedCommand, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.argument("source")
+@click.argument("out", type=click.Path(path_type=Path))
+@hub_options
+@click.option("--config", type=click.Path(path_type=Path), help="YAML file of options; the command line goes first.")
+@click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier conversion in OUT.")
+@click.option("--resume", is_flag=True, help="Go on where an unfinished conversion into OUT was.")
+@click.option("--push-to-hub", metavar="ORG/NAME", help="Then upload OUT to this model repository.")
+@click.option("--private", is_flag=True, help="Create that repository as a private one.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@click.option("--json", "as_json", is_flag=True, help="Print plan, progress and result as JSON, one event a line.")
+@method_options
+@click.version_option(__version__)
+@friendly
+def pace_convert(
+    source: str, out: Path, revision: str | None, token: str | None, cache_dir: Path | None, config: Path | None,
+    dry_run: bool, overwrite: bool, resume: bool, push_to_hub: str | None, private: bool, as_json: bool, quiet: bool,
+    **given: Any,
+) -> None:  # fmt: skip
+    """Convert SOURCE, a model folder or a Hub id, into a PaceLLM in the folder OUT.
+
+    \b
+    pace-convert Qwen/Qwen2-7B ./out
+    pace-convert ./my-llama ./out --experts 128 --memory-layers 10,20
+    pace-convert Qwen/Qwen2-7B ./out --push-to-hub your-name/Qwen2-7B-Pace
+    """
+    if private and not push_to_hub:
+        raise CallError("--private is for a repository on the Hub", "give --push-to-hub ORG/NAME too")
+    options, run = load_options(config, {name: value for name, value in given.items() if value is not None})
+    from ..checkpoint.checkpoint import open_source
+    from ..conversion import convert as job
+    from ..conversion.estimate import measure
+    from ..conversion.places import check_room
+
+    progress = Progress(quiet, events=as_json)
+    progress.let_hub_talk()
+    opened = open_source(source, revision, token, cache_dir)
+    plan = job.prepare(opened, out, options, run, overwrite, resume)
+    target = None
+    if push_to_hub:
+        from ..converted.card import model_card
+        from ..converted.push import Target, check_card, check_target
+
+        target = Target(push_to_hub, token, private)
+        check_target(target, opened)
+        check_card(target, model_card(opened, plan))
+    estimate = measure(opened, plan, out)
+    progress.event("plan", source=source, out=str(out), push_to_hub=push_to_hub, **plan.as_dict(), **estimate.as_dict())
+    words = text.plan_text(source, out, plan, estimate) + (f"\n  push to    {push_to_hub}" if push_to_hub else "")
+    if dry_run:
+        if not as_json:
+            click.echo(words)
+        check_room(opened, out)
+        return
+    progress.say(words)
+    made = job.convert(opened, out, plan, progress, overwrite, resume)
+    progress.event("done", out=str(made.out), tensors=made.tensors, bytes=made.nbytes, changed=made.changed)
+    if not as_json:
+        click.echo(text.made_text(made))
+    if target:
+        pushed = _push_made(made.out, opened, target, progress)
+        progress.event("pushed", **pushed.as_dict())
+        if not as_json:
+            click.echo(text.pushed_text(pushed))
+
+
+def _push_made(out: Path, source: Source, target: Target, progress: Progress) -> Pushed:
+    """Verify and upload a finished conversion; an error says that it is finished, and how to go on."""
+    from ..converted.opened import open_converted
+    from ..converted.push import push
+    from ..converted.verify import verify
+
+    converted = open_converted(out)
+    compared = verify(converted, source, progress, logits=False)
+    again = f"{out} is finished; to upload it: pace push {out} {target.repo_id} --source {source.name}"
+    try:
+        return push(converted, target, compared, progress)
+    except PaceError as error:
+        if compared.passed:
+            error.hint, error.exit_code = f"{error.hint}; {again}", 1
+        raise
+    except KeyboardInterrupt:
+        progress.say(again)
+        raise
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def pace() -> None:
+    """Turn Hugging Face causal language models into PaceLLMs (arXiv 2506.17310)."""
+
+
+pace.add_command(pace_convert, "convert")
+
+
+@pace.command()
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def families(as_json: bool) -> None:
+    """List the supported model families."""
+    from ..families import FAMILIES
+
+    rows = [
+        {"model_type": spec.model_type, "class": spec.causal_lm_class, "ffn": spec.ffn.kind, "models": spec.models}
+        for spec in FAMILIES.values()
+    ]
+    click.echo(as_json_text(rows) if as_json else text.table(rows))
+
+
+@pace.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--quality", is_flag=True, help="Measure how well each expert's neurons belong together; reads weights, seconds a layer."
+)
+@click.option("--probe", metavar="FILE_OR_TEXT", help="Say what experts and memory do on a text; loads the model.")
+@click.option("--html", type=click.Path(path_type=Path), help="Write it all as one page, with --quality.")
+@click.option("--trust-remote-code", is_flag=True, help="Run OUT's modeling files even where they were edited, for --probe.")
+@output_options
+@friendly
+def inspect(
+    out: Path, quality: bool, probe: str | None, html: Path | None, trust_remote_code: bool, as_json: bool, quiet: bool
+) -> None:
+    """Say what is in the converted folder OUT. Reads no weights unless asked to.
+
+    \b
+    pace inspect ./out --quality
+    pace inspect ./out --html report.html --probe story.txt
+    """
+    from ..converted.opened import open_converted
+    from ..inspect import inspect as job
+
+    facts = job.inspect(open_converted(out), Progress(quiet), quality, probe, html, trust_remote_code)
+    click.echo(as_json_text(facts) if as_json else text.facts_text(facts))
+    if html and not as_json:
+        click.echo(f"Wrote {html}: {text.size(html.stat().st_size)}, opens in any browser.")
+
+
+@pace.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--source", help="The model that was converted: folder or Hub id.")
+@hub_options
+@click.option("--no-logits", is_flag=True, help="Compare tensors only; loads no model.")
+@click.option("--hashes", is_flag=True, help="List the SHA-256 of each tensor of the source.")
+@click.option("--trust-remote-code", is_flag=True, help="Run OUT's modeling files even where they were edited.")
+@output_options
+@friendly
+def verify(
+    out: Path, source: str | None, revision: str | None, token: str | None, cache_dir: Path | None, no_logits: bool,
+    hashes: bool, trust_remote_code: bool, as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Prove that OUT is SOURCE, permuted: tensors bit for bit, logits with the memory off.
+
+    Without --source only OUT itself is looked at: index, shapes, permutations, config and modeling files.
+
+    \b
+    pace verify ./out --source Qwen/Qwen2-7B
+    pace verify ./out
+    """
+    from ..checkpoint.checkpoint import open_source
+    from ..converted import verify as job
+    from ..converted.integrity import check_integrity
+    from ..converted.opened import open_converted
+
+    converted = open_converted(out)
+    if source is None:
+        if hashes:
+            raise CallError("--hashes is for the tensors of a source", "give --source")
+        whole = check_integrity(converted)
+        click.echo(as_json_text(whole.as_dict()) if as_json else text.integrity_text(whole))
+        sys.exit(0 if whole.passed else 1)
+    opened = open_source(source, revision, token, cache_dir)
+    result = job.verify(converted, opened, Progress(quiet), logits=not no_logits, trust=trust_remote_code)
+    click.echo(as_json_text(result.as_dict()) if as_json else text.verification_text(result, hashes))
+    if not result.passed:
+        sys.exit(1)
+
+
+@pace.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("repo_id", metavar="ORG/NAME")
+@click.option("--source", help="The model that was converted, folder or Hub id: compare every tensor with it first.")
+@click.option("--private", is_flag=True, help="Create the repository as a private one.")
+@click.option("--revision", "--branch", "branch", help="Branch to upload to; created where it is missing.  [default: main]")
+@click.option("--commit-message", "message", default="Upload a PaceLLM", show_default=True, help="Title of the commit.")
+@click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing to main.")
+@click.option("--token", envvar="HF_TOKEN", help="Hub token; HF_TOKEN or the stored login otherwise.")
+@output_options
+@friendly
+def push(
+    out: Path, repo_id: str, source: str | None, private: bool, branch: str | None, message: str, create_pr: bool,
+    token: str | None, as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Upload the converted folder OUT to the model repository ORG/NAME on the Hub.
+
+    \b
+    pace push ./out your-name/Qwen2-7B-Pace --private
+    pace push ./out your-org/Qwen2-7B-Pace --source Qwen/Qwen2-7B --create-pr
+
+    An upload that was interrupted goes on when the same command is run again.
+    """
+    from ..checkpoint.checkpoint import open_source
+    from ..converted import push as hub
+    from ..converted.opened import open_converted
+
+    converted, progress, compared = open_converted(out), Progress(quiet), None
+    opened = open_source(source, token=token) if source else None
+    target = hub.Target(repo_id, token, private, branch, message, create_pr)
+    hub.check_target(target, opened)
+    if opened:
+        from ..converted.verify import verify
+
+        compared = verify(converted, opened, progress, logits=False)
+    pushed = hub.push(converted, target, compared, progress)
+    click.echo(as_json_text(pushed.as_dict()) if as_json else text.pushed_text(pushed))
+
+
+@pace.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("original", type=click.Path(path_type=Path))
+@click.option(
+    "-j", "--jobs", type=click.IntRange(min=1), help="Processes side by side; by default what cores and memory allow."
+)
+@output_options
+@friendly
+def undo(out: Path, original: Path, jobs: int | None, as_json: bool, quiet: bool) -> None:
+    """Write the model that OUT was made from into the folder ORIGINAL, bit for bit.
+
+    \b
+    pace undo ./out ./original
+
+    It needs OUT alone. One that was interrupted goes on when the same command is run again.
+    """
+    from ..conversion.undo import undo as job
+    from ..converted.opened import open_converted
+
+    restored = job(open_converted(out), original, Progress(quiet), jobs)
+    click.echo(as_json_text(restored.as_dict()) if as_json else text.restored_text(restored))
+
+
+@pace.command()
+@click.argument("out", type=click.Path(path_type=Path), default=Path("pace-demo"))
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@friendly
+def demo(out: Path, quiet: bool) -> None:
+    """Convert the embedded reference model into OUT and compare both on needle questions."""
+    from ..reference.demo import run_demo
+
+    run_demo(out, Progress(quiet))
+
+
+pace.add_command(evaluation, "eval")
+pace.add_command(tune)

@@ -1,0 +1,189 @@
+"""Results in words, for the terminal."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..converted.card import loading_snippet
+from ..converted.tuned import Tuned
+from ..options import ConvertOptions
+
+if TYPE_CHECKING:
+    from ..conversion.convert import Conversion
+    from ..conversion.estimate import Estimate
+    from ..conversion.plan import Plan
+    from ..conversion.undo import Restored
+    from ..converted.integrity import Integrity
+    from ..converted.push import Pushed
+    from ..converted.verify import Verification
+
+
+def plan_text(source: str, out: Path, plan: Plan, estimate: Estimate) -> str:
+    """A plan in words."""
+    options = plan.options
+    method = options.cluster_method + (f", {options.exact_restarts} starts" if options.exact_restarts else "")
+    processes = "a process" if plan.jobs == 1 else f"each of {plan.jobs} processes"
+    if plan.run.executor == "ray":
+        processes = f"each task on the Ray cluster at {plan.run.ray_address or 'this machine'}"
+    lines = [
+        f"{source} -> {out}",
+        f"  family     {plan.family.causal_lm_class}, {plan.layers} layers",
+        f"  experts    {options.experts} of {plan.intermediate_size} neurons a layer ({method})",
+        f"  memory     {_memory_line(options, plan.memory_layers)}",
+        f"  bytes      {size(plan.weights_bytes)} to read and to write, {len(plan.ffn)} tensors permuted",
+        f"  needs      about {size(plan.task_bytes)} of memory in {processes}",
+        f"  time       about {duration(estimate.clustering + estimate.copying)}, by a short measurement: "
+        f"grouping {duration(estimate.clustering)}, copying {duration(estimate.copying)}",
+    ]
+    return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit a person would use."""
+    if seconds < 100:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _memory_line(options: ConvertOptions, layers: tuple[int, ...]) -> str:
+    if options.no_memory:
+        return "none; the original architecture is kept"
+    where = f"layers {', '.join(map(str, layers))}" if layers else "no layers"
+    return f"{where}; {options.slots} slots, updated every {options.update_interval} tokens"
+
+
+def made_text(made: Conversion) -> str:
+    """What was made, and the snippet that loads it."""
+    certificate = ""
+    if made.changed is not None:
+        neurons = made.plan.layers * made.plan.intermediate_size
+        certificate = f"k-means-constrained moved {made.changed} of {neurons} neurons from where the fast method had them. "
+    snippet = loading_snippet(str(made.out), not made.plan.options.no_memory)
+    return f"Made {made.out}: {made.tensors} tensors, {size(made.nbytes)}. {certificate}Load it with\n\n{_indented(snippet)}\n"
+
+
+def pushed_text(pushed: Pushed) -> str:
+    """Where a conversion is now, and the snippet that loads it from there."""
+    snippet = loading_snippet(pushed.repo_id, pushed.needs_code, pushed.commit)
+    where = "Pull request" if pushed.pull_request else "Pushed to"
+    return f"{where} {pushed.url}. Load it with\n\n{_indented(snippet)}\n"
+
+
+def _indented(code: str) -> str:
+    return textwrap.indent(code, "    ")
+
+
+def facts_text(facts: dict) -> str:
+    """What `describe` found, in words."""
+    memory = facts["memory"]
+    experts = facts["experts"]
+    lines = [
+        f"{facts['folder']}: {facts['model_type']} made from {facts['base_model_type']}",
+        f"  weights    {facts['tensors']} tensors, {size(facts['bytes'])}",
+        f"  experts    {experts['count']} a layer over {facts['intermediate_size']} neurons "
+        f"({experts['method']}, seed {experts['seed']})",
+        f"  memory     {'in layers ' + ', '.join(map(str, memory['layers'])) if memory['enabled'] else 'none'}",
+    ]
+    if memory["enabled"]:
+        lines += [f"    {name:18}{value}" for name, value in memory.items() if name not in ("enabled", "layers")]
+    if facts["tuned"]:
+        lines.append(f"  tuned      {Tuned.model_validate(facts['tuned']).sentence()}")
+    lines += ["  " + line for line in table([_layer_row(facts, row) for row in facts["layers"]]).splitlines()]
+    if any("quality" in row for row in facts["layers"]):
+        lines.append(
+            "  noise: the same clustering of noise with the weights' mean and spread; only what lies above it is structure"
+        )
+    if "probe" in facts:
+        lines += _probe_lines(facts["probe"], memory)
+    return "\n".join(lines)
+
+
+def _layer_row(facts: dict, row: dict) -> dict[str, str]:
+    layer = row["layer"]
+    cells = {"layer": f"{layer:5}", "memory": "yes" if layer in facts["memory"]["layers"] else "-"}
+    if "quality" in row:
+        quality = row["quality"]
+        for name, form in (("explained", ".1%"), ("silhouette", ".3f")):
+            known = [quality[kind][name] for kind in ("experts", "noise", "random")]
+            cells[f"{name} (noise, random)"] = "-" if known[0] is None else _with_floors(known, form)
+    if "probe" in facts:
+        cells["carry half"] = str(facts["probe"]["experts"][layer]["half"])
+    return {**cells, "expert sizes": ", ".join(f"{count} x {size}" for size, count in row["sizes"].items())}
+
+
+def _with_floors(values: list[float | None], form: str) -> str:
+    first, *floors = ("-" if value is None else format(value, form) for value in values)
+    return f"{first} ({', '.join(floors)})"
+
+
+def _probe_lines(probe: dict, memory: dict) -> list[str]:
+    cut = f", {probe['tokens_cut']} more left out: the model is not made for a longer text" if probe["tokens_cut"] else ""
+    lines = [f"  {probe['text']}: {probe['tokens']} token{'s' if probe['tokens'] > 1 else ''} read{cut}"]
+    if probe["memory"] and probe["tokens"] <= memory["update_interval"]:
+        return [*lines, f"    the memory acts from token {memory['update_interval']} on, so it did nothing here"]
+    for found in probe["memory"]:
+        every = found["kept"] + found["mixed"] + found["reused"]
+        made = ", ".join(f"{found[name] / every:.1%} {name}" for name in ("kept", "mixed", "reused"))
+        slots = f"{len(found['slots'])} of {memory['slots']} slots filled"
+        lines.append(f"    memory in layer {found['layer']}: {made}; {slots} after {found['blocks']} blocks")
+        most = sorted(found["slots"], key=lambda slot: -slot["hits"])[:5]
+        lines += [f"      slot {s['slot']} from token {s['token']} {s['piece']!r}, {s['hits']} hits" for s in most]
+    return lines
+
+
+def verification_text(result: Verification, hashes: bool = False) -> str:
+    """A Verification in words. hashes: with the table of them, as sha256sum writes it."""
+    same = result.tensors - len(result.different)
+    lines = [
+        f"tensors    {same} of {result.tensors} bit-identical to the source ({result.permuted} after undoing the permutation)"
+    ]
+    lines += [f"  differs  {name}" for name in result.different[:10]]
+    if len(result.different) > 10:
+        lines.append(f"  and {len(result.different) - 10} more")
+    lines += [f"{value}  {name}" for name, value in result.hashes.items() if hashes]
+    lines.append(f"sha256     {result.digest} of the source's tensors" + ("" if hashes else " (--hashes lists each)"))
+    lines += [f"edited     {name}" for name in result.edited_files]
+    if result.logit_difference is not None:
+        verdict = "match" if result.logits_match else "DO NOT MATCH"
+        lines.append(
+            f"logits     {verdict} with the memory off: largest difference {result.logit_difference:.2e}, "
+            f"largest logit {result.largest_logit:.2f}"
+        )
+    if result.same_tokens is not None:
+        lines.append(f"tokenizer  {'reads alike' if result.same_tokens else 'READS DIFFERENTLY'}")
+    lines.append("verified" if result.passed else "NOT the same model")
+    return "\n".join(lines)
+
+
+def integrity_text(whole: Integrity) -> str:
+    """An Integrity in words."""
+    lines = [
+        f"files      {whole.tensors} tensors in {whole.shards} shard{'s' if whole.shards > 1 else ''}",
+        f"experts    {whole.layers} layers of {whole.neurons} neurons, each in the order of its permutation",
+    ]
+    lines += [f"  wrong    {problem}" for problem in whole.problems[:10]]
+    lines += [f"edited     {name} is not the file this version ships" for name in whole.edited_files]
+    lines.append("whole; give --source to compare it with the model it was made from" if whole.passed else "NOT whole")
+    return "\n".join(lines)
+
+
+def restored_text(restored: Restored) -> str:
+    """A Restored in words."""
+    return (
+        f"Wrote {restored.folder}: {len(restored.files)} files, {restored.tensors} tensors, {size(restored.nbytes)}. "
+        "They are the source's, byte for byte, if nothing in OUT was changed since."
+    )
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """Rows under their keys, in columns."""
+    lines = [dict(zip(rows[0], rows[0])), *rows]
+    widths = {key: max(len(line[key]) for line in lines) for key in rows[0]}
+    return "\n".join("  ".join(line[key].ljust(width) for key, width in widths.items()).rstrip() for line in lines)
+
+
+def size(nbytes: int) -> str:
+    """Bytes in the unit a person would use."""
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"

@@ -1,0 +1,1 @@
+"""From a source to a converted folder, and the way back."""

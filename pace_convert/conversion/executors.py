@@ -1,0 +1,155 @@
+"""Where tasks run: in this process, in several on this machine, or on a Ray cluster.
+
+Tasks are the same everywhere, and so is what they write; only when each is done differs.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
+from typing import Any, Protocol, TypeVar
+
+from ..errors import CallError, PaceError
+from ..options import RunOptions
+from .estimate import core_count
+from .tasks import Task
+
+RAY_RETRIES = 3  # of a task whose worker or machine died; Ray's own default, said here because we promise it
+
+
+class Runnable(Protocol):
+    """A picklable piece of work."""
+
+    def run(self) -> dict: ...
+
+
+Work = TypeVar("Work", bound=Runnable)
+
+
+def run_tasks(tasks: Sequence[Task], run: RunOptions, jobs: int, task_bytes: int) -> Iterator[tuple[Task, dict]]:
+    """Each task with what its `run` returned, as soon as it is done.
+
+    jobs: processes on this machine; task_bytes: memory that one task needs. Raises what a task raises, and
+    PaceError for a worker that died.
+    """
+    if run.executor == "ray":
+        return _on_ray(tasks, run, task_bytes)
+    return run_here(tasks, jobs)
+
+
+def run_here(tasks: Sequence[Work], jobs: int) -> Iterator[tuple[Work, dict]]:
+    """As `run_tasks`, on this machine."""
+    return _in_processes(tasks, jobs) if jobs > 1 and len(tasks) > 1 else ((task, task.run()) for task in tasks)
+
+
+def check_executor(run: RunOptions, task_bytes: int) -> None:
+    """Whether tasks can run where they shall, before anything is written. Raises CallError."""
+    if run.executor == "ray":
+        _reach(run.ray_address)
+        ray = _connect(run.ray_address)
+        most = max((node["Resources"].get("memory", 0) for node in ray.nodes()), default=0)
+        if most < task_bytes:
+            ray.shutdown()
+            raise CallError(
+                f"a task needs {task_bytes / 1e9:.1f} GB, no machine of the Ray cluster has more than {most / 1e9:.1f} GB",
+                "give it larger machines",
+            )
+
+
+def _reach(address: str | None) -> None:
+    """Ray itself tries for minutes."""
+    host, _, port = (address or "").rpartition("://")[2].partition(":")
+    if port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+        except OSError as error:
+            raise CallError(f"no Ray cluster at {address}: {error.strerror or error}", "check --ray-address") from error
+
+
+def _in_processes(tasks: Sequence[Work], jobs: int) -> Iterator[tuple[Work, dict]]:
+    threads = max(1, core_count() // jobs)
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin_worker, (threads,))
+    try:
+        running = {pool.submit(task.run): task for task in tasks}
+        for future in as_completed(running):
+            yield running[future], future.result()
+    except BrokenProcessPool as error:
+        raise PaceError("a worker process died, perhaps for want of memory", "give fewer --jobs") from error
+    except BaseException:
+        for process in multiprocessing.active_children():  # what they were at is done again
+            process.kill()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin_worker(threads: int) -> None:
+    """A worker leaves Ctrl-C to its parent, and ends with it however that ends."""
+    import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(threads)
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        wait([parent.sentinel])  # type: ignore[union-attr]
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _on_ray(tasks: Sequence[Task], run: RunOptions, task_bytes: int) -> Iterator[tuple[Task, dict]]:
+    ray = _connect(run.ray_address)
+    try:
+        gpus = 1 if run.device.startswith("cuda") else 0
+        remote = ray.remote(_run)
+        waiting = list(reversed(tasks))
+        running: dict[Any, Task] = {}
+        while waiting or running:
+            while waiting and len(running) < (run.jobs or len(tasks)):
+                task = waiting.pop()
+                needs = {"memory": task_bytes, "num_gpus": gpus if task.is_layer else 0}
+                running[remote.options(max_retries=RAY_RETRIES, **needs).remote(task)] = task
+            for reference in ray.wait(list(running))[0]:
+                yield running.pop(reference), _result(ray, reference)
+    finally:
+        ray.shutdown()
+
+
+def _connect(address: str | None) -> Any:
+    try:
+        import ray
+    except ImportError as error:
+        raise CallError("--executor ray needs Ray", "pip install 'pace-convert[ray]'") from error
+    if ray.is_initialized():
+        return ray
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise CallError(f"no Ray cluster at {address or 'this machine'}: {reason}", "check --ray-address") from error
+    return ray
+
+
+def _run(task: Task) -> dict:
+    return task.run()
+
+
+def _result(ray: Any, reference: Any) -> dict:
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:  # holds what the task raised
+        if isinstance(error.cause, PaceError | OSError | MemoryError):
+            raise error.cause from error
+        raise PaceError(f"a task failed on a Ray worker: {error.cause}", "see the cluster's logs") from error
+    except ray.exceptions.RayError as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise PaceError(f"Ray gave up a task after {RAY_RETRIES} retries: {reason}", "see the cluster's logs") from error

@@ -1,0 +1,109 @@
+"""The way back: a conversion's source, file by file as it was.
+
+Weights are put back by the inverse permutation. What a conversion writes anew (config.json, the index, the model card,
+at times tokenizer_config.json) it keeps in the source's own version beside it; everything else it copied.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import __version__
+from ..checkpoint.checkpoint import Source
+from ..checkpoint.files import check_file, is_inside
+from ..checkpoint.shards import BLOCK_BYTES
+from ..converted.format import PERMUTATION
+from ..converted.opened import Converted
+from ..errors import CallError, DamagedSourceError
+from ..options import RunOptions
+from ..progress import Progress
+from .convert import carry_out
+from .estimate import PROCESS_BYTES, jobs_that_fit
+from .journal import NAME as JOURNAL
+from .journal import Journal, read_journal
+from .output import OutputFolder, explained
+from .places import MOVE, UNFINISHED, check_places, check_room, files_in, is_unfinished, written_files
+from .tasks import restore_tasks
+
+GO_ON = "run the same command again to go on"
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What was written."""
+
+    folder: Path
+    files: tuple[str, ...]
+    tensors: int
+    nbytes: int
+
+    def as_dict(self) -> dict:
+        """For `--json`."""
+        return {"folder": str(self.folder), "files": list(self.files), "tensors": self.tensors, "bytes": self.nbytes}
+
+
+def undo(converted: Converted, original: Path, progress: Progress, jobs: int | None = None) -> Restored:
+    """Write the model that was converted into the folder `original`: its files' bytes, where OUT's are as they were made.
+
+    Called again after a kill it goes on. Raises CallError, DamagedSourceError, PaceError.
+    """
+    source = converted.files
+    ffn, copies = converted.ffn(), _origins(converted)
+    files, identity = [*source.shards, *copies.values()], _identity(source)
+    restored = Restored(original, tuple(sorted(files)), len(source.tensors), source.nbytes)
+    if _only_to_tidy(original, files):
+        shutil.rmtree(original / UNFINISHED)
+        return restored
+    _check_free(source, original, identity)
+    check_room(source, original)
+    sizes = [source.tensors[tensor.name].nbytes for tensor in ffn]
+    memory = PROCESS_BYTES + max(sizes) + 2 * BLOCK_BYTES
+    jobs = jobs or jobs_that_fit(len(converted.layers), sum(sizes), memory)
+    with explained(original, GO_ON), OutputFolder(original, overwrite=False, resume=True) as folder:
+        journal = Journal(folder.staging)
+        journal.resume(identity) if is_unfinished(original) else journal.begin(identity)
+        if MOVE not in journal.done:
+            tasks = restore_tasks(source, ffn, [permutation for permutation, _ in converted.layers], folder.staging)
+            carry_out(tasks, journal, RunOptions(), jobs, memory, progress, ("restoring", "restored"))
+            for name, origin in copies.items():
+                folder.copy(source.folder / name, origin)
+            journal.add(MOVE, folder.moves(files))
+        folder.move(**journal.done[MOVE])
+    return restored
+
+
+def _only_to_tidy(original: Path, files: list[str]) -> bool:
+    """Whether an earlier call came to its very end: all is in its place, and the journal is gone already."""
+    return (original / UNFINISHED).is_dir() and not is_unfinished(original) and files_in(original) == set(files)
+
+
+def _identity(source: Source) -> dict:
+    """What the restored bytes depend on; files are known by size and time of change, as a conversion's are."""
+    permutation = (source.folder / PERMUTATION).stat()
+    states = {**source.states, PERMUTATION: (permutation.st_size, permutation.st_mtime_ns)}
+    return {"version": __version__, "undo": {name: list(state) for name, state in states.items()}}
+
+
+def _origins(converted: Converted) -> dict[str, str]:
+    """Name in OUT -> name in the source, of all files but the shards. Raises DamagedSourceError if one is missing."""
+    folder, shards = converted.files.folder, converted.files.shards
+    origins = {name: origin for name, origin in written_files(folder).items() if origin is not None and name not in shards}
+    if "config.json" not in origins.values() or not all(is_inside(name) for name in (*origins, *origins.values())):
+        raise DamagedSourceError(f"{folder} does not say which files its source had", "convert again, then undo that")
+    for name in origins:
+        check_file(folder, name)
+    return origins
+
+
+def _check_free(source: Source, original: Path, identity: dict) -> None:
+    """`original` must be absent, empty, or hold this same job unfinished. Raises CallError."""
+    check_places(source, original)
+    if original.exists() and not original.is_dir():
+        raise CallError(f"{original} is a file", "choose another folder")
+    if is_unfinished(original):
+        if read_journal(original / UNFINISHED / JOURNAL)[0] != identity:
+            raise CallError(f"{original} holds something else that is unfinished", "delete it, or choose another folder")
+    elif files_in(original):
+        raise CallError(f"{original} is not empty", "choose another folder")

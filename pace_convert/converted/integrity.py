@@ -1,0 +1,88 @@
+"""Is a converted folder whole in itself? From headers, config and permutations alone; no weights are read, no code runs."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+
+from ..checkpoint.checkpoint import INDEX
+from ..checkpoint.files import read_json
+from ..conversion.places import written_files
+from ..errors import DamagedSourceError, one_line
+from ..experts.permute import is_canonical
+from .load import edited_code
+from .opened import Converted
+
+
+@dataclass(frozen=True)
+class Integrity:
+    """problems: in words; edited_files: Python files that are not what this version ships."""
+
+    tensors: int
+    shards: int
+    layers: int
+    neurons: int
+    problems: tuple[str, ...]
+    edited_files: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether the folder is whole. Edited files don't count: another version's are as good."""
+        return not self.problems
+
+    def as_dict(self) -> dict:
+        """For `--json`."""
+        return {**asdict(self), "passed": self.passed}
+
+
+def check_integrity(converted: Converted) -> Integrity:
+    """What `open_converted` does not look at: index, shapes, order of the experts, memory layers, files that are gone."""
+    problems = [*_files(converted), *_index(converted), *_experts(converted), *_config(converted)]
+    problems = [one_line(problem) for problem in problems]  # they hold names from elsewhere
+    files, neurons = converted.files, len(converted.layers[0][0])
+    return Integrity(
+        len(files.tensors), len(files.shards), len(converted.layers), neurons, tuple(problems), tuple(edited_code(converted))
+    )
+
+
+def _files(converted: Converted) -> list[str]:
+    folder = converted.files.folder
+    return [f"{name}, which the conversion wrote, is gone" for name in written_files(folder) if not (folder / name).is_file()]
+
+
+def _index(converted: Converted) -> list[str]:
+    files = converted.files
+    if not os.path.lexists(files.folder / INDEX):
+        return []  # said by _files
+    index = read_json(files.folder, INDEX)
+    metadata, weight_map = index.get("metadata"), index.get("weight_map")
+    if not isinstance(weight_map, dict) or not isinstance(metadata, dict):
+        return [f"{INDEX} lacks its metadata or weight_map"]
+    names = sorted(set(weight_map) | set(files.tensors))
+    wrong = [name for name in names if name not in files.tensors or weight_map.get(name) != files.tensors[name].shard]
+    problems = [f"{INDEX}: {name} does not lie where it says" for name in wrong[:1]]
+    if metadata.get("total_size") != files.nbytes:
+        problems.append(f"{INDEX}: total_size is {metadata.get('total_size')}, the tensors have {files.nbytes} bytes")
+    return problems
+
+
+def _experts(converted: Converted) -> list[str]:
+    count, problems = converted.pace["experts"]["count"], []
+    for layer, (permutation, sizes) in enumerate(converted.layers):
+        if len(sizes) != count or sizes.max() - sizes.min() > 1:
+            problems.append(f"layer {layer} does not have {count} experts of equal size, to within one neuron")
+        elif not is_canonical(permutation, sizes):
+            problems.append(f"layer {layer}: its experts are not in their order")
+    return problems
+
+
+def _config(converted: Converted) -> list[str]:
+    problems = []
+    try:
+        converted.ffn()
+    except DamagedSourceError as error:
+        problems.append(error.message)
+    layers = converted.pace["memory"]["layers"]
+    if any(layer >= len(converted.layers) for layer in layers):
+        problems.append(f"config.json: memory in layers {layers}, the model has {len(converted.layers)}")
+    return problems

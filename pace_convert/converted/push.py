@@ -1,0 +1,213 @@
+"""Upload a conversion to the Hub, by huggingface_hub's `upload_folder`, which goes on where it was interrupted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from huggingface_hub import CommitInfo, HfApi, constants
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
+
+from .. import __version__
+from ..checkpoint.checkpoint import Source
+from ..checkpoint.hub_errors import WRITING, hub_errors
+from ..errors import CallError, DamagedSourceError, PaceError
+from ..progress import Progress
+from .card import pinned_commit, published
+from .format import CARD
+from .integrity import check_integrity
+from .opened import Converted
+
+if TYPE_CHECKING:
+    from .verify import Verification
+
+NOT_UPLOADED = (".*", "*/.*", "*.part")
+WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors")  # of an earlier upload they would be loaded in place of ours
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model repository. branch: None for main. create_pr: open a pull request against main instead."""
+
+    repo_id: str
+    token: str | None = None
+    private: bool = False
+    branch: str | None = None
+    message: str = "Upload a PaceLLM"
+    create_pr: bool = False
+
+    @property
+    def api(self) -> HfApi:
+        """A client with this token, or the stored login."""
+        return HfApi(token=self.token, library_name="pace-convert", library_version=__version__)
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What was uploaded. commit: the one that holds weights and code, to be pinned; url: the repository or pull request."""
+
+    repo_id: str
+    url: str
+    commit: str
+    branch: str
+    pull_request: str | None
+    files: int
+    nbytes: int
+    needs_code: bool
+    verification: Verification | None
+
+    def as_dict(self) -> dict:
+        """For `--json`."""
+        facts = {"repo": self.repo_id, "url": self.url, "commit": self.commit, "branch": self.branch}
+        compared = self.verification.as_dict() if self.verification else {}
+        compared.pop("hashes", None)  # of every tensor: too many to repeat here
+        return {
+            **facts,
+            "pull_request": self.pull_request,
+            "files": self.files,
+            "bytes": self.nbytes,
+            "verification": compared or None,
+        }
+
+
+def check_target(target: Target, source: Source | None = None) -> None:
+    """All that can be known about a target before any work. Changes nothing. Raises CallError or PaceError."""
+    repo_id, api = target.repo_id, target.api
+    if repo_id.count("/") != 1:
+        raise CallError(f"{repo_id} is not the name of a repository", "give ORG/NAME; ORG may be your own name")
+    if target.create_pr and target.branch:
+        raise CallError("--create-pr opens a pull request against main, not --branch", "leave one of the two out")
+    if source and source.hub and source.hub.repo_id.lower() == repo_id.lower() and not (target.branch or target.create_pr):
+        raise CallError(f"{repo_id} is the source itself, which the upload would replace", "choose another ORG/NAME")
+    with hub_errors(repo_id, WRITING):
+        validate_repo_id(repo_id)
+        me = api.whoami()
+        if not _exists(target):
+            _check_new(target, me)
+        elif target.private and not api.model_info(repo_id).private:
+            raise CallError(f"{repo_id} exists and is public", "make it private in its settings, or leave --private out")
+
+
+def check_card(target: Target, card: str) -> None:
+    """Let the Hub validate a card's metadata. Raises CallError or PaceError."""
+    with hub_errors(target.repo_id, WRITING):
+        url, headers = f"{constants.ENDPOINT}/api/validate-yaml", build_hf_headers(token=target.token)
+        answer = get_session().post(url, json={"content": card, "repoType": "model"}, headers=headers)
+        if answer.status_code == 400:
+            reason = "; ".join(error["message"] for error in answer.json()["errors"])
+            raise CallError(
+                f"the Hub refuses the metadata of the model card: {reason}", f"correct the block at the top of {CARD}"
+            )
+        hf_raise_for_status(answer)
+
+
+def push(converted: Converted, target: Target, verification: Verification | None, progress: Progress) -> Pushed:
+    """Upload a conversion: everything but the card in one commit, then the card, which pins that commit.
+
+    Repository and branch are created where they are missing. Raises DamagedSourceError or PaceError.
+    """
+    _check_whole(converted, verification, progress)
+    folder, api = converted.files.folder, target.api
+    card = _read_card(folder)
+    if card is not None:
+        check_card(target, card)
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file() and not _hidden(path.relative_to(folder))]
+    needs_code = converted.remote
+    progress.let_hub_talk()
+    progress.say(f"uploading {len(sizes)} files, {sum(sizes) / 1e6:.2f} MB, to {target.repo_id}")
+    with hub_errors(target.repo_id, WRITING):
+        done, commit = _upload_folder(target, folder)
+        if card is not None:
+            api.upload_file(
+                path_or_fileobj=published(card, target.repo_id, commit, needs_code, verification).encode(),
+                path_in_repo=CARD,
+                repo_id=target.repo_id,
+                revision=done.pr_revision or target.branch,
+                commit_message=f"{target.message}: the card, which pins {commit[:8]}",
+                create_pr=target.create_pr and not done.pr_revision,
+            )
+    site = f"{constants.ENDPOINT}/{target.repo_id}"
+    branch = done.pr_revision or target.branch or constants.DEFAULT_REVISION
+    url = done.pr_url or (f"{site}/tree/{branch}" if target.branch else site)
+    return Pushed(target.repo_id, url, commit, branch, done.pr_url, len(sizes), sum(sizes), needs_code, verification)
+
+
+def _upload_folder(target: Target, folder: Path) -> tuple[CommitInfo, str]:
+    """All but the card, and the commit that holds it."""
+    api = target.api
+    if not target.create_pr:
+        api.create_repo(target.repo_id, private=target.private or None, exist_ok=True)
+    if target.branch and not target.branch.startswith("refs/"):
+        api.create_branch(target.repo_id, branch=target.branch, exist_ok=True)
+    before = [commit.commit_id for commit in api.list_repo_commits(target.repo_id, revision=target.branch)]
+    done = api.upload_folder(
+        repo_id=target.repo_id,
+        folder_path=folder,
+        revision=target.branch,
+        commit_message=target.message,
+        create_pr=target.create_pr,
+        ignore_patterns=[*NOT_UPLOADED, CARD],
+        delete_patterns=list(WEIGHTS),
+    )
+    return done, _commit_to_pin(target, done.oid, before)
+
+
+def _exists(target: Target) -> bool:
+    """Whether the repository is there; raises what the Hub client raises if the token may not write to it."""
+    try:
+        target.api.auth_check(target.repo_id, write=not target.create_pr)
+    except GatedRepoError:
+        raise
+    except RepositoryNotFoundError:
+        return False
+    return True
+
+
+def _check_new(target: Target, me: dict) -> None:
+    repo_id, namespace = target.repo_id, target.repo_id.split("/")[0]
+    if target.create_pr:
+        raise CallError(f"there is no {repo_id} to open a pull request in", "check the name, or leave --create-pr out")
+    if target.api.repo_exists(repo_id, repo_type="dataset"):
+        raise CallError(f"{repo_id} is the name of a dataset", f"choose another name, or run `hf repos create {repo_id}` first")
+    role = me.get("auth", {}).get("accessToken", {}).get("role")
+    if role == "read":
+        raise CallError("this token may only read", f"make one that may write at {constants.ENDPOINT}/settings/tokens")
+    mine = [me.get("name", ""), *(org.get("name", "") for org in me.get("orgs", []))]
+    if role == "write" and namespace.lower() not in [name.lower() for name in mine]:  # other kinds don't name every org
+        raise CallError(f"{mine[0]} is not a member of {namespace}", f"choose a name under {', '.join(mine)}")
+
+
+def _check_whole(converted: Converted, verification: Verification | None, progress: Progress) -> None:
+    folder = converted.files.folder
+    if verification is not None and not verification.passed:
+        what = f": {verification.different[0]} differs" if verification.different else ""
+        raise PaceError(f"{folder} is not its source, permuted{what}", "convert again; nothing was uploaded")
+    found = check_integrity(converted)
+    if not found.passed:
+        raise DamagedSourceError(f"{folder} is not whole: {found.problems[0]}", "convert again; nothing was uploaded")
+    for name in found.edited_files:
+        progress.say(f"{name} is not as this version ships it; it is uploaded as it is")
+
+
+def _read_card(folder: Path) -> str | None:
+    try:
+        return (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else None
+    except UnicodeDecodeError as error:
+        raise CallError(f"{folder / CARD} is not UTF-8 text", "save it as UTF-8") from error
+
+
+def _commit_to_pin(target: Target, commit: str, before: list[str]) -> str:
+    """The commit with the uploaded files: an earlier upload's if nothing but its card came after it."""
+    if commit != before[0] or len(before) < 2:
+        return commit
+    try:
+        card = Path(target.api.hf_hub_download(target.repo_id, CARD, revision=commit)).read_text(encoding="utf-8")
+    except EntryNotFoundError:
+        return commit
+    return before[1] if pinned_commit(card) == before[1] else commit
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts) or path.suffix == ".part"

@@ -1,0 +1,151 @@
+"""Does OUT match SOURCE? Every tensor bit for bit, and the logits with the memory off. Is OUT whole in itself?"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..checkpoint.checkpoint import Source
+from ..checkpoint.shards import reordered, row_blocks
+from ..checkpoint.tokenizer import read_with_tokenizer
+from ..errors import CallError
+from ..experts.permute import invert, repeat
+from ..progress import Progress
+from .load import causal_lm_class, edited_code, refuse_edited
+from .opened import Converted
+
+SAMPLE = "The code of Ada is 4711;\n\tit's   written in München, in 東京 and <|here|>. def f(x): return x**2"
+# Reordering the sum over an FFN's neurons moves logits by rounding only; relative to the largest logit.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was compared.
+
+    hashes: SHA-256 of each tensor of the source, by name, over its bytes in the source's order.
+    logit_difference: the largest absolute one; None where logits were not asked for.
+    same_tokens: whether both tokenizers read a sample alike; None without a tokenizer.
+    """
+
+    tensors: int
+    permuted: int
+    nbytes: int
+    different: tuple[str, ...]
+    edited_files: tuple[str, ...]
+    logit_difference: float | None = None
+    largest_logit: float | None = None
+    logits_match: bool | None = None
+    same_tokens: bool | None = None
+    hashes: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """Whether OUT is the source, permuted."""
+        return not self.different and self.logits_match is not False and self.same_tokens is not False
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the lines of `--hashes`: one number for all weights."""
+        return hashlib.sha256("".join(f"{value}  {name}\n" for name, value in self.hashes.items()).encode()).hexdigest()
+
+    def as_dict(self) -> dict:
+        """For `--json`."""
+        return {**asdict(self), "sha256": self.digest, "passed": self.passed}
+
+
+def verify(converted: Converted, source: Source, progress: Progress, logits: bool = True, trust: bool = False) -> Verification:
+    """Compare a conversion with its source.
+
+    Tensors are compared as bits, one at a time. Logits are compared on random tokens, in fp32 below
+    4 GB of weights and else in the stored type; the models are loaded one after the other. OUT's
+    modeling files run only if they are the ones this version ships, or with `trust`.
+    """
+    source = source.fetch()
+    if source.config["model_type"] != converted.family.model_type:
+        raise CallError(
+            f"{source.name} is a {source.config['model_type']}, the conversion's base a {converted.family.model_type}",
+            "give the source that was converted",
+        )
+    permutations = {t.name: (t.axis, invert(repeat(converted.layers[t.layer][0], t.parts))) for t in converted.ffn()}
+    different, hashes = _compare(converted.files, source, permutations, progress)
+    edited = edited_code(converted, source)
+    result = Verification(
+        len(source.tensors),
+        len(permutations),
+        source.nbytes,
+        tuple(different),
+        tuple(edited),
+        same_tokens=_same_tokens(source, converted),
+        hashes=hashes,
+    )
+    if not logits or different:
+        return result
+    refuse_edited(edited, trust, "or --no-logits to compare tensors only")
+    return _with_logits(result, converted, source)
+
+
+def _compare(out: Source, source: Source, permutations: dict, progress: Progress) -> tuple[list[str], dict[str, str]]:
+    """The tensors that differ, and the SHA-256 of each of the source's."""
+    different, hashes = sorted(set(out.tensors) - set(source.tensors)), {}
+    with progress.step("comparing tensors", source.nbytes, "B") as bar:
+        for name in sorted(source.tensors):
+            hashes[name], same = _compare_tensor(out, source, name, permutations.get(name))
+            if not same:
+                different.append(name)
+            bar.update(source.tensors[name].nbytes)
+    return different, hashes
+
+
+def _compare_tensor(out: Source, source: Source, name: str, undo: tuple[int, np.ndarray] | None) -> tuple[str, bool]:
+    """The SHA-256 of the source's tensor, and whether OUT's is the same, block by block."""
+    b, a = source.tensors[name], out.tensors.get(name)
+    same = a is not None and (a.dtype, a.shape) == (b.dtype, b.shape)
+    theirs: Iterator | None = None
+    if a is not None and same:
+        theirs = reordered(out.path(name), a, *undo) if undo else row_blocks(out.path(name), a)
+    digest = hashlib.sha256()
+    for _, original in row_blocks(source.path(name), b):
+        digest.update(original.data)
+        same = same and theirs is not None and np.array_equal(next(theirs)[1], original)
+    return digest.hexdigest(), same
+
+
+def _same_tokens(source: Source, converted: Converted) -> bool | None:
+    """transformers chooses a tokenizer class by model_type, and the conversion has a model_type of its own."""
+    expected = read_with_tokenizer(source.folder, SAMPLE)
+    return None if expected is None else read_with_tokenizer(converted.files.folder, SAMPLE) == expected
+
+
+def _with_logits(result: Verification, converted: Converted, source: Source) -> Verification:
+    dtype = torch.float32 if source.nbytes < 4e9 else "auto"
+    expected, kind = _logits(source.folder, dtype)
+    got, _ = _logits(converted.files.folder, dtype, converted)
+    difference, largest = (got - expected).abs().max().item(), expected.abs().max().item()
+    return replace(
+        result,
+        logit_difference=difference,
+        largest_logit=largest,
+        logits_match=difference <= TOLERANCE[kind] * largest,
+    )
+
+
+@torch.no_grad()
+def _logits(folder: Path, dtype: torch.dtype | str, converted: Converted | None = None) -> tuple[torch.Tensor, torch.dtype]:
+    """Logits [2, 64, vocabulary] of the same random tokens for every model."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    cls: Any = causal_lm_class(converted) if converted else AutoModelForCausalLM
+    model = cls.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+    if converted and converted.remote:
+        model.set_memory_enabled(False)
+    ids = torch.randint(model.config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
+    return model(ids).logits.double(), model.dtype

@@ -1,0 +1,1 @@
+"""Time and memory of a PaceLLM beside its base: measured, counted and fitted."""

@@ -1,0 +1,166 @@
+"""Subjects x cells: what an evaluation is, running it with a journal, and what came out.
+
+A *cell* is the smallest piece that is done or not done. Its key says which weights, parameters and cell it is, so
+the same command goes on after a kill, and a larger one reuses what is there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from filelock import FileLock, Timeout
+
+from .. import __version__
+from ..conversion.executors import run_here
+from ..conversion.journal import NAME, PART, Journal
+from ..errors import CallError
+from ..progress import Progress
+from .intervals import Estimate, difference, estimate
+from .reader import Reader
+from .subjects import Subject, load
+
+RESULTS, LOCK = "results.json", ".lock"
+
+
+class Evaluation(Protocol):
+    """A kind of question, as a picklable value.
+
+    name: of the evaluation. metric: what its score is, in words.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def metric(self) -> str: ...
+
+    def identity(self) -> dict:
+        """What the records of a cell depend on, but for model and cell; JSON."""
+
+    def cells(self) -> list[str]:
+        """Names of the cells, in the table's order."""
+
+    def run(self, reader: Reader, cell: str) -> list[dict]:
+        """One record a question, in an order that is always the same, with at least `score`, 0 to 1."""
+
+    def group(self, cell: str) -> str:
+        """The row of the table that the cell belongs to."""
+
+
+@dataclass(frozen=True)
+class CellTask:
+    """One cell of one subject, for any process."""
+
+    evaluation: Evaluation
+    subject: Subject
+    cell: str
+    device: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.subject.key()}/{self.cell}"
+
+    def run(self) -> dict:
+        """{"records": ...}, as the journal keeps it."""
+        reader = load(self.subject, self.device)
+        return {"subject": self.subject.name, "records": self.evaluation.run(reader, self.cell)}
+
+
+@dataclass(frozen=True)
+class Results:
+    """records: [subject][cell] -> one record a question."""
+
+    evaluation: Evaluation
+    subjects: list[Subject]
+    records: dict[str, dict[str, list[dict]]] = field(default_factory=dict)
+
+    def groups(self) -> list[str]:
+        """Rows of the table, in order."""
+        return list(dict.fromkeys(self.evaluation.group(cell) for cell in self.evaluation.cells()))
+
+    def scores(self, subject: str, group: str | None = None, field: str = "score") -> list[list[float]]:
+        """By cell, of a row or of all."""
+        cells = self.records[subject].items()
+        found = [[record[field] for record in rows] for cell, rows in cells if group in (None, self.evaluation.group(cell))]
+        return [cell for cell in found if cell]
+
+    def mean(self, subject: str, group: str | None = None, field: str = "score") -> Estimate:
+        """Mean with its interval, of the score or another number of the records."""
+        return estimate(self.scores(subject, group, field))
+
+    def against(self, subject: str, base: str, group: str | None = None) -> Estimate:
+        """Difference to another subject on the same questions."""
+        return difference(self.scores(subject, group), self.scores(base, group))
+
+    def as_dict(self) -> dict:
+        """For JSON: every mean and difference with its interval, and the mean of each cell."""
+        names = [subject.name for subject in self.subjects]
+        table = []
+        for group in [*self.groups(), None]:
+            for name in names:
+                row: dict = {"group": "all" if group is None else group, "subject": name, **self.mean(name, group).as_dict()}
+                if name != names[0]:
+                    row["against"] = {"subject": names[0], **self.against(name, names[0], group).as_dict()}
+                table.append(row)
+        cells = [
+            {"cell": cell, "subject": name, "score": sum(r["score"] for r in rows) / len(rows), "questions": len(rows)}
+            for name in names
+            for cell, rows in self.records[name].items()
+            if rows
+        ]
+        subjects = [{"name": s.name, "model": s.model, "arm": s.arm, "memory": dict(s.memory)} for s in self.subjects]
+        evaluation = {"name": self.evaluation.name, "metric": self.evaluation.metric, **self.evaluation.identity()}
+        return {"evaluation": evaluation, "subjects": subjects, "table": table, "cells": cells}
+
+
+def evaluate(
+    evaluation: Evaluation, subjects: Sequence[Subject], out: Path, progress: Progress, jobs: int = 1, device: str = "auto"
+) -> Results:
+    """Every cell of every subject, in `jobs` processes; `out` keeps the journal.
+
+    Raises CallError where `out` holds something else, PaceError where a model does not load.
+    """
+    tasks = [CellTask(evaluation, subject, cell, device) for subject in subjects for cell in evaluation.cells()]
+    with _journal(out, evaluation) as journal:
+        todo = sorted((task for task in tasks if task.key not in journal.done), key=lambda task: task.subject.weights)
+        if len(todo) < len(tasks):
+            progress.say(f"{out} has {len(tasks) - len(todo)} of {len(tasks)} cells already")
+        with progress.step(evaluation.name, len(todo), "cell") as bar:
+            for task, made in run_here(todo, jobs):
+                journal.add(task.key, made)
+                bar.update(1)
+        records: dict[str, dict[str, list[dict]]] = {subject.name: {} for subject in subjects}
+        for task in tasks:
+            records[task.subject.name][task.cell] = journal.done[task.key]["records"]
+    return Results(evaluation, list(subjects), records)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=1) + "\n")
+    part.replace(path)
+
+
+@contextmanager
+def _journal(out: Path, evaluation: Evaluation) -> Iterator[Journal]:
+    """`out`'s journal, begun or taken up, locked while it is in use."""
+    if out.exists() and not out.is_dir():
+        raise CallError(f"{out} is a file", "give another --out")
+    if out.is_dir() and not (out / NAME).exists() and any(path.name not in (LOCK, PART) for path in out.iterdir()):
+        raise CallError(f"{out} is not empty and holds no evaluation", "give another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    options = {"evaluation": evaluation.name, **evaluation.identity()}
+    identity = json.loads(json.dumps({"version": __version__, "options": options, "source": {}}))
+    journal = Journal(out, "evaluation", f"another --out, or delete {out}")
+    try:
+        with FileLock(out / LOCK, timeout=0):
+            journal.resume(identity) if journal.path.exists() else journal.begin(identity)
+            yield journal
+    except Timeout as error:
+        raise CallError(f"another evaluation is writing to {out}", "wait for it, or give another --out") from error

@@ -1,0 +1,224 @@
+"""What is compared: a model, one of its arms, and memory parameters other than the checkpoint's."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+
+from ..checkpoint.checkpoint import Source, open_source
+from ..checkpoint.hub_errors import READING, hub_errors
+from ..checkpoint.tokenizer import load_tokenizer
+from ..converted.format import PERMUTATION
+from ..converted.load import causal_lm_class, edited_code, refuse_edited
+from ..converted.opened import Converted, open_converted
+from ..errors import CallError, PaceError
+from ..experts.permute import invert, repeat
+from .reader import Reader
+
+# Whether the FFN's neurons are in the experts' order, and the granularity of the memory, None where it is off.
+ARMS: dict[str, tuple[bool, str | None]] = {
+    "base": (False, None),
+    "ce": (True, None),
+    "pa": (False, "token"),
+    "pa-expert": (False, "expert"),
+    "ce+pa": (True, "token"),
+    "ce+pa-expert": (True, "expert"),
+}
+AS_IT_IS = "pace"
+TABLE_ARMS = ("base", "ce", "pa", "ce+pa", "ce+pa-expert")  # the columns of the paper's ablation, and ours
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One column of a table.
+
+    model: folder or Hub id. arm: `pace`, the model as it is; or of ARMS, all made from the converted folder alone.
+    memory: parameters switched at run time, (name, value) pairs as in config.json's `pace.memory`.
+    """
+
+    model: str
+    arm: str = AS_IT_IS
+    memory: tuple[tuple[str, Any], ...] = ()
+    label: str = ""
+    trust: bool = False
+
+    @property
+    def name(self) -> str:
+        """What people see."""
+        changed = " ".join(f"{name}={_short(value)}" for name, value in self.memory)
+        return self.label or " ".join(part for part in (self.arm, changed) if part)
+
+    @property
+    def weights(self) -> tuple[str, bool]:
+        """What has to be loaded: the model, and whether its neurons stay in the experts' order."""
+        return self.model, ARMS.get(self.arm, (True, None))[0]
+
+    def key(self) -> str:
+        """The same for what must score the same: the files' state, the arm and the parameters."""
+        arm = [self.arm, [list(pair) for pair in self.memory]]
+        return hashlib.sha256(json.dumps([_state(self.model), arm], sort_keys=True, default=list).encode()).hexdigest()[:16]
+
+
+def subjects_of(model: str, bases: Sequence[str], arms: Sequence[str], trust: bool = False) -> list[Subject]:
+    """`bases` first, then the arms of `model`; checked. Raises CallError for what can't be loaded."""
+    for name in (*bases, model):
+        opened = _open(name)
+        if isinstance(opened, Converted):
+            refuse_edited(edited_code(opened), trust)
+    subjects = [Subject(base, label=_last_part(base), trust=trust) for base in bases]
+    for arm in arms:
+        check_arm(model, arm)
+        named = len(arms) == 1 and arm == AS_IT_IS
+        subjects.append(Subject(model, arm, label=_last_part(model) if named else arm, trust=trust))
+    names = [subject.name for subject in subjects]
+    if len(set(names)) < len(names):
+        raise CallError(f"two models are called {_twice(names)}", "give folders with different names")
+    return subjects
+
+
+def check_arm(model: str, arm: str) -> None:
+    """Raises CallError where this model has no such arm."""
+    opened = _open(model)
+    if arm == AS_IT_IS:
+        return
+    if not isinstance(opened, Converted):
+        raise CallError(f"{model} is not a PaceLLM, so it has no arm {arm}", "give a folder that pace-convert wrote")
+    if ARMS[arm][1] and not memory_parameters(model):
+        raise CallError(f"{model} was converted without memory, so it has no arm {arm}", "give base or ce, or convert again")
+
+
+def memory_parameters(model: str) -> dict:
+    """config.json's `pace.memory` of a converted folder; empty where there is no memory."""
+    opened = _open(model)
+    return dict(opened.pace["memory"]) if isinstance(opened, Converted) and opened.remote else {}
+
+
+def is_pace(model: str) -> bool:
+    """Whether it is a converted model."""
+    return isinstance(_open(model), Converted)
+
+
+def context_length(model: str) -> int:
+    """Tokens the model was made for, as its config says; 8192 where it does not."""
+    opened = _open(model)
+    config = (opened.files if isinstance(opened, Converted) else opened).config
+    return config.get("max_position_embeddings") or config.get("n_positions") or 8192
+
+
+def layer_count(model: str) -> int:
+    """Decoder layers of a converted folder."""
+    opened = _open(model)
+    if not isinstance(opened, Converted):
+        raise CallError(f"{model} is not a PaceLLM", "give a folder that pace-convert wrote")
+    return len(opened.layers)
+
+
+@dataclass
+class Loaded:
+    """A model in memory; what it was made from, and the parameters it was loaded with."""
+
+    model: Any
+    tokenizer: Any
+    memory: dict = field(default_factory=dict)
+
+
+def load(subject: Subject, device: str = "auto") -> Reader:
+    """The subject, ready to read; the weights of the last one are kept, so that switching parameters loads nothing.
+
+    fp32 on a CPU below 4 GB of weights, else the stored type. Raises PaceError where it does not load.
+    """
+    granularity = ARMS.get(subject.arm, (True, None))[1]
+    loaded = _load(*subject.weights, _device(device), subject.trust)
+    model = loaded.model
+    if hasattr(model, "set_memory") and loaded.memory:
+        arm = {"granularity": granularity} if granularity else {}
+        try:
+            model.set_memory(**{**loaded.memory, **arm, **dict(subject.memory)})
+        except (ValueError, TypeError) as error:
+            raise CallError(f"{subject.name}: {error}", "see the memory options in pace-convert --help") from error
+        model.set_memory_enabled(granularity is not None if subject.arm in ARMS else loaded.memory["enabled"])
+    elif subject.memory:
+        raise CallError(f"{subject.model} has no memory whose parameters could be switched", "give a PaceLLM")
+    return Reader(model, loaded.tokenizer)
+
+
+@functools.lru_cache(maxsize=1)
+def _load(model: str, clustered: bool, device: str, trust: bool) -> Loaded:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    opened = _open(model)
+    converted = opened if isinstance(opened, Converted) else None
+    files: Source = converted.files if converted else opened.fetch()  # type: ignore[union-attr]
+    if converted:
+        refuse_edited(edited_code(converted), trust)
+    cls = causal_lm_class(converted) if converted else AutoModelForCausalLM
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    dtype = torch.float32 if device == "cpu" and files.nbytes < 4e9 else "auto"
+    try:
+        loaded = cls.from_pretrained(files.folder, dtype=dtype, local_files_only=True).eval()
+    except Exception as error:  # each class fails in its own way
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise PaceError(
+            f"{model} does not load: {reason[0]}", "check its files; `pace verify` does that for a PaceLLM"
+        ) from error
+    if converted and not clustered:
+        _restore_order(loaded, converted)
+    tokenizer = load_tokenizer(files.folder)
+    if tokenizer is None:
+        raise PaceError(f"{model} has no tokenizer that loads", "copy the source's tokenizer files there")
+    return Loaded(loaded.to(device), tokenizer, memory_parameters(model))
+
+
+@torch.no_grad()
+def _restore_order(model: Any, converted: Converted) -> None:
+    """The FFN's neurons in the source's order, as `pace undo` gives them back."""
+    parameters = dict(model.named_parameters())
+    for tensor in converted.family.ffn_tensors(len(converted.layers), parameters):
+        order = torch.from_numpy(invert(repeat(converted.layers[tensor.layer][0], tensor.parts))).long()
+        parameter = parameters[tensor.name]
+        parameter.copy_(parameter.index_select(tensor.axis, order.to(parameter.device)))
+
+
+@functools.lru_cache(maxsize=64)
+def _open(model: str) -> Converted | Source:
+    source = open_source(model)
+    if not isinstance(source.config.get("pace"), dict):
+        return source
+    if source.hub:
+        hub = source.hub
+        with hub_errors(hub.repo_id, READING):  # `fetch` takes only the weights that the index names
+            hf_hub_download(hub.repo_id, PERMUTATION, revision=hub.commit, token=hub.token, cache_dir=hub.cache_dir)
+    return open_converted(source.fetch().folder)
+
+
+@functools.lru_cache(maxsize=64)
+def _state(model: str) -> Any:
+    opened = _open(model)
+    files = opened.files if isinstance(opened, Converted) else opened
+    return files.hub.commit if files.hub else {name: list(state) for name, state in files.states.items()}
+
+
+def _device(device: str) -> str:
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def _last_part(model: str) -> str:
+    return Path(model).resolve().name if Path(model).is_dir() else model.rpartition("/")[2]
+
+
+def _twice(names: list[str]) -> str:
+    return next(name for name in names if names.count(name) > 1)
+
+
+def _short(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

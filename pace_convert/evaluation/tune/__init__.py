@@ -1,0 +1,1 @@
+"""`pace tune`: choose the memory's parameters by data of yours."""

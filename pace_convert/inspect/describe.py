@@ -1,0 +1,99 @@
+"""What is in a converted folder, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..converted.opened import Converted
+from ..options import ConvertOptions
+from .reading import shown
+
+if TYPE_CHECKING:
+    from .probe import Probe
+    from .quality import Quality
+    from .trace import MemoryTrace
+
+
+def describe(converted: Converted, quality: Sequence[Quality] | None = None, probed: Probe | None = None) -> dict:
+    """Family, sizes, expert sizes per layer and the memory's parameters; with them also the experts' quality, as
+    `layers[i]["quality"]`, and what a text set off, as `"probe"`."""
+    layers = [
+        {"layer": i, "experts": len(sizes), "sizes": _sizes(sizes.tolist())} for i, (_, sizes) in enumerate(converted.layers)
+    ]
+    for layer, found in zip(layers, quality or ()):
+        layer["quality"] = asdict(found)
+    facts = {
+        "folder": str(converted.files.folder),
+        "model_type": converted.files.config["model_type"],
+        "base_model_type": converted.family.model_type,
+        "format_version": converted.pace.get("version"),
+        "tensors": len(converted.files.tensors),
+        "bytes": converted.files.nbytes,
+        "intermediate_size": len(converted.layers[0][0]),
+        "experts": converted.pace.get("experts"),
+        "memory": {**ConvertOptions().memory_config(()), **converted.pace["memory"]},  # what is not set has its default
+        "tuned": converted.pace.get("tuned"),
+        "layers": layers,
+    }
+    return facts if probed is None else {**facts, "probe": _probe(probed)}
+
+
+def _sizes(sizes: list[int]) -> dict[str, int]:
+    """Cluster size -> number of clusters of that size; keys are strings, as in JSON."""
+    return {str(size): sizes.count(size) for size in sorted(set(sizes))}
+
+
+def _probe(probed: Probe) -> dict:
+    """`half`: how many experts carry half of the activation, over the whole text."""
+    tokens = np.diff(probed.segments)
+    return {
+        "text": probed.text.name,
+        "tokens": len(probed.text.ids),
+        "tokens_cut": probed.text.cut,
+        "pieces": probed.text.pieces,
+        "segments": probed.segments,
+        "experts": [
+            {"layer": layer, "half": _half(tokens @ shares / tokens.sum()), "activation": shares.round(5).tolist()}
+            for layer, shares in enumerate(probed.activation)
+        ],
+        "memory": [_memory(layer, trace, probed.hits[layer], probed.text.pieces) for layer, trace in probed.traces.items()],
+    }
+
+
+def _half(share: np.ndarray) -> int:
+    """share: [K]."""
+    return int(np.searchsorted(np.cumsum(np.sort(share)[::-1]), share.sum() / 2)) + 1
+
+
+def _memory(layer: int, trace: MemoryTrace, hits: list[int], pieces: list[str]) -> dict:
+    kept, mixed, reused = zip(*trace.made)
+    return {
+        "layer": layer,
+        "blocks": len(trace.filled),
+        "filled": trace.filled,
+        "replaced": trace.replaced,
+        "kept": sum(kept),
+        "mixed": sum(mixed),
+        "reused": sum(reused),
+        "tokens": {"kept": kept, "mixed": mixed, "reused": reused, "similarity": [_rounded(x) for x in trace.similarity]},
+        "slots": [
+            {
+                "slot": slot,
+                "token": token,
+                "piece": pieces[shown(pieces, token)],
+                "block": int(trace.block[slot]),
+                "merged": int(trace.merged[slot]),
+                "hits": hits[slot],
+            }
+            for slot, token in enumerate(trace.origin.tolist())
+            if token >= 0
+        ],
+    }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 5)

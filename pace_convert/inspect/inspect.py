@@ -1,0 +1,38 @@
+"""The story of `pace inspect`: check what is asked for, measure, read, write the page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..converted.opened import Converted
+from ..progress import Progress
+from .describe import describe
+from .page import check_page, render, write
+from .reading import read_text, tokenise
+
+
+def inspect(
+    converted: Converted, progress: Progress, quality: bool = False, text: str | None = None, page: Path | None = None,
+    trust: bool = False,
+) -> dict:  # fmt: skip
+    """What is in a converted folder; see `describe`. Without `quality`, `text` and `page` no weights are read.
+
+    text: a file or a text to read. page: where to write it as HTML, which measures quality too.
+    Raises CallError before any long work where one of them can't be.
+    """
+    if page is not None:
+        check_page(page)
+    tokens = None if text is None else tokenise(converted, *read_text(text))
+    measured = probed = None
+    if tokens is not None:
+        from .probe import probe
+
+        probed = probe(converted, tokens, progress, trust)
+    if quality or page is not None:
+        from .quality import measure
+
+        measured = measure(converted, progress)
+    facts = describe(converted, measured, probed)
+    if page is not None:
+        write(page, render(converted, facts))
+    return facts

@@ -1,0 +1,148 @@
+"""Run a text through a converted model, and record what its experts and its memory do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..converted.load import edited_code, refuse_edited
+from ..converted.opened import Converted
+from ..errors import PaceError
+from ..modeling.memory_bank import MemorySettings
+from ..progress import Progress
+from .reading import Text
+from .trace import MemoryTrace
+
+SEGMENTS = 48  # pieces of the text over which the experts' activation is averaged
+_CALL = 256  # tokens a call
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a text set off. S segments of it, K experts.
+
+    segments: first token of each, and the end. activation: per layer [S, K], share of the squared activation in
+    each expert, averaged over the segment's tokens. traces: by memory layer. hits: by memory layer [M], tokens
+    that have hit each slot since it was written.
+    """
+
+    text: Text
+    segments: list[int]
+    activation: list[np.ndarray]
+    traces: dict[int, MemoryTrace]
+    hits: dict[int, list[int]]
+
+
+def probe(converted: Converted, text: Text, progress: Progress, trust: bool = False) -> Probe:
+    """One sequence, in calls of at most 256 tokens that end where a block does; fp32 below 4 GB of weights.
+
+    OUT's modeling files run only if they are the ones this version ships, or with `trust`.
+    Raises CallError for edited ones, PaceError where the model does not load or has no such token.
+    """
+    refuse_edited(edited_code(converted), trust)
+    model = _load(converted)
+    known = model.get_input_embeddings().weight.shape[0]
+    if max(text.ids) >= known:
+        raise PaceError(f"the tokenizer has token {max(text.ids)}, the model only {known}", "give the model its own tokenizer")
+    shares = _Shares([sizes for _, sizes in converted.layers], len(text.ids))
+    traces = _traces(converted)
+    cache = _run(model, converted, text.ids, shares, traces, progress)
+    summary = model.memory_summary(cache) if traces else {}
+    hits = {layer: summary[layer]["hits"][0] for layer in traces}
+    return Probe(text, shares.bounds, shares.means(), traces, hits)
+
+
+def _traces(converted: Converted) -> dict[int, MemoryTrace]:
+    if not converted.remote:
+        return {}
+    settings = MemorySettings.from_config(converted.pace)
+    return {layer: MemoryTrace(settings) for layer in settings.layers if settings.enabled}
+
+
+class _Shares:
+    """Each expert's share of the squared activation, summed by layer and segment."""
+
+    def __init__(self, sizes: list[np.ndarray], tokens: int) -> None:
+        segments = min(SEGMENTS, tokens)
+        self.starts = [np.concatenate([[0], np.cumsum(s)[:-1]]) for s in sizes]
+        self.segment = np.arange(tokens) * segments // tokens
+        self.bounds = [int(x) for x in np.searchsorted(self.segment, np.arange(segments + 1))]
+        self.sums = [np.zeros((segments, len(s))) for s in sizes]
+
+    def add(self, layer: int, h: Tensor, first: int) -> None:
+        """h: [S, D], tokens from `first` on. Every token counts the same, however large its activation."""
+        energy = np.add.reduceat(h.double().numpy(force=True) ** 2, self.starts[layer], axis=1)
+        total = energy.sum(1, keepdims=True)
+        share = np.divide(energy, total, out=np.zeros_like(energy), where=total > 0)
+        np.add.at(self.sums[layer], self.segment[first : first + len(h)], share)
+
+    def means(self) -> list[np.ndarray]:
+        return [sums / np.diff(self.bounds)[:, None] for sums in self.sums]
+
+
+def _load(converted: Converted) -> Any:
+    """The decoder without its vocabulary head."""
+    from transformers import AutoModel
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # it names the head's weights as unused
+    folder, dtype = converted.files.folder, torch.float32 if converted.files.nbytes < 4e9 else "auto"
+    try:
+        return AutoModel.from_pretrained(folder, dtype=dtype, trust_remote_code=converted.remote).eval()
+    except Exception as error:  # edited files fail in their own ways
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise PaceError(f"{folder} does not load: {reason[0]}", "`pace verify` says what differs from the source") from error
+
+
+@torch.no_grad()
+def _run(
+    model: Any, converted: Converted, ids: list[int], shares: _Shares, traces: dict[int, MemoryTrace], progress: Progress
+) -> Any:
+    """Feed the tokens; returns the cache."""
+    from transformers import DynamicCache
+
+    cache: Any = DynamicCache(config=model.config)
+    blocks = [trace.settings.update_interval for trace in traces.values()]
+    seen: dict[int, Tensor] = {}
+    first = 0
+
+    def take(layer: int, h: Tensor) -> None:
+        shares.add(layer, h, first)
+        if layer in traces:
+            seen[layer] = h
+
+    with listening(model, converted, take), progress.step("reading the text", len(ids), "token") as bar:
+        while first < len(ids):
+            stop = min(len(ids), first + _CALL, *((first // u + 1) * u for u in blocks))
+            model(input_ids=torch.tensor([ids[first:stop]]), past_key_values=cache, use_cache=True)
+            for layer, trace in traces.items():
+                trace.see(seen[layer][None], cache.layers[-1].memories[layer].state.bank)
+            bar.update(stop - first)
+            first = stop
+    return cache
+
+
+@contextmanager
+def listening(model: nn.Module, converted: Converted, take: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """take(layer, h) gets the raw activations [S, D] of each call, as they are before the memory's own hook."""
+    family, hooks = converted.family, []
+    prefix = f"{family.stack}." if family.stack else ""
+    for layer in range(len(converted.layers)):
+
+        def hook(module: nn.Module, args: tuple, layer: int = layer) -> None:
+            take(layer, args[0].reshape(-1, args[0].shape[-1]))
+
+        path = prefix + family.projection.format(layer)
+        hooks.append(model.get_submodule(path).register_forward_pre_hook(hook, prepend=True))
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()

@@ -1,0 +1,156 @@
+"""How well the neurons of an expert belong together, against a random grouping and against noise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from safetensors import safe_open
+
+from ..converted.opened import Converted
+from ..errors import DamagedSourceError
+from ..progress import Progress
+
+_ROWS = 4096  # neurons compared at once
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """How good one grouping of D rows into K clusters is, under cosine distance.
+
+    explained: share of the rows' variance that lies between clusters, 0 to 1. silhouette: mean over all rows of
+    (b - a) / max(a, b), a being a row's mean distance to its own cluster and b to the nearest other one, -1 to 1.
+    placed: share of rows that are nearer to their own cluster than to any other. Both None where there is but
+    one cluster, or one row in each.
+    """
+
+    explained: float
+    silhouette: float | None = None
+    placed: float | None = None
+
+
+@dataclass(frozen=True)
+class Quality:
+    """One layer's experts, over the L2-normalised rows that were clustered, and two floors.
+
+    random: a random grouping of the same sizes; its explained is the mean over all of them, (K - 1) / (D - 1).
+    noise: the same clustering of noise with the same mean and spread in every column. A grouping that was fitted
+    stands above a random one where there is nothing to find, the more so the fewer columns and the more clusters
+    there are; what the experts stand above the noise is theirs.
+    by_expert: [K], the mean silhouette of each expert; None where there is none.
+    """
+
+    experts: Grouping
+    random: Grouping
+    noise: Grouping
+    by_expert: list[float] | None
+
+
+def measure(converted: Converted, progress: Progress, seed: int = 0) -> list[Quality]:
+    """The quality of every layer; memory for one layer's rows in fp32. Raises DamagedSourceError."""
+    qualities = []
+    with progress.step("measuring experts", len(converted.layers), "layer") as bar:
+        for layer, (_, sizes) in enumerate(converted.layers):
+            qualities.append(layer_quality(_features(converted, layer), sizes, seed))
+            bar.update(1)
+    return qualities
+
+
+def layer_quality(rows: np.ndarray, sizes: np.ndarray, seed: int = 0) -> Quality:
+    """rows: [D, H] float32, one per neuron, the experts one behind the other; overwritten. sizes: [K] int."""
+    _normalise(rows)
+    clusters, neurons = len(sizes), len(rows)
+    labels = np.repeat(np.arange(clusters), sizes)
+    by_chance = (clusters - 1) / max(1, neurons - 1)
+    if not 1 < clusters < neurons:
+        alone = Grouping(_explained(rows, labels))
+        return Quality(alone, Grouping(by_chance), alone, None)
+    rng = np.random.default_rng(seed)
+    own = silhouettes(rows, labels)
+    random = silhouettes(rows, rng.permutation(labels))
+    experts = _grouping(_explained(rows, labels), own)
+    noise = _noise(rows, clusters, rng)
+    return Quality(experts, _grouping(by_chance, random), noise, (np.bincount(labels, own) / sizes).tolist())
+
+
+def _grouping(explained: float, found: np.ndarray) -> Grouping:
+    return Grouping(explained, float(found.mean()), float((found > 0).mean()))
+
+
+def _normalise(rows: np.ndarray) -> None:
+    norm = np.linalg.norm(rows, axis=1, keepdims=True)
+    np.divide(rows, norm, out=rows, where=norm > 0)
+
+
+def _noise(rows: np.ndarray, clusters: int, rng: np.random.Generator) -> Grouping:
+    """Noise in the place of `rows`, grouped as the rows were: a better method finds more in it too."""
+    import torch
+
+    from ..experts.cluster import cluster_neurons
+
+    mean, spread = rows.mean(0), rows.std(0)
+    rng.standard_normal(out=rows, dtype=np.float32)
+    rows *= spread
+    rows += mean
+    _normalise(rows)
+    labels = cluster_neurons(torch.from_numpy(rows), clusters, seed=int(rng.integers(2**31))).labels
+    return _grouping(_explained(rows, labels), silhouettes(rows, labels))
+
+
+def silhouettes(rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Each neuron's silhouette under cosine distance, [D] float64.
+
+    The mean cosine distance of a direction to a cluster is one minus its product with the cluster's mean, so all
+    neurons take D x K products and no sample; the numbers are those of sklearn.metrics.silhouette_samples.
+    rows: [D, H] float32 of length 1 or 0. labels: [D] int, every one of 0 to K - 1 at least once, K > 1.
+    """
+    sizes = np.bincount(labels)
+    means = _means(rows, labels, sizes)
+    found = np.empty(len(rows))
+    for first in range(0, len(rows), _ROWS):
+        block, mine = rows[first : first + _ROWS], labels[first : first + _ROWS]
+        distance = 1 - (block @ means.T).astype(np.float64)
+        row, size = np.arange(len(block)), sizes[mine]
+        itself = 1 - np.einsum("nh,nh->n", block, block)  # 1 for a zero row, else 0
+        a = (distance[row, mine] * size - itself) / np.maximum(size - 1, 1)
+        distance[row, mine] = np.inf
+        b = distance.min(1)
+        largest = np.maximum(a, b)
+        alone_or_equal = (size == 1) | (largest <= 0)
+        found[first : first + _ROWS] = np.where(alone_or_equal, 0.0, (b - a) / np.where(alone_or_equal, 1.0, largest))
+    return found
+
+
+def _means(rows: np.ndarray, labels: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Each cluster's mean row, [K, H] float32."""
+    from scipy.sparse import csr_array
+
+    order, ends = np.argsort(labels, kind="stable"), np.concatenate([[0], np.cumsum(sizes)])
+    members = csr_array((np.ones(len(labels), dtype=np.float32), order, ends), shape=(len(sizes), len(labels)))
+    return (members @ rows) / sizes[:, None].astype(np.float32)
+
+
+def _explained(rows: np.ndarray, labels: np.ndarray) -> float:
+    """Share of variance between clusters."""
+    sizes = np.bincount(labels)
+    means = _means(rows, labels, sizes).astype(np.float64)
+    centre = sizes @ means / len(rows)
+    within_and_between = np.einsum("nh,nh->", rows, rows, dtype=np.float64) - len(rows) * (centre @ centre)
+    between = sizes @ (means**2).sum(1) - len(rows) * (centre @ centre)
+    return float(np.clip(between / within_and_between, 0, 1)) if within_and_between > 1e-9 else 0.0
+
+
+def _features(converted: Converted, layer: int) -> np.ndarray:
+    """The rows that were clustered, [D, H] float32, in OUT's order."""
+    import torch
+
+    files, neurons = converted.files, len(converted.layers[layer][0])
+    tensors = converted.family.ffn_tensors(len(converted.layers), files.tensors)
+    clustered = next(tensor for tensor in tensors if tensor.layer == layer)  # each layer's first is the gate or fc1
+    info = files.tensors.get(clustered.name)
+    if info is None or len(info.shape) != 2 or info.shape[clustered.axis] < neurons:
+        raise DamagedSourceError(f"{clustered.name} is missing or has the wrong shape", "convert again")
+    with safe_open(files.path(clustered.name), framework="pt") as shard:
+        part = shard.get_slice(clustered.name)
+        rows = part[:, :neurons].T if clustered.axis else part[:neurons]
+    return rows.to(torch.float32, copy=True, memory_format=torch.contiguous_format).numpy()
