@@ -11,7 +11,7 @@ from ..checkpoint.tokenizer import CONFIG as TOKENIZER_CONFIG
 from ..checkpoint.tokenizer import named_tokenizer_config
 from ..converted.card import model_card
 from ..converted.format import CARD, KEPT, PERMUTATION, converted_config, modeling_files, to_json
-from ..errors import CallError
+from ..device import resolve_device
 from ..options import ConvertOptions, RunOptions
 from ..progress import Progress
 from .executors import check_executor, run_tasks
@@ -134,13 +134,6 @@ def _config_text(source: Source, plan: Plan) -> str:
 
 def _resolve_device(run: RunOptions) -> str:
     """Raises CallError for a GPU that is not there; of a cluster's machines only its workers know."""
-    if run.device == "cpu" or run.executor == "ray":
+    if run.executor == "ray":
         return "cpu" if run.device == "auto" else run.device
-    import torch
-
-    count = torch.cuda.device_count()
-    if run.device == "auto":
-        return "cuda" if count else "cpu"
-    if int(run.device.partition(":")[2] or 0) >= count:
-        raise CallError(f"--device {run.device}: this machine has {count or 'no'} CUDA devices", "give --device cpu")
-    return run.device
+    return resolve_device(run.device)

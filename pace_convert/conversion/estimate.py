@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import psutil
 
 from ..checkpoint.shards import BLOCK_BYTES, TensorInfo
+from ..device import core_count, free_memory
 
 if TYPE_CHECKING:
     from ..checkpoint.checkpoint import Source
@@ -40,22 +40,6 @@ class Estimate:
     def as_dict(self) -> dict:
         """For `--json`."""
         return {"seconds_clustering": round(self.clustering, 1), "seconds_copying": round(self.copying, 1)}
-
-
-def core_count() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def free_memory() -> int:
-    """Bytes that this process may still take: what the machine has free, or less in a container with a limit."""
-    free = psutil.virtual_memory().available
-    try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):  # no limit, or no such container
-        return free
-    return min(free, limit - used)
 
 
 def task_bytes(features: TensorInfo, neurons: int, experts: int, exact: bool, ffn: list[TensorInfo]) -> int:

@@ -14,6 +14,7 @@ import torch
 from ..checkpoint.checkpoint import Source
 from ..checkpoint.shards import reordered, row_blocks
 from ..checkpoint.tokenizer import read_with_tokenizer
+from ..device import load_dtype
 from ..errors import CallError
 from ..experts.permute import invert, repeat
 from ..progress import Progress
@@ -124,7 +125,7 @@ def _same_tokens(source: Source, converted: Converted) -> bool | None:
 
 
 def _with_logits(result: Verification, converted: Converted, source: Source) -> Verification:
-    dtype = torch.float32 if source.nbytes < 4e9 else "auto"
+    dtype = load_dtype(source.nbytes, "cpu")
     expected, kind = _logits(source.folder, dtype)
     got, _ = _logits(converted.files.folder, dtype, converted)
     difference, largest = (got - expected).abs().max().item(), expected.abs().max().item()

@@ -16,9 +16,9 @@ from typing import Protocol
 from filelock import FileLock, Timeout
 
 from .. import __version__
-from ..conversion.executors import run_here
 from ..conversion.journal import NAME, PART, Journal
 from ..errors import CallError
+from ..jobs import run_here
 from ..progress import Progress
 from .intervals import Estimate, difference, estimate
 from .reader import Reader

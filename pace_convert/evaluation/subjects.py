@@ -19,6 +19,7 @@ from ..checkpoint.tokenizer import load_tokenizer
 from ..converted.format import PERMUTATION
 from ..converted.load import causal_lm_class, edited_code, refuse_edited
 from ..converted.opened import Converted, open_converted
+from ..device import load_dtype, resolve_device
 from ..errors import CallError, PaceError
 from ..experts.permute import invert, repeat
 from .reader import Reader
@@ -136,7 +137,7 @@ def load(subject: Subject, device: str = "auto") -> Reader:
     fp32 on a CPU below 4 GB of weights, else the stored type. Raises PaceError where it does not load.
     """
     granularity = ARMS.get(subject.arm, (True, None))[1]
-    loaded = _load(*subject.weights, _device(device), subject.trust)
+    loaded = _load(*subject.weights, resolve_device(device), subject.trust)
     model = loaded.model
     if hasattr(model, "set_memory") and loaded.memory:
         arm = {"granularity": granularity} if granularity else {}
@@ -163,7 +164,7 @@ def _load(model: str, clustered: bool, device: str, trust: bool) -> Loaded:
     cls = causal_lm_class(converted) if converted else AutoModelForCausalLM
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    dtype = torch.float32 if device == "cpu" and files.nbytes < 4e9 else "auto"
+    dtype = load_dtype(files.nbytes, device)
     try:
         loaded = cls.from_pretrained(files.folder, dtype=dtype, local_files_only=True).eval()
     except Exception as error:  # each class fails in its own way
@@ -206,10 +207,6 @@ def _state(model: str) -> Any:
     opened = _open(model)
     files = opened.files if isinstance(opened, Converted) else opened
     return files.hub.commit if files.hub else {name: list(state) for name, state in files.states.items()}
-
-
-def _device(device: str) -> str:
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
 def _last_part(model: str) -> str:

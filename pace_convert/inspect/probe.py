@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..converted.load import edited_code, refuse_edited
 from ..converted.opened import Converted
+from ..device import load_dtype
 from ..errors import PaceError
 from ..modeling.memory_bank import MemorySettings
 from ..progress import Progress
@@ -93,7 +94,7 @@ def _load(converted: Converted) -> Any:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # it names the head's weights as unused
-    folder, dtype = converted.files.folder, torch.float32 if converted.files.nbytes < 4e9 else "auto"
+    folder, dtype = converted.files.folder, load_dtype(converted.files.nbytes, "cpu")
     try:
         return AutoModel.from_pretrained(folder, dtype=dtype, trust_remote_code=converted.remote).eval()
     except Exception as error:  # edited files fail in their own ways

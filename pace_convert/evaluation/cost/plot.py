@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ...units import tokens_text
 from .on_paper import PAPER
-from .walk import tokens_text
 
 _STYLES = {"prefill": ("o", "-"), "decode": ("s", "--")}
 

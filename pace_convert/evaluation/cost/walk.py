@@ -260,11 +260,6 @@ def peak(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def tokens_text(count: int) -> str:
-    """1K for 1024."""
-    return f"{count / 1024:g}K" if count >= 1024 and count % 128 == 0 else f"{count}"
-
-
 if __name__ == "__main__":
     job = json.load(sys.stdin)
     torch.set_num_threads(job["threads"])
