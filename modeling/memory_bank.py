@@ -1,4 +1,4 @@
-"""The Activation Memory Bank of PaceLLM (arXiv 2506.17310): its settings, its slots, and reading it.
+"""The Activation Memory Bank of PaceLLM (arXiv 2506.17310): its slots, and reading it.
 
 B rows (sequences), S tokens, M slots, D = intermediate_size. A *token* here is its FFN activation h in
 R^D, the input of the FFN's output projection. Similarities, thresholds and fusion are taken per expert:
@@ -15,53 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from .memory_settings import MemorySettings
+
 KEEP, MIX, REUSE = 0, 1, 2
-
-
-@dataclass(frozen=True)
-class MemorySettings:
-    """The parameters of the memory, as they stand in config.json under `pace.memory`.
-
-    `layers` are 0-based. `experts` is the number of blocks that are compared separately: 1 with
-    granularity "token". Defaults are the released code's (see the README).
-    """
-
-    enabled: bool = True
-    layers: tuple[int, ...] = ()
-    slots: int = 100
-    theta_high: float = 0.75
-    theta_low: float = 0.25
-    top_k: int = 5
-    bottom_k: int = 2
-    fusion_weight: float = 0.2
-    reuse_weight: float = 1.0
-    mix_weight: float = 0.5
-    noise_weight: float = 0.1
-    momentum: float = 0.5
-    update_interval: int = 1024
-    granularity: str = "token"
-    experts: int = 1
-
-    @classmethod
-    def from_config(cls, pace: dict) -> MemorySettings:
-        """From config.json's `pace` object. Raises ValueError for a name this version does not know."""
-        values = dict(pace.get("memory") or {})
-        unknown = sorted(set(values) - {field.name for field in fields(cls)} | set(values) & {"experts"})
-        if unknown:
-            raise ValueError(f"unknown memory parameter in config.json: {', '.join(unknown)}")
-        experts = pace["experts"]["count"] if values.get("granularity") == "expert" else 1
-        return cls(**{**values, "layers": tuple(values.get("layers") or ()), "experts": experts})
-
-    def __post_init__(self) -> None:
-        whole = (*self.layers, self.slots, self.top_k, self.bottom_k, self.update_interval, self.experts)
-        if not all(isinstance(number, int) for number in whole) or min(self.layers, default=0) < 0:
-            raise ValueError("memory: layers, slots, top_k, bottom_k and update_interval must be whole numbers")
-        if min(self.slots, self.top_k, self.update_interval, self.experts) < 1 or self.bottom_k < 0:
-            raise ValueError("memory: slots, top_k and update_interval must be at least 1, bottom_k at least 0")
-        if not -1.0 <= self.theta_low <= self.theta_high <= 1.0:
-            raise ValueError("memory: -1 <= theta_low <= theta_high <= 1 does not hold")
-        if self.granularity not in ("token", "expert"):
-            raise ValueError(f"memory: granularity is {self.granularity!r}, not token or expert")
 
 
 class Rows:

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import cache_utils
 from transformers.cache_utils import Cache
 
-from .memory_bank import MemorySettings
 from .memory_blocks import Clock, Span
 from .memory_layer import LayerMemory, Tape
+from .memory_settings import MemorySettings
 
 # A cache layer without keys and values; transformers has the class since 5.23 and needs none before.
 _EmptyLayer: type = getattr(cache_utils, "DummyLayer", object)

@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .memory_bank import KEEP, MIX, REUSE, Bank, Found, MemorySettings, Rows, find, norms
+from .memory_bank import KEEP, MIX, REUSE, Bank, Found, Rows, find, norms
+from .memory_settings import MemorySettings
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .memory_bank import Bank, Found, MemorySettings, Rows, find, fuse
+from .memory_bank import Bank, Found, Rows, find, fuse
 from .memory_blocks import Finish, Progress, Read, Rhythm, Settle, Span
 from .memory_draft import Draft, absorb, counts, finish
+from .memory_settings import MemorySettings
 
 Tape = list[tuple[slice, slice | Tensor, Bank]]  # which tokens of a call read which bank
 

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .memory_bank import MemorySettings, find
+from .memory_bank import find
 from .memory_cache import Call, MemoryEntry
 from .memory_layer import Tape, write_fused
+from .memory_settings import MemorySettings
 
 
 @dataclass(frozen=True)

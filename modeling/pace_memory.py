@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
-from .memory_bank import MemorySettings
 from .memory_cache import Call, MemoryEntry, find_entry, memory_entry, memory_summary
 from .memory_session import OFF, Replay, Session, current, replay, replay_checkpoints
+from .memory_settings import MemorySettings
 
 __all__ = ["PaceMixin", "memory_summary"]
 
@@ -213,7 +213,12 @@ class PaceMixin:
             raise ValueError("config.json: pace.intermediate_size is missing; convert the model again")
         absent = [layer for layer in settings.layers if layer >= self.config.num_hidden_layers]
         if absent:
-            raise ValueError(f"config.json: pace.memory.layers has {absent[0]}, the model has no such layer")
+            raise ValueError(f"memory: layers has {absent[0]}, the model has no such layer")
+        if settings.layers and pace["intermediate_size"] % settings.experts:
+            raise ValueError(
+                f"memory: granularity expert needs experts of equal size, and {settings.experts} does not divide "
+                f"{pace['intermediate_size']}"
+            )
         return settings
 
     def prepare_inputs_for_generation(
@@ -261,11 +266,11 @@ class PaceMixin:
         """
         pace = self.config.pace or {}
         memory = {**(pace.get("memory") or {}), **parameters}
-        changed = {**pace, "memory": {**memory, "layers": list(memory.get("layers") or ())}}
-        self._stack_memory.configure(self._settings(changed))
-        self.config.pace = changed
+        settings = self._settings({**pace, "memory": memory})  # refuses before anything has changed
+        self._stack_memory.configure(settings)
+        self.config.pace = {**pace, "memory": {**memory, "layers": list(settings.layers)}}
         if "enabled" in parameters:
-            self.set_memory_enabled(bool(parameters["enabled"]))
+            self.set_memory_enabled(settings.enabled)
 
     @contextlib.contextmanager
     def memory_disabled(self) -> Iterator[None]:

@@ -15,8 +15,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from ..modeling.memory_bank import MemorySettings
 from ..modeling.memory_blocks import Finish, Progress, Read, Rhythm, Settle
+from ..modeling.memory_settings import MemorySettings
 
 Calls = list[tuple[int, int]]  # tokens before a call, and in it
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..modeling.memory_bank import MemorySettings
+from ..modeling.memory_settings import MemorySettings
 from ..plan import resolve_layers
 from .cost_fit import Machine, Sample
 from .cost_model import Dimensions, MemoryCost, base_call, calls_of, prefill, whole

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from ..families import FAMILIES
-from ..modeling.memory_bank import MemorySettings
+from ..modeling.memory_settings import MemorySettings
 from ..package import auto_map, modeling_files
 from .cost_model import Dimensions
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ..converted import Converted
-from ..modeling.memory_bank import Bank, MemorySettings, find
+from ..modeling.memory_bank import Bank, find
 from ..modeling.memory_draft import Draft, absorb, finish
+from ..modeling.memory_settings import MemorySettings
 from ..report.probe import listening
 from .reader import Reader
 from .tune_data import Item

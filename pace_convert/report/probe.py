@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..converted import Converted
 from ..errors import PaceError
-from ..modeling.memory_bank import MemorySettings
+from ..modeling.memory_settings import MemorySettings
 from ..progress import Progress
 from ..remote_code import edited_code, refuse_edited
 from .reading import Text

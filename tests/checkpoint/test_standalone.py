@@ -17,6 +17,7 @@ SHIPPED = [
     "memory_draft.py",
     "memory_layer.py",
     "memory_session.py",
+    "memory_settings.py",
     "modeling_pace.py",
     "pace_memory.py",
 ]

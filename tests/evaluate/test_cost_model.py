@@ -3,15 +3,15 @@
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pace_convert.modeling.memory_bank import MemorySettings
-from pace_convert.modeling.memory_blocks import Progress
-from pace_convert.modeling.memory_cache import MemoryEntry
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from pace_convert.evaluate.cost_measure import tensor_bytes
 from pace_convert.evaluate.cost_model import Dimensions, MemoryCost, Work, base_call, calls_of, prefill, whole
 from pace_convert.evaluate.shapes import Shape, random_model
+from pace_convert.modeling.memory_blocks import Progress
+from pace_convert.modeling.memory_cache import MemoryEntry
+from pace_convert.modeling.memory_settings import MemorySettings
 
 NEURONS = 24
 CALLS = st.lists(st.integers(1, 40), min_size=1, max_size=6)

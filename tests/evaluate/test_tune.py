@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from helpers import convert_folder, hashes, pace_convert, refuse
-from pace_convert.modeling.memory_bank import MemorySettings
 
 from pace_convert.convert import is_finished
 from pace_convert.converted import open_converted
@@ -21,6 +20,7 @@ from pace_convert.evaluate.tune_data import LIKELIHOOD, Asked, read_data
 from pace_convert.evaluate.tune_search import PARTS, Space, best, repair, search
 from pace_convert.evaluate.tune_statistics import LEVELS, Layer, similarities
 from pace_convert.evaluate.tune_write import write_memory
+from pace_convert.modeling.memory_settings import MemorySettings
 from pace_convert.options import ConvertOptions
 from pace_convert.plan import make_plan
 from pace_convert.progress import Progress
