@@ -1,6 +1,7 @@
 """The parameters of the memory: what each is, its default, and what it may be.
 
-Everything that takes or shows a parameter has it from here. Only the standard library is needed to read it.
+Everything that takes or shows a parameter has it from here. Only the standard library is needed to
+read it.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ _LARGEST = math.nextafter(math.inf, 0.0)  # of all floats; whole numbers beyond 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a numeric parameter may be. kind: int, or float, for which whole numbers do too but NaN and
-    infinities don't. low, high: the smallest and the largest value allowed; None: no bound on that side.
+    """What a numeric parameter may be. kind: int, or float, for which whole numbers do too but NaN
+    and infinities don't. low, high: the smallest and the largest value allowed; None: no bound on
+    that side.
     """
 
     kind: type[int] | type[float]
@@ -52,17 +54,22 @@ def _real(default: float, low: float | None = None, high: float | None = None) -
 class MemorySettings:
     """The parameters of the memory, named as in config.json's `pace.memory`.
 
-    enabled: whether a loaded model begins with the memory on. layers: 0-based decoder layers with memory.
-    slots: M. theta_high, theta_low: cosine similarities above which a token is reused, or mixed. top_k,
-    bottom_k: k and k', how many of the most and of the least similar slots are fused. fusion_weight: lambda.
-    reuse_weight, mix_weight, noise_weight: weights of the k when reusing, of the k when mixing, and of the
-    k'. momentum: the old slot's share when tokens merge with it. update_interval: U, tokens a block.
-    granularity: "token" compares and fuses whole activations, "expert" each expert's block of them on its
-    own. experts: E, how many blocks that makes, 1 with "token"; not in `pace.memory`, it follows from
-    `pace.experts`.
+    enabled: whether a loaded model begins with the memory on. layers: 0-based decoder layers with
+    memory.
+    slots: M. theta_high, theta_low: cosine similarities above which a token is reused, or mixed.
+    top_k,
+    bottom_k: k and k', how many of the most and of the least similar slots are fused.
+    fusion_weight: lambda.
+    reuse_weight, mix_weight, noise_weight: weights of the k when reusing, of the k when mixing, and
+    of the k'. momentum: the old slot's share when tokens merge with it. update_interval: U, tokens
+    a block.
+    granularity: "token" compares and fuses whole activations, "expert" each expert's block of them
+    on its own. experts: E, how many blocks that makes, 1 with "token"; not in `pace.memory`, it
+    follows from `pace.experts`.
 
-    Defaults are those of the paper authors' released code (github.com/KangcongLi/PaceLLM); the paper leaves
-    most values open. Raises ValueError, naming parameter, value and bounds, for what can't be.
+    Defaults are those of the paper authors' released code (github.com/KangcongLi/PaceLLM); the
+    paper leaves most values open. Raises ValueError, naming parameter, value and bounds, for what
+    can't be.
     """
 
     enabled: bool = True
@@ -83,7 +90,9 @@ class MemorySettings:
 
     @classmethod
     def from_config(cls, pace: dict) -> MemorySettings:
-        """From config.json's `pace` object. Raises ValueError, also for a name this version does not know."""
+        """From config.json's `pace` object. Raises ValueError, also for a name this version does
+        not know.
+        """
         values = dict(pace.get("memory") or {})
         known = {parameter.name for parameter in fields(cls)} - {"experts"}
         unknown = sorted(set(values) - known)
@@ -105,9 +114,15 @@ class MemorySettings:
             if isinstance(parameter.default, bool) and not isinstance(value, bool):
                 raise ValueError(f"memory: {parameter.name} is {value!r}, neither true nor false")
         layer = Bounds(int, 0)
-        if not isinstance(self.layers, tuple) or not all(layer.admit(number) for number in self.layers):
-            raise ValueError(f"memory: layers is {self.layers!r}, not a list of 0-based layer numbers")
+        if not isinstance(self.layers, tuple) or not all(
+            layer.admit(number) for number in self.layers
+        ):
+            raise ValueError(
+                f"memory: layers is {self.layers!r}, not a list of 0-based layer numbers"
+            )
         if self.theta_low > self.theta_high:
-            raise ValueError(f"memory: theta_low {self.theta_low} is above theta_high {self.theta_high}")
+            raise ValueError(
+                f"memory: theta_low {self.theta_low} is above theta_high {self.theta_high}"
+            )
         if self.granularity not in get_args(Granularity):
             raise ValueError(f"memory: granularity is {self.granularity!r}, not token or expert")

@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING
 from ..converted import open_converted
 from ..errors import CallError
 from ..estimate import PROCESS_BYTES, free_memory
-from ..modeling.memory_blocks import BATCH
+from ..modeling.memory_clock import BATCH
 from ..modeling.memory_settings import MemorySettings
 from ..plan import resolve_layers
 from ..remote_code import edited_code, refuse_edited

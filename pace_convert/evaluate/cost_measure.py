@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from ..errors import PaceError
-from ..modeling.memory_blocks import Rhythm
+from ..modeling.memory_clock import Rhythm
 from ..modeling.memory_settings import MemorySettings
 from .cost_model import calls_of
 from .shapes import SHAPES, Shape, random_model

@@ -12,7 +12,7 @@ from pace_convert.places import SEAL
 
 SHIPPED = [
     "memory_bank.py",
-    "memory_blocks.py",
+    "memory_clock.py",
     "memory_cache.py",
     "memory_draft.py",
     "memory_layer.py",

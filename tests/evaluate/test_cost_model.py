@@ -9,8 +9,8 @@ from transformers import DynamicCache
 from pace_convert.evaluate.cost_measure import tensor_bytes
 from pace_convert.evaluate.cost_model import Dimensions, MemoryCost, Work, base_call, calls_of, prefill, whole
 from pace_convert.evaluate.shapes import Shape, random_model
-from pace_convert.modeling.memory_blocks import Progress
 from pace_convert.modeling.memory_cache import MemoryEntry
+from pace_convert.modeling.memory_clock import Position
 from pace_convert.modeling.memory_settings import MemorySettings
 
 NEURONS = 24
@@ -42,7 +42,7 @@ def run(memory, lengths, dtype):
 
 def counted(cost, lengths):
     """The same on paper."""
-    at, total = Progress(), Work()
+    at, total = Position(), Work()
     for length in lengths:
         parts, at = cost.step(at) if length == 1 else cost.call(at, length)
         total += whole(parts)
