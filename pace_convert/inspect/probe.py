@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..converted.load import edited_code, refuse_edited
 from ..converted.opened import Converted
 from ..errors import PaceError
-from ..modeling.memory_bank import MemorySettings
+from ..modeling.memory_settings import MemorySettings
 from ..progress import Progress
 from .reading import Text
 from .trace import MemoryTrace

@@ -15,8 +15,8 @@ from ...conversion.plan import resolve_layers
 from ...converted.load import edited_code, refuse_edited
 from ...converted.opened import open_converted
 from ...errors import CallError
-from ...modeling.memory_bank import MemorySettings
-from ...modeling.memory_blocks import BATCH
+from ...modeling.memory_clock import BATCH
+from ...modeling.memory_settings import MemorySettings
 from .counted import Dimensions, MemoryCost
 from .shapes import SHAPES
 from .walk import AGAIN, BASE, CHUNK, PACE, SHALLOW, Arm, Wanted, tokens_text
