@@ -20,6 +20,7 @@ from typing import Any, Protocol, TypeVar
 from .errors import CallError, PaceError
 from .estimate import core_count
 from .options import RunOptions
+from .progress import hush_libraries
 from .tasks import Task
 
 RAY_RETRIES = 3  # of a task whose worker or machine died; Ray's own default, said here because we promise it
@@ -95,6 +96,7 @@ def _begin_worker(threads: int) -> None:
     """A worker leaves Ctrl-C to its parent, and ends with it however that ends."""
     import torch
 
+    hush_libraries()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
     parent = multiprocessing.parent_process()
