@@ -19,6 +19,7 @@ from typing import Any, Protocol, TypeVar
 
 from ..errors import CallError, PaceError
 from ..options import RunOptions
+from ..progress import hush_libraries
 from .estimate import core_count
 from .tasks import Task
 
@@ -95,6 +96,7 @@ def _begin_worker(threads: int) -> None:
     """A worker leaves Ctrl-C to its parent, and ends with it however that ends."""
     import torch
 
+    hush_libraries()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
     parent = multiprocessing.parent_process()
