@@ -17,8 +17,8 @@ from filelock import FileLock, Timeout
 
 from .. import __version__
 from ..conversion.executors import run_here
-from ..conversion.journal import NAME, PART, Journal
 from ..errors import CallError
+from ..journal import NAME, PART, Journal
 from ..progress import Progress
 from .intervals import Estimate, difference, estimate
 from .reader import Reader
