@@ -1,9 +1,23 @@
-"""The Activation Memory Bank of PaceLLM (arXiv 2506.17310): its settings, its slots, and reading it.
+"""The Activation Memory Bank of PaceLLM (arXiv 2506.17310, section 3.2): its slots, and reading it.
 
-B rows (sequences), S tokens, M slots, D = intermediate_size. A *token* here is its FFN activation h in
-R^D, the input of the FFN's output projection. Similarities, thresholds and fusion are taken per expert:
-E contiguous blocks of D / E neurons; E = 1 is the paper's granularity, whole activations. Every function
-treats the rows of a batch independently.
+Notation. B rows (sequences), S tokens, M slots, D = intermediate_size of the FFN. A *token* here is
+its activation h in R^D, the input of the FFN's output projection: act(gate_proj(x)) * up_proj(x) in
+a gated FFN, act(fc1(x)) in a plain one. A slot i has a key K_i, the raw activation of a token seen
+before, and a value V_i, its fused activation h'. Similarities, thresholds and fusion are taken per
+expert: E contiguous blocks of D / E neurons; E = 1 is the paper's granularity, whole activations.
+
+Reading, for each token (`find`, then `fuse`): s_i = cos(h, K_i) over the filled slots, P the k most
+similar slots, N the k' least similar ones, s_max the largest s_i.
+
+    r  = reuse_weight mean(V_P) + noise_weight mean(V_N)   theta_high < s_max               (reuse)
+    r  = mix_weight mean(V_P) + noise_weight mean(V_N)     theta_low < s_max <= theta_high  (mix)
+    r  = h                                                 otherwise, or the bank is empty  (keep)
+    h' = (1 - lambda) h + lambda r                         lambda = fusion_weight
+
+The FFN goes on with h'. The rule and its weights are those of the released code
+(KangcongLi/PaceLLM), and that a block of tokens reads only what earlier blocks have stored is the
+paper's Algorithm 1. How the bank changes is in `memory_draft`. Every function treats the rows of a
+batch independently.
 """
 
 from __future__ import annotations
@@ -15,53 +29,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from .memory_settings import MemorySettings
+
 KEEP, MIX, REUSE = 0, 1, 2
-
-
-@dataclass(frozen=True)
-class MemorySettings:
-    """The parameters of the memory, as they stand in config.json under `pace.memory`.
-
-    `layers` are 0-based. `experts` is the number of blocks that are compared separately: 1 with
-    granularity "token". Defaults are the released code's (see the README).
-    """
-
-    enabled: bool = True
-    layers: tuple[int, ...] = ()
-    slots: int = 100
-    theta_high: float = 0.75
-    theta_low: float = 0.25
-    top_k: int = 5
-    bottom_k: int = 2
-    fusion_weight: float = 0.2
-    reuse_weight: float = 1.0
-    mix_weight: float = 0.5
-    noise_weight: float = 0.1
-    momentum: float = 0.5
-    update_interval: int = 1024
-    granularity: str = "token"
-    experts: int = 1
-
-    @classmethod
-    def from_config(cls, pace: dict) -> MemorySettings:
-        """From config.json's `pace` object. Raises ValueError for a name this version does not know."""
-        values = dict(pace.get("memory") or {})
-        unknown = sorted(set(values) - {field.name for field in fields(cls)} | set(values) & {"experts"})
-        if unknown:
-            raise ValueError(f"unknown memory parameter in config.json: {', '.join(unknown)}")
-        experts = pace["experts"]["count"] if values.get("granularity") == "expert" else 1
-        return cls(**{**values, "layers": tuple(values.get("layers") or ()), "experts": experts})
-
-    def __post_init__(self) -> None:
-        whole = (*self.layers, self.slots, self.top_k, self.bottom_k, self.update_interval, self.experts)
-        if not all(isinstance(number, int) for number in whole) or min(self.layers, default=0) < 0:
-            raise ValueError("memory: layers, slots, top_k, bottom_k and update_interval must be whole numbers")
-        if min(self.slots, self.top_k, self.update_interval, self.experts) < 1 or self.bottom_k < 0:
-            raise ValueError("memory: slots, top_k and update_interval must be at least 1, bottom_k at least 0")
-        if not -1.0 <= self.theta_low <= self.theta_high <= 1.0:
-            raise ValueError("memory: -1 <= theta_low <= theta_high <= 1 does not hold")
-        if self.granularity not in ("token", "expert"):
-            raise ValueError(f"memory: granularity is {self.granularity!r}, not token or expert")
 
 
 class Rows:
@@ -83,7 +53,11 @@ class Rows:
         changed = {}
         for name in (field.name for field in fields(self)):  # type: ignore[arg-type]
             values = [getattr(rows, name) for rows in (self, *others)]
-            changed[name] = values[0]._each(function, *values[1:]) if isinstance(values[0], Rows) else function(*values)
+            changed[name] = (
+                values[0]._each(function, *values[1:])
+                if isinstance(values[0], Rows)
+                else function(*values)
+            )
         return type(self)(**changed)
 
 
@@ -94,7 +68,8 @@ class Bank(Rows):
     keys: [B, M, D], raw activations h. values: [B, M, D], fused activations h'.
     norm: [B, M, E], of the keys' blocks. valid: [B, M] bool, the slot is filled.
     last_used: [B, M] int64, the block in which the slot was last written or hit; -1 before.
-    hits: [B, M] int64, tokens that had the slot among their top k, above theta_low, since it was written.
+    hits: [B, M] int64, tokens that had the slot among their top k, above theta_low, since it was
+    written.
     """
 
     keys: Tensor
@@ -122,10 +97,10 @@ class Bank(Rows):
 class Found:
     """What S tokens find in a bank; R slots are fused with each expert's block of a token.
 
-    decision: [B, S, E], KEEP, MIX or REUSE. slot: [B, S, E, R] int64, and share: their shares in r, zero where
-    kept. best, mean: [B, S], similarity of the whole activation to the most similar slot, and averaged over
-    the top k; -inf while the bank is empty. ranking: [B, S, k] int64, these top k, of which the first `filled`
-    [B, 1, 1] are filled slots.
+    decision: [B, S, E], KEEP, MIX or REUSE. slot: [B, S, E, R] int64, and share: their shares in r,
+    zero where kept. best, mean: [B, S], similarity of the whole activation to the most similar
+    slot, and averaged over the top k; -inf while the bank is empty. ranking: [B, S, k] int64, these
+    top k, of which the first `filled` [B, 1, 1] are filled slots.
     """
 
     decision: Tensor
@@ -138,27 +113,44 @@ class Found:
 
     def hits(self, slots: int) -> Tensor:
         """Which of all slots are among a token's top k, [B, S, M] bool."""
-        there = (torch.arange(self.ranking.shape[-1], device=self.ranking.device) < self.filled).expand_as(self.ranking)
-        return torch.zeros(*there.shape[:-1], slots, dtype=torch.bool, device=there.device).scatter(-1, self.ranking, there)
+        there = (
+            torch.arange(self.ranking.shape[-1], device=self.ranking.device) < self.filled
+        ).expand_as(self.ranking)
+        return torch.zeros(*there.shape[:-1], slots, dtype=torch.bool, device=there.device).scatter(
+            -1, self.ranking, there
+        )
 
     def weights(self, slots: int) -> Tensor:
         """Each of all slots' share in r, [B, S, E, M]."""
-        return self.share.new_zeros(*self.share.shape[:-1], slots).scatter_add(-1, self.slot, self.share)
+        return self.share.new_zeros(*self.share.shape[:-1], slots).scatter_add(
+            -1, self.slot, self.share
+        )
 
     def tokens(self, first: int, stop: int) -> Found:
         """What the tokens `first` to `stop` found."""
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Found(**{name: part if name == "filled" else part[:, first:stop] for name, part in parts.items()})
+        return Found(
+            **{
+                name: part if name == "filled" else part[:, first:stop]
+                for name, part in parts.items()
+            }
+        )
 
 
 def find(h: Tensor, bank: Bank, settings: MemorySettings) -> Found:
-    """Compare tokens with the bank (paper section 3.2; DESIGN 1.3 *Read*). h: [B, S, D]."""
+    """Compare tokens with the bank: the first half of the read rule above.
+
+    h: [B, S, D], raw activations of the bank's dtype. Where fewer than k or k' slots are filled,
+    the means are over those there are; a slot may be in both. Ties go to the lowest slot number.
+    """
     by_expert, whole = _similarity(h, bank, settings.experts)
     filled = bank.valid.sum(-1)[:, None, None]
     similarity, ranking = _rank(by_expert)
     best = similarity[..., 0]
     decision = (best > settings.theta_low).long() + (best > settings.theta_high).long()
-    gain = torch.full_like(best, settings.mix_weight).masked_fill(decision == REUSE, settings.reuse_weight)
+    gain = torch.full_like(best, settings.mix_weight).masked_fill(
+        decision == REUSE, settings.reuse_weight
+    )
     slot, share = _chosen(ranking, filled[..., None], settings, gain)
     if whole is not None:
         similarity, ranking = _rank(whole)
@@ -178,10 +170,14 @@ def find(h: Tensor, bank: Bank, settings: MemorySettings) -> Found:
     )
 
 
-def fuse(h: Tensor, found: Found, bank: Bank, settings: MemorySettings, out: Tensor | None = None) -> Tensor:
-    """h' = (1 - lambda) h + lambda r, and h itself, bit for bit, where a token is kept. h, h', out: [B, S, D].
+def fuse(
+    h: Tensor, found: Found, bank: Bank, settings: MemorySettings, out: Tensor | None = None
+) -> Tensor:
+    """h' = (1 - lambda) h + lambda r, and h itself, bit for bit, where a token is kept.
 
-    Gradients flow through h alone: what was retrieved is a constant.
+    h: [B, S, D]. found: what these tokens find in `bank`. out: [B, S, D], written and returned
+    where given. Returns [B, S, D] of h's dtype. Gradients flow through h alone: what was retrieved
+    is a constant.
     """
     rows, slots, neurons = bank.values.shape
     experts = settings.experts
@@ -200,8 +196,8 @@ def fuse(h: Tensor, found: Found, bank: Bank, settings: MemorySettings, out: Ten
 def norms(x: Tensor, experts: int) -> Tensor:
     """Norm of each expert's block, [..., E], in at least fp32. x: [..., D].
 
-    Taken in two steps: short pieces in the tensor's own dtype, whose kernels accumulate in fp32, then the
-    pieces in fp32. Converting all of a bf16 tensor first takes ten times as long on a CPU.
+    Taken in two steps: short pieces in the tensor's own dtype, whose kernels accumulate in fp32,
+    then the pieces in fp32. Converting all of a bf16 tensor first takes ten times as long on a CPU.
     """
     size = x.shape[-1] // experts
     piece = math.gcd(size, 128)
@@ -220,7 +216,8 @@ def _inverse(norm: Tensor) -> Tensor:
 
 
 def _similarity(h: Tensor, bank: Bank, experts: int) -> tuple[Tensor, Tensor | None]:
-    """Cosines with every slot's key: by expert [B, S, E, M], and of whole activations [B, S, M] (None: the same).
+    """Cosines with every slot's key: by expert [B, S, E, M], and of whole activations [B, S, M]
+    (None: the same).
 
     -inf where the slot is empty.
     """
@@ -247,12 +244,17 @@ def _products(h: Tensor, keys: Tensor, experts: int) -> Tensor:
 
 
 def _rank(similarity: Tensor) -> tuple[Tensor, Tensor]:
-    """Slots by falling similarity, empty ones last; ties by slot number: a stable sort, `topk` leaves ties open."""
+    """Slots by falling similarity, empty ones last; ties by slot number: a stable sort, `topk`
+    leaves ties open.
+    """
     return similarity.sort(dim=-1, descending=True, stable=True)
 
 
-def _chosen(ranking: Tensor, filled: Tensor, settings: MemorySettings, gain: Tensor) -> tuple[Tensor, Tensor]:
-    """The most and the least similar filled slots, of which there may be fewer than k, and their shares.
+def _chosen(
+    ranking: Tensor, filled: Tensor, settings: MemorySettings, gain: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The most and the least similar filled slots, of which there may be fewer than k, and their
+    shares.
 
     ranking: [B, S, E, M]. filled: [B, 1, 1, 1]. gain: [B, S, E], weight of the most similar ones.
     """

@@ -1,11 +1,32 @@
-"""Updating the bank, block by block: what the tokens of an unfinished block will change, in the bank's own size.
+"""Updating the bank, block by block: what an unfinished block will change, in the bank's own size.
 
-A block's tokens are compared with the bank as it was at the block's start, so what each of them will do
-is known as soon as it comes, but for one thing: which slots the new tokens take. A *draft* of M places
-holds all of it, however long the block is. At any moment as many places, in the order in which slots are
-replaced (empty, least recently used, hit in this block), are taken by the most novel tokens so far; the
-others hold the mean of the tokens that merge with their slot. A place of a hit slot, once taken, stays
-taken: it can only be preceded by fewer free ones. So a mean that gives way to a token is never missed.
+The rule, after each block of U = update_interval tokens (arXiv 2506.17310, section 3.2; notation as
+in `memory_bank`). Every token of the block is compared with the bank as it was at the block's
+start; s_mean is the mean similarity of its top k slots, which it *hits* unless it is new.
+
+    theta_high < s_mean                 known: nothing to store; the slots it hits count as used
+    theta_low < s_mean <= theta_high    merges: each slot i it hits moves towards it,
+                                        K_i <- momentum K_i + (1 - momentum) mean of h over the
+                                        tokens that merge with i; V_i likewise, with their h'
+    s_mean <= theta_low                 new: it becomes a slot's key h and value h'
+
+New tokens, the most novel (smallest s_max, then the earliest) first, take the empty slots, then the
+least recently used ones (ties: lowest slot number); at most M a block. Merges come first, and a
+slot hit in this block counts as just used, so it is the last to be replaced. With several experts a
+token merges in those blocks alone where it found something similar; whether it is known or new is
+decided on whole activations.
+
+Two choices follow the paper's words where the released code (KangcongLi/PaceLLM) does otherwise:
+slots move each to the mean of their own tokens, there all to a common one; the least recently used
+slot is replaced, there the least often used.
+
+Since the comparison is with the bank at the block's start, what each token will do is known as soon
+as it comes, but for one thing: which slots the new tokens take. A *draft* of M places holds all of
+it, however long the block is. At any moment as many places, in the order in which slots are
+replaced (empty, least recently used, hit in this block), are taken by the most novel tokens so far;
+the others hold the mean of the tokens that merge with their slot. A place of a hit slot, once
+taken, stays taken: it can only be preceded by fewer free ones. So a mean that gives way to a token
+is never missed.
 """
 
 from __future__ import annotations
@@ -16,18 +37,22 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .memory_bank import KEEP, MIX, REUSE, Bank, Found, MemorySettings, Rows, find, norms
+from .memory_bank import KEEP, MIX, REUSE, Bank, Found, Rows, find, norms
+from .memory_settings import MemorySettings
 
 
 @dataclass(frozen=True)
 class Draft(Rows):
     """What the tokens of a block so far will do to the bank. B rows, M slots, E experts.
 
-    tokens: [B, M, D], in each slot's place: a new token where `taken`, else the mean h of those merging.
+    tokens: [B, M, D], in each slot's place: a new token where `taken`, else the mean h of those
+    merging.
     taken: [B, M] bool. novelty: [B, M], the new token's similarity to its nearest slot; inf: none.
     number: [B, M] int64, the new token's number in its row.
-    merging: [B, E, M], how many tokens merge. share: [B, E, M, M], their mean weights over the slots.
-    hits: [B, M] int64, tokens that hit the slot. decisions: [B, 3] int64, expert blocks kept, mixed, reused.
+    merging: [B, E, M], how many tokens merge. share: [B, E, M, M], their mean weights over the
+    slots.
+    hits: [B, M] int64, tokens that hit the slot. decisions: [B, 3] int64, expert blocks kept,
+    mixed, reused.
     """
 
     tokens: Tensor
@@ -55,11 +80,13 @@ class Draft(Rows):
         )
 
 
-def absorb(draft: Draft, h: Tensor, found: Found, first: int, bank: Bank, settings: MemorySettings) -> Draft:
-    """The draft after S more tokens of the block (DESIGN 1.3 *Update*).
+def absorb(
+    draft: Draft, h: Tensor, found: Found, first: int, bank: Bank, settings: MemorySettings
+) -> Draft:
+    """The draft after S more tokens of the block.
 
-    h: [B, S, D], numbered from `first` in their row. found: what they find in `bank`, which is the bank as it
-    was at the block's start.
+    h: [B, S, D], raw activations, numbered from `first` in their row. found: what they find in
+    `bank`, which is the bank as it was at the block's start.
     """
     hit, known = _hits(found, bank.valid.shape[1], settings), found.mean > settings.theta_low
     merging = hit & (found.mean <= settings.theta_high)[..., None]
@@ -74,11 +101,18 @@ def absorb(draft: Draft, h: Tensor, found: Found, first: int, bank: Bank, settin
 def finish(bank: Bank, draft: Draft, block: int, settings: MemorySettings) -> Bank:
     """The bank after the block: merges first, then the new tokens in the slots they take.
 
-    A new token is fused with what it finds in this same bank, as it was when it came.
+    bank: as it was at the block's start. draft: of the whole block, the `block`-th of its rows,
+    counted from 0. A new token is fused with what it finds in this same bank, as it was when it
+    came.
     """
-    new, merged = draft.taken[..., None], (draft.merging > 0).transpose(1, 2)  # [B, M, 1], [B, M, E]
+    new, merged = (
+        draft.taken[..., None],
+        (draft.merging > 0).transpose(1, 2),
+    )  # [B, M, 1], [B, M, E]
     found = find(draft.tokens, bank, settings)
-    share = torch.where(new[..., None], found.weights(bank.valid.shape[1]), draft.share.transpose(1, 2))
+    share = torch.where(
+        new[..., None], found.weights(bank.valid.shape[1]), draft.share.transpose(1, 2)
+    )
     retrieved = _per_expert(share.transpose(1, 2).to(bank.values.dtype), bank.values)
     mixing = (~new | (found.decision != KEEP)).to(bank.norm.dtype)
     fused = _mix(draft.tokens, retrieved, settings.fusion_weight * mixing)
@@ -103,11 +137,19 @@ def _per_expert(weight: Tensor, x: Tensor) -> Tensor:
 def _mix(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
     """(1 - share) a + share b, exactly a at 0 and b at 1. a, b: [B, M, D]. share: [B, M, E]."""
     share = share.to(a.dtype)
-    return torch.lerp(a, b, share if share.shape[-1] == 1 else share.repeat_interleave(a.shape[-1] // share.shape[-1], -1))
+    return torch.lerp(
+        a,
+        b,
+        share
+        if share.shape[-1] == 1
+        else share.repeat_interleave(a.shape[-1] // share.shape[-1], -1),
+    )
 
 
 def counts(found: Found, bank: Bank, settings: MemorySettings) -> tuple[Tensor, Tensor]:
-    """How many tokens hit each slot, [B, M], and how many expert blocks were kept, mixed and reused, [B, 3]."""
+    """How many tokens hit each slot, [B, M], and how many expert blocks were kept, mixed and
+    reused, [B, 3].
+    """
     decisions = [(found.decision == state).sum((1, 2)) for state in (KEEP, MIX, REUSE)]
     return _hits(found, bank.valid.shape[1], settings).sum(1), torch.stack(decisions, -1)
 
@@ -120,32 +162,44 @@ def _hits(found: Found, slots: int, settings: MemorySettings) -> Tensor:
 def _merge(draft: Draft, found: Found, merging: Tensor) -> tuple[Draft, Tensor, Tensor]:
     """Take tokens into the means of the slots they merge with. merging: [B, S, M] bool.
 
-    With several experts a token merges in those blocks alone where it found something similar. Returns the draft
-    but for its tokens, which are sums: of its old ones, weights [B, E, M, M], and of the new, [B, E, M, S].
+    With several experts a token merges in those blocks alone where it found something similar.
+    Returns the draft but for its tokens, which are sums: of its old ones, weights [B, E, M, M], and
+    of the new, [B, E, M, S].
     """
     fused = (found.decision != KEEP).permute(0, 2, 1)  # [B, E, S]
-    part = (merging.transpose(1, 2)[:, None] & fused[:, :, None]).to(draft.merging.dtype)  # [B, E, M, S]
+    part = (merging.transpose(1, 2)[:, None] & fused[:, :, None]).to(
+        draft.merging.dtype
+    )  # [B, E, M, S]
     count = draft.merging + part.sum(-1)
     old, new = draft.merging / count.clamp_min(1), part / count.clamp_min(1)[..., None]
-    share = old[..., None] * draft.share + torch.matmul(new, found.weights(merging.shape[-1]).transpose(1, 2))
+    share = old[..., None] * draft.share + torch.matmul(
+        new, found.weights(merging.shape[-1]).transpose(1, 2)
+    )
     return replace(draft, merging=count, share=share), torch.diag_embed(old), new
 
 
-def _insert(draft: Draft, novelty: Tensor, first: int, bank: Bank, old: Tensor, new: Tensor) -> tuple[Draft, Tensor, Tensor]:
+def _insert(
+    draft: Draft, novelty: Tensor, first: int, bank: Bank, old: Tensor, new: Tensor
+) -> tuple[Draft, Tensor, Tensor]:
     """Give the most novel tokens their places. novelty: [B, S], inf for tokens that are not new.
 
-    Both sorts by age and by novelty are stable: among equals the lowest slot number and the earliest token
-    come first. old, new: as `_merge` returns them; here a place that is taken becomes a copy of one token.
+    Both sorts by age and by novelty are stable: among equals the lowest slot number and the
+    earliest token come first. old, new: as `_merge` returns them; here a place that is taken
+    becomes a copy of one token.
     """
     rows, slots = draft.taken.shape
     count = novelty.shape[1]
     number = torch.arange(first, first + count, device=novelty.device).expand(rows, -1)
     by_number = draft.number.masked_fill(~draft.taken, -1).argsort(1)
     novelty = torch.cat([draft.novelty.gather(1, by_number), novelty], 1)
-    source = torch.cat([by_number, slots + torch.arange(count, device=novelty.device).expand(rows, -1)], 1)
+    source = torch.cat(
+        [by_number, slots + torch.arange(count, device=novelty.device).expand(rows, -1)], 1
+    )
     number = torch.cat([draft.number.gather(1, by_number), number], 1)
     novelty, chosen = (x[:, :slots] for x in novelty.sort(dim=1, stable=True))
-    age = torch.where(bank.valid, bank.last_used, -1).masked_fill(draft.hits > 0, torch.iinfo(torch.int64).max)
+    age = torch.where(bank.valid, bank.last_used, -1).masked_fill(
+        draft.hits > 0, torch.iinfo(torch.int64).max
+    )
     place = age.argsort(dim=1, stable=True)
 
     def put(values: Tensor) -> Tensor:
@@ -155,4 +209,8 @@ def _insert(draft: Draft, novelty: Tensor, first: int, bank: Bank, old: Tensor, 
     copy = old.new_zeros(rows, 1, slots, slots + count).scatter(-1, source[:, None, :, None], 1.0)
     here = taken[:, None, :, None]
     old, new = torch.where(here, copy[..., :slots], old), torch.where(here, copy[..., slots:], new)
-    return replace(draft, taken=taken, novelty=put(novelty), number=put(number.gather(1, chosen))), old, new
+    return (
+        replace(draft, taken=taken, novelty=put(novelty), number=put(number.gather(1, chosen))),
+        old,
+        new,
+    )

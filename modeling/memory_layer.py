@@ -1,4 +1,6 @@
-"""One decoder layer's memory: bank, draft and ring of every row, carried through the events of its clock."""
+"""One decoder layer's memory: bank, draft and ring of every row, carried through the events of its
+clock.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .memory_bank import Bank, Found, MemorySettings, Rows, find, fuse
-from .memory_blocks import Finish, Progress, Read, Rhythm, Settle, Span
+from .memory_bank import Bank, Found, Rows, find, fuse
+from .memory_clock import Finish, Position, Read, Rhythm, RowSpan, Settle
 from .memory_draft import Draft, absorb, counts, finish
+from .memory_settings import MemorySettings
 
 Tape = list[tuple[slice, slice | Tensor, Bank]]  # which tokens of a call read which bank
 
@@ -18,9 +21,9 @@ Tape = list[tuple[slice, slice | Tensor, Bank]]  # which tokens of a call read w
 class State(Rows):
     """What a layer remembers of each row.
 
-    bank: what the next token reads. before: the bank without its latest block while that can be undone, else
-    the same bank. draft: the block that settles now. settled: [B, 3] int64, expert blocks kept, mixed and
-    reused in the blocks before it.
+    bank: what the next token reads. before: the bank without its latest block while that can be
+    undone, else the same bank. draft: the block that settles now. settled: [B, 3] int64, expert
+    blocks kept, mixed and reused in the blocks before it.
     """
 
     bank: Bank
@@ -32,8 +35,8 @@ class State(Rows):
 class LayerMemory:
     """The memory of one layer.
 
-    state: see there; replaced, never changed in place. ring: [B, R + 1, D], the latest raw activations, token
-    number t at t mod R; column R takes what is not real.
+    state: see there; replaced, never changed in place. ring: [B, R + 1, D], the latest raw
+    activations, token number t at t mod R; column R takes what is not real.
     """
 
     def __init__(self, rows: int, settings: MemorySettings, like: Tensor) -> None:
@@ -42,13 +45,16 @@ class LayerMemory:
         bank = Bank.empty(rows, settings, like)
         self.state = State(bank, bank, Draft.empty(bank), bank.hits.new_zeros(rows, 3))
         with torch.inference_mode(False):  # written in place, also by calls outside inference mode
-            self.ring = torch.zeros(rows, self.size + 1, like.shape[-1], dtype=like.dtype, device=like.device)
+            self.ring = torch.zeros(
+                rows, self.size + 1, like.shape[-1], dtype=like.dtype, device=like.device
+            )
             torch._dynamo.mark_static_address(self.ring)
 
     def step(self, h: Tensor, place: Tensor, real: Tensor | None, reads: bool) -> Tensor:
         """h' of one token a row, [B, 1, D]. Nothing here depends on values, so it can be compiled.
 
-        place: [B] int64, where in the ring. real: [B] bool; None: all rows have a token. reads: some bank is filled.
+        place: [B] int64, where in the ring. real: [B] bool; None: all rows have a token. reads:
+        some bank is filled.
         """
         fused = h
         if reads:
@@ -58,15 +64,23 @@ class LayerMemory:
         row, place = torch.arange(len(h), device=h.device), place.to(h.device)
         if real is not None:
             real = real.to(h.device)
-            fused, place = torch.where(real[:, None, None], fused, h), torch.where(real, place, self.size)
+            fused, place = (
+                torch.where(real[:, None, None], fused, h),
+                torch.where(real, place, self.size),
+            )
         self.ring.index_put_((row, place), h.detach()[:, 0])
         return fused
 
-    def call(self, h: Tensor, spans: list[Span], tape: Tape | None = None) -> Tensor:
-        """h' of a call of several columns, [B, L, D]; columns that are not tokens pass through untouched."""
+    def call(self, h: Tensor, spans: list[RowSpan], tape: Tape | None = None) -> Tensor:
+        """h' of a call of several columns, [B, L, D]; columns that are not tokens pass through
+        untouched.
+        """
         if not any(span.reads(self.settings.update_interval) for span in spans):
             out = h
-        elif h.requires_grad or sum(len(h[span.rows]) * span.length for span in spans) < h.shape[0] * h.shape[1]:
+        elif (
+            h.requires_grad
+            or sum(len(h[span.rows]) * span.length for span in spans) < h.shape[0] * h.shape[1]
+        ):
             out = h.clone()
         else:  # every column of every row will be written
             out = torch.empty_like(h)
@@ -74,7 +88,13 @@ class LayerMemory:
             self.follow(span, h, out, tape)
         return out
 
-    def follow(self, span: Span, h: Tensor | None = None, out: Tensor | None = None, tape: Tape | None = None) -> None:
+    def follow(
+        self,
+        span: RowSpan,
+        h: Tensor | None = None,
+        out: Tensor | None = None,
+        tape: Tape | None = None,
+    ) -> None:
         """Carry adjacent rows through their events, writing h' into `out`."""
         whole = span.rows == slice(0, len(self.ring))
         state = self.state if whole else self.state.narrow(span.rows)
@@ -91,17 +111,22 @@ class LayerMemory:
             self.state = walk.state if whole else self.state.put(span.rows, walk.state)
 
     @torch.no_grad()
-    def tally(self, rows: slice, at: Progress) -> list[dict]:
-        """Slots filled, expert blocks kept, mixed and reused, and hits per slot, of rows that stand alike.
+    def tally(self, rows: slice, at: Position) -> list[dict]:
+        """Slots filled, expert blocks kept, mixed and reused, and hits per slot, of rows that stand
+        alike.
 
-        Settled tokens are counted already; those in the ring are looked up again. Waits for the device.
+        Settled tokens are counted already; those in the ring are looked up again. Waits for the
+        device.
         """
         state, ring = self.state.narrow(rows), self.ring[rows]
         boundary = at.finished * self.settings.update_interval
         decisions, hits = state.settled + state.draft.decisions, state.bank.hits
         if at.settled >= boundary:
             hits = hits + state.draft.hits
-        parts = ((at.settled, min(boundary, at.seen), state.before), (max(boundary, at.settled), at.seen, state.bank))
+        parts = (
+            (at.settled, min(boundary, at.seen), state.before),
+            (max(boundary, at.settled), at.seen, state.bank),
+        )
         for first, stop, bank in parts:
             if first < stop:
                 h = ring[:, torch.arange(first, stop, device=ring.device) % self.size]
@@ -109,11 +134,16 @@ class LayerMemory:
                 decisions, hits = decisions + more, hits + more_hits if bank is state.bank else hits
         numbers = zip(state.bank.valid.sum(1).tolist(), decisions.tolist(), hits.tolist())
         names = ("kept", "mixed", "reused")
-        return [{"filled": filled, **dict(zip(names, made)), "hits": hit} for filled, made, hit in numbers]
+        return [
+            {"filled": filled, **dict(zip(names, made)), "hits": hit}
+            for filled, made, hit in numbers
+        ]
 
     def undo(self, rows: slice) -> None:
         """Go back to the bank before the latest block."""
-        self.state = replace(self.state, bank=self.state.bank.put(rows, self.state.before.narrow(rows)))
+        self.state = replace(
+            self.state, bank=self.state.bank.put(rows, self.state.before.narrow(rows))
+        )
 
     def settle_undo(self) -> None:
         """No row's latest block can be undone any more: let go of the bank before it."""
@@ -133,9 +163,9 @@ class LayerMemory:
 
 
 class _Walk:
-    """Adjacent rows of a layer on their way through the events of a call; `state` is theirs alone."""
+    """Adjacent rows of a layer on their way through a call's events; `state` is theirs alone."""
 
-    def __init__(self, memory: LayerMemory, state: State, span: Span, h: Tensor | None) -> None:
+    def __init__(self, memory: LayerMemory, state: State, span: RowSpan, h: Tensor | None) -> None:
         self.settings, self.size = memory.settings, memory.size
         self.ring = memory.ring[span.rows]
         self.state, self.span, self.h = state, span, h
@@ -144,7 +174,9 @@ class _Walk:
         self.found: tuple[int, Found, Bank] | None = None
 
     def read(self, event: Read, out: Tensor | None, tape: Tape | None) -> None:
-        """h' of tokens that read the same bank; before the first block is finished there is nothing to read."""
+        """h' of tokens that read the same bank; before the first block is finished there is nothing
+        to read.
+        """
         assert self.h is not None and out is not None
         bank, where = self.state.bank, self._columns(event.first, event.stop)
         if self.finished == 0:
@@ -152,7 +184,11 @@ class _Walk:
                 out[self.span.rows, where] = self.h[self.span.rows, where]
             return
         with torch.no_grad():
-            self.found = (event.first, find(self.h[self.span.rows, where], bank, self.settings), bank)
+            self.found = (
+                event.first,
+                find(self.h[self.span.rows, where], bank, self.settings),
+                bank,
+            )
         if tape is not None:
             tape.append((self.span.rows, where, bank))
         write_fused(out, self.h, self.span.rows, where, self.found[1], bank, self.settings)
@@ -205,7 +241,7 @@ class _Walk:
         return draft
 
     def _find(self, h: Tensor, first: int, bank: Bank) -> Found:
-        """What tokens of this call find; most of them have just been compared with the same bank."""
+        """What tokens of this call find; most have just been compared with the same bank."""
         if self.found is not None and self.found[2] is bank and self.found[0] <= first:
             start, found = first - self.found[0], self.found[1]
             if start + h.shape[1] <= found.best.shape[1]:
@@ -222,7 +258,13 @@ class _Walk:
 
 
 def write_fused(
-    out: Tensor, h: Tensor, rows: slice, columns: slice | Tensor, found: Found, bank: Bank, settings: MemorySettings
+    out: Tensor,
+    h: Tensor,
+    rows: slice,
+    columns: slice | Tensor,
+    found: Found,
+    bank: Bank,
+    settings: MemorySettings,
 ) -> None:
     """Put h' of some tokens of h into `out`, both [B, L, D]."""
     x = h[rows, columns]

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
-from .memory_bank import MemorySettings
 from .memory_cache import Call, MemoryEntry, find_entry, memory_entry, memory_summary
 from .memory_session import OFF, Replay, Session, current, replay, replay_checkpoints
+from .memory_settings import MemorySettings
 
 __all__ = ["PaceMixin", "memory_summary"]
 
@@ -32,7 +32,8 @@ _binding = threading.Lock()
 class StackMemory:
     """The memory of one decoder stack.
 
-    projection: the path of the FFN's output projection below the stack, `{}` standing for the layer.
+    projection: the path of the FFN's output projection below the stack, `{}` standing for the
+    layer.
     """
 
     stack: nn.Module
@@ -54,7 +55,8 @@ class StackMemory:
         return enabled and bool(self.settings.layers)
 
     @torch.compiler.disable(
-        reason="a compiled decode step takes the inputs that model.prepare_inputs_for_generation() makes; generate() does that"
+        reason="a compiled decode step takes the inputs that model.prepare_inputs_for_generation() "
+        "makes; generate() does that"
     )
     def announce(self, inputs: dict) -> MemoryEntry | None:
         """On the host, before a call: find or make its memory and do all that is due.
@@ -78,7 +80,9 @@ class StackMemory:
             self.settings = settings
 
     def _bind(self) -> None:
-        """Hook the projections; again where quantisers or adapters have put another module in place."""
+        """Hook the projections; again where quantisers or adapters have put another module in
+        place.
+        """
         for layer in self.settings.layers:
             module = self.stack.get_submodule(self.projection.format(layer))
             if layer in self.bound and self.bound[layer][0] is module:
@@ -88,7 +92,10 @@ class StackMemory:
                 if old is not None and old[0] is not module:
                     old[1].remove()
                 if old is None or old[0] is not module:
-                    self.bound[layer] = (module, module.register_forward_pre_hook(_Fuse(self, layer)))
+                    self.bound[layer] = (
+                        module,
+                        module.register_forward_pre_hook(_Fuse(self, layer)),
+                    )
 
     def _open(self, stack: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         kwargs = {**dict(zip(self.names, args)), **kwargs}
@@ -126,7 +133,9 @@ class StackMemory:
         if cache is None:
             return MemoryEntry(self.settings)
         if not isinstance(cache, Cache):
-            raise TypeError(f"past_key_values must be a transformers Cache, not {type(cache).__name__}")
+            raise TypeError(
+                f"past_key_values must be a transformers Cache, not {type(cache).__name__}"
+            )
         return memory_entry(cache, self.settings, config.num_hidden_layers)
 
 
@@ -143,12 +152,15 @@ class _Fuse:
             return None
         if session is None:
             raise RuntimeError(
-                f"layer {self.layer} of a PaceLLM ran outside its decoder stack, where it has no memory; call the model, or "
-                "switch the memory off with model.set_memory_enabled(False)"
+                f"layer {self.layer} of a PaceLLM ran outside its decoder stack, where it has no "
+                "memory; call the model, or switch the memory off with "
+                "model.set_memory_enabled(False)"
             )
         h, size = args[0], self.memory.intermediate_size
         if h.shape[-1] != size:
-            raise RuntimeError("the memory needs whole FFN activations: tensor parallelism is not supported")
+            raise RuntimeError(
+                "the memory needs whole FFN activations: tensor parallelism is not supported"
+            )
         assert session.call is not None
         tokens = h.reshape(session.call.rows, session.call.length, size)
         return (self._fuse(session, tokens).reshape(h.shape), *args[1:])
@@ -176,21 +188,33 @@ def _tokens(kwargs: dict) -> Tensor | None:
 def _real_columns(kwargs: dict, past: int, length: int) -> Tensor | None:
     """Which of the call's columns are tokens and not padding, [B, length] bool; None means all.
 
-    past: columns in the cache before this call; the mask begins with them, and may go on behind the call.
-    Raises ValueError where rows of the input hold several sequences, or the mask does not say.
+    past: columns in the cache before this call; the mask begins with them, and may go on behind the
+    call. Raises ValueError where rows of the input hold several sequences, or the mask does not
+    say.
     """
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     packed = kwargs.get("cu_seq_lens_q") is not None
     if mask is None and positions is not None and length > 1:
-        packed = packed or bool((positions.diff(dim=-1) != 1).any())  # transformers' own sign of packing
+        packed = packed or bool(
+            (positions.diff(dim=-1) != 1).any()
+        )  # transformers' own sign of packing
     if packed:
-        raise ValueError("packed inputs (several sequences in one row) are not supported by the memory; pad instead")
+        raise ValueError(
+            "packed inputs (several sequences in one row) are not supported by the memory; "
+            "pad instead"
+        )
     if isinstance(mask, dict) or (mask is not None and mask.dim() != 2):
         if length == 1:
             return None  # one column is never padding where a 4D mask was made for it
-        raise ValueError("the memory needs the 2D attention mask, which generate() and prepare_inputs_for_generation() take")
+        raise ValueError(
+            "the memory needs the 2D attention mask, which generate() and "
+            "prepare_inputs_for_generation() take"
+        )
     if mask is not None and mask.shape[1] < past + length:
-        raise ValueError(f"the attention mask has {mask.shape[1]} columns for {past} cached and {length} new ones")
+        raise ValueError(
+            f"the attention mask has {mask.shape[1]} columns for {past} cached and {length} new "
+            "ones"
+        )
     return None if mask is None else mask[:, past : past + length].bool()
 
 
@@ -203,17 +227,27 @@ class PaceMixin:
     def _attach_memory(self, stack: nn.Module, projection: str) -> None:
         pace = getattr(self.config, "pace", None) or {}
         settings = self._settings(pace)
-        self._stack_memory = StackMemory(stack, settings, projection, pace.get("intermediate_size", 0))
-        self.register_forward_pre_hook(_take_switch, with_kwargs=True, prepend=True)  # type: ignore[attr-defined]
-        self.register_forward_hook(_drop_switch, always_call=True)  # type: ignore[attr-defined]
+        self._stack_memory = StackMemory(
+            stack, settings, projection, pace.get("intermediate_size", 0)
+        )
+        model: Any = self  # the module that this class is mixed into
+        model.register_forward_pre_hook(_take_switch, with_kwargs=True, prepend=True)
+        model.register_forward_hook(_drop_switch, always_call=True)
 
     def _settings(self, pace: dict) -> MemorySettings:
         settings = MemorySettings.from_config(pace)
         if settings.layers and not pace.get("intermediate_size"):
-            raise ValueError("config.json: pace.intermediate_size is missing; convert the model again")
+            raise ValueError(
+                "config.json: pace.intermediate_size is missing; convert the model again"
+            )
         absent = [layer for layer in settings.layers if layer >= self.config.num_hidden_layers]
         if absent:
-            raise ValueError(f"config.json: pace.memory.layers has {absent[0]}, the model has no such layer")
+            raise ValueError(f"memory: layers has {absent[0]}, the model has no such layer")
+        if settings.layers and pace["intermediate_size"] % settings.experts:
+            raise ValueError(
+                f"memory: granularity expert needs experts of equal size, and {settings.experts} "
+                f"does not divide {pace['intermediate_size']}"
+            )
         return settings
 
     def prepare_inputs_for_generation(
@@ -227,7 +261,9 @@ class PaceMixin:
         memory_enabled=None,
         **kwargs,
     ):
-        """As in the base class; and announces the call to the memory, on the host and while the mask is still 2D."""
+        """As in the base class; and announces the call to the memory, on the host and while the
+        mask is still 2D.
+        """
         inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -241,8 +277,12 @@ class PaceMixin:
             inputs["memory_enabled"] = memory_enabled
         enabled = self.memory_enabled if memory_enabled is None else memory_enabled
         if enabled and self._stack_memory.settings.layers and isinstance(past_key_values, Cache):
-            generated = next_sequence_length == 1 and not is_first_iteration  # a token of the model's own, not padding
-            self._stack_memory.announce({**inputs, "attention_mask": None if generated else attention_mask})
+            generated = (
+                next_sequence_length == 1 and not is_first_iteration
+            )  # a token of the model's own, not padding
+            self._stack_memory.announce(
+                {**inputs, "attention_mask": None if generated else attention_mask}
+            )
         return inputs
 
     @property
@@ -251,21 +291,23 @@ class PaceMixin:
         return self._stack_memory.enabled
 
     def set_memory_enabled(self, enabled: bool) -> None:
-        """Switch the memory on or off, for this loaded model (config.json keeps its own setting)."""
+        """Switch the memory on or off, for this loaded model; config.json keeps its own setting."""
         self._stack_memory.enabled = enabled
 
     def set_memory(self, **parameters: object) -> None:
-        """Other parameters of the memory, named as in config.json's `pace.memory`, for sequences that begin from now on.
+        """Other parameters of the memory, named as in config.json's `pace.memory`, for sequences
+        that begin from now on.
 
-        Nothing is converted again. `save_pretrained` keeps them. Raises ValueError for what can't be.
+        Nothing is converted again. `save_pretrained` keeps them. Raises ValueError for what can't
+        be.
         """
         pace = self.config.pace or {}
         memory = {**(pace.get("memory") or {}), **parameters}
-        changed = {**pace, "memory": {**memory, "layers": list(memory.get("layers") or ())}}
-        self._stack_memory.configure(self._settings(changed))
-        self.config.pace = changed
+        settings = self._settings({**pace, "memory": memory})  # refuses before anything has changed
+        self._stack_memory.configure(settings)
+        self.config.pace = {**pace, "memory": {**memory, "layers": list(settings.layers)}}
         if "enabled" in parameters:
-            self.set_memory_enabled(bool(parameters["enabled"]))
+            self.set_memory_enabled(settings.enabled)
 
     @contextlib.contextmanager
     def memory_disabled(self) -> Iterator[None]:
@@ -282,8 +324,10 @@ class PaceMixin:
         return memory_summary(cache)
 
     def generate_batch(self, *args: object, **kwargs: object) -> None:
-        """Continuous batching keeps several sequences in one cache, where the memory can't follow."""
-        raise NotImplementedError("continuous batching is not supported by the memory; use generate()")
+        """Refused: with continuous batching one cache holds several sequences."""
+        raise NotImplementedError(
+            "continuous batching is not supported by the memory; use generate()"
+        )
 
 
 def _take_switch(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

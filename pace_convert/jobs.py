@@ -14,6 +14,7 @@ from typing import Protocol, TypeVar
 
 from .device import core_count
 from .errors import PaceError
+from .progress import hush_libraries
 
 
 class Runnable(Protocol):
@@ -54,6 +55,7 @@ def _begin_worker(threads: int) -> None:
     """A worker leaves Ctrl-C to its parent, and ends with it however that ends."""
     import torch
 
+    hush_libraries()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
     parent = multiprocessing.parent_process()

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from .device import NAMES
 from .errors import CallError
+from .modeling.memory_settings import Granularity, MemorySettings
 
 EXPERT_OPTIONS = ("experts", "cluster_method", "exact_restarts", "seed")
 Layer = Annotated[int, Field(ge=0)]
+
+
+def _memory(name: str, description: str) -> Any:
+    """A field with default and bounds of the memory's parameter of this name, as checkpoints themselves check it."""
+    parameter = MemorySettings.__dataclass_fields__[name]
+    bounds = parameter.metadata.get("bounds")
+    if bounds is None:
+        return Field(parameter.default, description=description)
+    finite = False if bounds.kind is float else None
+    return Field(parameter.default, ge=bounds.low, le=bounds.high, allow_inf_nan=finite, description=description)
 
 
 def _parse_layers(value: object) -> object:
@@ -46,19 +57,19 @@ class ConvertOptions(BaseModel):
     memory_layers: Annotated[Literal["auto", "none"] | tuple[Layer, ...], BeforeValidator(_parse_layers)] = Field(
         "auto", description="Layers with memory, 0-based: auto, none or a list like 12,26."
     )
-    slots: int = Field(100, ge=1, description="Slots of the bank, M.")
-    theta_high: float = Field(0.75, ge=-1, le=1, description="Reuse above this cosine similarity.")
-    theta_low: float = Field(0.25, ge=-1, le=1, description="Leave the token alone up to this cosine similarity.")
-    top_k: int = Field(5, ge=1, description="Most similar slots that are fused, k.")
-    bottom_k: int = Field(2, ge=0, description="Least similar slots that are added as noise, k'.")
-    fusion_weight: float = Field(0.2, ge=0, le=1, description="Share of what was retrieved in the fused activation, lambda.")
-    reuse_weight: float = Field(1.0, allow_inf_nan=False, description="Weight of the similar slots when reusing.")
-    mix_weight: float = Field(0.5, allow_inf_nan=False, description="Weight of the similar slots when mixing.")
-    noise_weight: float = Field(0.1, allow_inf_nan=False, description="Weight of the dissimilar slots.")
-    momentum: float = Field(0.5, ge=0, le=1, description="Share of the old slot when it merges with new tokens.")
-    update_interval: int = Field(1024, ge=1, description="Tokens per block, U; the bank is updated after each block.")
-    granularity: Literal["token", "expert"] = Field(
-        "token", description="Compare and fuse whole activations, or each expert's block of them on its own."
+    slots: int = _memory("slots", "Slots of the bank, M.")
+    theta_high: float = _memory("theta_high", "Reuse above this cosine similarity.")
+    theta_low: float = _memory("theta_low", "Leave the token alone up to this cosine similarity.")
+    top_k: int = _memory("top_k", "Most similar slots that are fused, k.")
+    bottom_k: int = _memory("bottom_k", "Least similar slots that are added as noise, k'.")
+    fusion_weight: float = _memory("fusion_weight", "Share of what was retrieved in the fused activation, lambda.")
+    reuse_weight: float = _memory("reuse_weight", "Weight of the similar slots when reusing.")
+    mix_weight: float = _memory("mix_weight", "Weight of the similar slots when mixing.")
+    noise_weight: float = _memory("noise_weight", "Weight of the dissimilar slots.")
+    momentum: float = _memory("momentum", "Share of the old slot when it merges with new tokens.")
+    update_interval: int = _memory("update_interval", "Tokens per block, U; the bank is updated after each block.")
+    granularity: Granularity = _memory(
+        "granularity", "Compare and fuse whole activations, or each expert's block of them on its own."
     )
     no_memory: bool = Field(False, description="Only cluster the weights; keep the original architecture.")
 

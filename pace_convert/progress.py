@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,15 @@ from contextlib import contextmanager
 from tqdm import tqdm
 
 LINE_SECONDS = 10.0  # between two lines where there is no terminal
+# What transformers imports beside a model, where it is installed, warns of kernels for GPUs that are not there and of
+# torch's plans. A user can do nothing about either; errors are shown.
+CHATTY = ("torchao", "torch.utils._pytree")
+
+
+def hush_libraries() -> None:
+    """Keep the warnings of CHATTY libraries off the screen; their errors stay."""
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 class Progress:

@@ -12,10 +12,10 @@ from ..checkpoint.tokenizer import named_tokenizer_config
 from ..converted.card import model_card
 from ..converted.format import CARD, KEPT, PERMUTATION, converted_config, modeling_files, to_json
 from ..device import resolve_device
+from ..journal import Journal, fingerprint
 from ..options import ConvertOptions, RunOptions
 from ..progress import Progress
 from .executors import check_executor, run_tasks
-from .journal import Journal, fingerprint
 from .output import OutputFolder, explained
 from .places import MOVE, SEAL, UNFINISHED, check_free, check_names_free, check_places, check_room, is_unfinished, read_seal
 from .plan import Plan, make_plan

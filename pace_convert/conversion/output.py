@@ -24,8 +24,8 @@ from ..checkpoint.files import check_file, is_inside
 from ..checkpoint.shards import TensorInfo
 from ..converted.format import PERMUTATION
 from ..errors import CallError, DamagedSourceError, PaceError, Stopped
-from .journal import NAME as JOURNAL
-from .journal import read_journal
+from ..journal import NAME as JOURNAL
+from ..journal import read_journal
 from .places import LOCK, MOVE, SEAL, UNFINISHED, check_free, in_use, is_unfinished, written_before
 
 AGAIN = "give --overwrite without --resume to start again"

@@ -15,8 +15,8 @@ from ..checkpoint.files import check_names, is_inside
 from ..converted.card import is_untouched
 from ..converted.format import CARD, KEPT, PERMUTATION, shipped_names
 from ..errors import CallError
-from .journal import NAME as JOURNAL
-from .journal import PART, read_journal
+from ..journal import NAME as JOURNAL
+from ..journal import PART, read_journal
 
 UNFINISHED = ".pace-unfinished"  # in OUT: where everything is made before it is moved up
 SEAL = ".pace-conversion.json"  # in OUT: what was converted and how, and every file's size; not part of the model

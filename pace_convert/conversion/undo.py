@@ -17,12 +17,12 @@ from ..checkpoint.shards import BLOCK_BYTES
 from ..converted.format import PERMUTATION
 from ..converted.opened import Converted
 from ..errors import CallError, DamagedSourceError
+from ..journal import NAME as JOURNAL
+from ..journal import Journal, read_journal
 from ..options import RunOptions
 from ..progress import Progress
 from .convert import carry_out
 from .estimate import PROCESS_BYTES, jobs_that_fit
-from .journal import NAME as JOURNAL
-from .journal import Journal, read_journal
 from .output import OutputFolder, explained
 from .places import MOVE, UNFINISHED, check_places, check_room, files_in, is_unfinished, written_files
 from .tasks import restore_tasks

@@ -16,9 +16,9 @@ from typing import Protocol
 from filelock import FileLock, Timeout
 
 from .. import __version__
-from ..conversion.journal import NAME, PART, Journal
 from ..errors import CallError
 from ..jobs import run_here
+from ..journal import NAME, PART, Journal
 from ..progress import Progress
 from .intervals import Estimate, difference, estimate
 from .reader import Reader

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..errors import CallError
-from ..modeling.memory_bank import MemorySettings
+from ..modeling.memory_settings import MemorySettings
 from ..options import EXPERT_OPTIONS, ConvertOptions
 from .intervals import Estimate, difference
 from .runner import Results

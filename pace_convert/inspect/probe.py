@@ -15,7 +15,7 @@ from ..converted.load import edited_code, refuse_edited
 from ..converted.opened import Converted
 from ..device import load_dtype
 from ..errors import PaceError
-from ..modeling.memory_bank import MemorySettings
+from ..modeling.memory_settings import MemorySettings
 from ..progress import Progress
 from .reading import Text
 from .trace import MemoryTrace

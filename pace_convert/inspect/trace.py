@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..modeling.memory_bank import KEEP, MIX, REUSE, Bank, MemorySettings, find
+from ..modeling.memory_bank import KEEP, MIX, REUSE, Bank, find
 from ..modeling.memory_draft import Draft, absorb
+from ..modeling.memory_settings import MemorySettings
 
 
 class MemoryTrace:

@@ -29,8 +29,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 from pace_convert.evaluation.cost.curves import machine
 from pace_convert.evaluation.cost.shapes import SHAPES, random_model
 from pace_convert.evaluation.cost.walk import peak, tensor_bytes
-from pace_convert.modeling.memory_bank import MemorySettings
 from pace_convert.modeling.memory_cache import MemoryEntry
+from pace_convert.modeling.memory_settings import MemorySettings
 
 MODELS = ("Qwen2-7B", "Qwen2-1.5B", "Qwen2-0.5B")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from study_forward import Reference, Trunk, pick
 from torch import Tensor
 
-from modeling.memory_bank import Bank, Found, MemorySettings, find, fuse
+from modeling.memory_bank import Bank, Found, find, fuse
 from modeling.memory_draft import Draft, absorb, finish
+from modeling.memory_settings import MemorySettings
 
 EMBEDDING = -1  # as Trial.key: what enters the first layer
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from study_memory import EMBEDDING, Trial
 
-from modeling.memory_bank import MemorySettings
+from modeling.memory_settings import MemorySettings
 
 LAYERS = 4
 AUTO = (1, 2)  # what --memory-layers auto takes of four layers

@@ -11,7 +11,7 @@ from torch import Tensor
 from train_reference import encode
 from transformers import Qwen2ForCausalLM
 
-from modeling.memory_bank import MemorySettings
+from modeling.memory_settings import MemorySettings
 from pace_convert.reference import reference_model
 
 LOOK_UP_LAYER, LOOK_UP_HEAD, CAP, NEAR = 2, 0, 800, 600

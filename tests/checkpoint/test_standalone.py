@@ -12,11 +12,12 @@ from pace_convert.conversion.places import SEAL
 
 SHIPPED = [
     "memory_bank.py",
-    "memory_blocks.py",
+    "memory_clock.py",
     "memory_cache.py",
     "memory_draft.py",
     "memory_layer.py",
     "memory_session.py",
+    "memory_settings.py",
     "modeling_pace.py",
     "pace_memory.py",
 ]

@@ -18,9 +18,9 @@ from pace_convert.checkpoint import shards
 from pace_convert.checkpoint.checkpoint import open_source
 from pace_convert.conversion import tasks
 from pace_convert.conversion.convert import prepare
-from pace_convert.conversion.journal import Journal
 from pace_convert.errors import CallError
 from pace_convert.evaluation.cost.shapes import SHAPES
+from pace_convert.journal import Journal
 from pace_convert.options import ConvertOptions, RunOptions
 
 ranges = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)).map(sorted).map(tuple), max_size=6)

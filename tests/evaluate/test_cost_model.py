@@ -9,9 +9,9 @@ from transformers import DynamicCache
 from pace_convert.evaluation.cost.counted import Dimensions, MemoryCost, Work, base_call, calls_of, prefill, whole
 from pace_convert.evaluation.cost.shapes import Shape, random_model
 from pace_convert.evaluation.cost.walk import tensor_bytes
-from pace_convert.modeling.memory_bank import MemorySettings
-from pace_convert.modeling.memory_blocks import Progress
 from pace_convert.modeling.memory_cache import MemoryEntry
+from pace_convert.modeling.memory_clock import Position
+from pace_convert.modeling.memory_settings import MemorySettings
 
 NEURONS = 24
 CALLS = st.lists(st.integers(1, 40), min_size=1, max_size=6)
@@ -42,7 +42,7 @@ def run(memory, lengths, dtype):
 
 def counted(cost, lengths):
     """The same on paper."""
-    at, total = Progress(), Work()
+    at, total = Position(), Work()
     for length in lengths:
         parts, at = cost.step(at) if length == 1 else cost.call(at, length)
         total += whole(parts)

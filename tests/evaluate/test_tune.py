@@ -23,7 +23,7 @@ from pace_convert.evaluation.subjects import Subject, load
 from pace_convert.evaluation.tune.data import LIKELIHOOD, Asked, read_data
 from pace_convert.evaluation.tune.search import PARTS, Space, best, repair, search
 from pace_convert.evaluation.tune.similarity import LEVELS, Layer, similarities
-from pace_convert.modeling.memory_bank import MemorySettings
+from pace_convert.modeling.memory_settings import MemorySettings
 from pace_convert.options import ConvertOptions
 from pace_convert.progress import Progress
 from pace_convert.reference import reference_model

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from slow_memory import SlowMemory
 
-from modeling.memory_bank import MemorySettings
-from modeling.memory_blocks import Rhythm
 from modeling.memory_cache import MemoryEntry
+from modeling.memory_clock import Rhythm
+from modeling.memory_settings import MemorySettings
 
 D = 6
 

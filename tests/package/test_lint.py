@@ -8,7 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 IMPORTS = """
-from pace_convert.modeling.memory_bank import Bank, MemorySettings
+from pace_convert.modeling.memory_bank import Bank
+from pace_convert.modeling.memory_settings import MemorySettings
 from pace_convert.options import ConvertOptions
 """
 

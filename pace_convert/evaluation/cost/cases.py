@@ -15,8 +15,8 @@ from ...converted.load import edited_code, refuse_edited
 from ...converted.opened import open_converted
 from ...device import free_memory, is_widened, resolve_device
 from ...errors import CallError
-from ...modeling.memory_bank import MemorySettings
-from ...modeling.memory_blocks import BATCH
+from ...modeling.memory_clock import BATCH
+from ...modeling.memory_settings import MemorySettings
 from ...units import size, tokens_text
 from .counted import Dimensions, MemoryCost
 from .shapes import SHAPES

@@ -2,7 +2,7 @@
 
 Counted is what transformers' classes and `modeling/` do, for one sequence: FLOPs of matrix products (2 for a
 multiply-add), FLOPs of everything else, and bytes that tensors are read and written with, each operation
-by itself. The memory's events come from its own clock (`memory_blocks.Rhythm`), so what is compared twice
+by itself. The memory's events come from its own clock (`memory_clock.Rhythm`), so what is compared twice
 is counted twice.
 
 H hidden size, D neurons, M slots, E experts compared separately (1 with granularity "token"), n tokens of a
@@ -15,8 +15,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from ...modeling.memory_bank import MemorySettings
-from ...modeling.memory_blocks import Finish, Progress, Read, Rhythm, Settle
+from ...modeling.memory_clock import Finish, Position, Read, Rhythm, Settle
+from ...modeling.memory_settings import MemorySettings
 
 Calls = list[tuple[int, int]]  # tokens before a call, and in it
 
@@ -174,7 +174,7 @@ class MemoryCost:
         """n activations written where they are kept."""
         return Work(0, 0, 2 * n * self.neurons * self.itemsize)
 
-    def call(self, at: Progress, tokens: int) -> tuple[dict[str, Work], Progress]:
+    def call(self, at: Position, tokens: int) -> tuple[dict[str, Work], Position]:
         """A call of several tokens, by what is done, and where the row stands after it."""
         events, after = Rhythm.of(self.settings.update_interval).call(at, tokens)
         done = self._events(list(events), at.seen)
@@ -183,7 +183,7 @@ class MemoryCost:
 
     def prefill(self, calls: Calls) -> dict[str, Work]:
         """A prompt in these calls."""
-        parts, at = [], Progress()
+        parts, at = [], Position()
         for _, tokens in calls:
             if tokens == 1:
                 step, at = self.step(at)
@@ -192,7 +192,7 @@ class MemoryCost:
             parts += list(step.items())
         return _total(parts)
 
-    def step(self, at: Progress) -> tuple[dict[str, Work], Progress]:
+    def step(self, at: Position) -> tuple[dict[str, Work], Position]:
         """One token, and what is due before it."""
         events, at = Rhythm.of(self.settings.update_interval).due(at)
         done = self._events(events, at.seen)
@@ -203,7 +203,7 @@ class MemoryCost:
     def decode(self, context: int) -> dict[str, Work]:
         """A token after `context` tokens, on the average of the U tokens from there on."""
         interval = self.settings.update_interval
-        _, at = Rhythm.of(interval).call(Progress(), context)
+        _, at = Rhythm.of(interval).call(Position(), context)
         parts: list[tuple[str, Work]] = []
         for _ in range(interval):
             step, at = self.step(at)
@@ -226,7 +226,7 @@ class MemoryCost:
 
     def state_after(self, calls: Calls) -> int:
         """Bytes of the layer's state after a prompt in these calls."""
-        rhythm, at = Rhythm.of(self.settings.update_interval), Progress()
+        rhythm, at = Rhythm.of(self.settings.update_interval), Position()
         for _, tokens in calls:
             _, at = rhythm.call(at, tokens)
         return self.state_bytes(undoable=at.settled < at.finished * rhythm.interval)

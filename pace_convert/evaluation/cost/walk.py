@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from ...errors import PaceError
-from ...modeling.memory_bank import MemorySettings
-from ...modeling.memory_blocks import Rhythm
+from ...modeling.memory_clock import Rhythm
+from ...modeling.memory_settings import MemorySettings
 from ..subjects import Subject, load
 from .counted import calls_of
 from .shapes import SHAPES, Shape, random_model

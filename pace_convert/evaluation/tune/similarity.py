@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ...converted.opened import Converted
 from ...inspect.probe import listening
-from ...modeling.memory_bank import Bank, MemorySettings, find
+from ...modeling.memory_bank import Bank, find
 from ...modeling.memory_draft import Draft, absorb, finish
+from ...modeling.memory_settings import MemorySettings
 from ..reader import Reader
 from .data import Item
 

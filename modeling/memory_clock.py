@@ -1,11 +1,13 @@
 """When a row's memory does what: blocks, and the window in which tokens can be taken back.
 
-Blocks of U tokens are counted in each row's own real tokens, so a result can't depend on padding, on the
-rest of the batch, or on how a sequence was split over calls. The host alone keeps this time, in plain
-numbers; a decode step reads nothing back from the device.
+Token number t of a row is in block t // U, U = update_interval, and reads the bank as it stands
+after block t // U - 1. Blocks are counted in each row's own real tokens, so a result can't depend
+on padding, on the rest of the batch, or on how a sequence was split over calls. The host alone
+keeps this time, in plain numbers; a decode step reads nothing back from the device.
 
-The latest tokens of a row lie raw in a ring. A token *settles* into the draft of its block when the ring
-overflows, so at least the latest `window` tokens can be taken back, over the end of a block too.
+The latest tokens of a row lie raw in a ring. A token *settles* into the draft of its block when the
+ring overflows, so at least the latest `window` tokens can be taken back, over the end of a block
+too.
 """
 
 from __future__ import annotations
@@ -20,8 +22,10 @@ WINDOW, BATCH = 48, 48  # tokens that can be taken back, and that settle togethe
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Where a row stands. seen: its tokens so far; settled: of these, in the draft or the bank; finished: blocks."""
+class Position:
+    """Where a row stands. seen: its tokens so far; settled: of these, in the draft or the bank;
+    finished: blocks.
+    """
 
     seen: int = 0
     settled: int = 0
@@ -38,7 +42,9 @@ class Read:
 
 @dataclass(frozen=True)
 class Settle:
-    """Tokens first to stop of one block go into its draft. closes: with them a finished block is settled whole."""
+    """Tokens first to stop of one block go into its draft. closes: with them a finished block is
+    settled whole.
+    """
 
     first: int
     stop: int
@@ -59,7 +65,7 @@ Event = Read | Settle | Finish
 
 
 @dataclass(frozen=True)
-class Span:
+class RowSpan:
     """Adjacent rows that stand alike, and their tokens in a call.
 
     columns: where the tokens are in the call; a tensor [length] int64 where they are not adjacent.
@@ -68,7 +74,7 @@ class Span:
     rows: slice
     columns: slice | Tensor
     length: int
-    start: Progress
+    start: Position
     events: tuple[Event, ...]
 
     def reads(self, interval: int) -> bool:
@@ -89,7 +95,7 @@ class Rhythm:
         window = min(WINDOW, interval // 2)
         return cls(interval, window, window + min(BATCH, interval - window))
 
-    def due(self, at: Progress) -> tuple[list[Event], Progress]:
+    def due(self, at: Position) -> tuple[list[Event], Position]:
         """What has to happen before the row's next token."""
         events: list[Event] = []
         if at.seen == (at.finished + 1) * self.interval:
@@ -100,8 +106,11 @@ class Rhythm:
             events += more
         return events, at
 
-    def call(self, at: Progress, length: int) -> tuple[list[Event], Progress]:
-        """What happens in a call of `length` tokens; what is left in the ring goes on from there."""
+    def call(self, at: Position, length: int) -> tuple[list[Event], Position]:
+        """What happens in a call of `length` tokens, and where the row stands after it.
+
+        Tokens that have not settled stay in the ring.
+        """
         events: list[Event] = []
         total = at.seen + length
         while at.seen < total:
@@ -118,12 +127,14 @@ class Rhythm:
                 events += more
         return events, at
 
-    def _settle(self, at: Progress, until: int) -> tuple[list[Event], Progress]:
+    def _settle(self, at: Position, until: int) -> tuple[list[Event], Position]:
         events: list[Event] = []
         while at.settled < until:
             block = at.settled // self.interval
             stop = min(until, (block + 1) * self.interval)
-            events.append(Settle(at.settled, stop, block, closes=stop == at.finished * self.interval))
+            events.append(
+                Settle(at.settled, stop, block, closes=stop == at.finished * self.interval)
+            )
             at = replace(at, settled=stop)
         return events, at
 
@@ -131,22 +142,22 @@ class Rhythm:
 class Clock:
     """Counts each row's real tokens.
 
-    rows: where each row stands. seen: [B] int64, the same count on the device. `recent` remembers which of
-    the latest columns were real, call by call: (length, [B, length] bool or None for all), so that they can
-    be taken back. `unread` are masks of single columns that are only on the device; they are read before
-    anything can be due, not at each step.
+    rows: where each row stands. seen: [B] int64, the same count on the device. `recent` remembers
+    which of the latest columns were real, call by call: (length, [B, length] bool or None for all),
+    so that they can be taken back. `unread` are masks of single columns that are only on the
+    device; they are read before anything can be due, not at each step.
     """
 
     def __init__(self, rows: int, interval: int, device: torch.device) -> None:
         self.rhythm = Rhythm.of(interval)
-        self.rows = [Progress()] * rows
+        self.rows = [Position()] * rows
         self.recent: list[tuple[int, Tensor | None]] = []
         self.unread: list[Tensor] = []
         with torch.inference_mode(False):  # changed in place, also by calls outside inference mode
             self.seen = torch.zeros(rows, dtype=torch.int64, device=device)
             torch._dynamo.mark_static_address(self.seen)
 
-    def before_step(self) -> list[Span]:
+    def before_step(self) -> list[RowSpan]:
         """What is due before one more token of each row."""
         if self.unread and self._distance() <= len(self.unread):
             self.read()
@@ -157,26 +168,37 @@ class Clock:
             events, at = self.rhythm.due(self.rows[first])
             rows += [at] * (stop - first)
             if events:
-                spans.append(Span(slice(first, stop), slice(0, 0), 0, self.rows[first], tuple(events)))
+                spans.append(
+                    RowSpan(slice(first, stop), slice(0, 0), 0, self.rows[first], tuple(events))
+                )
         self.rows = rows
         return spans
 
-    def before_call(self, length: int, real: Tensor | None) -> tuple[list[Span], list[int]]:
-        """The spans of a call of several columns, and each row's tokens. real: [B, length] bool, None for all."""
+    def before_call(self, length: int, real: Tensor | None) -> tuple[list[RowSpan], list[int]]:
+        """The spans of a call of several columns, and each row's tokens. real: [B, length] bool,
+        None for all.
+        """
         self.read()
-        columns = [slice(0, length)] * len(self.rows) if real is None else [_columns(row) for row in real.cpu()]
+        columns = (
+            [slice(0, length)] * len(self.rows)
+            if real is None
+            else [_columns(row) for row in real.cpu()]
+        )
         counts = [length] * len(self.rows) if real is None else real.sum(1).tolist()
         spans = []
         for first, stop in self._runs(list(zip(self.rows, [str(c) for c in columns]))):
             start, count = self.rows[first], counts[first]
             events, _ = self.rhythm.call(start, count)
             if count:
-                spans.append(Span(slice(first, stop), columns[first], count, start, tuple(events)))
+                spans.append(
+                    RowSpan(slice(first, stop), columns[first], count, start, tuple(events))
+                )
         return spans, counts
 
     def count(self, length: int, real: Tensor | None, counts: list[int] | None) -> None:
-        """A call is over. real: [B, length] bool; None: all columns were tokens. counts: as `before_call` gave them;
-        None for a step."""
+        """A call is over. real: [B, length] bool; None: all columns were tokens. counts: as
+        `before_call` gave them; None for a step.
+        """
         if counts is not None:
             self.rows = [self.rhythm.call(at, n)[1] for at, n in zip(self.rows, counts)]
         elif real is not None and real.device.type != "cpu":
@@ -192,8 +214,10 @@ class Clock:
             self.unread = []
             self._step(counts)
 
-    def take_back(self, columns: int) -> list[Span]:
-        """Forget the latest `columns`; spans whose last block is to be undone. Raises ValueError if it is too late."""
+    def take_back(self, columns: int) -> list[RowSpan]:
+        """Forget the latest `columns`; spans whose last block is to be undone. Raises ValueError if
+        it is too late.
+        """
         self.read()
         removed, left, recent = torch.zeros_like(self.seen), columns, list(self.recent)
         while left and recent:
@@ -206,12 +230,15 @@ class Clock:
         rows = [replace(at, seen=at.seen - n) for at, n in zip(self.rows, removed.tolist())]
         if left or any(at.seen < at.settled for at in rows):
             raise ValueError(
-                f"can't take back {columns} tokens: the memory can undo the latest {self.rhythm.window} only; keep a "
-                "copy.deepcopy of the cache at the place to return to"
+                f"can't take back {columns} tokens: the memory can undo the latest "
+                f"{self.rhythm.window} only; keep a copy.deepcopy of the cache at the place to "
+                "return to"
             )
         undone = [at.seen < at.finished * self.rhythm.interval for at in rows]
         spans = [
-            Span(slice(first, stop), slice(0, 0), 0, rows[first], ()) for first, stop in self._runs(undone) if undone[first]
+            RowSpan(slice(first, stop), slice(0, 0), 0, rows[first], ())
+            for first, stop in self._runs(undone)
+            if undone[first]
         ]
         self.rows = [replace(at, finished=at.finished - back) for at, back in zip(rows, undone)]
         self.seen.sub_(removed)
@@ -229,9 +256,11 @@ class Clock:
             here = index.to(self.seen.device).clone()
             self.seen = self.seen.index_select(0, here)
             torch._dynamo.mark_static_address(self.seen)
-        self.recent = [(n, None if real is None else real.index_select(0, here)) for n, real in self.recent]
+        self.recent = [
+            (n, None if real is None else real.index_select(0, here)) for n, real in self.recent
+        ]
 
-    def alike(self) -> list[tuple[slice, Progress]]:
+    def alike(self) -> list[tuple[slice, Position]]:
         """Runs of adjacent rows that stand alike."""
         return [(slice(first, stop), self.rows[first]) for first, stop in self._runs(self.rows)]
 
@@ -248,7 +277,9 @@ class Clock:
     def _distance(self) -> int:
         """Tokens until something is due in some row, if nothing is unread."""
         u, ring = self.rhythm.interval, self.rhythm.ring
-        return min(min((at.finished + 1) * u - at.seen, ring - at.seen + at.settled) for at in self.rows)
+        return min(
+            min((at.finished + 1) * u - at.seen, ring - at.seen + at.settled) for at in self.rows
+        )
 
     def _step(self, counts: list[int]) -> None:
         """Tokens of steps before which nothing was due."""
