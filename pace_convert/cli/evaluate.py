@@ -163,8 +163,9 @@ def run(test: Evaluation, subjects: list[Subject], folder: Path, device: str, jo
 
 def finish(results: Results, folder: Path, as_json: bool, more: dict[str, Any] | None = None) -> None:
     """Write results.json, print the table or the JSON."""
-    from ..evaluation.runner import RESULTS, write_json
+    from ..evaluation.runner import RESULTS
     from ..evaluation.tables import print_results
+    from ..writing import write_json
 
     facts = {**results.as_dict(), **(more or {})}
     write_json(folder / RESULTS, facts)
@@ -216,7 +217,7 @@ def cost(
     from ..evaluation.cost.plot import plot_cost
     from ..evaluation.cost.tables import print_cost
     from ..evaluation.grid import KILO, parse_grid
-    from ..evaluation.runner import write_json
+    from ..writing import write_json
 
     if threads:
         import torch

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +25,7 @@ from ..converted.format import PERMUTATION
 from ..errors import CallError, DamagedSourceError, PaceError, Stopped
 from ..journal import NAME as JOURNAL
 from ..journal import read_journal
+from ..writing import flush
 from .places import LOCK, MOVE, SEAL, UNFINISHED, check_free, in_use, is_unfinished, written_before
 
 AGAIN = "give --overwrite without --resume to start again"
@@ -123,8 +123,7 @@ class OutputFolder:
         path = self.staging / name
         path.parent.mkdir(parents=True, exist_ok=True)
         make(path)
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
+        flush(path)
 
     def _finish_earlier(self) -> None:
         """Let a conversion that was killed while it moved its files be whole before another one takes its place."""

@@ -20,6 +20,7 @@ import numpy as np
 from ..checkpoint.shards import TensorInfo, copy_range, first_bad_row, read, reordered, row_blocks, write
 from ..errors import DamagedSourceError, PaceError
 from ..experts.permute import canonical_permutation, invert, repeat
+from ..writing import flush
 
 if TYPE_CHECKING:
     import torch
@@ -59,11 +60,6 @@ class Shard:
     def is_there(self) -> bool:
         """Whether the target is, with its size."""
         return self.target.is_file() and self.target.stat().st_size == self.nbytes
-
-    def flush(self) -> None:
-        """Wait until what was written is on the disk."""
-        with self.target.open("r+b") as file:
-            os.fsync(file.fileno())
 
 
 @dataclass(frozen=True)
@@ -275,7 +271,7 @@ def _at_rest(shards: set[Shard]) -> Iterator[None]:
         shard.prepare()
     yield
     for shard in shards:
-        shard.flush()
+        flush(shard.target)
         shard.check()
 
 

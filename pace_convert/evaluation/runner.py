@@ -140,13 +140,6 @@ def evaluate(
     return Results(evaluation, list(subjects), records)
 
 
-def write_json(path: Path, value: object) -> None:
-    """Whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1) + "\n")
-    part.replace(path)
-
-
 @contextmanager
 def _journal(out: Path, evaluation: Evaluation) -> Iterator[Journal]:
     """`out`'s journal, begun or taken up, locked while it is in use."""

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from ..converted.opened import Converted
 from ..progress import Progress
+from ..writing import write_whole
 from .describe import describe
-from .page import check_page, render, write
+from .page import check_page, render
 from .reading import read_text, tokenise
 
 
@@ -34,5 +35,5 @@ def inspect(
         measured = measure(converted, progress)
     facts = describe(converted, measured, probed)
     if page is not None:
-        write(page, render(converted, facts))
+        write_whole(page, render(converted, facts))
     return facts

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ...units import tokens_text
+from ...writing import write_whole
 from ..runner import Results
 from .needle import measurable_context
 
@@ -45,7 +46,7 @@ def plot_needle(results: Results, threshold: float, path: Path) -> None:
     figure.colorbar(score, ax=axes[0], label=results.evaluation.metric, format=lambda x, _: f"{x:.0%}")
     if each == 2:
         figure.colorbar(delta, ax=axes[1], label="difference", format=lambda x, _: f"{x:+.0%}")
-    figure.savefig(path, dpi=110, format="png")
+    write_whole(path, lambda part: figure.savefig(part, dpi=110, format="png"))
     plt.close(figure)
 
 

@@ -27,9 +27,10 @@ from ...converted.retune import check_writable, write_memory
 from ...converted.tuned import Difference, Tuned
 from ...errors import CallError
 from ...progress import Progress
+from ...writing import write_json
 from ..intervals import difference
 from ..reader import Reader
-from ..runner import LOCK, RESULTS, write_json
+from ..runner import LOCK, RESULTS
 from ..subjects import Subject, load
 from .data import Asked, Data, check_data, read_data
 from .report import plot_statistics, words_of
