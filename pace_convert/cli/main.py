@@ -191,7 +191,14 @@ def inspect(
     from ..converted.opened import open_converted
     from ..inspect import inspect as job
 
-    facts = job.inspect(open_converted(out), Progress(quiet), quality, probe, html, trust_remote_code)
+    facts = job.inspect(
+        open_converted(out),
+        Progress(quiet),
+        quality=quality,
+        text=probe,
+        page=html,
+        trust_remote_code=trust_remote_code,
+    )
     click.echo(as_json_text(facts) if as_json else text.facts_text(facts))
     if html and not as_json:
         click.echo(f"Wrote {html}: {size(html.stat().st_size)}, opens in any browser.")
@@ -231,7 +238,7 @@ def verify(
         click.echo(as_json_text(whole.as_dict()) if as_json else text.integrity_text(whole))
         sys.exit(0 if whole.passed else 1)
     opened = open_source(source, revision, token, cache_dir)
-    result = job.verify(converted, opened, Progress(quiet), logits=not no_logits, trust=trust_remote_code)
+    result = job.verify(converted, opened, Progress(quiet), logits=not no_logits, trust_remote_code=trust_remote_code)
     click.echo(as_json_text(result.as_dict()) if as_json else text.verification_text(result, hashes))
     if not result.passed:
         sys.exit(1)

@@ -30,7 +30,7 @@ class Converted:
     layers: list[tuple[np.ndarray, np.ndarray]]
 
     @property
-    def remote(self) -> bool:
+    def needs_code(self) -> bool:
         """Whether it brings modeling files of its own; one without memory is of transformers' classes."""
         return self.files.config["model_type"].startswith("pace_")
 

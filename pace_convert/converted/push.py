@@ -115,7 +115,7 @@ def push(converted: Converted, target: Target, verification: Verification | None
     if card is not None:
         check_card(target, card)
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file() and not _hidden(path.relative_to(folder))]
-    needs_code = converted.remote
+    needs_code = converted.needs_code
     progress.let_hub_talk()
     progress.say(f"uploading {len(sizes)} files, {sum(sizes) / 1e6:.2f} MB, to {target.repo_id}")
     with hub_errors(target.repo_id, WRITING):

@@ -96,7 +96,7 @@ def chosen_cases(model: str | None, shapes: Sequence[str], device: str, trust: b
 def _folder_case(model: str, device: str, trust: bool) -> Case:
     opened = open_converted(Path(model))
     refuse_edited(edited_code(opened), trust)
-    if not opened.remote or not opened.pace["memory"]["enabled"]:
+    if not opened.needs_code or not opened.pace["memory"]["enabled"]:
         raise CallError(f"{model} has no memory, which is what costs", "convert it again without --no-memory")
     files, family = opened.files, opened.family
     config = CONFIG_MAPPING[family.model_type].from_dict(dict(files.config))

@@ -177,7 +177,7 @@ class Wanted:
     def load(self) -> Any:
         """The model. Raises PaceError where a folder does not load."""
         if not self.shape:
-            return load(Subject(self.folder, trust=self.trust), self.device).model
+            return load(Subject(self.folder, trust_remote_code=self.trust), self.device).model
         return self._random(SHAPES[self.shape])
 
     def small(self) -> Any | None:

@@ -80,7 +80,8 @@ def reader_of(wish: Wish, memory: dict | None) -> Reader:
     """The model with these parameters; None: with the memory off."""
     on = memory is not None and memory["enabled"] and memory["layers"]
     parameters = tuple((name, tuple(v) if name == "layers" else v) for name, v in (memory or {}).items())
-    return load(Subject(wish.model, "ce+pa" if on else "ce", parameters if on else (), trust=wish.trust), wish.device)
+    arm = "ce+pa" if on else "ce"
+    return load(Subject(wish.model, arm, parameters if on else (), trust_remote_code=wish.trust), wish.device)
 
 
 def tune(wish: Wish, progress: Progress) -> dict:
@@ -117,7 +118,7 @@ def _opened(wish: Wish) -> Converted:
         open_source(wish.model)  # says what it is, if not a model
         raise CallError(f"{wish.model} is on the Hub, where nothing can be written", "download it, or give --dry-run")
     converted = open_converted(open_source(wish.model).fetch().folder)
-    if not converted.remote:
+    if not converted.needs_code:
         raise CallError(f"{wish.model} was converted with --no-memory", "convert again without it")
     refuse_edited(edited_code(converted), wish.trust)
     if not wish.dry_run:
