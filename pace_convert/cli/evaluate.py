@@ -163,7 +163,7 @@ def run(test: Evaluation, subjects: list[Subject], folder: Path, device: str, jo
 
 def finish(results: Results, folder: Path, as_json: bool, more: dict[str, Any] | None = None) -> None:
     """Write results.json, print the table or the JSON."""
-    from ..evaluation.runner import RESULTS
+    from ..evaluation.folder import RESULTS
     from ..evaluation.tables import print_results
     from ..writing import write_json
 

@@ -12,12 +12,13 @@ from ..checkpoint.tokenizer import named_tokenizer_config
 from ..converted.card import model_card
 from ..converted.format import CARD, KEPT, PERMUTATION, converted_config, modeling_files, to_json
 from ..device import resolve_device
-from ..journal import Journal, fingerprint
+from ..journal import Journal
 from ..options import ConvertOptions, RunOptions
 from ..progress import Progress
 from .executors import check_executor, run_tasks
-from .output import OutputFolder, explained
-from .places import MOVE, SEAL, UNFINISHED, check_free, check_names_free, check_places, check_room, is_unfinished, read_seal
+from .identity import fingerprint, other_conversion
+from .output import AGAIN, OutputFolder, explained
+from .places import MOVE, SEAL, UNFINISHED, check_free, check_names_free, check_places, check_room, read_seal
 from .plan import Plan, make_plan
 from .tasks import Task, layer_result, make_tasks
 
@@ -64,9 +65,9 @@ def convert(
     source = source.fetch()
     device = _resolve_device(plan.run)
     with explained(out, RESUME), OutputFolder(out, overwrite, resume) as folder:
-        journal = Journal(folder.staging)
+        journal = Journal(folder.staging, AGAIN)
         identity = fingerprint(source, plan.options, device)
-        journal.resume(identity) if is_unfinished(out) else journal.begin(identity)
+        journal.open(identity, other_conversion)
         if MOVE not in journal.done:
             tasks = make_tasks(source, plan, folder.staging, device)
             carry_out(tasks, journal, plan.run, plan.jobs, plan.task_bytes, progress, ("converting", "converted"))
