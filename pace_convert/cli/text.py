@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..converted.card import loading_snippet
-from ..converted.tuned import Tuned
+from ..converted.format import Tuned
 from ..options import ConvertOptions
 
 if TYPE_CHECKING:
     from ..conversion.convert import Conversion
-    from ..conversion.estimate import Estimate
+    from ..conversion.estimate import Duration
     from ..conversion.plan import Plan
     from ..conversion.undo import Restored
     from ..converted.integrity import Integrity
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..converted.verify import Verification
 
 
-def plan_text(source: str, out: Path, plan: Plan, estimate: Estimate) -> str:
+def plan_text(source: str, out: Path, plan: Plan, expected: Duration) -> str:
     """A plan in words."""
     options = plan.options
     method = options.cluster_method + (f", {options.exact_restarts} starts" if options.exact_restarts else "")
@@ -34,8 +34,8 @@ def plan_text(source: str, out: Path, plan: Plan, estimate: Estimate) -> str:
         f"  memory     {_memory_line(options, plan.memory_layers)}",
         f"  bytes      {size(plan.weights_bytes)} to read and to write, {len(plan.ffn)} tensors permuted",
         f"  needs      about {size(plan.task_bytes)} of memory in {processes}",
-        f"  time       about {duration(estimate.clustering + estimate.copying)}, by a short measurement: "
-        f"grouping {duration(estimate.clustering)}, copying {duration(estimate.copying)}",
+        f"  time       about {duration(expected.total)}, by a short measurement: "
+        f"grouping {duration(expected.clustering)}, copying {duration(expected.copying)}",
     ]
     return "\n".join(lines)
 
@@ -161,7 +161,7 @@ def integrity_text(whole: Integrity) -> str:
     """An Integrity in words."""
     lines = [
         f"files      {whole.tensors} tensors in {whole.shards} shard{'s' if whole.shards > 1 else ''}",
-        f"experts    {whole.layers} layers of {whole.neurons} neurons, each in the order of its permutation",
+        f"experts    {whole.layers} layers of {whole.intermediate_size} neurons, each in the order of its permutation",
     ]
     lines += [f"  wrong    {problem}" for problem in whole.problems[:10]]
     lines += [f"edited     {name} is not the file this version ships" for name in whole.edited_files]

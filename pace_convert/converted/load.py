@@ -7,8 +7,9 @@ from typing import Any
 
 from ..checkpoint.checkpoint import Source
 from ..errors import CallError
-from .format import MODELING, auto_map, modeling_files
+from .format import MODELING
 from .opened import Converted
+from .shipped import auto_map, modeling_files
 
 
 def edited_code(converted: Converted, source: Source | None = None) -> list[str]:
@@ -17,7 +18,7 @@ def edited_code(converted: Converted, source: Source | None = None) -> list[str]
     source: what was converted; other Python files and classes must be as they are there. Without it they are not
     looked at: nothing that this version ships imports them.
     """
-    if not converted.remote:
+    if not converted.needs_code:
         return []
     folder = converted.files.folder
     shipped = modeling_files(converted.family)
@@ -48,7 +49,7 @@ def causal_lm_class(converted: Converted) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-    if not converted.remote:
+    if not converted.needs_code:
         return AutoModelForCausalLM
     # Not AutoModelForCausalLM with trust_remote_code: that runs a custom_generate/ that came along from the source.
     name = f"{MODELING.removesuffix('.py')}.Pace{converted.family.causal_lm_class}"

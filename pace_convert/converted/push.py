@@ -21,7 +21,7 @@ from .integrity import check_integrity
 from .opened import Converted
 
 if TYPE_CHECKING:
-    from .verify import Verification
+    from .verify import Verification  # needs torch
 
 NOT_UPLOADED = (".*", "*/.*", "*.part")
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors")  # of an earlier upload they would be loaded in place of ours
@@ -114,14 +114,14 @@ def push(converted: Converted, target: Target, verification: Verification | None
     if card is not None:
         check_card(target, card)
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file() and not _hidden(path.relative_to(folder))]
-    needs_code = converted.remote
+    needs_code = converted.needs_code
     progress.let_hub_talk()
     progress.say(f"uploading {len(sizes)} files, {sum(sizes) / 1e6:.2f} MB, to {target.repo_id}")
     with hub_errors(target.repo_id, WRITING):
         done, commit = _upload_folder(target, folder)
         if card is not None:
             api.upload_file(
-                path_or_fileobj=published(card, target.repo_id, commit, needs_code, verification).encode(),
+                path_or_fileobj=_published(card, target, commit, needs_code, verification).encode(),
                 path_in_repo=CARD,
                 repo_id=target.repo_id,
                 revision=done.pr_revision or target.branch,
@@ -189,6 +189,11 @@ def _check_whole(converted: Converted, verification: Verification | None, progre
         raise DamagedSourceError(f"{folder} is not whole: {found.problems[0]}", "convert again; nothing was uploaded")
     for name in found.edited_files:
         progress.say(f"{name} is not as this version ships it; it is uploaded as it is")
+
+
+def _published(card: str, target: Target, commit: str, needs_code: bool, verification: Verification | None) -> str:
+    compared = None if verification is None else verification.sentence()
+    return published(card, target.repo_id, commit, needs_code=needs_code, compared=compared)
 
 
 def _read_card(folder: Path) -> str | None:

@@ -20,7 +20,6 @@ from ..converted.format import PERMUTATION
 from ..converted.load import causal_lm_class, edited_code, refuse_edited
 from ..converted.opened import Converted, open_converted
 from ..errors import CallError, PaceError
-from ..experts.permute import invert, repeat
 from .reader import Reader
 
 # Whether the FFN's neurons are in the experts' order, and the granularity of the memory, None where it is off.
@@ -98,7 +97,7 @@ def check_arm(model: str, arm: str) -> None:
 def memory_parameters(model: str) -> dict:
     """config.json's `pace.memory` of a converted folder; empty where there is no memory."""
     opened = _open(model)
-    return dict(opened.pace["memory"]) if isinstance(opened, Converted) and opened.remote else {}
+    return dict(opened.pace["memory"]) if isinstance(opened, Converted) and opened.needs_code else {}
 
 
 def is_pace(model: str) -> bool:
@@ -118,7 +117,7 @@ def layer_count(model: str) -> int:
     opened = _open(model)
     if not isinstance(opened, Converted):
         raise CallError(f"{model} is not a PaceLLM", "give a folder that pace-convert wrote")
-    return len(opened.layers)
+    return opened.layers
 
 
 @dataclass
@@ -183,8 +182,8 @@ def _load(model: str, clustered: bool, device: str, trust: bool) -> Loaded:
 def _restore_order(model: Any, converted: Converted) -> None:
     """The FFN's neurons in the source's order, as `pace undo` gives them back."""
     parameters = dict(model.named_parameters())
-    for tensor in converted.family.ffn_tensors(len(converted.layers), parameters):
-        order = torch.from_numpy(invert(repeat(converted.layers[tensor.layer][0], tensor.parts))).long()
+    for tensor in converted.family.ffn_tensors(converted.layers, parameters):
+        order = torch.from_numpy(converted.orders[tensor.layer].inverse(tensor.parts)).long()
         parameter = parameters[tensor.name]
         parameter.copy_(parameter.index_select(tensor.axis, order.to(parameter.device)))
 

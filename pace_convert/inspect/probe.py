@@ -50,7 +50,7 @@ def probe(converted: Converted, text: Text, progress: Progress, trust: bool = Fa
     known = model.get_input_embeddings().weight.shape[0]
     if max(text.ids) >= known:
         raise PaceError(f"the tokenizer has token {max(text.ids)}, the model only {known}", "give the model its own tokenizer")
-    shares = _Shares([sizes for _, sizes in converted.layers], len(text.ids))
+    shares = _Shares([sizes for _, sizes in converted.orders], len(text.ids))
     traces = _traces(converted)
     cache = _run(model, converted, text.ids, shares, traces, progress)
     summary = model.memory_summary(cache) if traces else {}
@@ -59,7 +59,7 @@ def probe(converted: Converted, text: Text, progress: Progress, trust: bool = Fa
 
 
 def _traces(converted: Converted) -> dict[int, MemoryTrace]:
-    if not converted.remote:
+    if not converted.needs_code:
         return {}
     settings = MemorySettings.from_config(converted.pace)
     return {layer: MemoryTrace(settings) for layer in settings.layers if settings.enabled}
@@ -95,7 +95,7 @@ def _load(converted: Converted) -> Any:
     logging.set_verbosity_error()  # it names the head's weights as unused
     folder, dtype = converted.files.folder, torch.float32 if converted.files.nbytes < 4e9 else "auto"
     try:
-        return AutoModel.from_pretrained(folder, dtype=dtype, trust_remote_code=converted.remote).eval()
+        return AutoModel.from_pretrained(folder, dtype=dtype, trust_remote_code=converted.needs_code).eval()
     except Exception as error:  # edited files fail in their own ways
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise PaceError(f"{folder} does not load: {reason[0]}", "`pace verify` says what differs from the source") from error
@@ -134,7 +134,7 @@ def listening(model: nn.Module, converted: Converted, take: Callable[[int, Tenso
     """take(layer, h) gets the raw activations [S, D] of each call, as they are before the memory's own hook."""
     family, hooks = converted.family, []
     prefix = f"{family.stack}." if family.stack else ""
-    for layer in range(len(converted.layers)):
+    for layer in range(converted.layers):
 
         def hook(module: nn.Module, args: tuple, layer: int = layer) -> None:
             take(layer, args[0].reshape(-1, args[0].shape[-1]))

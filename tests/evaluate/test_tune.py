@@ -16,9 +16,9 @@ from helpers import convert_folder, hashes, pace_convert, refuse
 from pace_convert.checkpoint.checkpoint import open_source
 from pace_convert.conversion.convert import is_finished
 from pace_convert.conversion.plan import make_plan
+from pace_convert.converted.format import Difference, Tuned
 from pace_convert.converted.opened import open_converted
 from pace_convert.converted.retune import write_memory
-from pace_convert.converted.tuned import Difference, Tuned
 from pace_convert.evaluation.subjects import Subject, load
 from pace_convert.evaluation.tune.data import LIKELIHOOD, Asked, read_data
 from pace_convert.evaluation.tune.search import PARTS, Space, best, repair, search

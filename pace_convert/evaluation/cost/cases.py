@@ -10,10 +10,11 @@ import torch
 from transformers import CONFIG_MAPPING
 
 from ...cli.text import size
-from ...conversion.estimate import PROCESS_BYTES, free_memory
 from ...conversion.plan import resolve_layers
+from ...conversion.resources import PROCESS_BYTES
 from ...converted.load import edited_code, refuse_edited
 from ...converted.opened import open_converted
+from ...device import free_memory
 from ...errors import CallError
 from ...modeling.memory_clock import BATCH
 from ...modeling.memory_settings import MemorySettings
@@ -96,7 +97,7 @@ def chosen_cases(model: str | None, shapes: Sequence[str], device: str, trust: b
 def _folder_case(model: str, device: str, trust: bool) -> Case:
     opened = open_converted(Path(model))
     refuse_edited(edited_code(opened), trust)
-    if not opened.remote or not opened.pace["memory"]["enabled"]:
+    if not opened.needs_code or not opened.pace["memory"]["enabled"]:
         raise CallError(f"{model} has no memory, which is what costs", "convert it again without --no-memory")
     files, family = opened.files, opened.family
     config = CONFIG_MAPPING[family.model_type].from_dict(dict(files.config))
@@ -104,7 +105,7 @@ def _folder_case(model: str, device: str, trust: bool) -> Case:
     small = device == "cpu" and files.nbytes < 4e9
     heads = config.num_attention_heads
     d = Dimensions(
-        hidden=config.hidden_size, neurons=opened.pace["intermediate_size"], layers=len(opened.layers), heads=heads,
+        hidden=config.hidden_size, neurons=opened.pace["intermediate_size"], layers=opened.layers, heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_size=getattr(config, "head_dim", None) or config.hidden_size // heads, vocabulary=config.vocab_size,
         ffn_matrices=3 if family.ffn.kind.startswith("gated") else 2, itemsize=4 if small or stored == "F32" else 2,

@@ -52,7 +52,7 @@ class Layer:
 def measure(reader: Reader, converted: Converted, items: Sequence[Item], memory: dict) -> list[Layer]:
     """Each layer's distribution of s_max. reader: of the base, or with the memory off. memory: `pace.memory`."""
     chosen = items[:: -(-sum(len(item.prompt) + len(item.target) for item in items) // TOKENS)]
-    layers = range(len(converted.layers))
+    layers = range(converted.layers)
     seen: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {layer: [] for layer in layers}
     for item in chosen:
         for layer, found in similarities(reader, converted, [*item.prompt, *item.target], memory).items():
