@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from .device import NAMES
 from .errors import CallError
 from .modeling.memory_settings import Granularity, MemorySettings
 
@@ -96,9 +97,7 @@ class RunOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    device: str = Field(
-        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="Where neurons are grouped: auto, cpu, cuda or cuda:N."
-    )
+    device: str = Field("auto", pattern=NAMES, description="Where neurons are grouped: auto, cpu, cuda or cuda:N.")
     jobs: int | None = Field(
         None, ge=1, description="Processes side by side; by default what cores and memory allow. On Ray: tasks at once."
     )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..device import resolve_device
 from ..errors import CallError, PaceError
 from ..progress import Progress
 from .command import as_json_text, friendly
@@ -154,31 +155,17 @@ def run(test: Evaluation, subjects: list[Subject], folder: Path, device: str, jo
 
     progress = Progress(quiet)
     try:
-        return evaluate(test, subjects, folder, progress, jobs, checked_device(device))
+        return evaluate(test, subjects, folder, progress, jobs, resolve_device(device))
     except KeyboardInterrupt:
         progress.say(f"what is done is in {folder}; run the same command again to go on")
         raise
 
 
-def checked_device(device: str) -> str:
-    """Raises CallError for what is no device here."""
-    import re
-
-    import torch
-
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-        raise CallError(f"--device {device!r} is not auto, cpu, cuda or cuda:N", "leave it out to take the GPU if there is one")
-    if device.startswith("cuda"):
-        number = int(device.partition(":")[2] or 0)
-        if number >= torch.cuda.device_count():
-            raise CallError(f"--device {device}: there is no such GPU", "give --device cpu, or leave it out")
-    return device
-
-
 def finish(results: Results, folder: Path, as_json: bool, more: dict[str, Any] | None = None) -> None:
     """Write results.json, print the table or the JSON."""
-    from ..evaluation.runner import RESULTS, write_json
+    from ..evaluation.runner import RESULTS
     from ..evaluation.tables import print_results
+    from ..writing import write_json
 
     facts = {**results.as_dict(), **(more or {})}
     write_json(folder / RESULTS, facts)
@@ -230,13 +217,13 @@ def cost(
     from ..evaluation.cost.plot import plot_cost
     from ..evaluation.cost.tables import print_cost
     from ..evaluation.grid import KILO, parse_grid
-    from ..evaluation.runner import write_json
+    from ..writing import write_json
 
     if threads:
         import torch
 
         torch.set_num_threads(threads)
-    cases = chosen_cases(model, shapes, checked_device(device), trust_remote_code)
+    cases = chosen_cases(model, shapes, resolve_device(device), trust_remote_code)
     if out.exists() and not out.is_dir():
         raise CallError(f"{out} is a file", "give another --out")
     earlier = beside(out, cases)

@@ -13,6 +13,7 @@ from .. import __version__, api
 from ..errors import CallError
 from ..options import EXPERT_OPTIONS, ConvertOptions, RunOptions, load_options, option_name
 from ..progress import Progress
+from ..units import size
 from . import text
 from .command import as_json_text, friendly, hub_options, output_options
 from .evaluate import evaluation
@@ -168,10 +169,17 @@ def inspect(
     from ..converted.opened import open_converted
     from ..inspect import inspect as job
 
-    facts = job.inspect(open_converted(out), Progress(quiet), quality, probe, html, trust_remote_code)
+    facts = job.inspect(
+        open_converted(out),
+        Progress(quiet),
+        quality=quality,
+        text=probe,
+        page=html,
+        trust_remote_code=trust_remote_code,
+    )
     click.echo(as_json_text(facts) if as_json else text.facts_text(facts))
     if html and not as_json:
-        click.echo(f"Wrote {html}: {text.size(html.stat().st_size)}, opens in any browser.")
+        click.echo(f"Wrote {html}: {size(html.stat().st_size)}, opens in any browser.")
 
 
 @pace.command()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ..converted.card import loading_snippet
 from ..converted.format import Tuned
 from ..options import ConvertOptions
+from ..units import duration, size
 
 if TYPE_CHECKING:
     from ..conversion.convert import Conversion
@@ -38,13 +39,6 @@ def plan_text(source: str, out: Path, plan: Plan, expected: Duration) -> str:
         f"grouping {duration(expected.clustering)}, copying {duration(expected.copying)}",
     ]
     return "\n".join(lines)
-
-
-def duration(seconds: float) -> str:
-    """Seconds in the unit a person would use."""
-    if seconds < 100:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _memory_line(options: ConvertOptions, layers: tuple[int, ...]) -> str:
@@ -182,8 +176,3 @@ def table(rows: list[dict[str, str]]) -> str:
     lines = [dict(zip(rows[0], rows[0])), *rows]
     widths = {key: max(len(line[key]) for line in lines) for key in rows[0]}
     return "\n".join("  ".join(line[key].ljust(width) for key, width in widths.items()).rstrip() for line in lines)
-
-
-def size(nbytes: int) -> str:
-    """Bytes in the unit a person would use."""
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import click
 
+from ..device import resolve_device
 from ..progress import Progress
 from .command import as_json_text, friendly
-from .evaluate import checked_device, needing_extra
+from .evaluate import needing_extra
 from .evaluate_options import run_options, trust_option
 
 
@@ -50,7 +51,7 @@ def tune(
     size = parse_grid(length, KILO)[0] if length else None
     wish = Wish(
         model, on, out or Path("pace-tune"), size, grid, items, trials, update_interval, seed, dry_run, trust_remote_code,
-        jobs, checked_device(device),
+        jobs, resolve_device(device),
     )  # fmt: skip
     progress = Progress(quiet)
     try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,6 +32,7 @@ from ..errors import CallError, DamagedSourceError, PaceError, Stopped
 from ..experts.permute import ExpertOrder
 from ..journal import NAME as JOURNAL
 from ..journal import read_journal
+from ..writing import flush
 from .output_checks import MOVE, check_free, written_before
 
 AGAIN = "give --overwrite without --resume to start again"
@@ -125,8 +125,7 @@ class OutputFolder:
         path = self.staging / name
         path.parent.mkdir(parents=True, exist_ok=True)
         make(path)
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
+        flush(path)
 
     def _finish_earlier(self) -> None:
         """Let a conversion that was killed while it moved its files be whole before another one takes its place."""

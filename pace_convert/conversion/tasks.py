@@ -30,6 +30,7 @@ from ..checkpoint.shards import (
 from ..errors import DamagedSourceError, PaceError
 from ..experts.permute import ExpertOrder, canonical_permutation, repeat
 from ..families import FfnTensor
+from ..writing import flush
 from .plan import Plan
 
 if TYPE_CHECKING:
@@ -66,11 +67,6 @@ class Shard:
     def is_there(self) -> bool:
         """Whether the target is, with its size."""
         return self.target.is_file() and self.target.stat().st_size == self.nbytes
-
-    def flush(self) -> None:
-        """Wait until what was written is on the disk."""
-        with self.target.open("r+b") as file:
-            os.fsync(file.fileno())
 
 
 @dataclass(frozen=True)
@@ -297,7 +293,7 @@ def _at_rest(shards: set[Shard]) -> Iterator[None]:
         shard.prepare()
     yield
     for shard in shards:
-        shard.flush()
+        flush(shard.target)
         shard.check()
 
 

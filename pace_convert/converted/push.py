@@ -15,6 +15,7 @@ from ..checkpoint.checkpoint import Source
 from ..checkpoint.hub_errors import WRITING, hub_errors
 from ..errors import CallError, DamagedSourceError, PaceError
 from ..progress import Progress
+from ..writing import PART
 from .card import pinned_commit, published
 from .format import CARD
 from .integrity import check_integrity
@@ -23,7 +24,7 @@ from .opened import Converted
 if TYPE_CHECKING:
     from .verify import Verification  # needs torch
 
-NOT_UPLOADED = (".*", "*/.*", "*.part")
+NOT_UPLOADED = (".*", "*/.*", f"*{PART}")
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors")  # of an earlier upload they would be loaded in place of ours
 
 
@@ -215,4 +216,4 @@ def _commit_to_pin(target: Target, commit: str, before: list[str]) -> str:
 
 
 def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts) or path.suffix == ".part"
+    return any(part.startswith(".") for part in path.parts) or path.suffix == PART

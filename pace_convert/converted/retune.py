@@ -10,6 +10,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..errors import CallError
+from ..writing import write_whole
 from .card import is_untouched, retuned
 from .format import CARD, LOCK, SEAL, UNFINISHED, Tuned, in_use, is_unfinished, to_json
 from .opened import Converted
@@ -45,18 +46,10 @@ def write_memory(converted: Converted, memory: dict, tuned: Tuned) -> bool:
             if is_unfinished(folder):
                 raise in_use(folder)
             for name, text in texts.items():
-                _replace(folder / name, staging / name, text)
+                write_whole(folder / name, text, part=staging / name)
             (staging / LOCK).unlink(missing_ok=True)
     except Timeout as error:
         raise in_use(folder) from error
     with contextlib.suppress(OSError):
         staging.rmdir()
     return ours
-
-
-def _replace(path: Path, part: Path, text: str) -> None:
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from ..checkpoint.shards import reordered, row_blocks
 from ..checkpoint.tokenizer import read_with_tokenizer
 from ..errors import CallError
 from ..progress import Progress
-from .load import causal_lm_class, edited_code, refuse_edited
+from .load import edited_code, load_model, refuse_edited
 from .opened import Converted
 
 SAMPLE = "The code of Ada is 4711;\n\tit's   written in München, in 東京 and <|here|>. def f(x): return x**2"
@@ -103,7 +102,7 @@ def verify(
     if not logits or different:
         return result
     refuse_edited(edited, trust_remote_code, "or --no-logits to compare tensors only")
-    return _with_logits(result, converted, source)
+    return _with_logits(result, converted, source, trust_remote_code)
 
 
 def _compare(out: Source, source: Source, permutations: dict, progress: Progress) -> tuple[list[str], dict[str, str]]:
@@ -138,29 +137,22 @@ def _same_tokens(source: Source, converted: Converted) -> bool | None:
     return None if expected is None else read_with_tokenizer(converted.files.folder, SAMPLE) == expected
 
 
-def _with_logits(result: Verification, converted: Converted, source: Source) -> Verification:
-    dtype = torch.float32 if source.nbytes < 4e9 else "auto"
-    expected, kind = _logits(source.folder, dtype)
-    got, _ = _logits(converted.files.folder, dtype, converted)
+def _with_logits(result: Verification, converted: Converted, source: Source, trust_remote_code: bool) -> Verification:
+    expected, dtype = _logits(load_model(source))
+    got, _ = _logits(load_model(converted, trust_remote_code=trust_remote_code))
     difference, largest = (got - expected).abs().max().item(), expected.abs().max().item()
     return replace(
         result,
         logit_difference=difference,
         largest_logit=largest,
-        logits_match=difference <= TOLERANCE[kind] * largest,
+        logits_match=difference <= TOLERANCE[dtype] * largest,
     )
 
 
 @torch.no_grad()
-def _logits(folder: Path, dtype: torch.dtype | str, converted: Converted | None = None) -> tuple[torch.Tensor, torch.dtype]:
-    """Logits [2, 64, vocabulary] of the same random tokens for every model."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    cls: Any = causal_lm_class(converted) if converted else AutoModelForCausalLM
-    model = cls.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
-    if converted and converted.needs_code:
+def _logits(model: Any) -> tuple[torch.Tensor, torch.dtype]:
+    """Logits [2, 64, vocabulary] in float64 of the same random tokens for every model, its memory off; and its dtype."""
+    if hasattr(model, "set_memory_enabled"):
         model.set_memory_enabled(False)
     ids = torch.randint(model.config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
     return model(ids).logits.double(), model.dtype

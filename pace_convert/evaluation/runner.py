@@ -16,8 +16,8 @@ from typing import Protocol
 from filelock import FileLock, Timeout
 
 from .. import __version__
-from ..conversion.executors import run_here
 from ..errors import CallError
+from ..jobs import run_here
 from ..journal import NAME, PART, Journal
 from ..progress import Progress
 from .intervals import Estimate, difference, estimate
@@ -138,13 +138,6 @@ def evaluate(
         for task in tasks:
             records[task.subject.name][task.cell] = journal.done[task.key]["records"]
     return Results(evaluation, list(subjects), records)
-
-
-def write_json(path: Path, value: object) -> None:
-    """Whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1) + "\n")
-    part.replace(path)
 
 
 @contextmanager

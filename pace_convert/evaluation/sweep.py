@@ -82,7 +82,7 @@ def swept_subjects(model: str, grid: list[Subject], trust: bool) -> list[Subject
     """The base, the model as it is, and the combinations."""
     for arm in ("base", "ce+pa"):
         check_arm(model, arm)
-    return [replace(subject, trust=trust) for subject in (Subject(model, "base"), Subject(model), *grid)]
+    return [replace(subject, trust_remote_code=trust) for subject in (Subject(model, "base"), Subject(model), *grid)]
 
 
 def levels(results: Results, factors: Sequence[tuple[str, list[Any]]]) -> list[Level]:

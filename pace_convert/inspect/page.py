@@ -61,13 +61,6 @@ def render(converted: Converted, facts: dict) -> str:
     )
 
 
-def write(path: Path, page: str) -> None:
-    """Whole or not at all."""
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(page, encoding="utf-8")
-    unfinished.replace(path)
-
-
 def _averages(layers: list[dict]) -> dict[str, dict[str, float | None]]:
     """Each number of quality, averaged over the layers that have it."""
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..converted.load import edited_code, refuse_edited
+from ..converted.load import load_model
 from ..converted.opened import Converted
 from ..errors import PaceError
 from ..modeling.memory_settings import MemorySettings
@@ -39,14 +39,13 @@ class Probe:
     hits: dict[int, list[int]]
 
 
-def probe(converted: Converted, text: Text, progress: Progress, trust: bool = False) -> Probe:
+def probe(converted: Converted, text: Text, progress: Progress, trust_remote_code: bool = False) -> Probe:
     """One sequence, in calls of at most 256 tokens that end where a block does; fp32 below 4 GB of weights.
 
-    OUT's modeling files run only if they are the ones this version ships, or with `trust`.
+    OUT's modeling files run only if they are the ones this version ships, or with `trust_remote_code`.
     Raises CallError for edited ones, PaceError where the model does not load or has no such token.
     """
-    refuse_edited(edited_code(converted), trust)
-    model = _load(converted)
+    model = load_model(converted, head=False, trust_remote_code=trust_remote_code)
     known = model.get_input_embeddings().weight.shape[0]
     if max(text.ids) >= known:
         raise PaceError(f"the tokenizer has token {max(text.ids)}, the model only {known}", "give the model its own tokenizer")
@@ -84,21 +83,6 @@ class _Shares:
 
     def means(self) -> list[np.ndarray]:
         return [sums / np.diff(self.bounds)[:, None] for sums in self.sums]
-
-
-def _load(converted: Converted) -> Any:
-    """The decoder without its vocabulary head."""
-    from transformers import AutoModel
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()  # it names the head's weights as unused
-    folder, dtype = converted.files.folder, torch.float32 if converted.files.nbytes < 4e9 else "auto"
-    try:
-        return AutoModel.from_pretrained(folder, dtype=dtype, trust_remote_code=converted.needs_code).eval()
-    except Exception as error:  # edited files fail in their own ways
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise PaceError(f"{folder} does not load: {reason[0]}", "`pace verify` says what differs from the source") from error
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from ..converted.verify import verify
 from ..errors import PaceError
 from ..options import ConvertOptions
 from ..progress import Progress
+from ..writing import write_whole
 from . import reference_model
 from .task import make_story
 
@@ -134,7 +135,7 @@ def plot(cells: list[Cell], path: Path) -> None:
             axis.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=9, color="white" if dark else "black")
     axes[0].set_ylabel("depth of the facts")
     figure.colorbar(image, ax=axes, label="right answers")
-    figure.savefig(path, dpi=110)
+    write_whole(path, lambda part: figure.savefig(part, dpi=110, format="png"))
 
 
 def _stories(length: int, depth: float) -> list:

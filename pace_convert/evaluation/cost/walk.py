@@ -177,7 +177,7 @@ class Wanted:
     def load(self) -> Any:
         """The model. Raises PaceError where a folder does not load."""
         if not self.shape:
-            return load(Subject(self.folder, trust=self.trust), self.device).model
+            return load(Subject(self.folder, trust_remote_code=self.trust), self.device).model
         return self._random(SHAPES[self.shape])
 
     def small(self) -> Any | None:
@@ -258,11 +258,6 @@ def peak(device: torch.device) -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def tokens_text(count: int) -> str:
-    """1K for 1024."""
-    return f"{count / 1024:g}K" if count >= 1024 and count % 128 == 0 else f"{count}"
 
 
 if __name__ == "__main__":

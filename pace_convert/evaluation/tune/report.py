@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from ...writing import write_whole
 from ..tables import console
 from .similarity import LEVELS, Layer
 
@@ -76,5 +77,5 @@ def plot_statistics(layers: list[Layer], memory: dict, path: Path) -> None:
         axis.set_xlim(-0.6, len(layers) - 0.4)
         axis.xaxis.get_major_locator().set_params(integer=True)
     axes[0].set_ylabel("cosine to the most similar slot\nbands: 1-99, 5-95, 25-75 %")
-    figure.savefig(path, dpi=120, format="png")
+    write_whole(path, lambda part: figure.savefig(part, dpi=120, format="png"))
     plt.close(figure)

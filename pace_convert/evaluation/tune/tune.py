@@ -25,9 +25,10 @@ from ...converted.opened import Converted, open_converted
 from ...converted.retune import check_writable, write_memory
 from ...errors import CallError
 from ...progress import Progress
+from ...writing import write_json
 from ..intervals import difference
 from ..reader import Reader
-from ..runner import LOCK, RESULTS, write_json
+from ..runner import LOCK, RESULTS
 from ..subjects import Subject, load
 from .data import Asked, Data, check_data, read_data
 from .report import plot_statistics, words_of
@@ -77,7 +78,8 @@ def reader_of(wish: Wish, memory: dict | None) -> Reader:
     """The model with these parameters; None: with the memory off."""
     on = memory is not None and memory["enabled"] and memory["layers"]
     parameters = tuple((name, tuple(v) if name == "layers" else v) for name, v in (memory or {}).items())
-    return load(Subject(wish.model, "ce+pa" if on else "ce", parameters if on else (), trust=wish.trust), wish.device)
+    arm = "ce+pa" if on else "ce"
+    return load(Subject(wish.model, arm, parameters if on else (), trust_remote_code=wish.trust), wish.device)
 
 
 def tune(wish: Wish, progress: Progress) -> dict:
