@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import cache_utils
 from transformers.cache_utils import Cache
 
+from .memory_bank import Bank
 from .memory_clock import Clock, RowSpan
 from .memory_layer import LayerMemory, Tape
 from .memory_settings import MemorySettings
@@ -120,6 +121,14 @@ class MemoryEntry(_EmptyLayer):
     )
     def _new_memory(self, layer: int, h: Tensor) -> None:
         self.memories[layer] = LayerMemory(len(h), self.settings, h)
+
+    def bank(self, layer: int) -> Bank:
+        """The bank of a decoder layer, which the latest tokens have read. M slots a row.
+
+        A block that has just ended is in it from the next call on. Raises KeyError for a layer
+        without memory, and before the first call.
+        """
+        return self.memories[layer].state.bank
 
     def end(self, call: Call) -> None:
         """The running call is over."""

@@ -128,6 +128,71 @@ def finish(bank: Bank, draft: Draft, block: int, settings: MemorySettings) -> Ba
     )
 
 
+@dataclass(frozen=True)
+class Block:
+    """A block under way in rows that stand alike: whoever updates a bank does it with this.
+
+    bank: as it was at the block's start, which all tokens of the block read. draft: what the tokens
+    so far will do to it. number: of the block in its rows, from 0. absorbed: its tokens so far.
+    Nothing is changed in place. A sequence, in parts that end where a block does at the latest:
+
+        block = Block.begin(Bank.empty(rows, settings, h), settings)
+        for part in parts:  # [B, S, D]
+            found = block.find(part)
+            block = block.absorb(part, found)
+            if block.is_full:
+                block = block.next()
+    """
+
+    bank: Bank
+    draft: Draft
+    settings: MemorySettings
+    number: int = 0
+    absorbed: int = 0
+
+    @classmethod
+    def begin(cls, bank: Bank, settings: MemorySettings, number: int = 0) -> Block:
+        """A block of which no token has come."""
+        return cls(bank, Draft.empty(bank), settings, number)
+
+    @property
+    def position(self) -> int:
+        """Number of the next token in its row."""
+        return self.number * self.settings.update_interval + self.absorbed
+
+    @property
+    def is_full(self) -> bool:
+        """Whether all its tokens have come."""
+        return self.absorbed == self.settings.update_interval
+
+    def find(self, h: Tensor) -> Found:
+        """What tokens of this block find. h: [B, S, D]."""
+        return find(h, self.bank, self.settings)
+
+    def absorb(self, h: Tensor, found: Found | None = None) -> Block:
+        """The block after its next tokens, [B, S, D]. found: what they find, where that is known.
+
+        Raises ValueError for more tokens than the block still has.
+        """
+        absorbed = self.absorbed + h.shape[1]
+        if absorbed > self.settings.update_interval:
+            raise ValueError(
+                f"{h.shape[1]} tokens go over the end of a block of {self.settings.update_interval}"
+                f", of which {self.absorbed} have come"
+            )
+        found = self.find(h) if found is None else found
+        draft = absorb(self.draft, h, found, self.position, self.bank, self.settings)
+        return replace(self, draft=draft, absorbed=absorbed)
+
+    def finish(self) -> Bank:
+        """The bank that the next block reads."""
+        return finish(self.bank, self.draft, self.number, self.settings)
+
+    def next(self) -> Block:
+        """The block after this one."""
+        return Block.begin(self.finish(), self.settings, self.number + 1)
+
+
 def _per_expert(weight: Tensor, x: Tensor) -> Tensor:
     """Sums of x [B, S, D] with weights by expert [B, E, M, S]: [B, M, D]."""
     blocks = x.unflatten(-1, (weight.shape[1], -1)).transpose(1, 2)

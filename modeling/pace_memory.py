@@ -276,7 +276,7 @@ class PaceMixin:
         if memory_enabled is not None:
             inputs["memory_enabled"] = memory_enabled
         enabled = self.memory_enabled if memory_enabled is None else memory_enabled
-        if enabled and self._stack_memory.settings.layers and isinstance(past_key_values, Cache):
+        if enabled and self.memory_settings.layers and isinstance(past_key_values, Cache):
             generated = (
                 next_sequence_length == 1 and not is_first_iteration
             )  # a token of the model's own, not padding
@@ -318,6 +318,15 @@ class PaceMixin:
             yield
         finally:
             self.set_memory_enabled(before)
+
+    @property
+    def memory_settings(self) -> MemorySettings:
+        """The parameters with which the next sequence begins."""
+        return self._stack_memory.settings
+
+    def memory_of(self, cache: Cache) -> MemoryEntry | None:
+        """The memory of the sequences of `cache`; None where it has none. See its `bank(layer)`."""
+        return find_entry(cache)
 
     def memory_summary(self, cache: Cache) -> dict[int, dict]:
         """What the memory did with the sequences of `cache`; see `memory_cache.memory_summary`."""
