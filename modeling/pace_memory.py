@@ -80,9 +80,7 @@ class StackMemory:
             self.settings = settings
 
     def _bind(self) -> None:
-        """Hook the projections; again where quantisers or adapters have put another module in
-        place.
-        """
+        """Hook the projections, and again those that a quantiser or an adapter has replaced."""
         for layer in self.settings.layers:
             module = self.stack.get_submodule(self.projection.format(layer))
             if layer in self.bound and self.bound[layer][0] is module:
@@ -92,16 +90,14 @@ class StackMemory:
                 if old is not None and old[0] is not module:
                     old[1].remove()
                 if old is None or old[0] is not module:
-                    self.bound[layer] = (
-                        module,
-                        module.register_forward_pre_hook(_Fuse(self, layer)),
-                    )
+                    hook = module.register_forward_pre_hook(_Fuse(self, layer))
+                    self.bound[layer] = (module, hook)
 
     def _open(self, stack: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         kwargs = {**dict(zip(self.names, args)), **kwargs}
         entry = find_entry(kwargs.get("past_key_values"))
         if not self.acts:
-            if entry is not None:
+            if entry is not None:  # its cache goes on without it
                 entry.stale = True
             current.session = OFF
             return (), kwargs
@@ -115,7 +111,8 @@ class StackMemory:
         return (), kwargs
 
     def _close(self, stack: nn.Module, args: tuple, output: object) -> None:
-        session, current.session = current.session, None
+        session = current.session
+        current.session = None
         if isinstance(session, Session) and session.entry is not None and session.call is not None:
             if output is None:  # the call failed
                 session.entry.fail()
@@ -156,7 +153,8 @@ class _Fuse:
                 "memory; call the model, or switch the memory off with "
                 "model.set_memory_enabled(False)"
             )
-        h, size = args[0], self.memory.intermediate_size
+        h = args[0]
+        size = self.memory.intermediate_size
         if h.shape[-1] != size:
             raise RuntimeError(
                 "the memory needs whole FFN activations: tensor parallelism is not supported"
@@ -192,7 +190,8 @@ def _real_columns(kwargs: dict, past: int, length: int) -> Tensor | None:
     call. Raises ValueError where rows of the input hold several sequences, or the mask does not
     say.
     """
-    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    mask = kwargs.get("attention_mask")
+    positions = kwargs.get("position_ids")
     packed = kwargs.get("cu_seq_lens_q") is not None
     if mask is None and positions is not None and length > 1:
         packed = packed or bool(
@@ -261,8 +260,9 @@ class PaceMixin:
         memory_enabled=None,
         **kwargs,
     ):
-        """As in the base class; and announces the call to the memory, on the host and while the
-        mask is still 2D.
+        """As in the base class, and announces the call to the memory.
+
+        That happens here because here is the host, and the attention mask is still 2D.
         """
         inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids,
@@ -295,11 +295,11 @@ class PaceMixin:
         self._stack_memory.enabled = enabled
 
     def set_memory(self, **parameters: object) -> None:
-        """Other parameters of the memory, named as in config.json's `pace.memory`, for sequences
-        that begin from now on.
+        """Other parameters of the memory, for sequences that begin from now on.
 
-        Nothing is converted again. `save_pretrained` keeps them. Raises ValueError for what can't
-        be.
+        Names, defaults and bounds are those of `MemorySettings`, without `experts`. Nothing is
+        converted again; `save_pretrained` keeps them. Raises ValueError for what can't be, and
+        then changes nothing.
         """
         pace = self.config.pace or {}
         memory = {**(pace.get("memory") or {}), **parameters}
