@@ -148,21 +148,22 @@ def find(h: Tensor, bank: Bank, settings: MemorySettings) -> Found:
     similarity, ranking = _rank(by_expert)
     best = similarity[..., 0]
     decision = (best > settings.theta_low).long() + (best > settings.theta_high).long()
-    gain = torch.full_like(best, settings.mix_weight).masked_fill(
-        decision == REUSE, settings.reuse_weight
-    )
+    gain = torch.full_like(best, settings.mix_weight)
+    gain = gain.masked_fill(decision == REUSE, settings.reuse_weight)
     slot, share = _chosen(ranking, filled[..., None], settings, gain)
+    # What is fused is decided by expert; what the bank will store, on whole activations.
     if whole is not None:
         similarity, ranking = _rank(whole)
     else:
-        similarity, ranking = similarity[:, :, 0], ranking[:, :, 0]
+        similarity = similarity[:, :, 0]
+        ranking = ranking[:, :, 0]
     top = similarity[..., : settings.top_k]
     there = torch.arange(top.shape[-1], device=h.device) < filled
     mean = torch.where(there, top, 0.0).sum(-1) / there.sum(-1).clamp_min(1)
     return Found(
-        decision,
-        slot,
-        share.masked_fill((decision == KEEP)[..., None], 0.0),
+        decision=decision,
+        slot=slot,
+        share=share.masked_fill((decision == KEEP)[..., None], 0.0),
         best=similarity[..., 0],
         mean=mean.masked_fill(filled[..., 0] == 0, -math.inf),
         ranking=ranking[..., : settings.top_k],
@@ -216,17 +217,19 @@ def _inverse(norm: Tensor) -> Tensor:
 
 
 def _similarity(h: Tensor, bank: Bank, experts: int) -> tuple[Tensor, Tensor | None]:
-    """Cosines with every slot's key: by expert [B, S, E, M], and of whole activations [B, S, M]
-    (None: the same).
+    """Cosines with every slot's key, -inf where the slot is empty.
 
-    -inf where the slot is empty.
+    h: [B, S, D]. Returns them by expert, [B, S, E, M], and of whole activations, [B, S, M]; None
+    with one expert, where they are the same.
     """
-    norm, keys = norms(h, experts), bank.keys
+    norm = norms(h, experts)
+    keys = bank.keys
     if h.dtype == torch.float16:  # products of raw activations leave its range
         h, keys = h.float(), keys.float()
     product = _products(h, keys, experts).to(norm.dtype)
     empty = ~bank.valid[:, None, :]
-    h_scale, key_scale = _inverse(norm), _inverse(bank.norm).transpose(1, 2)[:, None]
+    h_scale = _inverse(norm)
+    key_scale = _inverse(bank.norm).transpose(1, 2)[:, None]
     by_expert = (product * h_scale[..., None] * key_scale).masked_fill(empty[:, None], -math.inf)
     if experts == 1:
         return by_expert, None
@@ -244,8 +247,9 @@ def _products(h: Tensor, keys: Tensor, experts: int) -> Tensor:
 
 
 def _rank(similarity: Tensor) -> tuple[Tensor, Tensor]:
-    """Slots by falling similarity, empty ones last; ties by slot number: a stable sort, `topk`
-    leaves ties open.
+    """Similarities [..., M] in falling order, empty slots last, and the slots' numbers.
+
+    A stable sort, so that equal ones stand by slot number; `topk` leaves their order open.
     """
     return similarity.sort(dim=-1, descending=True, stable=True)
 
@@ -253,10 +257,10 @@ def _rank(similarity: Tensor) -> tuple[Tensor, Tensor]:
 def _chosen(
     ranking: Tensor, filled: Tensor, settings: MemorySettings, gain: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The most and the least similar filled slots, of which there may be fewer than k, and their
-    shares.
+    """The most and the least similar filled slots, and their shares in r, both [B, S, E, R].
 
     ranking: [B, S, E, M]. filled: [B, 1, 1, 1]. gain: [B, S, E], weight of the most similar ones.
+    Where fewer than k or k' slots are filled, the rest of R has share 0.
     """
     slots = ranking.shape[-1]
     best = torch.arange(min(settings.top_k, slots), device=ranking.device)

@@ -107,7 +107,7 @@ def _run(
             stop = min(len(ids), first + _CALL, *((first // u + 1) * u for u in blocks))
             model(input_ids=torch.tensor([ids[first:stop]]), past_key_values=cache, use_cache=True)
             for layer, trace in traces.items():
-                trace.see(seen[layer][None], cache.layers[-1].memories[layer].state.bank)
+                trace.see(seen[layer][None], model.memory_of(cache).bank(layer))
             bar.update(stop - first)
             first = stop
     return cache

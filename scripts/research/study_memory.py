@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from study_forward import Reference, Trunk, pick
 from torch import Tensor
 
-from modeling.memory_bank import Bank, Found, find, fuse
-from modeling.memory_draft import Draft, absorb, finish
+from modeling.memory_bank import Bank, Found, fuse
+from modeling.memory_draft import Block, Draft
 from modeling.memory_settings import MemorySettings
 
 EMBEDDING = -1  # as Trial.key: what enters the first layer
@@ -40,15 +40,16 @@ class Plain:
         return self._pass(h)
 
     def _pass(self, h: Tensor) -> Tensor:
-        settings, bank, out = self.settings, Bank.empty(len(h), self.settings, h), []
-        for block, first in enumerate(range(0, h.shape[1], settings.update_interval)):
+        settings, out = self.settings, []
+        block = Block.begin(Bank.empty(len(h), settings, h), settings)
+        for first in range(0, h.shape[1], settings.update_interval):
             part = h[:, first : first + settings.update_interval]
-            found = find(part, bank, settings)
-            out.append(fuse(part, found, bank, settings) if block else part)
-            draft = absorb(Draft.empty(bank), part, found, first, bank, settings)
+            found = block.find(part)
+            out.append(fuse(part, found, block.bank, settings) if block.number else part)
+            block = block.absorb(part, found)
             if self.seen:
-                self.seen(first, part, out[-1], found, bank, draft)
-            bank = finish(bank, draft, block, settings)
+                self.seen(first, part, out[-1], found, block.bank, block.draft)
+            block = block.next() if block.is_full else block
         return torch.cat(out, 1)
 
 

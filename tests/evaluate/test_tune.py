@@ -150,7 +150,7 @@ def test_a_written_winner_verifies_loads_and_undoes(out, tmp_path):
         assert write_memory(open_converted(folder), memory, TUNED)
     changed = {name for name, digest in hashes(folder).items() if hashes(out)[name] != digest}
     assert changed == {"config.json", "README.md", ".pace-conversion.json"} and hashes(folder).keys() == hashes(out).keys()
-    assert load(Subject(str(folder)), "cpu").model._stack_memory.settings.layers == (0, 3)
+    assert load(Subject(str(folder)), "cpu").model.memory_settings.layers == (0, 3)
     done = pace_convert(folder, "--source", reference_model(), command=("verify",))
     assert done.returncode == 0 and done.stdout.endswith("verified\n"), done.stdout
     done = pace_convert(folder, command=("inspect",))
