@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .converted import Converted
+from .modeling.memory_settings import MemorySettings
 from .options import ConvertOptions
 from .report.reading import shown
 
@@ -35,7 +36,7 @@ def describe(converted: Converted, quality: Sequence[Quality] | None = None, pro
         "bytes": converted.files.nbytes,
         "intermediate_size": len(converted.layers[0][0]),
         "experts": converted.pace.get("experts"),
-        "memory": {**ConvertOptions().memory_config(()), **converted.pace["memory"]},  # what is not set has its default
+        "memory": {**ConvertOptions().memory_config(()), **MemorySettings.as_written(converted.pace["memory"])},  # what is not set has its default
         "tuned": converted.pace.get("tuned"),
         "layers": layers,
     }
