@@ -21,9 +21,9 @@ kept, hits nothing and is not stored. Attention sinks, such as a text's first to
 times those of other tokens.
 
 The FFN goes on with h'. The rule and its weights are those of the released code
-(KangcongLi/PaceLLM), which has neither match_norm nor outliers, and that a block of tokens reads only what earlier blocks have stored is the
-paper's Algorithm 1. How the bank changes is in `memory_draft`. Every function treats the rows of a
-batch independently.
+(KangcongLi/PaceLLM), which has neither match_norm nor outliers; that a block of tokens reads only
+what earlier blocks have stored is the paper's Algorithm 1. How the bank changes is in
+`memory_draft`. Every function treats the rows of a batch independently.
 """
 
 from __future__ import annotations
@@ -110,9 +110,10 @@ class Found:
     """What S tokens find in a bank; R slots are fused with each expert's block of a token.
 
     decision: [B, S, E], KEEP, MIX or REUSE. slot: [B, S, E, R] int64, and share: what each value is
-    multiplied by in r, zero where kept. outlier: [B, S] bool. best, mean: [B, S], similarity of the whole activation to the most similar
-    slot, and averaged over the top k; -inf while the bank is empty. ranking: [B, S, k] int64, these
-    top k, of which the first `filled` [B, 1, 1] are filled slots.
+    multiplied by in r, zero where kept. outlier: [B, S] bool, the token takes no part. best, mean:
+    [B, S], similarity of the whole activation to the most similar slot, and averaged over the top
+    k; -inf while the bank is empty. ranking: [B, S, k] int64, these top k, of which the first
+    `filled` [B, 1, 1] are filled slots.
     """
 
     decision: Tensor
@@ -164,24 +165,25 @@ def find(h: Tensor, bank: Bank, settings: MemorySettings) -> Found:
     best = similarity[..., 0]
     decision = (best > settings.theta_low).long() + (best > settings.theta_high).long()
     decision = decision.masked_fill(outlier[..., None], KEEP)
-    gain = torch.full_like(best, settings.mix_weight).masked_fill(
-        decision == REUSE, settings.reuse_weight
-    )
+    gain = torch.full_like(best, settings.mix_weight)
+    gain = gain.masked_fill(decision == REUSE, settings.reuse_weight)
     slot, share = _chosen(ranking, filled[..., None], settings, gain)
     if settings.match_norm:
         share = share * _scale(norm, bank.value_norm, slot).clamp_max(torch.finfo(h.dtype).max)
+    # What is fused is decided by expert; what the bank will store, on whole activations.
     if whole is not None:
         similarity, ranking = _rank(whole)
     else:
-        similarity, ranking = similarity[:, :, 0], ranking[:, :, 0]
+        similarity = similarity[:, :, 0]
+        ranking = ranking[:, :, 0]
     top = similarity[..., : settings.top_k]
     there = torch.arange(top.shape[-1], device=h.device) < filled
     mean = torch.where(there, top, 0.0).sum(-1) / there.sum(-1).clamp_min(1)
     return Found(
-        decision,
-        slot,
-        share.masked_fill((decision == KEEP)[..., None], 0.0),
-        outlier,
+        decision=decision,
+        slot=slot,
+        share=share.masked_fill((decision == KEEP)[..., None], 0.0),
+        outlier=outlier,
         best=similarity[..., 0],
         mean=mean.masked_fill(filled[..., 0] == 0, -math.inf),
         ranking=ranking[..., : settings.top_k],
@@ -257,17 +259,19 @@ def _scale(norm: Tensor, value_norm: Tensor, slot: Tensor) -> Tensor:
 
 
 def _similarity(h: Tensor, norm: Tensor, bank: Bank) -> tuple[Tensor, Tensor | None]:
-    """Cosines with every slot's key: by expert [B, S, E, M], and of whole activations [B, S, M]
-    (None: the same).
+    """Cosines with every slot's key, -inf where the slot is empty.
 
-    -inf where the slot is empty. norm: [B, S, E], of h's blocks.
+    h: [B, S, D]. norm: [B, S, E], of its blocks. Returns them by expert, [B, S, E, M], and of whole
+    activations, [B, S, M]; None with one expert, where they are the same.
     """
-    experts, keys = norm.shape[-1], bank.keys
+    experts = norm.shape[-1]
+    keys = bank.keys
     if h.dtype == torch.float16:  # products of raw activations leave its range
         h, keys = h.float(), keys.float()
     product = _products(h, keys, experts).to(norm.dtype)
     empty = ~bank.valid[:, None, :]
-    h_scale, key_scale = _inverse(norm), _inverse(bank.norm).transpose(1, 2)[:, None]
+    h_scale = _inverse(norm)
+    key_scale = _inverse(bank.norm).transpose(1, 2)[:, None]
     by_expert = (product * h_scale[..., None] * key_scale).masked_fill(empty[:, None], -math.inf)
     if experts == 1:
         return by_expert, None
@@ -285,8 +289,9 @@ def _products(h: Tensor, keys: Tensor, experts: int) -> Tensor:
 
 
 def _rank(similarity: Tensor) -> tuple[Tensor, Tensor]:
-    """Slots by falling similarity, empty ones last; ties by slot number: a stable sort, `topk`
-    leaves ties open.
+    """Similarities [..., M] in falling order, empty slots last, and the slots' numbers.
+
+    A stable sort, so that equal ones stand by slot number; `topk` leaves their order open.
     """
     return similarity.sort(dim=-1, descending=True, stable=True)
 
@@ -294,10 +299,10 @@ def _rank(similarity: Tensor) -> tuple[Tensor, Tensor]:
 def _chosen(
     ranking: Tensor, filled: Tensor, settings: MemorySettings, gain: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The most and the least similar filled slots, of which there may be fewer than k, and their
-    shares.
+    """The most and the least similar filled slots, and their shares in r, both [B, S, E, R].
 
     ranking: [B, S, E, M]. filled: [B, 1, 1, 1]. gain: [B, S, E], weight of the most similar ones.
+    Where fewer than k or k' slots are filled, the rest of R has share 0.
     """
     slots = ranking.shape[-1]
     best = torch.arange(min(settings.top_k, slots), device=ranking.device)

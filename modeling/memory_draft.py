@@ -90,7 +90,8 @@ def absorb(
     h: [B, S, D], raw activations, numbered from `first` in their row. found: what they find in
     `bank`, which is the bank as it was at the block's start.
     """
-    hit, known = _hits(found, bank.valid.shape[1], settings), found.mean > settings.theta_low
+    hit = _hits(found, bank.valid.shape[1], settings)
+    known = found.mean > settings.theta_low
     merging = hit & (found.mean <= settings.theta_high)[..., None]
     hits, decisions = counts(found, bank, settings)
     draft = replace(draft, hits=draft.hits + hits, decisions=draft.decisions + decisions)
@@ -109,7 +110,8 @@ def finish(bank: Bank, draft: Draft, block: int, settings: MemorySettings) -> Ba
     came.
     """
     taken = draft.taken & ~_first_outliers(bank, draft, settings)
-    new, merged = taken[..., None], (draft.merging > 0).transpose(1, 2)  # [B, M, 1], [B, M, E]
+    new = taken[..., None]  # [B, M, 1]
+    merged = (draft.merging > 0).transpose(1, 2)  # [B, M, E]
     found = find(draft.tokens, bank, settings)
     share = torch.where(
         new[..., None], found.weights(bank.valid.shape[1]), draft.share.transpose(1, 2)
@@ -226,7 +228,9 @@ def _mix(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
 
 
 def counts(found: Found, bank: Bank, settings: MemorySettings) -> tuple[Tensor, Tensor]:
-    """How many tokens hit each slot, [B, M], and how many expert blocks were kept, mixed and
+    """What tokens did, in numbers, both int64.
+
+    Returns how many tokens hit each slot, [B, M], and how many expert blocks were kept, mixed and
     reused, [B, 3].
     """
     decisions = [(found.decision == state).sum((1, 2)) for state in (KEEP, MIX, REUSE)]
@@ -247,50 +251,48 @@ def _merge(draft: Draft, found: Found, merging: Tensor) -> tuple[Draft, Tensor, 
     of the new, [B, E, M, S].
     """
     fused = (found.decision != KEEP).permute(0, 2, 1)  # [B, E, S]
-    part = (merging.transpose(1, 2)[:, None] & fused[:, :, None]).to(
-        draft.merging.dtype
-    )  # [B, E, M, S]
+    part = merging.transpose(1, 2)[:, None] & fused[:, :, None]  # [B, E, M, S]
     count = draft.merging + part.sum(-1)
-    old, new = draft.merging / count.clamp_min(1), part / count.clamp_min(1)[..., None]
-    share = old[..., None] * draft.share + torch.matmul(
-        new, found.weights(merging.shape[-1]).transpose(1, 2)
-    )
+    old = draft.merging / count.clamp_min(1)
+    new = part.to(old.dtype) / count.clamp_min(1)[..., None]
+    weights = found.weights(merging.shape[-1]).transpose(1, 2)
+    share = old[..., None] * draft.share + torch.matmul(new, weights)
     return replace(draft, merging=count, share=share), torch.diag_embed(old), new
 
 
 def _insert(
     draft: Draft, novelty: Tensor, first: int, bank: Bank, old: Tensor, new: Tensor
 ) -> tuple[Draft, Tensor, Tensor]:
-    """Give the most novel tokens their places. novelty: [B, S], inf for tokens that are not new.
+    """Give the most novel tokens their places.
 
-    Both sorts by age and by novelty are stable: among equals the lowest slot number and the
-    earliest token come first. old, new: as `_merge` returns them; here a place that is taken
-    becomes a copy of one token.
+    novelty: [B, S], s_max; inf for tokens that are not new. first: number of the first token. Both
+    sorts by age and by novelty are stable: among equals the lowest slot number and the earliest
+    token come first. old, new: as `_merge` returns them; here a place that is taken becomes a copy
+    of one token.
     """
     rows, slots = draft.taken.shape
     count = novelty.shape[1]
-    number = torch.arange(first, first + count, device=novelty.device).expand(rows, -1)
+    offset = torch.arange(count, device=novelty.device).expand(rows, -1)
+    # Tokens chosen so far in the order in which they came, then these: so a stable sort by novelty
+    # puts the earlier of two equals first.
     by_number = draft.number.masked_fill(~draft.taken, -1).argsort(1)
     novelty = torch.cat([draft.novelty.gather(1, by_number), novelty], 1)
-    source = torch.cat(
-        [by_number, slots + torch.arange(count, device=novelty.device).expand(rows, -1)], 1
-    )
-    number = torch.cat([draft.number.gather(1, by_number), number], 1)
+    source = torch.cat([by_number, slots + offset], 1)
+    number = torch.cat([draft.number.gather(1, by_number), first + offset], 1)
     novelty, chosen = (x[:, :slots] for x in novelty.sort(dim=1, stable=True))
-    age = torch.where(bank.valid, bank.last_used, -1).masked_fill(
-        draft.hits > 0, torch.iinfo(torch.int64).max
-    )
+    age = torch.where(bank.valid, bank.last_used, -1)
+    age = age.masked_fill(draft.hits > 0, torch.iinfo(torch.int64).max)
     place = age.argsort(dim=1, stable=True)
 
     def put(values: Tensor) -> Tensor:
+        """From the order in which slots are replaced to the slots' own, [B, M]."""
         return torch.empty_like(values).scatter(1, place, values)
 
-    taken, source = put(novelty < math.inf), put(source.gather(1, chosen))
+    taken = put(novelty < math.inf)
+    source = put(source.gather(1, chosen))
     copy = old.new_zeros(rows, 1, slots, slots + count).scatter(-1, source[:, None, :, None], 1.0)
     here = taken[:, None, :, None]
-    old, new = torch.where(here, copy[..., :slots], old), torch.where(here, copy[..., slots:], new)
-    return (
-        replace(draft, taken=taken, novelty=put(novelty), number=put(number.gather(1, chosen))),
-        old,
-        new,
-    )
+    old = torch.where(here, copy[..., :slots], old)
+    new = torch.where(here, copy[..., slots:], new)
+    number = put(number.gather(1, chosen))
+    return replace(draft, taken=taken, novelty=put(novelty), number=number), old, new

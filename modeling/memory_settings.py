@@ -18,9 +18,10 @@ _LARGEST = math.nextafter(math.inf, 0.0)  # of all floats; whole numbers beyond 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a numeric parameter may be. kind: int, or float, for which whole numbers do too but NaN
-    and infinities don't. low, high: the smallest and the largest value allowed; None: no bound on
-    that side.
+    """What a numeric parameter may be.
+
+    kind: int; or float, for which whole numbers do too, but NaN and infinities don't. low, high:
+    the smallest and the largest value allowed; None: no bound on that side.
     """
 
     kind: type[int] | type[float]
@@ -109,9 +110,10 @@ class MemorySettings:
 
     @classmethod
     def from_config(cls, pace: dict) -> MemorySettings:
-        """From config.json's `pace` object. Raises ValueError, also for a name this version does
-        not know. What an earlier version has written, before a parameter existed, means what it
-        meant then.
+        """From config.json's `pace` object.
+
+        What was written before a parameter existed means what it meant then. Raises ValueError,
+        also for a parameter that this version does not know.
         """
         values = cls.as_written(pace.get("memory") or {})
         known = {parameter.name for parameter in fields(cls)} - {"experts"}

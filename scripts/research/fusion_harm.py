@@ -14,6 +14,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,14 +92,12 @@ class Reader:
         return torch.cat(parts), self.model.memory_summary(out.past_key_values)
 
 
-def documents(path: Path, tokenizer, length: int, skip: int, count: int) -> list[Tensor]:
-    """The first `length` tokens of the first `count` texts that are long enough, [1, length] each."""
-    found = []
-    for line in path.read_text().splitlines():
-        ids = tokenizer(json.loads(line)["text"], return_tensors="pt").input_ids[:, :length]
-        if ids.shape[1] == length:
-            found.append(ids)
-    return found[skip : skip + count]
+def documents(path: Path, tokenizer: Any, length: int, chosen: list[int]) -> list[Tensor]:
+    """The first `length` tokens of the texts with these numbers, among those that are long enough, [1, length] each."""
+    texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
+    cut = (tokenizer(text, return_tensors="pt").input_ids[:, :length] for text in texts)
+    long = [ids for ids in cut if ids.shape[1] == length]
+    return [long[number] for number in chosen]
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -110,49 +109,49 @@ def interval(values: list[float]) -> tuple[float, float]:
     return mean, t * math.sqrt(sum((v - mean) ** 2 for v in values) / (count - 1) / count)
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--on", type=Path, required=True)
-    parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--documents", type=int, default=4)
-    parser.add_argument("--skip", type=int, default=0)
+    parser.add_argument("--length", type=int, default=2048, help="tokens of each document")
+    parser.add_argument("--documents", type=int, action="append", help="numbers from 0, several times; by default 0 to 3")
     parser.add_argument("--every", type=int, default=1, help="count the loss of every so many tokens")
-    parser.add_argument("--arm", action="append", choices=list(ARMS))
-    parser.add_argument("--arms", type=json.loads, default={}, help="more arms, a JSON object of name: parameters")
-    parser.add_argument("--interval", type=int, action="append")
-    parser.add_argument("--layers", type=json.loads)
-    parser.add_argument("--out", type=Path)
-    asked = parser.parse_args()
+    parser.add_argument("--interval", type=int, action="append", help="U, several times")
+    parser.add_argument("--arm", action="append", choices=list(ARMS), help="several times; by default all")
+    parser.add_argument("--arms", type=json.loads, default={}, help="other arms, a JSON object of name: parameters")
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure every arm at every interval, document by document."""
+    asked = parse()
+    intervals, chosen = asked.interval or INTERVALS, asked.documents or [0, 1, 2, 3]
+    arms = {**{name: ARMS[name] for name in asked.arm or ([] if asked.arms else ARMS)}, **asked.arms}
     tokenizer = AutoTokenizer.from_pretrained(asked.model, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(asked.model, trust_remote_code=True, dtype=torch.float32).eval()
     original = dict(model.config.pace["memory"])
-    reader = Reader(model, min(asked.layers or original["layers"]), asked.every)
-    arms = {**({name: ARMS[name] for name in asked.arm} if asked.arm else {} if asked.arms else ARMS), **asked.arms}
-    lost: dict[tuple[str, int], list[float]] = {}
-    acted: dict[tuple[str, int], list] = {}
-    for number, ids in enumerate(documents(asked.on, tokenizer, asked.length, asked.skip, asked.documents)):
+    reader = Reader(model, min(original["layers"]), asked.every)
+    rows: dict[tuple[str, int], list[dict]] = {(name, u): [] for name in arms for u in intervals}
+    for number, ids in zip(chosen, documents(asked.on, tokenizer, asked.length, chosen)):
         base = reader.base(ids)
-        print(f"document {number}: base {base[1023 // asked.every :].mean():.4f} nats a token", flush=True)
-        for name, parameters in arms.items():
-            for u in asked.interval or INTERVALS:
-                nats, summary = reader.arm(
-                    ids, {**original, "layers": asked.layers or original["layers"], **parameters, "update_interval": u}
-                )
-                lost.setdefault((name, u), []).append(float((nats - base)[(u - 1) // asked.every :].mean()))
-                shares = {
-                    l: [s["filled"][0], *(round(s[w][0] / ids.shape[1], 3) for w in ("mixed", "reused"))]
-                    for l, s in summary.items()
-                }
-                acted.setdefault((name, u), []).append(shares)
-                print(f"  {name:28} U {u:4}  {lost[name, u][-1]:+.5f}  {shares}", flush=True)
+        print(f"document {number}: base {base.mean():.4f} nats a token", flush=True)
+        for name, u in rows:
+            nats, summary = reader.arm(ids, {**original, **arms[name], "update_interval": u})
+            lost = float((nats - base)[(u - 1) // asked.every :].mean())
+            did = {layer: {what: s[what][0] for what in ("filled", "kept", "mixed", "reused")} for layer, s in summary.items()}
+            rows[name, u].append({"document": number, "base": float(base.mean()), "lost": lost, "did": did})
+            print(f"  {name:28} U {u:4}  {lost:+.5f}  {did}", flush=True)
+            if asked.out:
+                table = [
+                    {"arm": name, "interval": u, "parameters": arms[name], "documents": row} for (name, u), row in rows.items()
+                ]
+                asked.out.write_text(json.dumps({"model": asked.model.name, "length": asked.length, "rows": table}, indent=1))
     print("\nnats a token more than the base, mean and 95 % interval over documents")
     for name in arms:
-        cells = (interval(lost[name, u]) for u in asked.interval or INTERVALS)
-        print(f"{name:28} " + "  ".join(f"{mean:+.5f} ± {half:.5f}" for mean, half in cells))
-    if asked.out:
-        rows = [{"arm": name, "interval": u, "nats": v, "acted": acted[name, u]} for (name, u), v in lost.items()]
-        asked.out.write_text(json.dumps({"model": asked.model.name, "length": asked.length, "rows": rows}, indent=1))
+        cells = (interval([row["lost"] for row in rows[name, u]]) for u in intervals)
+        print(f"{name:28} " + "  ".join(f"U {u}: {mean:+.5f} ± {half:.5f}" for u, (mean, half) in zip(intervals, cells)))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ SHIPPED = [
     "memory_layer.py",
     "memory_session.py",
     "memory_settings.py",
+    "memory_stack.py",
     "modeling_pace.py",
     "pace_memory.py",
 ]
