@@ -14,7 +14,9 @@ New tokens, the most novel (smallest s_max, then the earliest) first, take the e
 least recently used ones (ties: lowest slot number); at most M a block. Merges come first, and a
 slot hit in this block counts as just used, so it is the last to be replaced. With several experts a
 token merges in those blocks alone where it found something similar; whether it is known or new is
-decided on whole activations.
+decided on whole activations. Outliers are none of the three; those of the first block, where there
+are no keys yet, are told at its end, by the median of the tokens that would be stored, and leave
+their slots empty.
 
 Two choices follow the paper's words where the released code (KangcongLi/PaceLLM) does otherwise:
 slots move each to the mean of their own tokens, there all to a common one; the least recently used
@@ -37,7 +39,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .memory_bank import KEEP, MIX, REUSE, Bank, Found, Rows, find, norms
+from .memory_bank import KEEP, MIX, REUSE, Bank, Found, Rows, find, norms, outlier_limit
 from .memory_settings import MemorySettings
 
 
@@ -94,7 +96,8 @@ def absorb(
     hits, decisions = counts(found, bank, settings)
     draft = replace(draft, hits=draft.hits + hits, decisions=draft.decisions + decisions)
     draft, old, new = _merge(draft, found, merging)
-    draft, old, new = _insert(draft, found.best.masked_fill(known, math.inf), first, bank, old, new)
+    novelty = found.best.masked_fill(known | found.outlier, math.inf)
+    draft, old, new = _insert(draft, novelty, first, bank, old, new)
     tokens = _per_expert(old.to(h.dtype), draft.tokens) + _per_expert(new.to(h.dtype), h)
     return replace(draft, tokens=tokens)
 
@@ -106,7 +109,8 @@ def finish(bank: Bank, draft: Draft, block: int, settings: MemorySettings) -> Ba
     counted from 0. A new token is fused with what it finds in this same bank, as it was when it
     came.
     """
-    new = draft.taken[..., None]  # [B, M, 1]
+    taken = draft.taken & ~_first_outliers(bank, draft, settings)
+    new = taken[..., None]  # [B, M, 1]
     merged = (draft.merging > 0).transpose(1, 2)  # [B, M, E]
     found = find(draft.tokens, bank, settings)
     share = torch.where(
@@ -116,14 +120,17 @@ def finish(bank: Bank, draft: Draft, block: int, settings: MemorySettings) -> Ba
     mixing = (~new | (found.decision != KEEP)).to(bank.norm.dtype)
     fused = _mix(draft.tokens, retrieved, settings.fusion_weight * mixing)
     moved = torch.where(new, 1.0, (1 - settings.momentum) * merged.to(bank.norm.dtype))
-    keys = _mix(bank.keys, draft.tokens, moved)
+    keys, values = _mix(bank.keys, draft.tokens, moved), _mix(bank.values, fused, moved)
+    norm, valid = norms(keys, settings.experts), bank.valid | taken
     return Bank(
         keys=keys,
-        values=_mix(bank.values, fused, moved),
-        norm=norms(keys, settings.experts),
-        valid=bank.valid | draft.taken,
-        last_used=torch.where(draft.taken | (draft.hits > 0), block, bank.last_used),
-        hits=torch.where(draft.taken, 0, bank.hits + draft.hits),
+        values=values,
+        norm=norm,
+        value_norm=norms(values, settings.experts),
+        limit=outlier_limit(norm, valid, settings),
+        valid=valid,
+        last_used=torch.where(taken | (draft.hits > 0), block, bank.last_used),
+        hits=torch.where(taken, 0, bank.hits + draft.hits),
     )
 
 
@@ -192,6 +199,16 @@ class Block:
         return Block.begin(self.finish(), self.settings, self.number + 1)
 
 
+def _first_outliers(bank: Bank, draft: Draft, settings: MemorySettings) -> Tensor:
+    """Which new tokens of a row's first block are outliers, [B, M] bool: there was no bank to tell
+    them when they came, so they are judged by the median of the block's new tokens.
+    """
+    norm = norms(draft.tokens, settings.experts)
+    limit = outlier_limit(norm, draft.taken, settings)
+    outlier = torch.linalg.vector_norm(norm, dim=-1) > limit[:, None]
+    return outlier & ~bank.valid.any(1, keepdim=True)
+
+
 def _per_expert(weight: Tensor, x: Tensor) -> Tensor:
     """Sums of x [B, S, D] with weights by expert [B, E, M, S]: [B, M, D]."""
     blocks = x.unflatten(-1, (weight.shape[1], -1)).transpose(1, 2)
@@ -222,7 +239,8 @@ def counts(found: Found, bank: Bank, settings: MemorySettings) -> tuple[Tensor, 
 
 def _hits(found: Found, slots: int, settings: MemorySettings) -> Tensor:
     """Which slots a token hits, [B, S, M] bool: its top k, unless it is new."""
-    return found.hits(slots) & (found.mean > settings.theta_low)[..., None]
+    hits = (found.mean > settings.theta_low) & ~found.outlier
+    return found.hits(slots) & hits[..., None]
 
 
 def _merge(draft: Draft, found: Found, merging: Tensor) -> tuple[Draft, Tensor, Tensor]:

@@ -51,6 +51,8 @@ def method_options(command: Callable) -> Callable:
         if get_origin(field.annotation) is Literal:
             kind = click.Choice(get_args(field.annotation))
         names = ("-j", option_name(name)) if name == "jobs" else (option_name(name),)
+        if field.default is True:
+            names = (f"{option_name(name)}/--no-{option_name(name)[2:]}",)
         flag = field.annotation is bool
         command = click.option(*names, name, type=kind, is_flag=flag, default=None, help=help_text)(command)
     return command

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from ..errors import CallError
 from ..modeling.memory_settings import MemorySettings
-from ..options import EXPERT_OPTIONS, ConvertOptions
+from ..options import MEMORY_PARAMETERS, ConvertOptions
 from .intervals import Estimate, difference
 from .runner import Results
 from .subjects import Subject, check_arm, memory_parameters
@@ -23,7 +23,8 @@ LAYER_WORDS = {
     "second": "every second layer",
     "all": "all layers",
 }
-PARAMETERS = (LAYERS, *(n for n in ConvertOptions.model_fields if n not in (*EXPERT_OPTIONS, "memory_layers", "no_memory")))
+SWITCH = {"true": True, "false": False}
+PARAMETERS = (LAYERS, *MEMORY_PARAMETERS)
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def _layers(part: str, count: int) -> list[tuple[int, ...]]:
 def _value(name: str, part: str) -> Any:
     kind: Any = ConvertOptions.model_fields[name].annotation
     try:
-        value = kind(part) if kind in (int, float) else part
+        value = kind(part) if kind in (int, float) else SWITCH.get(part, part) if kind is bool else part
         ConvertOptions.model_validate({"theta_high": 1.0, "theta_low": -1.0, name: value})
     except ValidationError as error:
         raise CallError(f"--vary {name}={part}: {error.errors()[0]['msg']}", "see pace-convert --help") from error

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..converted.opened import Converted
+from ..modeling.memory_settings import MemorySettings
 from ..options import ConvertOptions
 from .reading import shown
 
@@ -35,7 +36,10 @@ def describe(converted: Converted, quality: Sequence[Quality] | None = None, pro
         "bytes": converted.files.nbytes,
         "intermediate_size": converted.intermediate_size,
         "experts": converted.pace.get("experts"),
-        "memory": {**ConvertOptions().memory_config(()), **converted.pace["memory"]},  # what is not set has its default
+        "memory": {
+            **ConvertOptions().memory_config(()),  # what is not set has its default
+            **MemorySettings.as_written(converted.pace["memory"]),
+        },
         "tuned": converted.pace.get("tuned"),
         "layers": layers,
     }
