@@ -21,8 +21,6 @@ from statistics import median
 
 import click
 import torch
-from pace_convert.modeling.memory_bank import MemorySettings
-from pace_convert.modeling.memory_cache import MemoryEntry
 from torch import nn
 from tqdm import tqdm
 from transformers import DynamicCache, Qwen2Config
@@ -31,6 +29,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 from pace_convert.evaluate.cost import machine
 from pace_convert.evaluate.cost_measure import peak, tensor_bytes
 from pace_convert.evaluate.shapes import SHAPES, random_model
+from pace_convert.modeling.memory_bank import MemorySettings
+from pace_convert.modeling.memory_cache import MemoryEntry
 
 MODELS = ("Qwen2-7B", "Qwen2-1.5B", "Qwen2-0.5B")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -1,4 +1,4 @@
-"""Why the plain memory is neutral: where the base model fails, what the memory holds and moves, what an oracle could do."""
+"""Why a fusion of activations moves no answer: where the base fails, what the memory does, what an oracle could do."""
 
 from __future__ import annotations
 
