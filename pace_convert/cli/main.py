@@ -130,7 +130,16 @@ def pace_convert(
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def pace() -> None:
-    """Turn Hugging Face causal language models into PaceLLMs (arXiv 2506.17310)."""
+    """Turn Hugging Face causal language models into PaceLLMs (arXiv 2506.17310).
+
+    \b
+    pace convert Qwen/Qwen2-7B ./out                    convert a model, without training
+    pace verify ./out --source Qwen/Qwen2-7B            prove that no weight was changed
+    pace inspect ./out --html report.html               look at its experts and its memory
+    pace eval needle ./out --arms base,ce+pa            measure whether it helps
+    pace push ./out your-name/Qwen2-7B-Pace             upload it
+    pace undo ./out ./original                          the source again, bit for bit
+    """
 
 
 pace.add_command(pace_convert, "convert")

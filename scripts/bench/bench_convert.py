@@ -5,8 +5,8 @@
 Checkpoints are synthetic, of real shapes (scripts/bench/synthetic.py); each is made once in the folder --work. A plain
 copy (`cp`, then a flush to the disk) and conversions with one and two processes run in turn, each in a process of its
 own, --repeats times; medians count. One more conversion inside this process says where the time goes, and `pace verify`
-compares the output with its source. Results of other cases stay in the JSON file; `scripts/readme_tables.py` puts them
-into the README.
+compares the output with its source. Results of other cases stay in the JSON file; `scripts/docs_tables.py` puts them
+into docs/performance.md.
 """
 
 from __future__ import annotations

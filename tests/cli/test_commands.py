@@ -8,7 +8,6 @@ import struct
 import subprocess
 import sys
 import termios
-from pathlib import Path
 
 import pytest
 from helpers import pace_convert
@@ -72,12 +71,11 @@ def test_inspect_names_what_was_converted(qwen2_pair):
         assert words in text
 
 
-def test_families_and_the_readme_list_the_table():
+def test_families_lists_the_table():
     text = pace_convert(command=("families",)).stdout
     rows = json.loads(pace_convert("--json", command=("families",)).stdout)
     assert [row["model_type"] for row in rows] == list(FAMILIES) == sorted(FAMILIES)
     assert [line.split()[0] for line in text.splitlines()] == ["model_type", *FAMILIES]
-    assert text in (Path(__file__).parents[2] / "README.md").read_text(), "put the output of `pace families` into README.md"
 
 
 def test_options_reach_the_config(make_source, tmp_path):
@@ -95,6 +93,12 @@ def test_options_reach_the_config(make_source, tmp_path):
     assert pace["experts"] == {"count": 4, "method": "exact", "seed": 3, "restarts": 2}
     memory = {name: value for name, value in values.items() if name not in (*EXPERT_OPTIONS, "memory_layers")}
     assert pace["memory"] == {"enabled": True, "layers": [0, 3], **memory}
+
+
+def test_help_shows_examples():
+    text = pace_convert("--help", command=()).stdout
+    for command in ("convert", "verify", "inspect", "eval", "push", "undo"):
+        assert f"  pace {command} " in text[: text.index("Options:")]
 
 
 def test_help_groups_the_methods_options():

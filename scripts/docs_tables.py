@@ -1,25 +1,35 @@
-"""Makes the README's tables: what works, from a run of the tests that back it; what it costs, from the benchmark.
+"""Makes the blocks of docs/ that are generated.
 
-    python scripts/readme_tables.py            # runs the tests marked `works`; ten minutes
-    python scripts/readme_tables.py --costs    # only the benchmarks' tables, from docs/bench_*.json
+What works comes from a run of the tests that back it; what it costs, from the benchmarks' results;
+options, families and modules, from the code.
+
+    python scripts/docs_tables.py            # runs the tests marked `works`; ten minutes
+    python scripts/docs_tables.py --quick    # everything else; seconds
 
 A test says what it backs: `@pytest.mark.works("beam search, padded batch")`. One that is parametrised by
-family gives a column of the families' table, any other a row of the table of uses.
+family gives a column of the families' table, any other a row of the table of uses. A page has a place for
+each block, between two comments; tests/package/test_docs.py fails where a block is out of date.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
 import pytest
 from bench_cluster import table as clusters_table
 
+from pace_convert.families import FAMILIES
+from pace_convert.options import EXPERT_OPTIONS, ConvertOptions, option_name
+
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
+DOCS = ROOT / "docs"
+CODE = ("pace_convert", "modeling", "scripts")  # what the table of modules lists, in this order
 MARKS = {"passed": "yes", "failed": "**no**", "skipped": "not run here"}
 
 
@@ -132,36 +142,117 @@ def _bytes(value: int) -> str:
     return f"{value / 1e6:.1f} MB"
 
 
-BENCHMARKS = {
-    "costs": (costs_table, "bench_memory.json"),
-    "conversions": (conversions_table, "bench_convert.json"),
-    "clusters": (clusters_table, "bench_cluster.json"),
+def options_table() -> str:
+    """Every option of the method with its default, as the command line names it."""
+    rows = ["| option | default | meaning |", "|---|---|---|"]
+    memory = [name for name in ConvertOptions.model_fields if name not in EXPERT_OPTIONS]
+    for name in (*EXPERT_OPTIONS, *memory):
+        field = ConvertOptions.model_fields[name]
+        default = "" if field.default is None or field.default is False else field.default
+        rows.append(f"| `{option_name(name)}` | {default} | {field.description} |")
+    return "\n".join(rows)
+
+
+def supported_table() -> str:
+    """The families that can be converted."""
+    rows = ["| model_type | class | FFN | models |", "|---|---|---|---|"]
+    for spec in FAMILIES.values():
+        rows.append(f"| `{spec.model_type}` | `{spec.causal_lm_class}` | {spec.ffn.kind} | {spec.models} |")
+    return "\n".join(rows)
+
+
+def modules_table() -> str:
+    """Every module with the first line of its docstring, folder by folder."""
+    rows = ["| | |", "|---|---|"]
+    for folder in (folder for name in CODE for folder in _folders(ROOT / name)):
+        init = folder / "__init__.py"
+        rows.append(f"| **{folder.relative_to(ROOT)}/** | {first_line(init) if init.exists() else ''} |")
+        rows += [f"| `{path.name}` | {first_line(path)} |" for path in _modules(folder)]
+    return "\n".join(rows)
+
+
+def first_line(path: Path) -> str:
+    """What a file says of itself: of a docstring, or of the first comment, the first line."""
+    text = path.read_text()
+    if path.suffix == ".py":
+        said = ast.get_docstring(ast.parse(text)) or ""
+    else:
+        said = next((line[1:].strip() for line in text.splitlines() if re.match("#[^!]", line)), "")
+    return said.partition("\n")[0].replace("|", "\\|")
+
+
+def _folders(folder: Path) -> Iterator[Path]:
+    """A folder of code and those below it; a link's target is listed where it is."""
+    yield folder
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.is_symlink() and any(_modules(path)):
+            yield from _folders(path)
+
+
+def _modules(folder: Path) -> list[Path]:
+    files = (path for path in sorted(folder.iterdir()) if path.suffix in (".py", ".sh"))
+    return [path for path in files if path.name != "__init__.py"]
+
+
+# Block -> its page, and what makes it.
+FROM_CODE: dict[str, tuple[str, Callable[[], str]]] = {
+    "options": ("usage.md", options_table),
+    "supported": ("compatibility.md", supported_table),
+    "modules": ("architecture.md", modules_table),
+}
+# Block -> its page, what makes it of a benchmark's results, and their file.
+FROM_BENCHMARKS: dict[str, tuple[str, Callable[[dict], str], str]] = {
+    "costs": ("performance.md", costs_table, "bench_memory.json"),
+    "conversions": ("performance.md", conversions_table, "bench_convert.json"),
+    "clusters": ("performance.md", clusters_table, "bench_cluster.json"),
+}
+FROM_TESTS: dict[str, tuple[str, Callable[[Recorder], str]]] = {
+    "uses": ("compatibility.md", uses_table),
+    "families": ("compatibility.md", families_table),
 }
 
 
-def put(text: str, name: str, table: str) -> str:
-    """The README with the table between its two comments."""
-    begin, end = f"<!-- {name}: made by scripts/readme_tables.py -->", f"<!-- end of {name} -->"
-    pattern = re.escape(begin) + r".*?" + re.escape(end)
-    if not re.search(pattern, text, re.DOTALL):
-        raise click.ClickException(f"README.md has no place for the table {name}: {begin} ... {end}")
-    return re.sub(pattern, lambda _: f"{begin}\n{table}\n{end}", text, flags=re.DOTALL)
+def quick_blocks() -> Iterator[tuple[str, str, str]]:
+    """Block, page and text of all that needs no run of tests."""
+    for name, (page, make) in FROM_CODE.items():
+        yield name, page, make()
+    for name, (page, table, file) in FROM_BENCHMARKS.items():
+        yield name, page, table(json.loads((DOCS / file).read_text()))
+
+
+def pattern(name: str) -> re.Pattern:
+    """A block's place in a page; its group is what stands there."""
+    begin, end = f"<!-- {name}: made by scripts/docs_tables.py -->", f"<!-- end of {name} -->"
+    return re.compile(f"(?<={re.escape(begin)})\\n(.*?)(?={re.escape(end)})", re.DOTALL)
+
+
+def put(name: str, page: str, block: str) -> None:
+    """Write the block into its place in the page."""
+    text = (DOCS / page).read_text()
+    if not pattern(name).search(text):
+        raise click.ClickException(f"docs/{page} has no place for the block {name}")
+    (DOCS / page).write_text(pattern(name).sub(lambda _: f"\n\n{block}\n\n", text))
+
+
+def run_tests() -> Recorder:
+    """Run the tests that back a row or a column."""
+    recorder = Recorder()
+    arguments = ["-q", "-m", "slow or not slow", "--rootdir", str(ROOT), str(ROOT / "tests")]
+    code = pytest.main(arguments, plugins=[recorder])
+    if not recorder.outcomes or code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        raise click.ClickException("the tests did not run; their tables stay as they are")
+    return recorder
 
 
 @click.command(help=__doc__)
-@click.option("--costs", is_flag=True, help="Only the benchmarks' tables.")
-def main(costs: bool) -> None:
-    text = README.read_text()
-    for name, (table, file) in BENCHMARKS.items():
-        if (ROOT / "docs" / file).exists():
-            text = put(text, name, table(json.loads((ROOT / "docs" / file).read_text())))
-    if not costs:
-        recorder = Recorder()
-        code = pytest.main(["-q", "-m", "slow or not slow", "--rootdir", str(ROOT), str(ROOT / "tests")], plugins=[recorder])
-        if not recorder.outcomes or code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
-            raise click.ClickException("the tests did not run; the README stays as it is")
-        text = put(put(text, "uses", uses_table(recorder)), "families", families_table(recorder))
-    README.write_text(text)
+@click.option("--quick", is_flag=True, help="Only what needs no run of tests.")
+def main(quick: bool) -> None:
+    for name, page, block in quick_blocks():
+        put(name, page, block)
+    if not quick:
+        recorder = run_tests()
+        for name, (page, table) in FROM_TESTS.items():
+            put(name, page, table(recorder))
 
 
 if __name__ == "__main__":
