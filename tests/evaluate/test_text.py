@@ -102,13 +102,12 @@ def test_end_to_end(reference, files, tmp_path):
     base, arm = rows["all", "base"], rows["all", "pace update_interval=16"]
     assert arm["gain"]["mean"] == pytest.approx(base["mean"] - arm["mean"]) and arm["gain"]["over"] == "base"
     assert base["low"] < base["mean"] < base["high"]
-    # 300 words are less than the default U of 64 tokens' first block has: nothing before it can differ
-    assert arm["mean"] != base["mean"]
+    assert arm["mean"] != base["mean"], "the memory acts"
 
 
 def test_a_model_alone_has_no_gain(reference, files, tmp_path):
     done = text(reference, "--arms", "base", "--on", files / "books" / "1.txt", "--out", tmp_path / "t", "-q")
-    assert done.returncode == 0 and "gain" not in done.stdout, done.stderr
+    assert done.returncode == 0 and "gain" not in done.stdout.replace(str(tmp_path), ""), done.stderr
     assert "one cell to resample" in done.stdout
 
 
