@@ -14,10 +14,16 @@ similar slots, N the k' least similar ones, s_max the largest s_i.
     r  = h                                                 otherwise, or the bank is empty  (keep)
     h' = (1 - lambda) h + lambda r                         lambda = fusion_weight
 
+With match_norm each V_i of a mean is first scaled to the norm of h: |h| V_i / |V_i|. An activation
+says what it is by its direction, and values of other norms shift those of all who read them.
+A token is an *outlier* where |h| is above outlier_norm times the median norm of the keys; it is
+kept, hits nothing and is not stored. Attention sinks, such as a text's first token, have norms many
+times those of other tokens.
+
 The FFN goes on with h'. The rule and its weights are those of the released code
-(KangcongLi/PaceLLM), and that a block of tokens reads only what earlier blocks have stored is the
-paper's Algorithm 1. How the bank changes is in `memory_draft`. Every function treats the rows of a
-batch independently.
+(KangcongLi/PaceLLM), which has neither match_norm nor outliers; that a block of tokens reads only
+what earlier blocks have stored is the paper's Algorithm 1. How the bank changes is in
+`memory_draft`. Every function treats the rows of a batch independently.
 """
 
 from __future__ import annotations
@@ -66,7 +72,8 @@ class Bank(Rows):
     """What one layer remembers of each row.
 
     keys: [B, M, D], raw activations h. values: [B, M, D], fused activations h'.
-    norm: [B, M, E], of the keys' blocks. valid: [B, M] bool, the slot is filled.
+    norm, value_norm: [B, M, E], of the keys' and of the values' blocks. limit: [B], a token of a
+    larger norm is an outlier; inf while the bank is empty. valid: [B, M] bool, the slot is filled.
     last_used: [B, M] int64, the block in which the slot was last written or hit; -1 before.
     hits: [B, M] int64, tokens that had the slot among their top k, above theta_low, since it was
     written.
@@ -75,6 +82,8 @@ class Bank(Rows):
     keys: Tensor
     values: Tensor
     norm: Tensor
+    value_norm: Tensor
+    limit: Tensor
     valid: Tensor
     last_used: Tensor
     hits: Tensor
@@ -83,10 +92,13 @@ class Bank(Rows):
     def empty(cls, rows: int, settings: MemorySettings, like: Tensor) -> Bank:
         """An empty bank of D, dtype and device of `like` [..., D]."""
         keys = like.new_zeros(rows, settings.slots, like.shape[-1])
+        norm = keys.new_zeros(rows, settings.slots, settings.experts, dtype=_wide(like.dtype))
         return cls(
             keys=keys,
             values=torch.zeros_like(keys),
-            norm=keys.new_zeros(rows, settings.slots, settings.experts, dtype=_wide(like.dtype)),
+            norm=norm,
+            value_norm=torch.zeros_like(norm),
+            limit=norm.new_full((rows,), math.inf),
             valid=keys.new_zeros(rows, settings.slots, dtype=torch.bool),
             last_used=keys.new_full((rows, settings.slots), -1, dtype=torch.int64),
             hits=keys.new_zeros(rows, settings.slots, dtype=torch.int64),
@@ -97,15 +109,17 @@ class Bank(Rows):
 class Found:
     """What S tokens find in a bank; R slots are fused with each expert's block of a token.
 
-    decision: [B, S, E], KEEP, MIX or REUSE. slot: [B, S, E, R] int64, and share: their shares in r,
-    zero where kept. best, mean: [B, S], similarity of the whole activation to the most similar
-    slot, and averaged over the top k; -inf while the bank is empty. ranking: [B, S, k] int64, these
-    top k, of which the first `filled` [B, 1, 1] are filled slots.
+    decision: [B, S, E], KEEP, MIX or REUSE. slot: [B, S, E, R] int64, and share: what each value is
+    multiplied by in r, zero where kept. outlier: [B, S] bool, the token takes no part. best, mean:
+    [B, S], similarity of the whole activation to the most similar slot, and averaged over the top
+    k; -inf while the bank is empty. ranking: [B, S, k] int64, these top k, of which the first
+    `filled` [B, 1, 1] are filled slots.
     """
 
     decision: Tensor
     slot: Tensor
     share: Tensor
+    outlier: Tensor
     best: Tensor
     mean: Tensor
     ranking: Tensor
@@ -143,26 +157,33 @@ def find(h: Tensor, bank: Bank, settings: MemorySettings) -> Found:
     h: [B, S, D], raw activations of the bank's dtype. Where fewer than k or k' slots are filled,
     the means are over those there are; a slot may be in both. Ties go to the lowest slot number.
     """
-    by_expert, whole = _similarity(h, bank, settings.experts)
+    norm = norms(h, settings.experts)
+    by_expert, whole = _similarity(h, norm, bank)
+    outlier = torch.linalg.vector_norm(norm, dim=-1) > bank.limit[:, None]
     filled = bank.valid.sum(-1)[:, None, None]
     similarity, ranking = _rank(by_expert)
     best = similarity[..., 0]
     decision = (best > settings.theta_low).long() + (best > settings.theta_high).long()
-    gain = torch.full_like(best, settings.mix_weight).masked_fill(
-        decision == REUSE, settings.reuse_weight
-    )
+    decision = decision.masked_fill(outlier[..., None], KEEP)
+    gain = torch.full_like(best, settings.mix_weight)
+    gain = gain.masked_fill(decision == REUSE, settings.reuse_weight)
     slot, share = _chosen(ranking, filled[..., None], settings, gain)
+    if settings.match_norm:
+        share = share * _scale(norm, bank.value_norm, slot).clamp_max(torch.finfo(h.dtype).max)
+    # What is fused is decided by expert; what the bank will store, on whole activations.
     if whole is not None:
         similarity, ranking = _rank(whole)
     else:
-        similarity, ranking = similarity[:, :, 0], ranking[:, :, 0]
+        similarity = similarity[:, :, 0]
+        ranking = ranking[:, :, 0]
     top = similarity[..., : settings.top_k]
     there = torch.arange(top.shape[-1], device=h.device) < filled
     mean = torch.where(there, top, 0.0).sum(-1) / there.sum(-1).clamp_min(1)
     return Found(
-        decision,
-        slot,
-        share.masked_fill((decision == KEEP)[..., None], 0.0),
+        decision=decision,
+        slot=slot,
+        share=share.masked_fill((decision == KEEP)[..., None], 0.0),
+        outlier=outlier,
         best=similarity[..., 0],
         mean=mean.masked_fill(filled[..., 0] == 0, -math.inf),
         ranking=ranking[..., : settings.top_k],
@@ -205,6 +226,19 @@ def norms(x: Tensor, experts: int) -> Tensor:
     return torch.linalg.vector_norm(pieces.to(_wide(x.dtype)), dim=-1)
 
 
+def outlier_limit(norm: Tensor, counted: Tensor, settings: MemorySettings) -> Tensor:
+    """The norm above which a token is an outlier, [B]: outlier_norm times the median (of an even
+    number the lower one) of the activations that are counted; inf where there is none.
+
+    norm: [B, M, E], of activations' blocks. counted: [B, M] bool.
+    """
+    whole = torch.linalg.vector_norm(norm, dim=-1).masked_fill(~counted, math.inf).sort(dim=-1)
+    middle = (counted.sum(1, keepdim=True) - 1).clamp_min(0) // 2
+    median = whole.values.gather(1, middle)[:, 0]
+    known = (median > 0) & (settings.outlier_norm > 0)
+    return torch.where(known, settings.outlier_norm * median, math.inf)
+
+
 def _wide(dtype: torch.dtype) -> torch.dtype:
     """Norms and cosines are kept in at least fp32."""
     return torch.promote_types(dtype, torch.float32)
@@ -215,18 +249,29 @@ def _inverse(norm: Tensor) -> Tensor:
     return torch.where(norm > 0, 1 / norm, 0.0)
 
 
-def _similarity(h: Tensor, bank: Bank, experts: int) -> tuple[Tensor, Tensor | None]:
-    """Cosines with every slot's key: by expert [B, S, E, M], and of whole activations [B, S, M]
-    (None: the same).
+def _scale(norm: Tensor, value_norm: Tensor, slot: Tensor) -> Tensor:
+    """What brings each value's block to the norm of the token's, [B, S, E, R]; 0 for a zero value.
 
-    -inf where the slot is empty.
+    norm: [B, S, E], of the tokens. value_norm: [B, M, E]. slot: [B, S, E, R].
     """
-    norm, keys = norms(h, experts), bank.keys
+    inverse = _inverse(value_norm).transpose(1, 2)[:, None].expand(-1, norm.shape[1], -1, -1)
+    return norm[..., None] * inverse.gather(-1, slot)
+
+
+def _similarity(h: Tensor, norm: Tensor, bank: Bank) -> tuple[Tensor, Tensor | None]:
+    """Cosines with every slot's key, -inf where the slot is empty.
+
+    h: [B, S, D]. norm: [B, S, E], of its blocks. Returns them by expert, [B, S, E, M], and of whole
+    activations, [B, S, M]; None with one expert, where they are the same.
+    """
+    experts = norm.shape[-1]
+    keys = bank.keys
     if h.dtype == torch.float16:  # products of raw activations leave its range
         h, keys = h.float(), keys.float()
     product = _products(h, keys, experts).to(norm.dtype)
     empty = ~bank.valid[:, None, :]
-    h_scale, key_scale = _inverse(norm), _inverse(bank.norm).transpose(1, 2)[:, None]
+    h_scale = _inverse(norm)
+    key_scale = _inverse(bank.norm).transpose(1, 2)[:, None]
     by_expert = (product * h_scale[..., None] * key_scale).masked_fill(empty[:, None], -math.inf)
     if experts == 1:
         return by_expert, None
@@ -244,8 +289,9 @@ def _products(h: Tensor, keys: Tensor, experts: int) -> Tensor:
 
 
 def _rank(similarity: Tensor) -> tuple[Tensor, Tensor]:
-    """Slots by falling similarity, empty ones last; ties by slot number: a stable sort, `topk`
-    leaves ties open.
+    """Similarities [..., M] in falling order, empty slots last, and the slots' numbers.
+
+    A stable sort, so that equal ones stand by slot number; `topk` leaves their order open.
     """
     return similarity.sort(dim=-1, descending=True, stable=True)
 
@@ -253,10 +299,10 @@ def _rank(similarity: Tensor) -> tuple[Tensor, Tensor]:
 def _chosen(
     ranking: Tensor, filled: Tensor, settings: MemorySettings, gain: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The most and the least similar filled slots, of which there may be fewer than k, and their
-    shares.
+    """The most and the least similar filled slots, and their shares in r, both [B, S, E, R].
 
     ranking: [B, S, E, M]. filled: [B, 1, 1, 1]. gain: [B, S, E], weight of the most similar ones.
+    Where fewer than k or k' slots are filled, the rest of R has share 0.
     """
     slots = ranking.shape[-1]
     best = torch.arange(min(settings.top_k, slots), device=ranking.device)

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import cache_utils
 from transformers.cache_utils import Cache
 
+from .memory_bank import Bank
 from .memory_clock import Clock, RowSpan
 from .memory_layer import LayerMemory, Tape
 from .memory_settings import MemorySettings
@@ -93,8 +94,11 @@ class MemoryEntry(_EmptyLayer):
 
     def begin(self) -> Call:
         """The announced call starts to run."""
-        call, self.announced = self.announced, None
-        self.running, self.is_open, self.touched = call, True, False
+        call = self.announced
+        self.announced = None
+        self.running = call
+        self.is_open = True
+        self.touched = False
         assert call is not None and self.clock is not None
         return call
 
@@ -121,6 +125,14 @@ class MemoryEntry(_EmptyLayer):
     def _new_memory(self, layer: int, h: Tensor) -> None:
         self.memories[layer] = LayerMemory(len(h), self.settings, h)
 
+    def bank(self, layer: int) -> Bank:
+        """The bank of a decoder layer, which the latest tokens have read. M slots a row.
+
+        A block that has just ended is in it from the next call on. Raises KeyError for a layer
+        without memory, and before the first call.
+        """
+        return self.memories[layer].state.bank
+
     def end(self, call: Call) -> None:
         """The running call is over."""
         assert self.clock is not None
@@ -132,12 +144,14 @@ class MemoryEntry(_EmptyLayer):
 
     def fail(self) -> None:
         """The running call failed; it never was, unless a memory has taken part in it."""
-        self.running, self.is_open = None, False
+        self.running = None
+        self.is_open = False
         self.stale = self.stale or self.touched
 
     def catch_up(self) -> None:
         """Count the call that ran since the last one was announced."""
-        call, self.running, self.announced = self.running, None, None
+        call = self.running
+        self.running = self.announced = None
         if self.is_open:  # it was interrupted
             self.fail()
         elif call is not None and self.clock is not None:
@@ -158,7 +172,7 @@ class MemoryEntry(_EmptyLayer):
         return -1
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Forget every sequence; the next call begins new ones with the same parameters."""
         self.__init__(self.settings)  # type: ignore[misc]
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -179,7 +193,7 @@ class MemoryEntry(_EmptyLayer):
         self._select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row."""
+        """Put `repeats` copies of each row in its place, as for beams or several answers."""
         if self.clock is not None:
             self._select(torch.arange(len(self.clock.rows)).repeat_interleave(repeats))
 
@@ -188,7 +202,7 @@ class MemoryEntry(_EmptyLayer):
         self._select(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
 
     def summary(self) -> dict[int, dict]:
-        """See `memory_summary`."""
+        """What the memory did so far, by decoder layer; see `memory_summary`."""
         self.catch_up()
         if self.clock is None:
             return {}

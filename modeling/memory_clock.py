@@ -18,13 +18,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-WINDOW, BATCH = 48, 48  # tokens that can be taken back, and that settle together
+WINDOW = 48  # tokens that can be taken back
+BATCH = 48  # tokens that settle together
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a row stands. seen: its tokens so far; settled: of these, in the draft or the bank;
-    finished: blocks.
+    """Where a row stands.
+
+    seen: its tokens so far. settled: of these, in the draft or the bank. finished: its blocks that
+    have ended.
     """
 
     seen: int = 0
@@ -42,8 +45,9 @@ class Read:
 
 @dataclass(frozen=True)
 class Settle:
-    """Tokens first to stop of one block go into its draft. closes: with them a finished block is
-    settled whole.
+    """Tokens first to stop of one block go into its draft.
+
+    closes: with them a finished block is settled whole.
     """
 
     first: int
@@ -84,7 +88,11 @@ class RowSpan:
 
 @dataclass(frozen=True)
 class Rhythm:
-    """Block length U, the window, and the ring's size; at most one block ends within the ring."""
+    """How long things take, in tokens; at most one block ends within the ring.
+
+    interval: U, a block. window: the latest tokens, which can be taken back. ring: the most that
+    have not settled; when it is full, all but the window settle.
+    """
 
     interval: int
     window: int
@@ -92,6 +100,7 @@ class Rhythm:
 
     @classmethod
     def of(cls, interval: int) -> Rhythm:
+        """That of blocks of so many tokens: window and ring fit into one."""
         window = min(WINDOW, interval // 2)
         return cls(interval, window, window + min(BATCH, interval - window))
 
@@ -163,7 +172,8 @@ class Clock:
             self.read()
         if self.unread or self._distance() > 0:
             return []
-        spans, rows = [], []
+        spans: list[RowSpan] = []
+        rows: list[Position] = []
         for first, stop in self._runs(self.rows):
             events, at = self.rhythm.due(self.rows[first])
             rows += [at] * (stop - first)
@@ -175,19 +185,21 @@ class Clock:
         return spans
 
     def before_call(self, length: int, real: Tensor | None) -> tuple[list[RowSpan], list[int]]:
-        """The spans of a call of several columns, and each row's tokens. real: [B, length] bool,
-        None for all.
+        """The spans of a call of several columns, and how many tokens each row has in it.
+
+        real: [B, length] bool, which columns are tokens; None: all.
         """
         self.read()
-        columns = (
-            [slice(0, length)] * len(self.rows)
-            if real is None
-            else [_columns(row) for row in real.cpu()]
-        )
-        counts = [length] * len(self.rows) if real is None else real.sum(1).tolist()
+        columns: list[slice | Tensor] = [slice(0, length)] * len(self.rows)
+        counts = [length] * len(self.rows)
+        if real is not None:
+            columns = [_columns(row) for row in real.cpu()]
+            counts = real.sum(1).tolist()
         spans = []
+        # Slices and tensors can't be compared with each other; as texts they can.
         for first, stop in self._runs(list(zip(self.rows, [str(c) for c in columns]))):
-            start, count = self.rows[first], counts[first]
+            start = self.rows[first]
+            count = counts[first]
             events, _ = self.rhythm.call(start, count)
             if count:
                 spans.append(
@@ -196,13 +208,15 @@ class Clock:
         return spans, counts
 
     def count(self, length: int, real: Tensor | None, counts: list[int] | None) -> None:
-        """A call is over. real: [B, length] bool; None: all columns were tokens. counts: as
-        `before_call` gave them; None for a step.
+        """A call is over.
+
+        real: [B, length] bool, which columns were tokens; None: all. counts: as `before_call` gave
+        them; None for a step.
         """
         if counts is not None:
             self.rows = [self.rhythm.call(at, n)[1] for at, n in zip(self.rows, counts)]
         elif real is not None and real.device.type != "cpu":
-            self.unread.append(real[:, 0])
+            self.unread.append(real[:, 0])  # to look at it now would wait for the device
         else:
             self._step([1] * len(self.rows) if real is None else real[:, 0].tolist())
         self._remember(length, real)
@@ -215,11 +229,14 @@ class Clock:
             self._step(counts)
 
     def take_back(self, columns: int) -> list[RowSpan]:
-        """Forget the latest `columns`; spans whose last block is to be undone. Raises ValueError if
-        it is too late.
+        """Forget the latest `columns`. Returns the rows whose last block is to be undone.
+
+        Raises ValueError, and forgets nothing, if some of their tokens have settled.
         """
         self.read()
-        removed, left, recent = torch.zeros_like(self.seen), columns, list(self.recent)
+        removed = torch.zeros_like(self.seen)  # tokens of each row
+        recent = list(self.recent)
+        left = columns
         while left and recent:
             length, real = recent.pop()
             cut = min(left, length)
@@ -276,16 +293,16 @@ class Clock:
 
     def _distance(self) -> int:
         """Tokens until something is due in some row, if nothing is unread."""
-        u, ring = self.rhythm.interval, self.rhythm.ring
-        return min(
-            min((at.finished + 1) * u - at.seen, ring - at.seen + at.settled) for at in self.rows
-        )
+        to_end = ((at.finished + 1) * self.rhythm.interval - at.seen for at in self.rows)
+        to_full_ring = (self.rhythm.ring - at.seen + at.settled for at in self.rows)
+        return min(*to_end, *to_full_ring)
 
     def _step(self, counts: list[int]) -> None:
         """Tokens of steps before which nothing was due."""
         self.rows = [replace(at, seen=at.seen + int(n)) for at, n in zip(self.rows, counts)]
 
     def _remember(self, length: int, real: Tensor | None) -> None:
+        """Keep in `recent` what may be taken back: a window of tokens and padding among them."""
         if real is None and self.recent and self.recent[-1][1] is None:
             length += self.recent.pop()[0]
         self.recent.append((length, real))
@@ -311,5 +328,6 @@ def _columns(real: Tensor) -> slice | Tensor:
     index = real.nonzero()[:, 0]
     if len(index) == 0:
         return slice(0, 0)
-    first, stop = int(index[0]), int(index[-1]) + 1
+    first = int(index[0])
+    stop = int(index[-1]) + 1
     return slice(first, stop) if stop - first == len(index) else index

@@ -14,7 +14,9 @@ New tokens, the most novel (smallest s_max, then the earliest) first, take the e
 least recently used ones (ties: lowest slot number); at most M a block. Merges come first, and a
 slot hit in this block counts as just used, so it is the last to be replaced. With several experts a
 token merges in those blocks alone where it found something similar; whether it is known or new is
-decided on whole activations.
+decided on whole activations. Outliers are none of the three; those of the first block, where there
+are no keys yet, are told at its end, by the median of the tokens that would be stored, and leave
+their slots empty.
 
 Two choices follow the paper's words where the released code (KangcongLi/PaceLLM) does otherwise:
 slots move each to the mean of their own tokens, there all to a common one; the least recently used
@@ -37,7 +39,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .memory_bank import KEEP, MIX, REUSE, Bank, Found, Rows, find, norms
+from .memory_bank import KEEP, MIX, REUSE, Bank, Found, Rows, find, norms, outlier_limit
 from .memory_settings import MemorySettings
 
 
@@ -88,12 +90,14 @@ def absorb(
     h: [B, S, D], raw activations, numbered from `first` in their row. found: what they find in
     `bank`, which is the bank as it was at the block's start.
     """
-    hit, known = _hits(found, bank.valid.shape[1], settings), found.mean > settings.theta_low
+    hit = _hits(found, bank.valid.shape[1], settings)
+    known = found.mean > settings.theta_low
     merging = hit & (found.mean <= settings.theta_high)[..., None]
     hits, decisions = counts(found, bank, settings)
     draft = replace(draft, hits=draft.hits + hits, decisions=draft.decisions + decisions)
     draft, old, new = _merge(draft, found, merging)
-    draft, old, new = _insert(draft, found.best.masked_fill(known, math.inf), first, bank, old, new)
+    novelty = found.best.masked_fill(known | found.outlier, math.inf)
+    draft, old, new = _insert(draft, novelty, first, bank, old, new)
     tokens = _per_expert(old.to(h.dtype), draft.tokens) + _per_expert(new.to(h.dtype), h)
     return replace(draft, tokens=tokens)
 
@@ -105,10 +109,9 @@ def finish(bank: Bank, draft: Draft, block: int, settings: MemorySettings) -> Ba
     counted from 0. A new token is fused with what it finds in this same bank, as it was when it
     came.
     """
-    new, merged = (
-        draft.taken[..., None],
-        (draft.merging > 0).transpose(1, 2),
-    )  # [B, M, 1], [B, M, E]
+    taken = draft.taken & ~_first_outliers(bank, draft, settings)
+    new = taken[..., None]  # [B, M, 1]
+    merged = (draft.merging > 0).transpose(1, 2)  # [B, M, E]
     found = find(draft.tokens, bank, settings)
     share = torch.where(
         new[..., None], found.weights(bank.valid.shape[1]), draft.share.transpose(1, 2)
@@ -117,15 +120,93 @@ def finish(bank: Bank, draft: Draft, block: int, settings: MemorySettings) -> Ba
     mixing = (~new | (found.decision != KEEP)).to(bank.norm.dtype)
     fused = _mix(draft.tokens, retrieved, settings.fusion_weight * mixing)
     moved = torch.where(new, 1.0, (1 - settings.momentum) * merged.to(bank.norm.dtype))
-    keys = _mix(bank.keys, draft.tokens, moved)
+    keys, values = _mix(bank.keys, draft.tokens, moved), _mix(bank.values, fused, moved)
+    norm, valid = norms(keys, settings.experts), bank.valid | taken
     return Bank(
         keys=keys,
-        values=_mix(bank.values, fused, moved),
-        norm=norms(keys, settings.experts),
-        valid=bank.valid | draft.taken,
-        last_used=torch.where(draft.taken | (draft.hits > 0), block, bank.last_used),
-        hits=torch.where(draft.taken, 0, bank.hits + draft.hits),
+        values=values,
+        norm=norm,
+        value_norm=norms(values, settings.experts),
+        limit=outlier_limit(norm, valid, settings),
+        valid=valid,
+        last_used=torch.where(taken | (draft.hits > 0), block, bank.last_used),
+        hits=torch.where(taken, 0, bank.hits + draft.hits),
     )
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block under way in rows that stand alike: whoever updates a bank does it with this.
+
+    bank: as it was at the block's start, which all tokens of the block read. draft: what the tokens
+    so far will do to it. number: of the block in its rows, from 0. absorbed: its tokens so far.
+    Nothing is changed in place. A sequence, in parts that end where a block does at the latest:
+
+        block = Block.begin(Bank.empty(rows, settings, h), settings)
+        for part in parts:  # [B, S, D]
+            found = block.find(part)
+            block = block.absorb(part, found)
+            if block.is_full:
+                block = block.next()
+    """
+
+    bank: Bank
+    draft: Draft
+    settings: MemorySettings
+    number: int = 0
+    absorbed: int = 0
+
+    @classmethod
+    def begin(cls, bank: Bank, settings: MemorySettings, number: int = 0) -> Block:
+        """A block of which no token has come."""
+        return cls(bank, Draft.empty(bank), settings, number)
+
+    @property
+    def position(self) -> int:
+        """Number of the next token in its row."""
+        return self.number * self.settings.update_interval + self.absorbed
+
+    @property
+    def is_full(self) -> bool:
+        """Whether all its tokens have come."""
+        return self.absorbed == self.settings.update_interval
+
+    def find(self, h: Tensor) -> Found:
+        """What tokens of this block find. h: [B, S, D]."""
+        return find(h, self.bank, self.settings)
+
+    def absorb(self, h: Tensor, found: Found | None = None) -> Block:
+        """The block after its next tokens, [B, S, D]. found: what they find, where that is known.
+
+        Raises ValueError for more tokens than the block still has.
+        """
+        absorbed = self.absorbed + h.shape[1]
+        if absorbed > self.settings.update_interval:
+            raise ValueError(
+                f"{h.shape[1]} tokens go over the end of a block of {self.settings.update_interval}"
+                f", of which {self.absorbed} have come"
+            )
+        found = self.find(h) if found is None else found
+        draft = absorb(self.draft, h, found, self.position, self.bank, self.settings)
+        return replace(self, draft=draft, absorbed=absorbed)
+
+    def finish(self) -> Bank:
+        """The bank that the next block reads."""
+        return finish(self.bank, self.draft, self.number, self.settings)
+
+    def next(self) -> Block:
+        """The block after this one."""
+        return Block.begin(self.finish(), self.settings, self.number + 1)
+
+
+def _first_outliers(bank: Bank, draft: Draft, settings: MemorySettings) -> Tensor:
+    """Which new tokens of a row's first block are outliers, [B, M] bool: there was no bank to tell
+    them when they came, so they are judged by the median of the block's new tokens.
+    """
+    norm = norms(draft.tokens, settings.experts)
+    limit = outlier_limit(norm, draft.taken, settings)
+    outlier = torch.linalg.vector_norm(norm, dim=-1) > limit[:, None]
+    return outlier & ~bank.valid.any(1, keepdim=True)
 
 
 def _per_expert(weight: Tensor, x: Tensor) -> Tensor:
@@ -147,7 +228,9 @@ def _mix(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
 
 
 def counts(found: Found, bank: Bank, settings: MemorySettings) -> tuple[Tensor, Tensor]:
-    """How many tokens hit each slot, [B, M], and how many expert blocks were kept, mixed and
+    """What tokens did, in numbers, both int64.
+
+    Returns how many tokens hit each slot, [B, M], and how many expert blocks were kept, mixed and
     reused, [B, 3].
     """
     decisions = [(found.decision == state).sum((1, 2)) for state in (KEEP, MIX, REUSE)]
@@ -156,7 +239,8 @@ def counts(found: Found, bank: Bank, settings: MemorySettings) -> tuple[Tensor, 
 
 def _hits(found: Found, slots: int, settings: MemorySettings) -> Tensor:
     """Which slots a token hits, [B, S, M] bool: its top k, unless it is new."""
-    return found.hits(slots) & (found.mean > settings.theta_low)[..., None]
+    hits = (found.mean > settings.theta_low) & ~found.outlier
+    return found.hits(slots) & hits[..., None]
 
 
 def _merge(draft: Draft, found: Found, merging: Tensor) -> tuple[Draft, Tensor, Tensor]:
@@ -167,50 +251,48 @@ def _merge(draft: Draft, found: Found, merging: Tensor) -> tuple[Draft, Tensor, 
     of the new, [B, E, M, S].
     """
     fused = (found.decision != KEEP).permute(0, 2, 1)  # [B, E, S]
-    part = (merging.transpose(1, 2)[:, None] & fused[:, :, None]).to(
-        draft.merging.dtype
-    )  # [B, E, M, S]
+    part = merging.transpose(1, 2)[:, None] & fused[:, :, None]  # [B, E, M, S]
     count = draft.merging + part.sum(-1)
-    old, new = draft.merging / count.clamp_min(1), part / count.clamp_min(1)[..., None]
-    share = old[..., None] * draft.share + torch.matmul(
-        new, found.weights(merging.shape[-1]).transpose(1, 2)
-    )
+    old = draft.merging / count.clamp_min(1)
+    new = part.to(old.dtype) / count.clamp_min(1)[..., None]
+    weights = found.weights(merging.shape[-1]).transpose(1, 2)
+    share = old[..., None] * draft.share + torch.matmul(new, weights)
     return replace(draft, merging=count, share=share), torch.diag_embed(old), new
 
 
 def _insert(
     draft: Draft, novelty: Tensor, first: int, bank: Bank, old: Tensor, new: Tensor
 ) -> tuple[Draft, Tensor, Tensor]:
-    """Give the most novel tokens their places. novelty: [B, S], inf for tokens that are not new.
+    """Give the most novel tokens their places.
 
-    Both sorts by age and by novelty are stable: among equals the lowest slot number and the
-    earliest token come first. old, new: as `_merge` returns them; here a place that is taken
-    becomes a copy of one token.
+    novelty: [B, S], s_max; inf for tokens that are not new. first: number of the first token. Both
+    sorts by age and by novelty are stable: among equals the lowest slot number and the earliest
+    token come first. old, new: as `_merge` returns them; here a place that is taken becomes a copy
+    of one token.
     """
     rows, slots = draft.taken.shape
     count = novelty.shape[1]
-    number = torch.arange(first, first + count, device=novelty.device).expand(rows, -1)
+    offset = torch.arange(count, device=novelty.device).expand(rows, -1)
+    # Tokens chosen so far in the order in which they came, then these: so a stable sort by novelty
+    # puts the earlier of two equals first.
     by_number = draft.number.masked_fill(~draft.taken, -1).argsort(1)
     novelty = torch.cat([draft.novelty.gather(1, by_number), novelty], 1)
-    source = torch.cat(
-        [by_number, slots + torch.arange(count, device=novelty.device).expand(rows, -1)], 1
-    )
-    number = torch.cat([draft.number.gather(1, by_number), number], 1)
+    source = torch.cat([by_number, slots + offset], 1)
+    number = torch.cat([draft.number.gather(1, by_number), first + offset], 1)
     novelty, chosen = (x[:, :slots] for x in novelty.sort(dim=1, stable=True))
-    age = torch.where(bank.valid, bank.last_used, -1).masked_fill(
-        draft.hits > 0, torch.iinfo(torch.int64).max
-    )
+    age = torch.where(bank.valid, bank.last_used, -1)
+    age = age.masked_fill(draft.hits > 0, torch.iinfo(torch.int64).max)
     place = age.argsort(dim=1, stable=True)
 
     def put(values: Tensor) -> Tensor:
+        """From the order in which slots are replaced to the slots' own, [B, M]."""
         return torch.empty_like(values).scatter(1, place, values)
 
-    taken, source = put(novelty < math.inf), put(source.gather(1, chosen))
+    taken = put(novelty < math.inf)
+    source = put(source.gather(1, chosen))
     copy = old.new_zeros(rows, 1, slots, slots + count).scatter(-1, source[:, None, :, None], 1.0)
     here = taken[:, None, :, None]
-    old, new = torch.where(here, copy[..., :slots], old), torch.where(here, copy[..., slots:], new)
-    return (
-        replace(draft, taken=taken, novelty=put(novelty), number=put(number.gather(1, chosen))),
-        old,
-        new,
-    )
+    old = torch.where(here, copy[..., :slots], old)
+    new = torch.where(here, copy[..., slots:], new)
+    number = put(number.gather(1, chosen))
+    return replace(draft, taken=taken, novelty=put(novelty), number=number), old, new

@@ -23,9 +23,9 @@ from .memory_settings import MemorySettings
 
 @dataclass(frozen=True)
 class Session:
-    """One call of the stack: its memory and what was announced to it; None where the memory is
-    switched off.
+    """One call of the stack.
 
+    entry, call: its memory and what was announced to it; None where the memory is switched off.
     tapes: by layer, what a recomputation needs in order to read what the call has read; None
     outside training.
     """
@@ -37,8 +37,9 @@ class Session:
 
 @dataclass(frozen=True)
 class Replay:
-    """A recomputation of a layer, for gradient checkpointing: it reads as the call did and changes
-    nothing.
+    """A recomputation of a layer, for gradient checkpointing.
+
+    It reads the banks that the call has read, and changes nothing.
     """
 
     call: Call
@@ -65,9 +66,7 @@ def replay(h: Tensor, tape: Tape, settings: MemorySettings) -> Tensor:
 
 
 class _ReplayingCheckpoint:
-    """A layer's checkpointing function, whose second run, in the backward pass, replays the session
-    of the first.
-    """
+    """A layer's checkpointing function. Its second run, in the backward pass, replays the first."""
 
     def __init__(self, function: Callable) -> None:
         self.function = function
@@ -81,7 +80,8 @@ class _ReplayingCheckpoint:
         def run(*inner: Any, **named: Any) -> Any:
             if current.session is session:
                 return forward(*inner, **named)
-            before, current.session = current.session, again
+            before = current.session
+            current.session = again
             try:
                 return forward(*inner, **named)
             finally:

@@ -11,15 +11,17 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 Granularity = Literal["token", "expert"]
+BEFORE = {"match_norm": False, "outlier_norm": 0.0}  # what held before there were these parameters
 
 _LARGEST = math.nextafter(math.inf, 0.0)  # of all floats; whole numbers beyond it are none
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a numeric parameter may be. kind: int, or float, for which whole numbers do too but NaN
-    and infinities don't. low, high: the smallest and the largest value allowed; None: no bound on
-    that side.
+    """What a numeric parameter may be.
+
+    kind: int; or float, for which whole numbers do too, but NaN and infinities don't. low, high:
+    the smallest and the largest value allowed; None: no bound on that side.
     """
 
     kind: type[int] | type[float]
@@ -61,15 +63,18 @@ class MemorySettings:
     bottom_k: k and k', how many of the most and of the least similar slots are fused.
     fusion_weight: lambda.
     reuse_weight, mix_weight, noise_weight: weights of the k when reusing, of the k when mixing, and
-    of the k'. momentum: the old slot's share when tokens merge with it. update_interval: U, tokens
-    a block.
+    of the k'. match_norm: whether each value is scaled to the norm of the token that reads it.
+    outlier_norm: a token whose norm is above so many times the median norm of the keys takes no
+    part in the memory; 0: none is. momentum: the old slot's share when tokens merge with it.
+    update_interval: U, tokens a block.
     granularity: "token" compares and fuses whole activations, "expert" each expert's block of them
     on its own. experts: E, how many blocks that makes, 1 with "token"; not in `pace.memory`, it
     follows from `pace.experts`.
 
-    Defaults are those of the paper authors' released code (github.com/KangcongLi/PaceLLM); the
-    paper leaves most values open. Raises ValueError, naming parameter, value and bounds, for what
-    can't be.
+    Defaults are those of the paper authors' released code (github.com/KangcongLi/PaceLLM), as the
+    paper leaves most values open, but for match_norm and outlier_norm, which it does not have, and
+    fusion_weight, there 0.2: as released, it harms real models. Raises ValueError, naming
+    parameter, value and bounds, for what can't be.
     """
 
     enabled: bool = True
@@ -83,17 +88,34 @@ class MemorySettings:
     reuse_weight: float = _real(1.0)
     mix_weight: float = _real(0.5)
     noise_weight: float = _real(0.1)
+    match_norm: bool = True
+    outlier_norm: float = _real(8.0, low=0)
     momentum: float = _real(0.5, low=0, high=1)
     update_interval: int = _whole(1024, low=1)
     granularity: Granularity = "token"
     experts: int = _whole(1, low=1)
 
     @classmethod
-    def from_config(cls, pace: dict) -> MemorySettings:
-        """From config.json's `pace` object. Raises ValueError, also for a name this version does
-        not know.
+    def parameters(cls) -> list[str]:
+        """Names of the parameters that a conversion is asked for, in order."""
+        own = ("enabled", "layers", "experts")
+        return [parameter.name for parameter in fields(cls) if parameter.name not in own]
+
+    @classmethod
+    def as_written(cls, memory: dict) -> dict:
+        """`pace.memory` with the parameters that did not exist when it was written, as they were in
+        effect then. Only an empty one has all defaults.
         """
-        values = dict(pace.get("memory") or {})
+        return {**BEFORE, **memory} if memory else {}
+
+    @classmethod
+    def from_config(cls, pace: dict) -> MemorySettings:
+        """From config.json's `pace` object.
+
+        What was written before a parameter existed means what it meant then. Raises ValueError,
+        also for a parameter that this version does not know.
+        """
+        values = cls.as_written(pace.get("memory") or {})
         known = {parameter.name for parameter in fields(cls)} - {"experts"}
         unknown = sorted(set(values) - known)
         if unknown:

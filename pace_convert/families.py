@@ -1,6 +1,6 @@
 """Model families: one declarative entry each.
 
-Everything is named as transformers and the checkpoints on the Hub name it. To add a family, see the README.
+Everything is named as transformers and the checkpoints on the Hub name it. To add a family, see docs/architecture.md.
 """
 
 from __future__ import annotations

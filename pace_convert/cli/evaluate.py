@@ -13,13 +13,14 @@ from ..device import resolve_device
 from ..errors import CallError, PaceError
 from ..progress import Progress
 from .command import as_json_text, friendly
-from .evaluate_options import data_options, needle_options, run_options, subject_options, trust_option
+from .evaluate_options import data_options, needle_options, own_data_options, run_options, subject_options, trust_option
 
 if TYPE_CHECKING:
     from ..evaluation.runner import Evaluation, Results
     from ..evaluation.subjects import Subject
 
 EXTRA = "pip install 'pace-convert[eval]'"
+QA_PROMPTS = ("multifieldqa_en", "narrativeqa", "qasper", "hotpotqa", "2wikimqa", "musique")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -133,10 +134,12 @@ def _test_of(name: str, model: str, rest: Sequence[str]) -> Evaluation:
 
 
 def chosen_subjects(
-    model: str, bases: Sequence[str], arms: str | None, trust: bool, quiet: bool, default: Sequence[str] = ("base", "pace")
-) -> list[Subject]:
-    """What `subject_options` asks for. default: arms where neither they nor BASE are given."""
+    model: str, bases: Sequence[str], arms: str | None, trust: bool, quiet: bool, default: Sequence[str] = ("base", "pace"),
+    changes: Sequence[str] = (),
+) -> list[Subject]:  # fmt: skip
+    """What `subject_options` asks for, and --with. default: arms where neither they nor BASE are given."""
     from ..evaluation.subjects import ARMS, AS_IT_IS, is_pace, subjects_of
+    from ..evaluation.variants import variants
 
     Progress(quiet).let_hub_talk()
     if arms is None:
@@ -146,7 +149,7 @@ def chosen_subjects(
     for arm in chosen:
         if arm != AS_IT_IS and arm not in ARMS:
             raise CallError(f"--arms: there is no {arm!r}", f"choose from {AS_IT_IS}, {', '.join(ARMS)}")
-    return subjects_of(model, bases, list(dict.fromkeys(chosen)), trust)
+    return [*subjects_of(model, bases, list(dict.fromkeys(chosen)), trust), *variants(model, changes, trust)]
 
 
 def run(test: Evaluation, subjects: list[Subject], folder: Path, device: str, jobs: int, quiet: bool) -> Results:
@@ -163,17 +166,23 @@ def run(test: Evaluation, subjects: list[Subject], folder: Path, device: str, jo
 
 def finish(results: Results, folder: Path, as_json: bool, more: dict[str, Any] | None = None) -> None:
     """Write results.json, print the table or the JSON."""
-    from ..evaluation.folder import RESULTS
     from ..evaluation.tables import print_results
+
+    written = report({**results.as_dict(), **(more or {})}, folder, as_json)
+    if not as_json:
+        print_results(results)
+        click.echo(f"All numbers: {written}")
+
+
+def report(facts: dict[str, Any], folder: Path, as_json: bool) -> Path:
+    """Write results.json, print it if asked to; where it is."""
+    from ..evaluation.folder import RESULTS
     from ..writing import write_json
 
-    facts = {**results.as_dict(), **(more or {})}
     write_json(folder / RESULTS, facts)
     if as_json:
         click.echo(as_json_text(facts))
-    else:
-        print_results(results)
-        click.echo(f"All numbers: {folder / RESULTS}")
+    return folder / RESULTS
 
 
 @contextmanager
@@ -237,6 +246,84 @@ def cost(
     else:
         print_cost(results)
         click.echo(f"All numbers: {out / COSTS}; as a picture: {out / 'cost.png'}")
+
+
+@evaluation.command()
+@subject_options
+@click.option("--on", type=click.Path(path_type=Path), multiple=True, required=True,
+              help="Text files, folders of .txt files, or .jsonl files with a `text` a line; may be repeated.")  # fmt: skip
+@click.option("--length", help="Tokens of a piece: 4k or 512.  [default: what the model was made for, at most 4k]")
+@click.option("--pieces", type=click.IntRange(min=1), default=1, show_default=True, help="Pieces of each document.")
+@own_data_options
+@friendly
+def text(
+    model: str, bases: tuple[str, ...], arms: str | None, trust_remote_code: bool, out: Path | None, device: str, jobs: int,
+    as_json: bool, quiet: bool, changes: tuple[str, ...], **asked: Any,
+) -> None:  # fmt: skip
+    """Prediction of real long texts: nats a token by position, and bits a byte.
+
+    \b
+    pace eval text ./out --on book.txt --on ./essays
+    pace eval text ./out --on texts.jsonl --length 8k --with update_interval=64 --with update_interval=256
+
+    Each document is read from its beginning, with an empty memory. Intervals are of resampled documents. Writes
+    results.json and text.png into --out.
+    """
+    from ..evaluation.benchmarks.text_loss import other_tokens, text_measures, text_test
+    from ..evaluation.benchmarks.text_plot import plot_text
+    from ..evaluation.measures import facts, print_measures
+
+    subjects = chosen_subjects(model, bases, arms, trust_remote_code, quiet, changes=changes)
+    folder = out or Path("pace-text")
+    results = run(text_test(model, asked), subjects, folder, device, jobs, quiet)
+    measures = text_measures(results)
+    plot_text(results, measures[:-2], folder / "text.png")
+    written = report(facts(results, measures), folder, as_json)
+    if not as_json:
+        print_measures(results, measures, "nats a token by position (95 % interval)")
+        for name in other_tokens(results):
+            click.echo(f"{name} splits the texts into other tokens: only its bits a byte can be compared.")
+        click.echo(f"All numbers: {written}; as a picture: {folder / 'text.png'}")
+
+
+@evaluation.command()
+@subject_options
+@click.option("--on", type=click.Path(path_type=Path), multiple=True, required=True,
+              help=".jsonl files in LongBench's format (input, context, answers), or folders of them; repeatable.")  # fmt: skip
+@click.option("--prompt", type=click.Choice(QA_PROMPTS), default=QA_PROMPTS[0], show_default=True,
+              help="The data set of LongBench whose prompt and length of answers are taken.")  # fmt: skip
+@click.option("--max-length", type=click.IntRange(min=2),
+              help="Tokens of a prompt; of longer contexts the middle is left out.  [default: what the model was made for, "
+              "less answer]")  # fmt: skip
+@click.option("--plain", is_flag=True, help="No chat template.")
+@click.option("--no-generate", is_flag=True, help="Score the likelihood of the reference answers alone.")
+@own_data_options
+@friendly
+def qa(
+    model: str, bases: tuple[str, ...], arms: str | None, trust_remote_code: bool, out: Path | None, device: str, jobs: int,
+    as_json: bool, quiet: bool, changes: tuple[str, ...], **asked: Any,
+) -> None:  # fmt: skip
+    """Questions on your own long contexts: F1, ROUGE-L, exact match, and the log-likelihood of the reference answer.
+
+    \b
+    pace eval qa ./out --on questions.jsonl
+    pace eval qa ./out --on questions.jsonl --no-generate --with update_interval=64 --with fusion_weight=0.05
+
+    Each context is read once for all its questions. Intervals are of resampled contexts. Writes results.json into --out.
+    """
+    from ..evaluation.measures import facts, print_measures
+
+    with needing_extra():
+        from ..evaluation.benchmarks.qa import qa_measures, qa_test
+
+        subjects = chosen_subjects(model, bases, arms, trust_remote_code, quiet, changes=changes)
+        folder = out or Path("pace-qa")
+        results = run(qa_test(model, asked), subjects, folder, device, jobs, quiet)
+    measures = qa_measures(results)
+    written = report(facts(results, measures), folder, as_json)
+    if not as_json:
+        print_measures(results, measures, "questions (95 % interval)")
+        click.echo(f"All numbers: {written}")
 
 
 @evaluation.command()

@@ -72,3 +72,11 @@ data_options = stacked(
         help="Tokens of a prompt; of longer ones the middle is left out.  [default: what the model was made for, less answer]",
     ),
 )
+own_data_options = stacked(
+    click.option("--limit", type=click.IntRange(min=1), help="Documents of all, contexts of each file.  [default: all]"),
+    click.option(
+        "--with", "changes", multiple=True, metavar="NAME=VALUE,...",
+        help="One arm more: MODEL with these memory parameters, switched at run time: update_interval=64 or "
+        "slots=50,theta_high=0.6,layers=1+2. May be repeated.",
+    ),
+)  # fmt: skip

@@ -12,7 +12,9 @@ from typing import Any
 
 from ..errors import CallError, PaceError
 from ..jobs import run_here
+from ..journal import Journal
 from ..options import RunOptions
+from ..progress import Progress
 from .tasks import Task
 
 RAY_RETRIES = 3  # of a task whose worker or machine died; Ray's own default, said here because we promise it
@@ -27,6 +29,30 @@ def run_tasks(tasks: Sequence[Task], run: RunOptions, jobs: int, task_bytes: int
     if run.executor == "ray":
         return _on_ray(tasks, run, task_bytes)
     return run_here(tasks, jobs)
+
+
+def run_remaining(
+    tasks: Sequence[Task],
+    journal: Journal,
+    progress: Progress,
+    *,
+    run: RunOptions,
+    jobs: int,
+    task_bytes: int,
+    words: tuple[str, str],
+) -> None:
+    """Run the tasks that the journal does not have, and note each.
+
+    words: for what is being done to the layers, and what was done. The rest as for `run_tasks`.
+    """
+    todo = [task for task in tasks if task.name not in journal.done or not task.is_there]
+    total, layers = sum(task.nbytes for task in tasks), sum(task.is_layer for task in tasks)
+    done = total - sum(task.nbytes for task in todo)
+    layers_done = layers - sum(task.is_layer for task in todo)
+    with progress.layers(total, layers, done, layers_done, words) as report:
+        for task, record in run_tasks(todo, run, jobs, task_bytes):
+            journal.add(task.name, record)
+            report(task.name, task.nbytes, task.is_layer)
 
 
 def check_executor(run: RunOptions, task_bytes: int) -> None:

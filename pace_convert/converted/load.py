@@ -8,8 +8,9 @@ from typing import Any
 from ..checkpoint.checkpoint import Source
 from ..device import load_dtype
 from ..errors import CallError, PaceError
-from .format import MODELING, auto_map, modeling_files
+from .format import MODELING
 from .opened import Converted
+from .shipped import auto_map, modeling_files
 
 
 def edited_code(converted: Converted, source: Source | None = None) -> list[str]:

@@ -22,7 +22,7 @@ from .integrity import check_integrity
 from .opened import Converted
 
 if TYPE_CHECKING:
-    from .verify import Verification
+    from .verify import Verification  # needs torch
 
 NOT_UPLOADED = (".*", "*/.*", f"*{PART}")
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors")  # of an earlier upload they would be loaded in place of ours
@@ -122,7 +122,7 @@ def push(converted: Converted, target: Target, verification: Verification | None
         done, commit = _upload_folder(target, folder)
         if card is not None:
             api.upload_file(
-                path_or_fileobj=published(card, target.repo_id, commit, needs_code, verification).encode(),
+                path_or_fileobj=_published(card, target, commit, needs_code, verification).encode(),
                 path_in_repo=CARD,
                 repo_id=target.repo_id,
                 revision=done.pr_revision or target.branch,
@@ -190,6 +190,11 @@ def _check_whole(converted: Converted, verification: Verification | None, progre
         raise DamagedSourceError(f"{folder} is not whole: {found.problems[0]}", "convert again; nothing was uploaded")
     for name in found.edited_files:
         progress.say(f"{name} is not as this version ships it; it is uploaded as it is")
+
+
+def _published(card: str, target: Target, commit: str, needs_code: bool, verification: Verification | None) -> str:
+    compared = None if verification is None else verification.sentence()
+    return published(card, target.repo_id, commit, needs_code=needs_code, compared=compared)
 
 
 def _read_card(folder: Path) -> str | None:

@@ -14,7 +14,6 @@ from ..checkpoint.checkpoint import Source
 from ..checkpoint.shards import reordered, row_blocks
 from ..checkpoint.tokenizer import read_with_tokenizer
 from ..errors import CallError
-from ..experts.permute import invert, repeat
 from ..progress import Progress
 from .load import edited_code, load_model, refuse_edited
 from .opened import Converted
@@ -58,15 +57,29 @@ class Verification:
         """For `--json`."""
         return {**asdict(self), "sha256": self.digest, "passed": self.passed}
 
+    def sentence(self) -> str:
+        """What was compared before an upload, for the model card."""
+        tokens = ", and its tokenizer reads a sample as the source's does" if self.same_tokens else ""
+        return (
+            f"Before the upload all {self.tensors} tensors ({self.nbytes:,} bytes) were compared with the "
+            f"source's: every one is the same bit for bit, {self.permuted} of them after undoing the "
+            f"permutation{tokens}."
+        )
+
 
 def verify(
-    converted: Converted, source: Source, progress: Progress, logits: bool = True, trust_remote_code: bool = False
+    converted: Converted,
+    source: Source,
+    progress: Progress,
+    *,
+    logits: bool = True,
+    trust_remote_code: bool = False,
 ) -> Verification:
     """Compare a conversion with its source.
 
     Tensors are compared as bits, one at a time. Logits are compared on random tokens, in fp32 below
     4 GB of weights and else in the stored type; the models are loaded one after the other. OUT's
-    modeling files run only if they are the ones this version ships, or with `trust_remote_code`.
+    modeling files run only if they are the ones this version ships, or with trust_remote_code.
     """
     source = source.fetch()
     if source.config["model_type"] != converted.family.model_type:
@@ -74,7 +87,7 @@ def verify(
             f"{source.name} is a {source.config['model_type']}, the conversion's base a {converted.family.model_type}",
             "give the source that was converted",
         )
-    permutations = {t.name: (t.axis, invert(repeat(converted.layers[t.layer][0], t.parts))) for t in converted.ffn()}
+    permutations = {t.name: (t.axis, converted.orders[t.layer].inverse(t.parts)) for t in converted.ffn()}
     different, hashes = _compare(converted.files, source, permutations, progress)
     edited = edited_code(converted, source)
     result = Verification(

@@ -105,9 +105,13 @@ class Results:
             for cell, rows in self.records[name].items()
             if rows
         ]
+        return {**self.asked(), "table": table, "cells": cells}
+
+    def asked(self) -> dict:
+        """For JSON: what was asked of whom."""
         subjects = [{"name": s.name, "model": s.model, "arm": s.arm, "memory": dict(s.memory)} for s in self.subjects]
         evaluation = {"name": self.evaluation.name, "metric": self.evaluation.metric, **self.evaluation.identity()}
-        return {"evaluation": evaluation, "subjects": subjects, "table": table, "cells": cells}
+        return {"evaluation": evaluation, "subjects": subjects}
 
 
 def evaluate(

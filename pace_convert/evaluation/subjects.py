@@ -21,7 +21,6 @@ from ..converted.load import edited_code, load_model, refuse_edited
 from ..converted.opened import Converted, open_converted
 from ..device import resolve_device
 from ..errors import CallError, PaceError
-from ..experts.permute import invert, repeat
 from .reader import Reader
 
 # Whether the FFN's neurons are in the experts' order, and the granularity of the memory, None where it is off.
@@ -119,7 +118,7 @@ def layer_count(model: str) -> int:
     opened = _open(model)
     if not isinstance(opened, Converted):
         raise CallError(f"{model} is not a PaceLLM", "give a folder that pace-convert wrote")
-    return len(opened.layers)
+    return opened.layers
 
 
 @dataclass
@@ -168,8 +167,8 @@ def _load(model: str, clustered: bool, device: str, trust_remote_code: bool) -> 
 def _restore_order(model: Any, converted: Converted) -> None:
     """The FFN's neurons in the source's order, as `pace undo` gives them back."""
     parameters = dict(model.named_parameters())
-    for tensor in converted.family.ffn_tensors(len(converted.layers), parameters):
-        order = torch.from_numpy(invert(repeat(converted.layers[tensor.layer][0], tensor.parts))).long()
+    for tensor in converted.family.ffn_tensors(converted.layers, parameters):
+        order = torch.from_numpy(converted.orders[tensor.layer].inverse(tensor.parts)).long()
         parameter = parameters[tensor.name]
         parameter.copy_(parameter.index_select(tensor.axis, order.to(parameter.device)))
 

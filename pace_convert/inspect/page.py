@@ -106,7 +106,7 @@ def _busy_chart(facts: dict) -> Chart:
 
 def _layer(converted: Converted, facts: dict, i: int) -> dict:
     """What the page shows of one layer."""
-    permutation, sizes = converted.layers[i]
+    permutation, sizes = converted.orders[i]
     quality = facts["layers"][i]["quality"]
     view = {**facts["layers"][i], "memory": i in facts["memory"]["layers"], "experts_chart": None, "activation": None}
     view["map"] = heat_map(permutation_map(permutation, sizes))

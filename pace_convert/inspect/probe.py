@@ -49,7 +49,7 @@ def probe(converted: Converted, text: Text, progress: Progress, trust_remote_cod
     known = model.get_input_embeddings().weight.shape[0]
     if max(text.ids) >= known:
         raise PaceError(f"the tokenizer has token {max(text.ids)}, the model only {known}", "give the model its own tokenizer")
-    shares = _Shares([sizes for _, sizes in converted.layers], len(text.ids))
+    shares = _Shares([sizes for _, sizes in converted.orders], len(text.ids))
     traces = _traces(converted)
     cache = _run(model, converted, text.ids, shares, traces, progress)
     summary = model.memory_summary(cache) if traces else {}
@@ -107,7 +107,7 @@ def _run(
             stop = min(len(ids), first + _CALL, *((first // u + 1) * u for u in blocks))
             model(input_ids=torch.tensor([ids[first:stop]]), past_key_values=cache, use_cache=True)
             for layer, trace in traces.items():
-                trace.see(seen[layer][None], cache.layers[-1].memories[layer].state.bank)
+                trace.see(seen[layer][None], model.memory_of(cache).bank(layer))
             bar.update(stop - first)
             first = stop
     return cache
@@ -118,7 +118,7 @@ def listening(model: nn.Module, converted: Converted, take: Callable[[int, Tenso
     """take(layer, h) gets the raw activations [S, D] of each call, as they are before the memory's own hook."""
     family, hooks = converted.family, []
     prefix = f"{family.stack}." if family.stack else ""
-    for layer in range(len(converted.layers)):
+    for layer in range(converted.layers):
 
         def hook(module: nn.Module, args: tuple, layer: int = layer) -> None:
             take(layer, args[0].reshape(-1, args[0].shape[-1]))

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from ..checkpoint.checkpoint import open_folder
 from ..cli.text import verification_text
-from ..conversion import convert as conversion
+from ..conversion.convert import carry_out, prepare
 from ..converted.opened import open_converted
 from ..converted.verify import verify
 from ..errors import PaceError
@@ -49,8 +49,9 @@ class Cell:
 def run_demo(out: Path, progress: Progress) -> None:
     """Convert into `out`, verify, ask, print; writes the picture `OUT-needle.png` beside it."""
     source = open_folder(reference_model(), "the reference model")
-    plan = conversion.prepare(source, out, OPTIONS, overwrite=True)
-    conversion.convert(source, out, plan, progress, overwrite=True)
+    prepared = prepare(source, out, OPTIONS, overwrite=True)
+    carry_out(prepared, progress)
+    plan = prepared.plan
     print(f"Converted the reference model ({source.nbytes / 1e6:.1f} MB) into {out}:")
     print(f"  {OPTIONS.experts} experts a layer, memory in layers {', '.join(map(str, plan.memory_layers))} of {plan.layers},")
     print(f"  {OPTIONS.slots} slots, updated every {OPTIONS.update_interval} tokens\n")

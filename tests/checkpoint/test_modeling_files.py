@@ -9,8 +9,9 @@ import shutil
 import pytest
 
 from pace_convert.checkpoint.checkpoint import open_source
-from pace_convert.converted.format import MODELING, modeling_files
+from pace_convert.converted.format import MODELING
 from pace_convert.converted.opened import open_converted
+from pace_convert.converted.shipped import modeling_files
 from pace_convert.converted.verify import verify
 from pace_convert.errors import CallError
 from pace_convert.families import FAMILIES

@@ -8,7 +8,7 @@ import torch
 from helpers import FAMILY_CONFIGS, SMALL, convert_folder, family_of, load, load_alone, random_ids, run_alone
 from safetensors import safe_open
 
-from pace_convert.conversion.places import SEAL
+from pace_convert.converted.format import SEAL
 
 SHIPPED = [
     "memory_bank.py",
@@ -18,6 +18,7 @@ SHIPPED = [
     "memory_layer.py",
     "memory_session.py",
     "memory_settings.py",
+    "memory_stack.py",
     "modeling_pace.py",
     "pace_memory.py",
 ]

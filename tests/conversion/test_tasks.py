@@ -92,7 +92,7 @@ def test_ranges_are_copied_also_where_the_kernel_can_not(tmp_path, monkeypatch):
 
 def test_tasks_in_any_order_and_twice_give_the_same_bytes(make_source, tmp_path):
     opened = open_source(str(make_source("phi3", shards=True)))
-    plan = prepare(opened, tmp_path / "out", ConvertOptions(**ACTIVE), RunOptions(device="cpu"))
+    plan = prepare(opened, tmp_path / "out", ConvertOptions(**ACTIVE), RunOptions(device="cpu")).plan
     for name, order in (("a", lambda work: work), ("b", lambda work: [*work[::-1], *work[::2]])):
         (tmp_path / name).mkdir()
         for task in order(tasks.make_tasks(opened, plan, tmp_path / name, "cpu")):

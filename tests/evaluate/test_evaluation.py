@@ -11,7 +11,9 @@ from pace_convert.cli.evaluate import evaluation
 from pace_convert.evaluation.benchmarks.infinitebench import InfiniteBench
 from pace_convert.evaluation.benchmarks.longbench import HUB, LongBench
 from pace_convert.evaluation.benchmarks.needle import NeedleTest
+from pace_convert.evaluation.benchmarks.qa import QuestionAnswering
 from pace_convert.evaluation.benchmarks.ruler import Ruler
+from pace_convert.evaluation.benchmarks.text_loss import TextLoss
 from pace_convert.evaluation.folder import CHANGED, difference
 from pace_convert.reference import reference_model
 
@@ -134,7 +136,8 @@ def test_what_differs_is_said_by_the_names_that_a_person_gives(changes, words):
 def test_every_part_of_an_identity_is_an_option_or_known_by_what_it_gives():
     """So no option is named that does not exist."""
     options = {parameter.name for command in evaluation.commands.values() for parameter in command.params}
-    for test in (NeedleTest((), ()), LongBench((), HUB), InfiniteBench((), HUB), Ruler((), ())):
+    kinds = (NeedleTest((), ()), LongBench((), HUB), InfiniteBench((), HUB), Ruler((), ()))
+    for test in (*kinds, TextLoss((), (), 1), QuestionAnswering((), ())):
         assert set(test.identity()) <= options | set(CHANGED), test.name
 
 

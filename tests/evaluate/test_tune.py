@@ -16,9 +16,9 @@ from helpers import convert_folder, hashes, pace_convert, refuse
 from pace_convert.checkpoint.checkpoint import open_source
 from pace_convert.conversion.convert import is_finished
 from pace_convert.conversion.plan import make_plan
+from pace_convert.converted.format import Difference, Tuned
 from pace_convert.converted.opened import open_converted
 from pace_convert.converted.retune import write_memory
-from pace_convert.converted.tuned import Difference, Tuned
 from pace_convert.evaluation.subjects import Subject, load
 from pace_convert.evaluation.tune.data import LIKELIHOOD, Asked, read_data
 from pace_convert.evaluation.tune.search import PARTS, Space, best, repair, search
@@ -150,7 +150,7 @@ def test_a_written_winner_verifies_loads_and_undoes(out, tmp_path):
         assert write_memory(open_converted(folder), memory, TUNED)
     changed = {name for name, digest in hashes(folder).items() if hashes(out)[name] != digest}
     assert changed == {"config.json", "README.md", ".pace-conversion.json"} and hashes(folder).keys() == hashes(out).keys()
-    assert load(Subject(str(folder)), "cpu").model._stack_memory.settings.layers == (0, 3)
+    assert load(Subject(str(folder)), "cpu").model.memory_settings.layers == (0, 3)
     done = pace_convert(folder, "--source", reference_model(), command=("verify",))
     assert done.returncode == 0 and done.stdout.endswith("verified\n"), done.stdout
     done = pace_convert(folder, command=("inspect",))

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from pace_convert.modeling.memory_settings import MemorySettings
 from pace_convert.options import EXPERT_OPTIONS, ConvertOptions
 
-PARAMETERS = sorted(set(ConvertOptions.model_fields) - {*EXPERT_OPTIONS, "memory_layers", "no_memory"})
+PARAMETERS = sorted(set(ConvertOptions.model_fields) - {*EXPERT_OPTIONS, "memory_layers", "preset", "no_memory"})
 VALUES = st.one_of(
     st.integers(-3, 3),
     st.sampled_from([10**400, -(10**400), -1.0, 0.0, 1.0, math.nextafter(1.0, 2.0), math.nextafter(-1.0, -2.0)]),
@@ -87,6 +87,14 @@ def test_messages_name_parameter_value_and_bounds(values, message):
     with pytest.raises(ValueError) as error:
         MemorySettings.from_config({"memory": values})
     assert str(error.value) == message
+
+
+def test_what_was_written_before_a_parameter_existed_means_what_it_meant():
+    written = {"enabled": True, "layers": [1], "slots": 9}
+    settings = MemorySettings.from_config({"memory": written})
+    assert (settings.slots, settings.match_norm, settings.outlier_norm) == (9, False, 0.0)
+    assert MemorySettings.from_config({"memory": {**written, "match_norm": True}}).match_norm is True
+    assert MemorySettings.from_config({}) == MemorySettings()
 
 
 def test_options_load_no_torch():

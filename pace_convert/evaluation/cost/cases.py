@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from transformers import CONFIG_MAPPING
 
-from ...conversion.estimate import PROCESS_BYTES
 from ...conversion.plan import resolve_layers
+from ...conversion.resources import PROCESS_BYTES
 from ...converted.load import edited_code, refuse_edited
 from ...converted.opened import open_converted
 from ...device import free_memory, is_widened, resolve_device
@@ -103,7 +103,7 @@ def _folder_case(model: str, device: str, trust: bool) -> Case:
     stored = files.tensors[opened.ffn()[0].name].dtype
     widened, heads = is_widened(files.nbytes, device), config.num_attention_heads
     d = Dimensions(
-        hidden=config.hidden_size, neurons=opened.pace["intermediate_size"], layers=len(opened.layers), heads=heads,
+        hidden=config.hidden_size, neurons=opened.pace["intermediate_size"], layers=opened.layers, heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_size=getattr(config, "head_dim", None) or config.hidden_size // heads, vocabulary=config.vocab_size,
         ffn_matrices=3 if family.ffn.kind.startswith("gated") else 2, itemsize=4 if widened or stored == "F32" else 2,

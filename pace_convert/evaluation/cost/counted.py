@@ -213,13 +213,14 @@ class MemoryCost:
     def state_bytes(self, undoable: bool = False) -> int:
         """Bytes of the layer's state.
 
-        Bank: keys and values 2 M D b, norms M E w, 17 M for flags, ages and hits. Draft: M D b, means' weights E M^2 w,
-        counts E M w, M w + 17 M for the new tokens. Ring: (R + 1) D b. 48 bytes of counts. undoable: just after a block,
-        while it can be taken back, the bank before it is held too.
+        Bank: keys and values 2 M D b, their norms 2 M E w, the outliers' limit w, 17 M for flags,
+        ages and hits. Draft: M D b, means' weights E M^2 w, counts E M w, M w + 17 M for the new
+        tokens. Ring: (R + 1) D b. 48 bytes of counts. undoable: just after a block, while it can be
+        taken back, the bank before it is held too.
         """
         slots, experts, w = self.settings.slots, self.settings.experts, self.wide
         vectors = slots * self.neurons * self.itemsize
-        bank = 2 * vectors + slots * (experts * w + 17)
+        bank = 2 * vectors + slots * (2 * experts * w + 17) + w
         draft = vectors + experts * slots * (slots + 1) * w + slots * (w + 17)
         ring = (Rhythm.of(self.settings.update_interval).ring + 1) * self.neurons * self.itemsize
         return (2 if undoable else 1) * bank + draft + ring + 48

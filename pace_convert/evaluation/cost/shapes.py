@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 
-from ...converted.format import auto_map, modeling_files
+from ...converted.shipped import auto_map, modeling_files
 from ...families import FAMILIES
 from ...modeling.memory_settings import MemorySettings
 from .counted import Dimensions

@@ -97,7 +97,7 @@ def walk(
 
 def round_tokens(model: Any) -> int:
     """Tokens of a decode round: so many that the memory settles the tokens of its ring exactly once."""
-    rhythm = Rhythm.of(model._stack_memory.settings.update_interval)
+    rhythm = Rhythm.of(model.memory_settings.update_interval)
     return rhythm.ring - rhythm.window
 
 
@@ -229,7 +229,7 @@ def _measure_here(wanted: Wanted, enabled: bool, lengths: list[int]) -> tuple[in
         model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         if past + tokens not in lengths:
             continue
-        entry = cache.layers[-1] if enabled else None
+        entry = model.memory_of(cache)
         if entry is not None:
             entry.catch_up()
         held = [layer for layer in cache.layers if layer is not entry]

@@ -18,12 +18,10 @@ import numpy as np
 
 from ... import __version__
 from ...checkpoint.checkpoint import open_source
-from ...conversion.places import SEAL
-from ...converted.format import CARD
+from ...converted.format import CARD, SEAL, Difference, Tuned
 from ...converted.load import edited_code, refuse_edited
 from ...converted.opened import Converted, open_converted
 from ...converted.retune import check_writable, write_memory
-from ...converted.tuned import Difference, Tuned
 from ...errors import CallError
 from ...progress import Progress
 from ...writing import write_json
@@ -146,7 +144,7 @@ def _asked(wish: Wish, reader: Reader, memory: dict) -> Asked:
 
 
 def _measured(wish: Wish, converted: Converted, data: Data, memory: dict, progress: Progress) -> list[Layer]:
-    with progress.step("similarities", len(converted.layers), "layer") as bar:
+    with progress.step("similarities", converted.layers, "layer") as bar:
         interval = wish.interval or memory["update_interval"]
         layers = measure(reader_of(wish, None), converted, data.held_in, {**memory, "update_interval": interval})
         bar.update(len(layers))
@@ -161,7 +159,7 @@ def _space(wish: Wish, converted: Converted, data: Data, memory: dict, layers: l
         choices = (now, *(x for x in (now // 4, now // 2, 2 * now) if SHORTEST <= x < shortest // 2))
         intervals = tuple(dict.fromkeys(choices))
     count = converted.pace["experts"]["count"]
-    granularities = ("token",) if len(converted.layers[0][0]) % count else ("token", "expert")
+    granularities = ("token",) if converted.intermediate_size % count else ("token", "expert")
     candidates = candidate_layers(layers, memory["layers"], MOST_LAYERS)
     return Space(memory, tuple(layers), tuple(candidates), intervals, granularities)
 
