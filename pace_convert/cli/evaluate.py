@@ -158,7 +158,7 @@ def run(test: Evaluation, subjects: list[Subject], folder: Path, device: str, jo
 
     progress = Progress(quiet)
     try:
-        return evaluate(test, subjects, folder, progress, jobs, resolve_device(device))
+        return evaluate(test, subjects, folder, progress, jobs=jobs, device=resolve_device(device))
     except KeyboardInterrupt:
         progress.say(f"what is done is in {folder}; run the same command again to go on")
         raise

@@ -115,7 +115,13 @@ class Results:
 
 
 def evaluate(
-    evaluation: Evaluation, subjects: Sequence[Subject], out: Path, progress: Progress, jobs: int = 1, device: str = "auto"
+    evaluation: Evaluation,
+    subjects: Sequence[Subject],
+    out: Path,
+    progress: Progress,
+    *,
+    jobs: int = 1,
+    device: str = "auto",
 ) -> Results:
     """Every cell of every subject, in `jobs` processes; `out` keeps the journal.
 

@@ -117,7 +117,7 @@ def space():
 
 
 def test_finds_a_planted_optimum_and_has_the_current_one_among_its_trials(tmp_path):
-    trials = search(tmp_path / "log", space(), Planted(), 60, 0, 1, QUIET)
+    trials = search(tmp_path / "log", space(), Planted(), QUIET, trials=60, seed=0, jobs=1)
     assert len(trials) == 60 and any(trial.pruned for trial in trials)
     assert trials[0].memory == MEMORY
     found = best(trials, 3)
@@ -129,9 +129,10 @@ def test_finds_a_planted_optimum_and_has_the_current_one_among_its_trials(tmp_pa
 
 
 def test_goes_on_after_a_kill_to_the_same_trials(tmp_path):
-    whole = search(tmp_path / "whole", space(), Planted(), 12, 0, 1, QUIET)
+    whole = search(tmp_path / "whole", space(), Planted(), QUIET, trials=12, seed=0, jobs=1)
     context = multiprocessing.get_context("fork")
-    process = context.Process(target=search, args=(tmp_path / "log", space(), Planted(0.02), 12, 0, 1, QUIET))
+    how = {"trials": 12, "seed": 0, "jobs": 1}
+    process = context.Process(target=search, args=(tmp_path / "log", space(), Planted(0.02), QUIET), kwargs=how)
     process.start()
     while not (tmp_path / "log").exists() or (tmp_path / "log").read_text().count('"scores"') < 4:
         time.sleep(0.01)
@@ -140,7 +141,7 @@ def test_goes_on_after_a_kill_to_the_same_trials(tmp_path):
     with (tmp_path / "log").open("a") as file:
         file.write('{"op_code": 4, "wor')
     repair(tmp_path / "log")
-    assert search(tmp_path / "log", space(), Planted(), 12, 0, 1, QUIET) == whole
+    assert search(tmp_path / "log", space(), Planted(), QUIET, trials=12, seed=0, jobs=1) == whole
 
 
 def test_a_written_winner_verifies_loads_and_undoes(out, tmp_path):

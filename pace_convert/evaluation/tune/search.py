@@ -153,7 +153,7 @@ def open_study(journal: Path, seed: int) -> optuna.Study:
         )
 
 
-def search(journal: Path, space: Space, score: Score, trials: int, seed: int, jobs: int, progress: Progress) -> list[Trial]:
+def search(journal: Path, space: Space, score: Score, progress: Progress, *, trials: int, seed: int, jobs: int) -> list[Trial]:
     """All trials that were finished, the current configuration among them. Called again after a kill it goes on."""
     study = open_study(journal, seed)
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING)):

@@ -97,7 +97,9 @@ def tune(wish: Wish, progress: Progress) -> dict:
         plot_statistics(layers, memory, wish.out / PLOT)
         base = kept(study, "base held-in", lambda: data.score(reader_of(wish, None), data.held_in))
         space = _space(wish, converted, data, memory, layers)
-        trials = search(wish.out / TRIALS, space, Scored(wish, data, tuple(base)), wish.trials, wish.seed, wish.jobs, progress)
+        score = Scored(wish, data, tuple(base))
+        how = {"trials": wish.trials, "seed": wish.seed, "jobs": wish.jobs}
+        trials = search(wish.out / TRIALS, space, score, progress, **how)
         facts = {
             "model": wish.model, "version": __version__, "seed": wish.seed, "data": data.as_dict(), "before": memory,
             "statistics": found, "trials": [_row(trial) for trial in trials],
