@@ -10,10 +10,10 @@ import json
 import os
 from pathlib import Path
 
-from . import __version__
 from .checkpoint.checkpoint import Source
 from .errors import CallError
 from .options import ConvertOptions, option_name
+from .version import __version__
 
 NAME, PART = "journal.jsonl", "journal.part"  # the latter while its first line is written
 ANEW = "--overwrite without --resume to start again"

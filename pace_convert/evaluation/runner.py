@@ -15,11 +15,11 @@ from typing import Protocol
 
 from filelock import FileLock, Timeout
 
-from .. import __version__
 from ..errors import CallError
 from ..jobs import run_here
 from ..journal import NAME, PART, Journal
 from ..progress import Progress
+from ..version import __version__
 from .intervals import Estimate, difference, estimate
 from .reader import Reader
 from .subjects import Subject, load
