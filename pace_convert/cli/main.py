@@ -299,7 +299,7 @@ def undo(out: Path, original: Path, jobs: int | None, as_json: bool, quiet: bool
 @friendly
 def demo(out: Path, quiet: bool) -> None:
     """Convert the embedded reference model into OUT and compare both on needle questions."""
-    from ..reference.demo import run_demo
+    from .demo import run_demo
 
     run_demo(out, Progress(quiet))
 

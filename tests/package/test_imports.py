@@ -75,9 +75,7 @@ def test_no_arrow_points_upwards(drawing):
     arrows = [(here, there) for here, targets in drawing.items() for there in targets]
     assert len(arrows) > 300
     upward = [
-        f"{here} -> {there}"
-        for here, there in arrows
-        if room(here) != room(there) and FLOOR[room(here)] >= FLOOR[room(there)]
+        f"{here} -> {there}" for here, there in arrows if room(here) != room(there) and FLOOR[room(here)] >= FLOOR[room(there)]
     ]
     assert upward == []
 
