@@ -1,103 +1,72 @@
-"""The journal of a job: for what it is, and which of its tasks are done, so that it can go on after a kill.
+"""The journal of a job: what the job is, and which of its tasks are done, so that it can go on after a kill.
 
 One JSON object a line, each on the disk before the next is begun. A line that was cut off is as if it had not been
-written: its task is done again.
+written: its task is done again. What a job is made of, and how two of them differ in words, its owner knows.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from .checkpoint.checkpoint import Source
 from .errors import CallError
-from .options import ConvertOptions, option_name
-from .version import __version__
+from .writing import write_whole
 
 NAME, PART = "journal.jsonl", "journal.part"  # the latter while its first line is written
-ANEW = "--overwrite without --resume to start again"
-
-
-def fingerprint(source: Source, options: ConvertOptions, device: str) -> dict:
-    """What a conversion's bytes depend on: source, options, version and the kind of device that clusters.
-
-    A Hub's files are known by their commit, local ones by size and time of change (reading them would take as long
-    as converting them).
-    """
-    return {
-        "version": __version__,
-        "options": {**options.model_dump(mode="json"), "device": device.partition(":")[0]},
-        "source": source.hub.commit if source.hub else {name: list(state) for name, state in source.states.items()},
-    }
 
 
 class Journal:
-    """What is done, task name -> record; `begin`, then `add` while working, or `resume`.
+    """What is done, task name -> record, JSON both; `open`, then `add` while working.
 
-    job: what it is of, and anew: what to give to begin anew, both for people.
+    anew: what a person does to begin anew, the hint where the journal is damaged.
     """
 
-    def __init__(self, folder: Path, job: str = "conversion", anew: str = ANEW) -> None:
+    def __init__(self, folder: Path, anew: str) -> None:
         self.path = folder / NAME
-        self.job, self.anew = job, anew
+        self.anew = anew
         self.done: dict[str, dict] = {}
 
-    def begin(self, identity: dict) -> None:
-        """Start anew for a conversion with this fingerprint; what was written before is forgotten."""
-        self.done = {}
-        part = self.path.with_name(PART)
-        part.unlink(missing_ok=True)
-        _append(part, {"fingerprint": identity})
-        part.replace(self.path)
+    def open(self, identity: Any, other: Callable[[Any, Any], CallError]) -> None:
+        """Take up what is done of the job with this identity, which is any JSON, or begin it.
 
-    def resume(self, identity: dict) -> None:
-        """Take up what is done. Raises CallError if it was done for another fingerprint."""
-        before, self.done, whole = read_journal(self.path, self.anew)
+        other: what is raised, made of two identities, where the journal is of another job. Raises CallError for a
+        damaged journal too.
+        """
+        identity = json.loads(json.dumps(identity))  # as it is read again: tuples are lists
+        if not self.path.is_file():
+            write_whole(self.path, _line({"identity": identity}), part=self.path.with_name(PART))
+            return
+        before, done, whole = read_journal(self.path, self.anew)
         if before != identity:
-            raise CallError(
-                f"the unfinished {self.job} can't go on: {_difference(before, identity)}",
-                f"give the same source and options, or {self.anew}",
-            )
+            raise other(before, identity)
+        self.done = done
         os.truncate(self.path, whole)  # nothing can follow a line that was cut off
 
     def add(self, task: str, record: dict) -> None:
         """This task is done and what it wrote is on the disk."""
         self.done[task] = record
-        _append(self.path, {"task": task, **record})
+        with self.path.open("ab") as file:
+            file.write(_line({"task": task, **record}))
+            file.flush()
+            os.fsync(file.fileno())
 
 
-def read_journal(path: Path, anew: str = ANEW) -> tuple[dict, dict[str, dict], int]:
-    """The fingerprint, the records by task, and the length in bytes of the lines that are whole.
+def read_journal(path: Path, anew: str = "") -> tuple[Any, dict[str, dict], int]:
+    """The identity, the records by task, and the length in bytes of the lines that are whole.
 
-    Raises CallError for what no journal can become by being cut off.
+    Raises CallError, with `anew` for a hint, for what no journal can become by being cut off.
     """
     data = path.read_bytes()
     whole = data.rfind(b"\n") + 1
     try:
         first, *records = [json.loads(line) for line in data[:whole].splitlines()]
-        return first["fingerprint"], {record.pop("task"): record for record in records}, whole
+        return first["identity"], {record.pop("task"): record for record in records}, whole
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CallError(f"{path} is damaged", f"give {anew}") from error
+        raise CallError(f"{path} is damaged", anew) from error
 
 
-def _append(path: Path, line: dict) -> None:
-    with path.open("ab") as file:
-        file.write(json.dumps(line).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _difference(before: dict, now: dict) -> str:
-    """The first thing in which two fingerprints differ, in words."""
-    if before.get("version") != now["version"]:
-        return f"pace-convert {before.get('version')} began it, this is {now['version']}"
-    for name, value in now["options"].items():
-        old = before.get("options", {}).get(name)
-        if old != value:
-            return f"{option_name(name)} was {old} and is {value}"
-    if not (isinstance(before.get("source"), dict) and isinstance(now["source"], dict)):
-        return f"the source was at {before.get('source')} and is at {now['source']}"
-    names = {**before["source"], **now["source"]}
-    changed = next(name for name in names if before["source"].get(name) != now["source"].get(name))
-    return f"{changed} of the source has changed"
+def _line(value: dict) -> bytes:
+    return json.dumps(value).encode() + b"\n"

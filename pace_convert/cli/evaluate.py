@@ -176,7 +176,7 @@ def finish(results: Results, folder: Path, as_json: bool, more: dict[str, Any] |
 
 def report(facts: dict[str, Any], folder: Path, as_json: bool) -> Path:
     """Write results.json, print it if asked to; where it is."""
-    from ..evaluation.runner import RESULTS
+    from ..evaluation.folder import RESULTS
     from ..writing import write_json
 
     write_json(folder / RESULTS, facts)

@@ -1,4 +1,4 @@
-"""Results in words, for the terminal."""
+"""Results in words, for the terminal. Imported where a command begins, so nothing heavy stands at the top."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..converted.card import loading_snippet
-from ..converted.format import Tuned
 from ..options import ConvertOptions
 from ..units import duration, size
 
@@ -50,6 +48,8 @@ def _memory_line(options: ConvertOptions, layers: tuple[int, ...]) -> str:
 
 def made_text(made: Conversion) -> str:
     """What was made, and the snippet that loads it."""
+    from ..converted.card import loading_snippet
+
     certificate = ""
     if made.changed is not None:
         neurons = made.plan.layers * made.plan.intermediate_size
@@ -60,6 +60,8 @@ def made_text(made: Conversion) -> str:
 
 def pushed_text(pushed: Pushed) -> str:
     """Where a conversion is now, and the snippet that loads it from there."""
+    from ..converted.card import loading_snippet
+
     snippet = loading_snippet(pushed.repo_id, pushed.needs_code, pushed.commit)
     where = "Pull request" if pushed.pull_request else "Pushed to"
     return f"{where} {pushed.url}. Load it with\n\n{_indented(snippet)}\n"
@@ -71,6 +73,8 @@ def _indented(code: str) -> str:
 
 def facts_text(facts: dict) -> str:
     """What `describe` found, in words."""
+    from ..converted.format import Tuned
+
     memory = facts["memory"]
     experts = facts["experts"]
     lines = [

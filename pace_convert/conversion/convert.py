@@ -15,7 +15,6 @@ from ..converted.format import (
     PERMUTATION,
     SEAL,
     UNFINISHED,
-    is_unfinished,
     pace_object,
     read_seal,
     to_json,
@@ -25,12 +24,13 @@ from ..converted.push import Pushed, Target, check_card, check_target, push
 from ..converted.shipped import converted_config, modeling_files
 from ..device import resolve_device
 from ..errors import PaceError
-from ..journal import Journal, fingerprint
+from ..journal import Journal
 from ..options import ConvertOptions, RunOptions
 from ..progress import Progress
 from .executors import check_executor, run_remaining
+from .identity import fingerprint, other_conversion
 from .new_card import model_card
-from .output import OutputFolder, explained
+from .output import AGAIN, OutputFolder, explained
 from .output_checks import MOVE, check_free, check_names_free, check_places, check_room
 from .plan import Plan, make_plan
 from .tasks import layer_result, make_tasks
@@ -120,9 +120,9 @@ def carry_out(prepared: Prepared, progress: Progress) -> Conversion:
     device = _clustering_device(plan.run)
     folder = OutputFolder(out, overwrite=prepared.overwrite, resume=prepared.resume)
     with explained(out, RESUME), folder:
-        journal = Journal(folder.staging)
+        journal = Journal(folder.staging, AGAIN)
         identity = fingerprint(source, plan.options, device)
-        journal.resume(identity) if is_unfinished(out) else journal.begin(identity)
+        journal.open(identity, other_conversion)
         if MOVE not in journal.done:
             tasks = make_tasks(source, plan, folder.staging, device)
             words = ("converting", "converted")

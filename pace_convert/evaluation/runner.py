@@ -6,25 +6,17 @@ the same command goes on after a kill, and a larger one reuses what is there.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from filelock import FileLock, Timeout
-
-from ..errors import CallError
 from ..jobs import run_here
-from ..journal import NAME, PART, Journal
 from ..progress import Progress
-from ..version import __version__
+from .folder import results_folder
 from .intervals import Estimate, difference, estimate
 from .reader import Reader
 from .subjects import Subject, load
-
-RESULTS, LOCK = "results.json", ".lock"
 
 
 class Evaluation(Protocol):
@@ -40,7 +32,7 @@ class Evaluation(Protocol):
     def metric(self) -> str: ...
 
     def identity(self) -> dict:
-        """What the records of a cell depend on, but for model and cell; JSON."""
+        """What the records of a cell depend on, but for model and cell: options by their names with _ for -; JSON."""
 
     def cells(self) -> list[str]:
         """Names of the cells, in the table's order."""
@@ -130,7 +122,8 @@ def evaluate(
     Raises CallError where `out` holds something else, PaceError where a model does not load.
     """
     tasks = [CellTask(evaluation, subject, cell, device) for subject in subjects for cell in evaluation.cells()]
-    with _journal(out, evaluation) as journal:
+    command = f"pace eval {evaluation.name}"
+    with results_folder(out, "evaluation", command, evaluation.identity()) as journal:
         todo = sorted((task for task in tasks if task.key not in journal.done), key=lambda task: task.subject.weights)
         if len(todo) < len(tasks):
             progress.say(f"{out} has {len(tasks) - len(todo)} of {len(tasks)} cells already")
@@ -142,22 +135,3 @@ def evaluate(
         for task in tasks:
             records[task.subject.name][task.cell] = journal.done[task.key]["records"]
     return Results(evaluation, list(subjects), records)
-
-
-@contextmanager
-def _journal(out: Path, evaluation: Evaluation) -> Iterator[Journal]:
-    """`out`'s journal, begun or taken up, locked while it is in use."""
-    if out.exists() and not out.is_dir():
-        raise CallError(f"{out} is a file", "give another --out")
-    if out.is_dir() and not (out / NAME).exists() and any(path.name not in (LOCK, PART) for path in out.iterdir()):
-        raise CallError(f"{out} is not empty and holds no evaluation", "give another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    options = {"evaluation": evaluation.name, **evaluation.identity()}
-    identity = json.loads(json.dumps({"version": __version__, "options": options, "source": {}}))
-    journal = Journal(out, "evaluation", f"another --out, or delete {out}")
-    try:
-        with FileLock(out / LOCK, timeout=0):
-            journal.resume(identity) if journal.path.exists() else journal.begin(identity)
-            yield journal
-    except Timeout as error:
-        raise CallError(f"another evaluation is writing to {out}", "wait for it, or give another --out") from error

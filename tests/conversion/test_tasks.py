@@ -100,28 +100,36 @@ def test_tasks_in_any_order_and_twice_give_the_same_bytes(make_source, tmp_path)
     assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
 
 
-IDENTITY = {"version": "1", "options": {"seed": 0}, "source": "abc"}
+IDENTITY = [1, "a", (2,)]  # any JSON
+
+
+def other(before, now) -> CallError:
+    return CallError(f"{before} is not {now}")
 
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 9), max_size=5, unique=True), st.data())
 def test_a_journal_cut_off_anywhere_is_a_shorter_journal(tmp_path_factory, layers, data):
     folder = tmp_path_factory.mktemp("journal")
-    journal = Journal(folder)
-    journal.begin(IDENTITY)
+    journal = Journal(folder, "delete it")
+    journal.open(IDENTITY, other)
     header = journal.path.stat().st_size
     for layer in layers:
         journal.add(f"layer {layer}", {"permutation": "x" * layer, "changed": None})
     os.truncate(journal.path, data.draw(st.integers(header, journal.path.stat().st_size)))
-    again = Journal(folder)
-    again.resume(IDENTITY)
+    again = Journal(folder, "delete it")
+    again.open(IDENTITY, other)
     assert list(again.done.items()) == list(journal.done.items())[: len(again.done)]
     again.add("layer 77", {})
-    third = Journal(folder)
-    third.resume(IDENTITY)
+    third = Journal(folder, "delete it")
+    third.open(IDENTITY, other)
     assert third.done == {**again.done, "layer 77": {}}
-    with pytest.raises(CallError, match="began it"):
-        Journal(folder).resume({**IDENTITY, "version": "2"})
+    with pytest.raises(CallError, match=r"^\[1, 'a', \[2\]\] is not \[1, 'a', \[3\]\]$"):
+        Journal(folder, "delete it").open([1, "a", (3,)], other)
+    os.truncate(journal.path, header // 2)
+    with pytest.raises(CallError, match="is damaged") as error:
+        Journal(folder, "delete it").open(IDENTITY, other)
+    assert error.value.hint == "delete it"
 
 
 PEAK = """

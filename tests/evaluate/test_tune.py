@@ -193,7 +193,9 @@ def test_where_the_base_wins_nothing_is_written(out, tmp_path, text):
     again = pace_convert(*arguments, command=("tune",))
     assert json.loads(again.stdout) == facts
     assert (tmp_path / "tune" / "similarity.png").stat().st_size > 5000
-    refuse(pace_convert(*arguments, "--seed", "1", command=("tune",)), 2, "something else", "--out")
+    refuse(
+        pace_convert(*arguments, "--seed", "1", command=("tune",)), 2, "holds another search: --seed was 0 and is 1", "--out"
+    )
 
 
 def test_bad_calls(out, tmp_path, text):

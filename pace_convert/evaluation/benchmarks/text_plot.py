@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from ...writing import write_whole
 from ..intervals import Estimate
 from ..measures import Measure
 from ..runner import Results
@@ -36,7 +37,7 @@ def plot_text(results: Results, measures: Sequence[Measure], path: Path) -> None
         axis.grid(axis="y", alpha=0.3)
     count = len(results.evaluation.cells())
     figure.suptitle(f"Prediction of {count} document{'s' if count > 1 else ''}", fontsize=11)
-    figure.savefig(path, dpi=110, format="png")
+    write_whole(path, lambda part: figure.savefig(part, dpi=110, format="png"))
     plt.close(figure)
 
 

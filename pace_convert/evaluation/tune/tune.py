@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from ...checkpoint.checkpoint import open_source
 from ...converted.format import CARD, SEAL, Difference, Tuned
@@ -26,16 +25,17 @@ from ...errors import CallError
 from ...progress import Progress
 from ...version import __version__
 from ...writing import write_json
+from ..folder import RESULTS, results_folder
 from ..intervals import difference
 from ..reader import Reader
-from ..runner import LOCK, RESULTS
 from ..subjects import Subject, load
 from .data import Asked, Data, check_data, read_data
 from .report import plot_statistics, words_of
 from .search import PARTS, Space, Trial, best, kept, open_study, repair, search
 from .similarity import Layer, candidate_layers, measure
 
-JOURNAL, IDENTITY, PLOT = "trials.log", "search.json", "similarity.png"
+TRIALS, PLOT = "trials.log", "similarity.png"
+BEFORE = "before"  # in the journal: the memory parameters with which the search began
 MOST_LAYERS = 8  # whose pairs are searched
 SHORTEST = 16  # update interval that is tried
 FINALISTS = 3
@@ -90,14 +90,14 @@ def tune(wish: Wish, progress: Progress) -> dict:
     with _folder(wish, converted, now) as memory:
         reader = reader_of(wish, None)
         data = read_data(_asked(wish, reader, memory), reader)
-        study = open_study(wish.out / JOURNAL, wish.seed)
+        study = open_study(wish.out / TRIALS, wish.seed)
         progress.say(f"{len(data.held_in)} held-in and {len(data.held_out)} held-out items of {data.name}")
         found = kept(study, "statistics", lambda: [asdict(x) for x in _measured(wish, converted, data, memory, progress)])
         layers = [Layer(**{**row, "token": tuple(row["token"]), "expert": tuple(row["expert"])}) for row in found]
         plot_statistics(layers, memory, wish.out / PLOT)
         base = kept(study, "base held-in", lambda: data.score(reader_of(wish, None), data.held_in))
         space = _space(wish, converted, data, memory, layers)
-        trials = search(wish.out / JOURNAL, space, Scored(wish, data, tuple(base)), wish.trials, wish.seed, wish.jobs, progress)
+        trials = search(wish.out / TRIALS, space, Scored(wish, data, tuple(base)), wish.trials, wish.seed, wish.jobs, progress)
         facts = {
             "model": wish.model, "version": __version__, "seed": wish.seed, "data": data.as_dict(), "before": memory,
             "statistics": found, "trials": [_row(trial) for trial in trials],
@@ -225,31 +225,23 @@ def _row(trial: Trial) -> dict:
 @contextmanager
 def _folder(wish: Wish, converted: Converted, memory: dict) -> Iterator[dict]:
     """--out, held by this process alone; yields the memory parameters with which the search began."""
-    out = wish.out
-    if out.exists() and not out.is_dir():
-        raise CallError(f"{out} is a file", "give another --out")
-    if out.is_dir() and not (out / IDENTITY).exists() and any(path.name != LOCK for path in out.iterdir()):
-        raise CallError(f"{out} is not empty and holds no search", "give another --out")
-    out.mkdir(parents=True, exist_ok=True)
     states = {name: list(state) for name, state in converted.files.states.items() if name not in ("config.json", CARD, SEAL)}
-    asked = {name: getattr(wish, name) for name in ("on", "length", "lengths", "items", "interval", "seed")}
-    identity = json.loads(json.dumps({"version": __version__, **asked, "data": _state(wish.on), "model": states}))
-    try:
-        with FileLock(out / LOCK, timeout=0):
-            if not (out / IDENTITY).exists():
-                write_json(out / IDENTITY, {"identity": identity, "memory": memory})
-            before = json.loads((out / IDENTITY).read_text())
-            written = json.loads((out / RESULTS).read_text())["winner"] if (out / RESULTS).exists() else None
-            if before["identity"] != identity or memory not in (before["memory"], written):
-                raise CallError(f"{out} holds a search on something else", f"give another --out, or delete {out}")
-            repair(out / JOURNAL)
-            try:
-                yield before["memory"]
-            finally:
-                if not (out / JOURNAL).exists():  # it failed before anything was done: another call may have the folder
-                    (out / IDENTITY).unlink()
-    except Timeout as error:
-        raise CallError(f"another search is writing to {out}", "wait for it, or give another --out") from error
+    asked = {name: getattr(wish, name) for name in ("on", "length", "lengths", "items", "seed")}
+    identity = {**asked, "update_interval": wish.interval, "files": _state(wish.on), "model": states}
+    out = wish.out
+    with results_folder(out, "search", "pace tune", identity) as journal:
+        if BEFORE not in journal.done:
+            journal.add(BEFORE, {"memory": memory})
+        before = journal.done[BEFORE]["memory"]
+        written = json.loads((out / RESULTS).read_text())["winner"] if (out / RESULTS).exists() else None
+        if memory not in (before, written):
+            raise CallError(f"the memory of {wish.model} has changed since", f"give another --out, or delete {out}")
+        repair(out / TRIALS)
+        try:
+            yield before
+        finally:
+            if not (out / TRIALS).exists():  # it failed before anything was done: another call may have the folder
+                journal.path.unlink()
 
 
 def _state(on: str) -> list:
