@@ -17,6 +17,7 @@ _context = multiprocessing.get_context("forkserver")
 PRELOAD = """
     forked torch pace_convert.convert pace_convert.cluster transformers.models.auto.tokenization_auto
     pace_convert.evaluate.needle_plot pace_convert.evaluate.cost pace_convert.evaluate.tables pace_convert.evaluate.tune
+    pace_convert.evaluate.qa pace_convert.evaluate.text_plot
     matplotlib.pyplot
     transformers.models.qwen2.modeling_qwen2 transformers.generation
 """
