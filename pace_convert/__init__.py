@@ -6,14 +6,11 @@ convert("Qwen/Qwen2-7B", "out", ConvertOptions(experts=128))
 assert verify("out", "Qwen/Qwen2-7B").passed
 """
 
-from importlib.metadata import version
-
-__version__ = version("pace-convert")  # before the imports, whose modules take it from here
-
 from .api import convert, evaluate, push, undo, verify
 from .errors import CallError, DamagedSourceError, PaceError
 from .options import ConvertOptions, RunOptions
 from .progress import Update
+from .version import __version__
 
 __all__ = [
     "CallError",

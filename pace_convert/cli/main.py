@@ -9,11 +9,12 @@ from typing import Any, Literal, get_args, get_origin
 
 import click
 
-from .. import __version__, api
+from .. import api
 from ..errors import CallError
 from ..options import EXPERT_OPTIONS, ConvertOptions, RunOptions, load_options, option_name
 from ..progress import Progress
 from ..units import size
+from ..version import __version__
 from . import text
 from .command import as_json_text, friendly, hub_options, output_options
 from .evaluate import evaluation
@@ -298,7 +299,7 @@ def undo(out: Path, original: Path, jobs: int | None, as_json: bool, quiet: bool
 @friendly
 def demo(out: Path, quiet: bool) -> None:
     """Convert the embedded reference model into OUT and compare both on needle questions."""
-    from ..reference.demo import run_demo
+    from .demo import run_demo
 
     run_demo(out, Progress(quiet))
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from .. import __version__
 from ..checkpoint.checkpoint import Source
 from ..errors import CallError
 from ..options import ConvertOptions, option_name
+from ..version import __version__
 
 
 def fingerprint(source: Source, options: ConvertOptions, device: str) -> dict:

@@ -9,11 +9,11 @@ from typing import Any
 
 import yaml
 
-from .. import __version__
 from ..checkpoint.checkpoint import Source
 from ..converted.card import load_block, memory_block, sealed, verification_block
 from ..converted.format import CARD, SOURCE_CARD
 from ..converted.shipped import render
+from ..version import __version__
 from .plan import Plan
 
 CARD_BYTES = 1 << 20  # of the source's card are searched for its metadata

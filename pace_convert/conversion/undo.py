@@ -10,7 +10,6 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import __version__
 from ..checkpoint.checkpoint import CONFIG, Source
 from ..checkpoint.files import check_file, is_inside
 from ..converted.format import PERMUTATION, UNFINISHED, is_unfinished, written_files
@@ -20,6 +19,7 @@ from ..journal import NAME as JOURNAL
 from ..journal import Journal, read_journal
 from ..options import RunOptions
 from ..progress import Progress
+from ..version import __version__
 from .executors import run_remaining
 from .output import OutputFolder, explained
 from .output_checks import MOVE, check_places, check_room, files_in

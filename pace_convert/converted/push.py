@@ -10,11 +10,11 @@ from huggingface_hub import CommitInfo, HfApi, constants
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
 
-from .. import __version__
 from ..checkpoint.checkpoint import Source
 from ..checkpoint.hub_errors import WRITING, hub_errors
 from ..errors import CallError, DamagedSourceError, PaceError
 from ..progress import Progress
+from ..version import __version__
 from ..writing import PART
 from .card import pinned_commit, published
 from .format import CARD

@@ -9,10 +9,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from .. import __version__
 from ..errors import CallError
 from ..journal import NAME, PART, Journal
 from ..options import option_name
+from ..version import __version__
 
 RESULTS, LOCK = "results.json", ".lock"
 # Of an identity's keys those that are not an option with its value.

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
-from .. import __version__
 from ..converted.opened import Converted
 from ..errors import CallError
+from ..version import __version__
 from .charts import Chart, columns, heat_map, permutation_map
 from .reading import shown
 from .tracks import PAINTED, painted, tracks

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...converted.activations import listening
 from ...converted.opened import Converted
-from ...inspect.probe import listening
 from ...modeling.memory_bank import Bank
 from ...modeling.memory_draft import Block
 from ...modeling.memory_settings import MemorySettings

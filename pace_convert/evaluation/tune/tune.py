@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from ... import __version__
 from ...checkpoint.checkpoint import open_source
 from ...converted.format import CARD, SEAL, Difference, Tuned
 from ...converted.load import edited_code, refuse_edited
@@ -24,6 +23,7 @@ from ...converted.opened import Converted, open_converted
 from ...converted.retune import check_writable, write_memory
 from ...errors import CallError
 from ...progress import Progress
+from ...version import __version__
 from ...writing import write_json
 from ..folder import RESULTS, results_folder
 from ..intervals import difference
