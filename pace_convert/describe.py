@@ -36,7 +36,8 @@ def describe(converted: Converted, quality: Sequence[Quality] | None = None, pro
         "bytes": converted.files.nbytes,
         "intermediate_size": len(converted.layers[0][0]),
         "experts": converted.pace.get("experts"),
-        "memory": {**ConvertOptions().memory_config(()), **MemorySettings.as_written(converted.pace["memory"])},  # what is not set has its default
+        # What is not set has its default.
+        "memory": {**ConvertOptions().memory_config(()), **MemorySettings.as_written(converted.pace["memory"])},
         "tuned": converted.pace.get("tuned"),
         "layers": layers,
     }

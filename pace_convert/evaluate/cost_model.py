@@ -213,9 +213,9 @@ class MemoryCost:
     def state_bytes(self, undoable: bool = False) -> int:
         """Bytes of the layer's state.
 
-        Bank: keys and values 2 M D b, their norms 2 M E w, the outliers' limit w, 17 M for flags, ages and hits. Draft: M D b, means' weights E M^2 w,
-        counts E M w, M w + 17 M for the new tokens. Ring: (R + 1) D b. 48 bytes of counts. undoable: just after a block,
-        while it can be taken back, the bank before it is held too.
+        Bank: keys and values 2 M D b, their norms 2 M E w, the outliers' limit w, 17 M for flags, ages and hits. Draft:
+        M D b, means' weights E M^2 w, counts E M w, M w + 17 M for the new tokens. Ring: (R + 1) D b. 48 bytes of counts.
+        undoable: just after a block, while it can be taken back, the bank before it is held too.
         """
         slots, experts, w = self.settings.slots, self.settings.experts, self.wide
         vectors = slots * self.neurons * self.itemsize
