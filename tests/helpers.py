@@ -104,7 +104,10 @@ def family_of(row: str) -> FamilySpec:
 
 
 # Blocks of a few tokens and wide thresholds: a memory that reuses, mixes and keeps within a short text.
-ACTIVE = {"experts": 8, "slots": 6, "update_interval": 5, "theta_low": 0.1, "theta_high": 0.3, "top_k": 2, "bottom_k": 1}
+ACTIVE = {
+    "experts": 8, "slots": 6, "update_interval": 5, "theta_low": 0.1, "theta_high": 0.3, "top_k": 2, "bottom_k": 1,
+    "fusion_weight": 0.2,
+}  # fmt: skip
 
 
 def active_thresholds(row: str) -> dict:

@@ -21,17 +21,21 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pace_convert.options import MEMORY_PARAMETERS, PRESETS, ConvertOptions
+
 INTERVALS = (64, 256, 1024)
-PAPER = {"match_norm": False, "outlier_norm": 0.0}
+PAPER = PRESETS["paper"]
+BOTH = {**PAPER, "match_norm": True, "outlier_norm": ConvertOptions().outlier_norm}
 ARMS: dict[str, dict] = {
     "paper": PAPER,
     "paper, k' = 0": {**PAPER, "bottom_k": 0},
-    "matched": {"match_norm": True, "outlier_norm": 0.0},
-    "no outliers": {"match_norm": False, "outlier_norm": 8.0},
-    "both": {"match_norm": True, "outlier_norm": 8.0},
-    "both, k' = 0": {"match_norm": True, "outlier_norm": 8.0, "bottom_k": 0},
-    "both, lambda 0.1": {"match_norm": True, "outlier_norm": 8.0, "fusion_weight": 0.1},
-    "both, lambda 0.05": {"match_norm": True, "outlier_norm": 8.0, "fusion_weight": 0.05},
+    "norms matched": {**PAPER, "match_norm": True},
+    "outliers left out": {**BOTH, "match_norm": False},
+    "both": BOTH,
+    "both, k' = 0": {**BOTH, "bottom_k": 0},
+    "both, lambda 0.1": {**BOTH, "fusion_weight": 0.1},
+    "both, lambda 0.05": {**BOTH, "fusion_weight": 0.05},
+    "default": {name: getattr(ConvertOptions(), name) for name in MEMORY_PARAMETERS},
 }
 
 

@@ -13,7 +13,7 @@ import pytest
 from helpers import pace_convert
 
 from pace_convert.families import FAMILIES
-from pace_convert.options import EXPERT_OPTIONS, ConvertOptions, option_name
+from pace_convert.options import EXPERT_OPTIONS, PRESETS, ConvertOptions, option_name
 from pace_convert.reference.tokenizer import build_tokenizer
 
 
@@ -99,6 +99,23 @@ def test_help_shows_examples():
     text = pace_convert("--help", command=()).stdout
     for command in ("convert", "verify", "inspect", "eval", "push", "undo"):
         assert f"  pace {command} " in text[: text.index("Options:")]
+
+
+def test_preset_on_the_command_line(make_source, tmp_path):
+    assert pace_convert(make_source("qwen2"), tmp_path / "out", "--preset", "paper", "--slots", 9).returncode == 0
+    memory = json.loads((tmp_path / "out" / "config.json").read_text())["pace"]["memory"]
+    assert memory == {"enabled": True, "layers": [1, 2], **PRESETS["paper"], "slots": 9}
+
+
+def test_a_folder_from_before_these_parameters(make_source, tmp_path):
+    """What its own files do is shown, not what a conversion would do today."""
+    assert pace_convert(make_source("qwen2"), tmp_path / "out", "--experts", 8).returncode == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    for name in ("match_norm", "outlier_norm"):
+        del config["pace"]["memory"][name]
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    shown = json.loads(pace_convert("--json", tmp_path / "out", command=("inspect",)).stdout)
+    assert (shown["memory"]["match_norm"], shown["memory"]["outlier_norm"]) == (False, 0.0)
 
 
 def test_help_groups_the_methods_options():

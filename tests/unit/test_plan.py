@@ -4,7 +4,7 @@ import pytest
 
 from pace_convert.conversion.plan import resolve_layers
 from pace_convert.errors import CallError
-from pace_convert.options import ConvertOptions, load_options
+from pace_convert.options import PRESETS, ConvertOptions, load_options
 
 
 @pytest.mark.parametrize(
@@ -27,9 +27,26 @@ def test_yaml_is_overridden_by_the_command_line(tmp_path):
     assert (run.jobs, run.device) == (3, "cpu")
 
 
+def test_a_preset_sets_the_memory_and_what_is_given_goes_first(tmp_path):
+    paper = {"enabled": True, "layers": [1], **PRESETS["paper"]}
+    assert ConvertOptions(preset="paper").memory_config((1,)) == paper != ConvertOptions().memory_config((1,))
+    assert ConvertOptions(preset="default") == ConvertOptions()
+    (tmp_path / "o.yaml").write_text("preset: paper\nslots: 7\nfusion_weight: 0.3\n")
+    options, _ = load_options(tmp_path / "o.yaml", {"slots": 9, "match_norm": True})
+    assert options.memory_config((1,)) == {**paper, "slots": 9, "fusion_weight": 0.3, "match_norm": True}
+    options, _ = load_options(tmp_path / "o.yaml", {"preset": "default"})
+    assert options.memory_config((1,)) == {**ConvertOptions().memory_config((1,)), "slots": 7, "fusion_weight": 0.3}
+    with pytest.raises(CallError, match="--preset is for the memory, which --no-memory leaves out"):
+        load_options(None, {"preset": "paper", "no_memory": True})
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("preset: papers", "--preset"),
+        ("preset: [paper]", "--preset"),
+        ("match_norm: 1", "--match-norm"),
+        ("outlier_norm: -1", "--outlier-norm"),
         ("slotz: 7", "--slotz"),
         ("slots: zero", "--slots"),
         ("- 1", "not a mapping"),
