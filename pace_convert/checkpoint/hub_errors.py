@@ -52,10 +52,10 @@ def _from_xet(error: BaseException) -> bool:
 OFFLINE = Row(
     _is(OfflineModeIsEnabled), "HF_HUB_OFFLINE keeps the Hub client offline", "unset it and run this again", PaceError
 )
-GATED = Row(_is(GatedRepoError), "{repo} is gated", "accept its terms at {site}/{repo} and give --token or HF_TOKEN")
+GATED_REPO = Row(_is(GatedRepoError), "{repo} is gated", "accept its terms at {site}/{repo} and give --token or HF_TOKEN")
 READING = (
     OFFLINE,
-    GATED,  # before RepositoryNotFoundError, its parent
+    GATED_REPO,  # before RepositoryNotFoundError, its parent
     Row(_is(RevisionNotFoundError), "{repo} has no such revision", "check --revision"),
     Row(
         _is(RepositoryNotFoundError),
@@ -73,7 +73,7 @@ WRITING = (
     OFFLINE,
     Row(_is(HFValidationError), "{repo} is not a name for a repository", "give ORG/NAME: letters, digits, - _ and ."),
     Row(_is(LocalTokenNotFoundError), "you are not logged in to the Hub", LOG_IN),
-    GATED,
+    GATED_REPO,
     Row(_is(RevisionNotFoundError), "{repo} has no such branch", "check --revision"),
     Row(
         _from_xet,

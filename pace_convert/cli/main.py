@@ -179,7 +179,7 @@ def inspect(
     pace inspect ./out --html report.html --probe story.txt
     """
     from ..converted.opened import open_converted
-    from ..inspect import inspect as job
+    from ..inspect import report as job
 
     facts = job.inspect(
         open_converted(out),

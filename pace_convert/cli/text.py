@@ -72,7 +72,7 @@ def _indented(code: str) -> str:
 
 
 def facts_text(facts: dict) -> str:
-    """What `describe` found, in words."""
+    """What `facts_of` found, in words."""
     from ..converted.format import Tuned
 
     memory = facts["memory"]

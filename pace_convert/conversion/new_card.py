@@ -20,7 +20,7 @@ CARD_BYTES = 1 << 20  # of the source's card are searched for its metadata
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
 # As they stand in the source's card. The Hub shows the extra_gated ones where a repository is gated.
 INHERITED = ("license", "license_name", "license_link", "language")
-GATED = "extra_gated_"
+TERMS_OF_ACCESS = "extra_gated_"
 # What licences, by their names on the Hub, ask of whoever passes a changed model on. The licence's own text counts.
 DEMANDS = (
     (r"apache-2\.0", "Pass the licence and any NOTICE file on, and say that files were changed."),
@@ -82,8 +82,12 @@ def inherited_metadata(card: str) -> dict:
         metadata = None
     if not isinstance(metadata, dict):
         return {}
-    names = [*INHERITED, *(key for key in metadata if isinstance(key, str) and key.startswith(GATED))]
-    return {key: metadata[key] for key in names if metadata.get(key) and (key.startswith(GATED) or _is_plain(metadata[key]))}
+    names = [*INHERITED, *(key for key in metadata if isinstance(key, str) and key.startswith(TERMS_OF_ACCESS))]
+    return {
+        key: metadata[key]
+        for key in names
+        if metadata.get(key) and (key.startswith(TERMS_OF_ACCESS) or _is_plain(metadata[key]))
+    }
 
 
 class _Plain(yaml.BaseLoader):
@@ -113,7 +117,7 @@ def _licence(metadata: dict, side_files: tuple[str, ...]) -> str:
     files = [file for file in side_files if file != link and any(fnmatch.fnmatch(file, kind) for kind in LICENCE_FILES)]
     if files:
         sentences.append(f"See also {', '.join(f'[{file}]({file})' for file in files)}.")
-    if any(key.startswith(GATED) for key in metadata):
+    if any(key.startswith(TERMS_OF_ACCESS) for key in metadata):
         sentences.append(
             "The source is for those who accept its terms; its questions stand in this card's metadata and are asked "
             "where gating is switched on."

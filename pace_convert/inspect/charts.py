@@ -1,4 +1,4 @@
-"""Facts as shapes to draw. Pure.
+"""Facts as marks to draw. Pure.
 
 A chart is drawn in per cent of its width and height, so that it fits any screen without a script; what has a
 length in pixels, text and strokes, is the page's.
@@ -18,7 +18,7 @@ _COLUMNS = 64  # of a permutation's map
 
 
 @dataclass(frozen=True)
-class Shape:
+class Mark:
     """A rectangle, or a line to (x + width, y + height). In per cent from the top left. kind: its CSS class."""
 
     kind: str
@@ -32,23 +32,23 @@ class Shape:
 
 @dataclass(frozen=True)
 class Chart:
-    """Shapes and the labels beside them: (per cent from the left or the bottom, text)."""
+    """Marks and the labels beside them: (per cent from the left or the bottom, text)."""
 
     title: str
     description: str
-    shapes: list[Shape]
+    marks: list[Mark]
     x_ticks: list[tuple[float, str]] = field(default_factory=list)
     y_ticks: list[tuple[float, str]] = field(default_factory=list)
 
 
-def rectangle(kind: str, x: float, y: float, width: float, height: float, title: str = "") -> Shape:
+def rectangle(kind: str, x: float, y: float, width: float, height: float, title: str = "") -> Mark:
     """x, y: its left lower corner, y and height from the bottom."""
-    return Shape(kind, round(x, 2), round(100 - y - height, 2), round(width, 2), round(height, 2), title)
+    return Mark(kind, round(x, 2), round(100 - y - height, 2), round(width, 2), round(height, 2), title)
 
 
-def line(kind: str, x: float, y: float, to_x: float, to_y: float, title: str = "") -> Shape:
+def line(kind: str, x: float, y: float, to_x: float, to_y: float, title: str = "") -> Mark:
     """From (x, y) to (to_x, to_y), y from the bottom."""
-    return Shape(kind, round(x, 2), round(100 - y, 2), round(to_x - x, 2), round(y - to_y, 2), title, line=True)
+    return Mark(kind, round(x, 2), round(100 - y, 2), round(to_x - x, 2), round(y - to_y, 2), title, line=True)
 
 
 def columns(
@@ -76,18 +76,18 @@ def columns(
         return f"{value:.1%}" if percent else f"{value:.3g}"
 
     width = 100 / len(values)
-    shapes = [line("zero" if tick == 0 else "grid", 0, at(tick), 100, at(tick)) for tick in ticks]
+    marks = [line("zero" if tick == 0 else "grid", 0, at(tick), 100, at(tick)) for tick in ticks]
     for i, value in enumerate(values):
         if value is not None:
             bottom, top = sorted((at(0), at(value)))
             kind = "bar marked" if i in marked else "bar"
-            shapes.append(rectangle(kind, (i + 0.15) * width, bottom, 0.7 * width, top - bottom, f"{names[i]}: {say(value)}"))
+            marks.append(rectangle(kind, (i + 0.15) * width, bottom, 0.7 * width, top - bottom, f"{names[i]}: {say(value)}"))
     for kind, row in floors.items():
         for i, value in enumerate(row):
             if value is not None:
-                shapes.append(line(kind, i * width, at(value), (i + 1) * width, at(value), f"{names[i]}, {kind}: {say(value)}"))
+                marks.append(line(kind, i * width, at(value), (i + 1) * width, at(value), f"{names[i]}, {kind}: {say(value)}"))
     labels = [(at(tick), f"{tick:.3g}" if not percent else f"{100 * tick:.3g}%") for tick in ticks]
-    return Chart(title, description, shapes, _places(len(values)), labels)
+    return Chart(title, description, marks, _places(len(values)), labels)
 
 
 def _ticks(low: float, high: float) -> list[float]:

@@ -35,7 +35,7 @@ def _is_page(path: Path) -> bool:
 
 
 def render(converted: Converted, facts: dict) -> str:
-    """The page. facts: of `describe`, with quality, and with or without a probe."""
+    """The page. facts: of `facts_of`, with quality, and with or without a probe."""
     environment = Environment(
         loader=FunctionLoader(lambda name: files("pace_convert.templates").joinpath(name).read_text(encoding="utf-8")),
         autoescape=True,

@@ -46,7 +46,7 @@ class Quality:
     by_expert: list[float] | None
 
 
-def measure(converted: Converted, progress: Progress, seed: int = 0) -> list[Quality]:
+def measure_quality(converted: Converted, progress: Progress, seed: int = 0) -> list[Quality]:
     """The quality of every layer; memory for one layer's rows in fp32. Raises DamagedSourceError."""
     qualities = []
     with progress.step("measuring experts", converted.layers, "layer") as bar:

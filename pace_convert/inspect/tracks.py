@@ -1,11 +1,11 @@
-"""What a memory did along a text, as shapes one below the other over the same tokens, and as the text itself. Pure."""
+"""What a memory did along a text, as marks one below the other over the same tokens, and as the text itself. Pure."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-from .charts import Chart, Shape, line, rectangle
+from .charts import Chart, Mark, line, rectangle
 from .reading import shown
 
 PAINTED = 4000  # tokens; more would make the page slow
@@ -23,7 +23,7 @@ class Span:
 
 
 def tracks(memory: dict, settings: dict, segments: list[int]) -> list[Chart]:
-    """Decisions, similarity, slots filled and their origins. memory: of one layer, as `describe` has it."""
+    """Decisions, similarity, slots filled and their origins. memory: of one layer, as `facts_of` has it."""
     tokens = segments[-1]
     step = _round_step(tokens)
     ticks = [(100 * t / tokens, f"{t:,}") for t in range(0, tokens + 1, step)]
@@ -42,7 +42,7 @@ def _round_step(tokens: int) -> int:
 
 
 def _decisions(memory: dict, segments: list[int]) -> Chart:
-    shapes, total = [], segments[-1]
+    marks, total = [], segments[-1]
     made = memory["tokens"]
     for first, stop in zip(segments, segments[1:]):
         counts = {name: sum(made[name][first:stop]) for name in ("reused", "mixed", "kept")}
@@ -53,14 +53,14 @@ def _decisions(memory: dict, segments: list[int]) -> Chart:
             height = 100 * count / every
             kind = "before" if name == "kept" and not known else name
             if count:
-                shapes.append(rectangle(kind, 100 * first / total, bottom, 100 * (stop - first) / total, height, said))
+                marks.append(rectangle(kind, 100 * first / total, bottom, 100 * (stop - first) / total, height, said))
             bottom += height
     said = "Share of the tokens that took most, something or nothing from the memory."
-    return Chart("What each token did", said, shapes, y_ticks=[(0, "0"), (100, "100%")])
+    return Chart("What each token did", said, marks, y_ticks=[(0, "0"), (100, "100%")])
 
 
 def _similarity(memory: dict, settings: dict, segments: list[int]) -> Chart:
-    shapes, total = [], segments[-1]
+    marks, total = [], segments[-1]
     values = memory["tokens"]["similarity"]
     low = min(0.0, settings["theta_low"], *(x for x in values if x is not None))
 
@@ -69,43 +69,43 @@ def _similarity(memory: dict, settings: dict, segments: list[int]) -> Chart:
 
     for name in ("theta_low", "theta_high"):
         y = at(settings[name])
-        shapes.append(line("threshold", 0, y, 100, y, f"{name}: {settings[name]}"))
+        marks.append(line("threshold", 0, y, 100, y, f"{name}: {settings[name]}"))
     for first, stop in zip(segments, segments[1:]):
         known = sorted(x for x in values[first:stop] if x is not None)
         if known:
             middle = known[len(known) // 2]
             x, right = 100 * first / total, 100 * stop / total
             said = f"tokens {first} to {stop - 1}: median {middle:.2f}, {known[0]:.2f} to {known[-1]:.2f}"
-            shapes.append(rectangle("range", x, at(known[0]), right - x, at(known[-1]) - at(known[0]), said))
-            shapes.append(line("middle", x, at(middle), right, at(middle), said))
+            marks.append(rectangle("range", x, at(known[0]), right - x, at(known[-1]) - at(known[0]), said))
+            marks.append(line("middle", x, at(middle), right, at(middle), said))
     labels = [(at(settings[name]), f"{settings[name]:g}") for name in ("theta_low", "theta_high")]
     said = "Cosine similarity of each token to its nearest slot: median and range. Dashed: the two thresholds."
     if settings["granularity"] == "expert":
         said += " Here of whole activations; what is fused is decided expert by expert."
-    return Chart("Similarity to the nearest slot", said, shapes, y_ticks=labels)
+    return Chart("Similarity to the nearest slot", said, marks, y_ticks=labels)
 
 
 def _filled(memory: dict, settings: dict, tokens: int) -> Chart:
-    shapes, slots, interval = [], settings["slots"], settings["update_interval"]
+    marks, slots, interval = [], settings["slots"], settings["update_interval"]
     for block, filled in enumerate(memory["filled"]):
         first, stop = (block + 1) * interval, min(tokens, (block + 2) * interval)
         said = f"after block {block}: {filled} of {slots} slots"
         if first < stop:
             width = 100 * (stop - first) / tokens
-            shapes.append(rectangle("filled", 100 * first / tokens, 0, width, 100 * filled / slots, said))
+            marks.append(rectangle("filled", 100 * first / tokens, 0, width, 100 * filled / slots, said))
     last = memory["filled"][-1] if memory["filled"] else 0
     said = f"{last} of {slots} at the end; {memory['replaced']} times a slot was given to another token."
-    return Chart("Slots filled", said, shapes, y_ticks=[(0, "0"), (100, str(slots))])
+    return Chart("Slots filled", said, marks, y_ticks=[(0, "0"), (100, str(slots))])
 
 
 def _origins(memory: dict, tokens: int, ticks: list[tuple[float, str]]) -> Chart:
     most = max((slot["hits"] for slot in memory["slots"]), default=0) or 1
-    shapes: list[Shape] = []
+    marks: list[Mark] = []
     for slot in memory["slots"]:
         x = 100 * (slot["token"] + 0.5) / tokens
-        shapes.append(line("origin", x, 0, x, 12 + 88 * math.sqrt(slot["hits"] / most), _origin(slot)))
+        marks.append(line("origin", x, 0, x, 12 + 88 * math.sqrt(slot["hits"] / most), _origin(slot)))
     said = "One line a slot, at the token whose activation it was filled with; the higher, the more tokens have hit it since."
-    return Chart("Where the slots came from", said, shapes, ticks)
+    return Chart("Where the slots came from", said, marks, ticks)
 
 
 def _origin(slot: dict) -> str:

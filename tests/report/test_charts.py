@@ -18,10 +18,10 @@ values = st.lists(st.none() | st.floats(-1, 300).filter(lambda x: abs(x) > 0.01 
 def test_bars_are_to_scale(heights, floor):
     names = [f"layer {i}" for i in range(len(heights))]
     chart = columns("title", "what it is", heights, names, floors={"random": [floor] * len(heights)})
-    frame = [(s.x, s.y, s.x + s.width, s.y + s.height) for s in chart.shapes]
+    frame = [(s.x, s.y, s.x + s.width, s.y + s.height) for s in chart.marks]
     assert all(-0.02 <= edge <= 100.02 for shape in frame for edge in shape)
     shown = [value for value in heights if value is not None]
-    bars = [shape for shape in chart.shapes if shape.kind == "bar"]
+    bars = [shape for shape in chart.marks if shape.kind == "bar"]
     assert len(bars) == len(shown) and 1 <= len(chart.x_ticks) <= 8
     scale = 100 / (max(float(label) for _, label in chart.y_ticks) - min(float(label) for _, label in chart.y_ticks))
     for bar, value in zip(bars, shown):
@@ -63,10 +63,10 @@ def test_tracks_of_texts_of_any_length(tokens, interval, pieces):
         segments,
     )
     for chart in (decisions, similar, filled, origins):
-        assert all(-0.02 <= edge <= 100.02 for s in chart.shapes for edge in (s.x, s.y, s.x + s.width, s.y + s.height))
+        assert all(-0.02 <= edge <= 100.02 for s in chart.marks for edge in (s.x, s.y, s.x + s.width, s.y + s.height))
     area = {
-        kind: sum(s.width * s.height / 1e4 for s in decisions.shapes if s.kind == kind) for kind in ("mixed", "before", "kept")
+        kind: sum(s.width * s.height / 1e4 for s in decisions.marks if s.kind == kind) for kind in ("mixed", "before", "kept")
     }
     assert abs(area["mixed"] - max(0, tokens - interval) / tokens) < 0.01
-    assert len(origins.shapes) == bool(blocks) and 1 <= len(origins.x_ticks) <= 7
-    assert bool(filled.shapes) == (tokens > interval)
+    assert len(origins.marks) == bool(blocks) and 1 <= len(origins.x_ticks) <= 7
+    assert bool(filled.marks) == (tokens > interval)

@@ -16,7 +16,7 @@ from test_errors import pace_convert, refuse
 from pace_convert.cli.text import facts_text
 from pace_convert.converted.opened import open_converted
 from pace_convert.errors import CallError, PaceError
-from pace_convert.inspect import inspect as job
+from pace_convert.inspect import report as job
 from pace_convert.progress import Progress
 from pace_convert.reference.tokenizer import build_tokenizer
 

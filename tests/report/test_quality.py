@@ -12,7 +12,7 @@ from sklearn.metrics import silhouette_samples
 
 from pace_convert.converted.opened import open_converted
 from pace_convert.experts.permute import canonical_permutation
-from pace_convert.inspect.quality import _features, layer_quality, measure, silhouettes
+from pace_convert.inspect.quality import _features, layer_quality, measure_quality, silhouettes
 from pace_convert.progress import Progress
 
 
@@ -80,4 +80,4 @@ def test_reads_the_rows_that_were_clustered(family_pairs, family, name):
     weight = load_file(source / "model.safetensors")[name]
     rows = (weight.T if family == "gpt2" else weight[: len(permutation)])[permutation]
     np.testing.assert_array_equal(_features(converted, 2), rows)
-    assert measure(converted, Progress(quiet=True))[2] == layer_quality(rows.copy(), sizes)
+    assert measure_quality(converted, Progress(quiet=True))[2] == layer_quality(rows.copy(), sizes)

@@ -27,7 +27,7 @@ from pace_convert.converted.opened import open_converted
 from pace_convert.converted.verify import verify
 from pace_convert.errors import MAX_LINE, CallError, PaceError
 from pace_convert.families import FAMILIES
-from pace_convert.inspect.describe import describe
+from pace_convert.inspect.facts import facts_of
 from pace_convert.options import ConvertOptions, RunOptions
 from pace_convert.progress import Progress
 from pace_convert.reference.tokenizer import build_tokenizer
@@ -263,7 +263,7 @@ def try_converted(source: Source, files: Files, links: dict[str, str]) -> bool:
         put(out, files, links)
         try:
             converted = open_converted(out)
-            describe(converted)
+            facts_of(converted)
             with suppress(CallError):  # of another family
                 verify(converted, source, QUIET, logits=False)
             problems = check_integrity(converted).problems

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..converted.opened import Converted
 from ..progress import Progress
 from ..writing import write_whole
-from .describe import describe
+from .facts import facts_of
 from .page import check_page, render
 from .reading import read_text, tokenise
 
@@ -21,7 +21,7 @@ def inspect(
     page: Path | None = None,
     trust_remote_code: bool = False,
 ) -> dict:
-    """What is in a converted folder; see `describe`. Without `quality`, `text` and `page` no weights are read.
+    """What is in a converted folder; see `facts_of`. Without `quality`, `text` and `page` no weights are read.
 
     text: a file or a text to read. page: where to write it as HTML, which measures quality too.
     Raises CallError before any long work where one of them can't be.
@@ -35,10 +35,10 @@ def inspect(
 
         probed = probe(converted, tokens, progress, trust_remote_code)
     if quality or page is not None:
-        from .quality import measure
+        from .quality import measure_quality
 
-        measured = measure(converted, progress)
-    facts = describe(converted, measured, probed)
+        measured = measure_quality(converted, progress)
+    facts = facts_of(converted, measured, probed)
     if page is not None:
         write_whole(page, render(converted, facts))
     return facts

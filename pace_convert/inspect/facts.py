@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .trace import MemoryTrace
 
 
-def describe(converted: Converted, quality: Sequence[Quality] | None = None, probed: Probe | None = None) -> dict:
+def facts_of(converted: Converted, quality: Sequence[Quality] | None = None, probed: Probe | None = None) -> dict:
     """Family, sizes, expert sizes per layer and the memory's parameters; with them also the experts' quality, as
     `layers[i]["quality"]`, and what a text set off, as `"probe"`."""
     layers = [
