@@ -27,6 +27,7 @@ from .resources import jobs_that_fit, permuting_bytes
 from .tasks import restore_tasks
 
 GO_ON = "run the same command again to go on"
+ANEW = "delete it, or choose another folder"
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def undo(converted: Converted, original: Path, progress: Progress, jobs: int | N
     if jobs is None:
         jobs = jobs_that_fit(converted.layers, sum(info.nbytes for info in infos), task_bytes)
     with explained(original, GO_ON), OutputFolder(original, overwrite=False, resume=True) as folder:
-        journal = Journal(folder.staging, _anew(original))
+        journal = Journal(folder.staging, ANEW)
         journal.open(identity, lambda *_: _other_job(original))
         if MOVE not in journal.done:
             tasks = restore_tasks(source, ffn, converted.orders, folder.staging)
@@ -111,15 +112,11 @@ def _check_free(source: Source, original: Path, identity: dict) -> None:
     if original.exists() and not original.is_dir():
         raise CallError(f"{original} is a file", "choose another folder")
     if is_unfinished(original):
-        if read_journal(original / UNFINISHED / JOURNAL, _anew(original))[0] != identity:
+        if read_journal(original / UNFINISHED / JOURNAL, ANEW)[0] != identity:
             raise _other_job(original)
     elif files_in(original):
         raise CallError(f"{original} is not empty", "choose another folder")
 
 
 def _other_job(original: Path) -> CallError:
-    return CallError(f"{original} holds something else that is unfinished", _anew(original))
-
-
-def _anew(original: Path) -> str:
-    return f"delete {original}, or choose another folder"
+    return CallError(f"{original} holds something else that is unfinished", ANEW)
