@@ -405,7 +405,8 @@ class TestFound:
         torch.testing.assert_close(got, logits(qwen, ids)[:, 12:], rtol=1e-8, atol=1e-8)
 
     @pytest.mark.parametrize(
-        ("change", "words"), [({"layers": [9]}, "no such layer"), ({"slots": "6"}, "whole numbers"), ({"slotz": 6}, "unknown")]
+        ("change", "words"),
+        [({"layers": [9]}, "no such layer"), ({"slots": "6"}, "slots is .6., not a whole number"), ({"slotz": 6}, "unknown")],
     )
     def test_edited_config(self, qwen2_pair, tmp_path, change, words):
         shutil.copytree(qwen2_pair[1], tmp_path / "edited")
