@@ -12,7 +12,7 @@ STRATUM = 20  # scores of a cell that can be resampled alone
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Mean:
     """A mean of `count` scores with its 95 % interval, all in the scores' unit."""
 
     mean: float
@@ -30,7 +30,7 @@ class Estimate:
         return {"mean": self.mean, "low": self.low, "high": self.high, "count": self.count}
 
 
-def estimate(cells: list[list[float]], seed: int = 0) -> Estimate:
+def mean_of(cells: list[list[float]], seed: int = 0) -> Mean:
     """The mean of the cells' means, and its percentile bootstrap interval (Efron 1979).
 
     Scores are resampled within their cell. Where a cell has less than 20 that says little (ten right answers of ten
@@ -40,7 +40,9 @@ def estimate(cells: list[list[float]], seed: int = 0) -> Estimate:
     mean = float(np.mean([np.mean(cell) for cell in cells])) if cells and all(cells) else None
     if mean is None:
         raise ValueError("no scores")
-    strata = [[score for cell in cells for score in cell]] if min(map(len, cells)) < STRATUM else cells
+    strata = (
+        [[score for cell in cells for score in cell]] if min(map(len, cells)) < STRATUM else cells
+    )
     rng = np.random.default_rng(seed)
     drawn = np.zeros(RESAMPLES)
     for stratum in strata:
@@ -48,9 +50,14 @@ def estimate(cells: list[list[float]], seed: int = 0) -> Estimate:
         drawn += values[rng.integers(len(values), size=(RESAMPLES, len(values)))].mean(1)
     tail = 50 * (1 - LEVEL)
     low, high = np.percentile(drawn / len(strata), [tail, 100 - tail])
-    return Estimate(mean, float(low), float(high), sum(map(len, cells)))
+    return Mean(mean, float(low), float(high), sum(map(len, cells)))
 
 
-def difference(cells: list[list[float]], base: list[list[float]]) -> Estimate:
+def difference(cells: list[list[float]], base: list[list[float]]) -> Mean:
     """Of the means, with the interval of paired scores: both lists hold the same questions in the same order."""
-    return estimate([[a - b for a, b in zip(mine, theirs, strict=True)] for mine, theirs in zip(cells, base, strict=True)])
+    return mean_of(
+        [
+            [a - b for a, b in zip(mine, theirs, strict=True)]
+            for mine, theirs in zip(cells, base, strict=True)
+        ]
+    )

@@ -29,7 +29,9 @@ class Reader:
     def context(self) -> int | None:
         """Tokens that the model was made for, as its config says."""
         config = self.model.config
-        return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        return getattr(config, "max_position_embeddings", None) or getattr(
+            config, "n_positions", None
+        )
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids; special: with those that the tokenizer puts around a text."""
@@ -52,7 +54,9 @@ class Reader:
         return self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
 
     @torch.no_grad()
-    def answer(self, prompts: list[list[int]], max_new_tokens: int, stop: tuple[str, ...] = ()) -> list[str]:
+    def answer(
+        self, prompts: list[list[int]], max_new_tokens: int, stop: tuple[str, ...] = ()
+    ) -> list[str]:
         """Greedy answers, cut before the first `stop`. prompts: token ids, none empty."""
         answers: list[str] = []
         for rows in _batches(prompts):
@@ -65,25 +69,39 @@ class Reader:
         return answers
 
     @torch.no_grad()
-    def answer_each(self, prompts: list[list[int]], max_new_tokens: int, stop: tuple[str, ...] = ()) -> list[str]:
+    def answer_each(
+        self, prompts: list[list[int]], max_new_tokens: int, stop: tuple[str, ...] = ()
+    ) -> list[str]:
         """As `answer`, for prompts that begin alike: what they have in common is read once, and its cache copied."""
         from transformers import DynamicCache
 
         shared = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts)))
         if len(prompts) < 2 or shared < min(map(len, prompts)) // 2:
             return self.answer(prompts, max_new_tokens, stop)
-        shared = min(shared, min(map(len, prompts)) - 1)  # generation needs a token that is not in the cache
-        cache, ids = DynamicCache(config=self.model.config), torch.tensor([prompts[0][:shared]], device=self.device)
+        shared = min(
+            shared, min(map(len, prompts)) - 1
+        )  # generation needs a token that is not in the cache
+        cache, ids = (
+            DynamicCache(config=self.model.config),
+            torch.tensor([prompts[0][:shared]], device=self.device),
+        )
         for part in ids.split(CHUNK, 1):
             self.model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
         answers: list[str] = []
         for row in prompts:
             ids = torch.tensor([row])
-            answers += self._generate(ids, torch.ones_like(ids), max_new_tokens, stop, past_key_values=deepcopy(cache))
+            answers += self._generate(
+                ids, torch.ones_like(ids), max_new_tokens, stop, past_key_values=deepcopy(cache)
+            )
         return answers
 
     def _generate(
-        self, ids: torch.Tensor, mask: torch.Tensor, max_new_tokens: int, stop: tuple[str, ...], **more: Any
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        max_new_tokens: int,
+        stop: tuple[str, ...],
+        **more: Any,
     ) -> list[str]:
         """ids, mask: [B, L]. Sampling parameters that a checkpoint brings along are set aside."""
         if stop:
@@ -97,7 +115,9 @@ class Reader:
         return [_cut(self.decode(row), stop) for row in made[:, ids.shape[1] :].tolist()]
 
     @torch.no_grad()
-    def log_likelihood(self, prompts: list[list[int]], continuations: list[list[int]]) -> list[float]:
+    def log_likelihood(
+        self, prompts: list[list[int]], continuations: list[list[int]]
+    ) -> list[float]:
         """Sum of the natural logs of the continuation's token probabilities, each given all before it.
 
         Rows of equal lengths are read together. Neither prompts nor continuations may be empty.
@@ -116,14 +136,21 @@ class Reader:
         from transformers import DynamicCache
 
         ids = ids.to(self.device)
-        cache, total = DynamicCache(config=self.model.config), torch.zeros(len(ids), dtype=torch.float64, device=self.device)
+        cache, total = (
+            DynamicCache(config=self.model.config),
+            torch.zeros(len(ids), dtype=torch.float64, device=self.device),
+        )
         first, last = 0, ids.shape[1] - 1  # the last token predicts nothing that counts
         while first < last:
             stop = min(last, first + CHUNK, start - 1 if first < start - 1 else first + LOGITS)
             keep = 1 if stop < start else stop - first
-            logits = self.model(ids[:, first:stop], past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
+            logits = self.model(
+                ids[:, first:stop], past_key_values=cache, use_cache=True, logits_to_keep=keep
+            ).logits
             if stop >= start:
-                picked = logits.float().log_softmax(-1).gather(-1, ids[:, first + 1 : stop + 1, None])
+                picked = (
+                    logits.float().log_softmax(-1).gather(-1, ids[:, first + 1 : stop + 1, None])
+                )
                 total += picked.sum((1, 2), dtype=torch.float64)
             first = stop
         return total.tolist()

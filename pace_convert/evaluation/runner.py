@@ -20,7 +20,7 @@ from ..conversion.executors import run_here
 from ..conversion.journal import NAME, PART, Journal
 from ..errors import CallError
 from ..progress import Progress
-from .intervals import Estimate, difference, estimate
+from .intervals import Mean, difference, mean_of
 from .reader import Reader
 from .subjects import Subject, load
 
@@ -73,27 +73,34 @@ class CellTask:
 
 @dataclass(frozen=True)
 class Results:
-    """records: [subject][cell] -> one record a question."""
+    """records: [subject][cell] -> one record a question. facts: what results.json holds, once it is written."""
 
     evaluation: Evaluation
     subjects: list[Subject]
     records: dict[str, dict[str, list[dict]]] = field(default_factory=dict)
+    facts: dict = field(default_factory=dict)
 
     def groups(self) -> list[str]:
         """Rows of the table, in order."""
         return list(dict.fromkeys(self.evaluation.group(cell) for cell in self.evaluation.cells()))
 
-    def scores(self, subject: str, group: str | None = None, field: str = "score") -> list[list[float]]:
+    def scores(
+        self, subject: str, group: str | None = None, field: str = "score"
+    ) -> list[list[float]]:
         """By cell, of a row or of all."""
         cells = self.records[subject].items()
-        found = [[record[field] for record in rows] for cell, rows in cells if group in (None, self.evaluation.group(cell))]
+        found = [
+            [record[field] for record in rows]
+            for cell, rows in cells
+            if group in (None, self.evaluation.group(cell))
+        ]
         return [cell for cell in found if cell]
 
-    def mean(self, subject: str, group: str | None = None, field: str = "score") -> Estimate:
+    def mean(self, subject: str, group: str | None = None, field: str = "score") -> Mean:
         """Mean with its interval, of the score or another number of the records."""
-        return estimate(self.scores(subject, group, field))
+        return mean_of(self.scores(subject, group, field))
 
-    def against(self, subject: str, base: str, group: str | None = None) -> Estimate:
+    def against(self, subject: str, base: str, group: str | None = None) -> Mean:
         """Difference to another subject on the same questions."""
         return difference(self.scores(subject, group), self.scores(base, group))
 
@@ -103,37 +110,72 @@ class Results:
         table = []
         for group in [*self.groups(), None]:
             for name in names:
-                row: dict = {"group": "all" if group is None else group, "subject": name, **self.mean(name, group).as_dict()}
+                row: dict = {
+                    "group": "all" if group is None else group,
+                    "subject": name,
+                    **self.mean(name, group).as_dict(),
+                }
                 if name != names[0]:
-                    row["against"] = {"subject": names[0], **self.against(name, names[0], group).as_dict()}
+                    row["against"] = {
+                        "subject": names[0],
+                        **self.against(name, names[0], group).as_dict(),
+                    }
                 table.append(row)
         cells = [
-            {"cell": cell, "subject": name, "score": sum(r["score"] for r in rows) / len(rows), "questions": len(rows)}
+            {
+                "cell": cell,
+                "subject": name,
+                "score": sum(r["score"] for r in rows) / len(rows),
+                "questions": len(rows),
+            }
             for name in names
             for cell, rows in self.records[name].items()
             if rows
         ]
-        subjects = [{"name": s.name, "model": s.model, "arm": s.arm, "memory": dict(s.memory)} for s in self.subjects]
-        evaluation = {"name": self.evaluation.name, "metric": self.evaluation.metric, **self.evaluation.identity()}
+        subjects = [
+            {"name": s.name, "model": s.model, "arm": s.arm, "memory": dict(s.memory)}
+            for s in self.subjects
+        ]
+        evaluation = {
+            "name": self.evaluation.name,
+            "metric": self.evaluation.metric,
+            **self.evaluation.identity(),
+        }
         return {"evaluation": evaluation, "subjects": subjects, "table": table, "cells": cells}
 
 
-def evaluate(
-    evaluation: Evaluation, subjects: Sequence[Subject], out: Path, progress: Progress, jobs: int = 1, device: str = "auto"
+def run_cells(
+    evaluation: Evaluation,
+    subjects: Sequence[Subject],
+    out: Path,
+    progress: Progress,
+    jobs: int = 1,
+    device: str = "auto",
 ) -> Results:
-    """Every cell of every subject, in `jobs` processes; `out` keeps the journal.
+    """Every cell of every subject, in `jobs` processes; `out` keeps the journal, so that a stopped run goes on.
 
     Raises CallError where `out` holds something else, PaceError where a model does not load.
     """
-    tasks = [CellTask(evaluation, subject, cell, device) for subject in subjects for cell in evaluation.cells()]
+    tasks = [
+        CellTask(evaluation, subject, cell, device)
+        for subject in subjects
+        for cell in evaluation.cells()
+    ]
     with _journal(out, evaluation) as journal:
-        todo = sorted((task for task in tasks if task.key not in journal.done), key=lambda task: task.subject.weights)
+        todo = sorted(
+            (task for task in tasks if task.key not in journal.done),
+            key=lambda task: task.subject.weights,
+        )
         if len(todo) < len(tasks):
             progress.say(f"{out} has {len(tasks) - len(todo)} of {len(tasks)} cells already")
-        with progress.step(evaluation.name, len(todo), "cell") as bar:
-            for task, made in run_here(todo, jobs):
-                journal.add(task.key, made)
-                bar.update(1)
+        try:
+            with progress.step(evaluation.name, len(todo), "cell") as bar:
+                for task, made in run_here(todo, jobs):
+                    journal.add(task.key, made)
+                    bar.update(1)
+        except KeyboardInterrupt:
+            progress.say(f"what is done is in {out}; run the same command again to go on")
+            raise
         records: dict[str, dict[str, list[dict]]] = {subject.name: {} for subject in subjects}
         for task in tasks:
             records[task.subject.name][task.cell] = journal.done[task.key]["records"]
@@ -152,7 +194,11 @@ def _journal(out: Path, evaluation: Evaluation) -> Iterator[Journal]:
     """`out`'s journal, begun or taken up, locked while it is in use."""
     if out.exists() and not out.is_dir():
         raise CallError(f"{out} is a file", "give another --out")
-    if out.is_dir() and not (out / NAME).exists() and any(path.name not in (LOCK, PART) for path in out.iterdir()):
+    if (
+        out.is_dir()
+        and not (out / NAME).exists()
+        and any(path.name not in (LOCK, PART) for path in out.iterdir())
+    ):
         raise CallError(f"{out} is not empty and holds no evaluation", "give another --out")
     out.mkdir(parents=True, exist_ok=True)
     options = {"evaluation": evaluation.name, **evaluation.identity()}
@@ -163,4 +209,6 @@ def _journal(out: Path, evaluation: Evaluation) -> Iterator[Journal]:
             journal.resume(identity) if journal.path.exists() else journal.begin(identity)
             yield journal
     except Timeout as error:
-        raise CallError(f"another evaluation is writing to {out}", "wait for it, or give another --out") from error
+        raise CallError(
+            f"another evaluation is writing to {out}", "wait for it, or give another --out"
+        ) from error

@@ -33,7 +33,13 @@ ARMS: dict[str, tuple[bool, str | None]] = {
     "ce+pa-expert": (True, "expert"),
 }
 AS_IT_IS = "pace"
-TABLE_ARMS = ("base", "ce", "pa", "ce+pa", "ce+pa-expert")  # the columns of the paper's ablation, and ours
+TABLE_ARMS = (
+    "base",
+    "ce",
+    "pa",
+    "ce+pa",
+    "ce+pa-expert",
+)  # the columns of the paper's ablation, and ours
 
 
 @dataclass(frozen=True)
@@ -64,10 +70,14 @@ class Subject:
     def key(self) -> str:
         """The same for what must score the same: the files' state, the arm and the parameters."""
         arm = [self.arm, [list(pair) for pair in self.memory]]
-        return hashlib.sha256(json.dumps([_state(self.model), arm], sort_keys=True, default=list).encode()).hexdigest()[:16]
+        return hashlib.sha256(
+            json.dumps([_state(self.model), arm], sort_keys=True, default=list).encode()
+        ).hexdigest()[:16]
 
 
-def subjects_of(model: str, bases: Sequence[str], arms: Sequence[str], trust: bool = False) -> list[Subject]:
+def subjects_of(
+    model: str, bases: Sequence[str], arms: Sequence[str], trust: bool = False
+) -> list[Subject]:
     """`bases` first, then the arms of `model`; checked. Raises CallError for what can't be loaded."""
     for name in (*bases, model):
         opened = _open(name)
@@ -80,7 +90,9 @@ def subjects_of(model: str, bases: Sequence[str], arms: Sequence[str], trust: bo
         subjects.append(Subject(model, arm, label=_last_part(model) if named else arm, trust=trust))
     names = [subject.name for subject in subjects]
     if len(set(names)) < len(names):
-        raise CallError(f"two models are called {_twice(names)}", "give folders with different names")
+        raise CallError(
+            f"two models are called {_twice(names)}", "give folders with different names"
+        )
     return subjects
 
 
@@ -90,9 +102,15 @@ def check_arm(model: str, arm: str) -> None:
     if arm == AS_IT_IS:
         return
     if not isinstance(opened, Converted):
-        raise CallError(f"{model} is not a PaceLLM, so it has no arm {arm}", "give a folder that pace-convert wrote")
+        raise CallError(
+            f"{model} is not a PaceLLM, so it has no arm {arm}",
+            "give a folder that pace-convert wrote",
+        )
     if ARMS[arm][1] and not memory_parameters(model):
-        raise CallError(f"{model} was converted without memory, so it has no arm {arm}", "give base or ce, or convert again")
+        raise CallError(
+            f"{model} was converted without memory, so it has no arm {arm}",
+            "give base or ce, or convert again",
+        )
 
 
 def memory_parameters(model: str) -> dict:
@@ -143,10 +161,16 @@ def load(subject: Subject, device: str = "auto") -> Reader:
         try:
             model.set_memory(**{**loaded.memory, **arm, **dict(subject.memory)})
         except (ValueError, TypeError) as error:
-            raise CallError(f"{subject.name}: {error}", "see the memory options in pace-convert --help") from error
-        model.set_memory_enabled(granularity is not None if subject.arm in ARMS else loaded.memory["enabled"])
+            raise CallError(
+                f"{subject.name}: {error}", "see the memory options in pace-convert --help"
+            ) from error
+        model.set_memory_enabled(
+            granularity is not None if subject.arm in ARMS else loaded.memory["enabled"]
+        )
     elif subject.memory:
-        raise CallError(f"{subject.model} has no memory whose parameters could be switched", "give a PaceLLM")
+        raise CallError(
+            f"{subject.model} has no memory whose parameters could be switched", "give a PaceLLM"
+        )
     return Reader(model, loaded.tokenizer)
 
 
@@ -169,13 +193,16 @@ def _load(model: str, clustered: bool, device: str, trust: bool) -> Loaded:
     except Exception as error:  # each class fails in its own way
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise PaceError(
-            f"{model} does not load: {reason[0]}", "check its files; `pace verify` does that for a PaceLLM"
+            f"{model} does not load: {reason[0]}",
+            "check its files; `pace verify` does that for a PaceLLM",
         ) from error
     if converted and not clustered:
         _restore_order(loaded, converted)
     tokenizer = load_tokenizer(files.folder)
     if tokenizer is None:
-        raise PaceError(f"{model} has no tokenizer that loads", "copy the source's tokenizer files there")
+        raise PaceError(
+            f"{model} has no tokenizer that loads", "copy the source's tokenizer files there"
+        )
     return Loaded(loaded.to(device), tokenizer, memory_parameters(model))
 
 
@@ -184,7 +211,9 @@ def _restore_order(model: Any, converted: Converted) -> None:
     """The FFN's neurons in the source's order, as `pace undo` gives them back."""
     parameters = dict(model.named_parameters())
     for tensor in converted.family.ffn_tensors(len(converted.layers), parameters):
-        order = torch.from_numpy(invert(repeat(converted.layers[tensor.layer][0], tensor.parts))).long()
+        order = torch.from_numpy(
+            invert(repeat(converted.layers[tensor.layer][0], tensor.parts))
+        ).long()
         parameter = parameters[tensor.name]
         parameter.copy_(parameter.index_select(tensor.axis, order.to(parameter.device)))
 
@@ -196,8 +225,16 @@ def _open(model: str) -> Converted | Source:
         return source
     if source.hub:
         hub = source.hub
-        with hub_errors(hub.repo_id, READING):  # `fetch` takes only the weights that the index names
-            hf_hub_download(hub.repo_id, PERMUTATION, revision=hub.commit, token=hub.token, cache_dir=hub.cache_dir)
+        with hub_errors(
+            hub.repo_id, READING
+        ):  # `fetch` takes only the weights that the index names
+            hf_hub_download(
+                hub.repo_id,
+                PERMUTATION,
+                revision=hub.commit,
+                token=hub.token,
+                cache_dir=hub.cache_dir,
+            )
     return open_converted(source.fetch().folder)
 
 
@@ -205,7 +242,11 @@ def _open(model: str) -> Converted | Source:
 def _state(model: str) -> Any:
     opened = _open(model)
     files = opened.files if isinstance(opened, Converted) else opened
-    return files.hub.commit if files.hub else {name: list(state) for name, state in files.states.items()}
+    return (
+        files.hub.commit
+        if files.hub
+        else {name: list(state) for name, state in files.states.items()}
+    )
 
 
 def _device(device: str) -> str:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from ..errors import CallError
 from ..modeling.memory_bank import MemorySettings
 from ..options import EXPERT_OPTIONS, ConvertOptions
-from .intervals import Estimate, difference
+from .intervals import Mean, difference
 from .runner import Results
 from .subjects import Subject, check_arm, memory_parameters
 
@@ -23,7 +23,14 @@ LAYER_WORDS = {
     "second": "every second layer",
     "all": "all layers",
 }
-PARAMETERS = (LAYERS, *(n for n in ConvertOptions.model_fields if n not in (*EXPERT_OPTIONS, "memory_layers", "no_memory")))
+PARAMETERS = (
+    LAYERS,
+    *(
+        n
+        for n in ConvertOptions.model_fields
+        if n not in (*EXPERT_OPTIONS, "memory_layers", "no_memory")
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,7 @@ class Level:
 
     factor: str
     value: Any
-    change: Estimate
+    change: Mean
     combinations: int
 
     def as_dict(self) -> dict:
@@ -49,7 +56,8 @@ def parse_factor(text: str, layers: int) -> tuple[str, list[Any]]:
     name = name.strip().removeprefix("--").replace("-", "_")
     if name not in PARAMETERS or not values.strip():
         raise CallError(
-            f"--vary {text}: no such parameter or no value", f"give NAME=VALUE,VALUE with one of {', '.join(PARAMETERS)}"
+            f"--vary {text}: no such parameter or no value",
+            f"give NAME=VALUE,VALUE with one of {', '.join(PARAMETERS)}",
         )
     parts = [part.strip() for part in values.split(",")]
     if name == LAYERS:
@@ -59,7 +67,9 @@ def parse_factor(text: str, layers: int) -> tuple[str, list[Any]]:
     return name, list(dict.fromkeys(found))
 
 
-def combinations(model: str, factors: Sequence[tuple[str, list[Any]]]) -> tuple[list[Subject], list[str]]:
+def combinations(
+    model: str, factors: Sequence[tuple[str, list[Any]]]
+) -> tuple[list[Subject], list[str]]:
     """One subject for each combination that can be, and what can't be in words. Raises CallError if none can."""
     names = [name for name, _ in factors]
     if len(set(names)) < len(names):
@@ -82,7 +92,9 @@ def swept_subjects(model: str, grid: list[Subject], trust: bool) -> list[Subject
     """The base, the model as it is, and the combinations."""
     for arm in ("base", "ce+pa"):
         check_arm(model, arm)
-    return [replace(subject, trust=trust) for subject in (Subject(model, "base"), Subject(model), *grid)]
+    return [
+        replace(subject, trust=trust) for subject in (Subject(model, "base"), Subject(model), *grid)
+    ]
 
 
 def levels(results: Results, factors: Sequence[tuple[str, list[Any]]]) -> list[Level]:
@@ -100,7 +112,7 @@ def levels(results: Results, factors: Sequence[tuple[str, list[Any]]]) -> list[L
     return made
 
 
-def ranked(results: Results) -> list[tuple[str, Estimate, Estimate]]:
+def ranked(results: Results) -> list[tuple[str, Mean, Mean]]:
     """Subjects by falling mean: name, mean, difference to the base."""
     base = results.subjects[0].name
     rows = [(s.name, results.mean(s.name), results.against(s.name, base)) for s in results.subjects]
@@ -119,7 +131,10 @@ def _layers(part: str, count: int) -> list[tuple[int, ...]]:
     numbers = part.split("+")
     if not all(number.isascii() and number.isdigit() and int(number) < count for number in numbers):
         words = ", ".join(LAYER_WORDS)
-        raise CallError(f"--vary layers: can't read {part!r} for {count} layers", f"give {words}, or 0-based numbers like 1+2")
+        raise CallError(
+            f"--vary layers: can't read {part!r} for {count} layers",
+            f"give {words}, or 0-based numbers like 1+2",
+        )
     return [tuple(sorted({int(number) for number in numbers}))]
 
 
@@ -129,7 +144,11 @@ def _value(name: str, part: str) -> Any:
         value = kind(part) if kind in (int, float) else part
         ConvertOptions.model_validate({"theta_high": 1.0, "theta_low": -1.0, name: value})
     except ValidationError as error:
-        raise CallError(f"--vary {name}={part}: {error.errors()[0]['msg']}", "see pace-convert --help") from error
+        raise CallError(
+            f"--vary {name}={part}: {error.errors()[0]['msg']}", "see pace-convert --help"
+        ) from error
     except ValueError as error:
-        raise CallError(f"--vary {name}: {part!r} is no {kind.__name__}", "give numbers like 0.5,0.75") from error
+        raise CallError(
+            f"--vary {name}: {part!r} is no {kind.__name__}", "give numbers like 0.5,0.75"
+        ) from error
     return value

@@ -9,7 +9,17 @@ from helpers import pace_convert, refuse
 
 from pace_convert.reference import reference_model
 
-ARGUMENTS = ("--haystack", "reference", "--lengths", "96,200", "--depths", "0,100", "--seeds", 2, "-q")
+ARGUMENTS = (
+    "--haystack",
+    "reference",
+    "--lengths",
+    "96,200",
+    "--depths",
+    "0,100",
+    "--seeds",
+    2,
+    "-q",
+)
 
 
 def needle(*arguments):
@@ -19,10 +29,17 @@ def needle(*arguments):
 def test_needle_prints_and_writes_what_it_found(reference, tmp_path):
     done = needle(reference, "--arms", "base,ce+pa", "--out", tmp_path / "n")
     assert done.returncode == 0, done.stderr
-    assert "Measurable context" in done.stdout and "ce+pa: 200" in done.stdout and "all, less base" in done.stdout
+    assert (
+        "Measurable context" in done.stdout
+        and "ce+pa: 200" in done.stdout
+        and "all, less base" in done.stdout
+    )
     assert (tmp_path / "n" / "needle.png").read_bytes().startswith(b"\x89PNG")
     made = json.loads((tmp_path / "n" / "results.json").read_text())
-    assert "ROUGE-L recall of the values: base 100.0%" in done.stdout and made["rouge_l_recall"]["base"]["mean"] == 1
+    assert (
+        "ROUGE-L recall of the values: base 100.0%" in done.stdout
+        and made["rouge_l_recall"]["base"]["mean"] == 1
+    )
     assert made["measurable_context"] == {"base": 200, "ce+pa": 200} and len(made["cells"]) == 8
     rows = {(row["group"], row["subject"]): row for row in made["table"]}
     assert rows["all", "base"]["mean"] == 1 and rows["all", "base"]["count"] == 8
@@ -32,7 +49,10 @@ def test_needle_prints_and_writes_what_it_found(reference, tmp_path):
 def test_other_models_stand_beside(reference, tmp_path):
     done = needle(reference, reference_model(), "--out", tmp_path / "n", "--json")
     made = json.loads(done.stdout)
-    assert [(s["name"], s["arm"]) for s in made["subjects"]] == [("model", "pace"), ("ref", "pace")], done.stderr
+    assert [(s["name"], s["arm"]) for s in made["subjects"]] == [
+        ("model", "pace"),
+        ("ref", "pace"),
+    ], done.stderr
     base, pace = (row for row in made["table"] if row["group"] == "all")
     assert base["mean"] == 1 and pace["against"]["subject"] == "model"
 
@@ -69,7 +89,9 @@ def test_processes_change_nothing(reference, tmp_path):
 
 def test_what_cannot_be_is_refused_before_any_work(reference, tmp_path, make_source):
     def wrong(*arguments):
-        return pace_convert(*arguments, "--out", tmp_path / "none", "-q", command=("eval", "needle"))
+        return pace_convert(
+            *arguments, "--out", tmp_path / "none", "-q", command=("eval", "needle")
+        )
 
     none = tmp_path / "none"
     refuse(wrong(tmp_path / "nowhere"), 2, "no such folder", out=none)
@@ -77,9 +99,19 @@ def test_what_cannot_be_is_refused_before_any_work(reference, tmp_path, make_sou
     refuse(wrong(reference, "--lengths", "4k..1k"), 2, "'4k..1k' is no range", out=none)
     refuse(wrong(reference, "--lengths", "many"), 2, "can't read 'many'", out=none)
     refuse(wrong(reference, "--depths", "0,120"), 2, "at most 100", out=none)
-    refuse(wrong(reference, "--needles", 2, "--ask", 3), 2, "--ask 3 is more than --needles 2", out=none)
+    refuse(
+        wrong(reference, "--needles", 2, "--ask", 3),
+        2,
+        "--ask 3 is more than --needles 2",
+        out=none,
+    )
     refuse(wrong(reference, "--haystack", tmp_path / "x.txt"), 2, "no text in", out=none)
-    refuse(wrong(reference, "--haystack", "reference", "--values", "numbers"), 2, "no numbers", out=none)
+    refuse(
+        wrong(reference, "--haystack", "reference", "--values", "numbers"),
+        2,
+        "no numbers",
+        out=none,
+    )
     refuse(wrong(reference, "--device", "cuda:7"), 2, "no such GPU", out=none)
     refuse(wrong(reference, "--device", "tpu"), 2, "not auto, cpu, cuda or cuda:N", out=none)
     refuse(wrong(make_source("qwen2"), "--arms", "ce"), 2, "is not a PaceLLM", out=none)
@@ -87,7 +119,9 @@ def test_what_cannot_be_is_refused_before_any_work(reference, tmp_path, make_sou
 
 def test_a_folder_of_something_else_is_refused(reference, tmp_path):
     assert needle(reference, "--arms", "base", "--out", tmp_path / "n").returncode == 0
-    other = pace_convert(reference, "--out", tmp_path / "n", "--seeds", 5, "-q", command=("eval", "needle"))
+    other = pace_convert(
+        reference, "--out", tmp_path / "n", "--seeds", 5, "-q", command=("eval", "needle")
+    )
     refuse(other, 2, "the unfinished evaluation can't go on", "--seeds was 2 and is 5")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.png").write_text("x")

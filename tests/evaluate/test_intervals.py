@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pace_convert.evaluation.intervals import difference, estimate
+from pace_convert.evaluation.intervals import difference, mean_of
 
 
 def test_covers_the_truth_about_as_often_as_it_says():
@@ -11,18 +11,18 @@ def test_covers_the_truth_about_as_often_as_it_says():
     inside = 0
     for trial in range(300):
         cells = [(rng.random(60) < share).astype(float).tolist() for share in (0.3, 0.8)]
-        made = estimate(cells, seed=trial)
+        made = mean_of(cells, seed=trial)
         inside += made.low <= 0.55 <= made.high
     assert 0.90 <= inside / 300 <= 0.99
 
 
 def test_the_mean_of_cells_counts_each_cell_once():
-    made = estimate([[1.0] * 30, [0.0] * 90])
+    made = mean_of([[1.0] * 30, [0.0] * 90])
     assert made.mean == 0.5 and made.count == 120 and made.low == made.high == 0.5
 
 
 def test_small_cells_are_one_sample():
-    made = estimate([[1.0] * 5, [0.0] * 5])
+    made = mean_of([[1.0] * 5, [0.0] * 5])
     assert made.mean == 0.5 and made.low < 0.3 and made.high > 0.7
 
 
@@ -35,4 +35,4 @@ def test_differences_are_paired():
     with pytest.raises(ValueError):
         difference([[1.0]], [[1.0, 0.0]])
     with pytest.raises(ValueError, match="no scores"):
-        estimate([])
+        mean_of([])

@@ -63,7 +63,10 @@ def test_rouge_l():
     ],
 )  # fmt: skip
 def test_classification(answer, expected):
-    assert classification(answer, "Other location", ["Other location", "location", "City", "State"]) == expected
+    assert (
+        classification(answer, "Other location", ["Other location", "location", "City", "State"])
+        == expected
+    )
 
 
 def test_classes_that_are_parts_of_the_right_one():
@@ -76,7 +79,10 @@ def test_classes_that_are_parts_of_the_right_one():
 def test_similarity_of_code():
     assert code_similarity("x = 1", "x = 1") == 1
     assert code_similarity("```python\n# a comment\n// another\nreturn x\nmore", "return x") == 1
-    assert code_similarity("# only a comment", "return x") == 0 and code_similarity("", "return x") == 0
+    assert (
+        code_similarity("# only a comment", "return x") == 0
+        and code_similarity("", "return x") == 0
+    )
     # 2 * 8 matching characters of 9 + 9: 0.888.. in whole per cents
     assert code_similarity("return xy", "return xz") == 0.89
 

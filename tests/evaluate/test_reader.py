@@ -18,7 +18,9 @@ def reader(reference):
 def prompts(reader):
     rng = np.random.default_rng(5)
     stories = [make_story(rng, length, 2, 1, held_out=True) for length in (150, 90, 260, 40, 200)]
-    return [reader.encode(story.prompt()) for story in stories], [story.questions[0].answer for story in stories]
+    return [reader.encode(story.prompt()) for story in stories], [
+        story.questions[0].answer for story in stories
+    ]
 
 
 @torch.no_grad()
@@ -40,7 +42,10 @@ def test_prompts_that_begin_alike_are_answered_as_if_alone(reader, monkeypatch):
     rng = np.random.default_rng(6)
     story = make_story(rng, 300, 4, 4, held_out=True)
     texts = [" ".join(story.words[: story.questions[0].position - 8])]
-    rows = [reader.encode(f"{texts[0]} what is the code of {q.name} ?<assistant>") for q in story.questions]
+    rows = [
+        reader.encode(f"{texts[0]} what is the code of {q.name} ?<assistant>")
+        for q in story.questions
+    ]
     expected = reader.answer(rows, 4)
     assert sum(answer.split()[0] == q.answer for answer, q in zip(expected, story.questions)) >= 3
     monkeypatch.setattr(reader, "answer", None)  # it must not be what answers
@@ -62,7 +67,9 @@ def test_log_likelihoods_are_the_models(reader, prompts, monkeypatch):
         monkeypatch.setattr(module, "CHUNK", chunk)
         monkeypatch.setattr(module, "LOGITS", logits)
         for start in (1, 20):
-            got = reader.log_likelihood([row[:start] for row in rows], [row[start:] for row in rows])
+            got = reader.log_likelihood(
+                [row[:start] for row in rows], [row[start:] for row in rows]
+            )
             for row, value in zip(rows, got):
                 scores = reader.model(torch.tensor([row])).logits.log_softmax(-1)[0, start - 1 : -1]
                 expected = scores.gather(-1, torch.tensor(row)[start:, None]).sum().item()

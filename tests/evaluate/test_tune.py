@@ -20,9 +20,9 @@ from pace_convert.converted.opened import open_converted
 from pace_convert.converted.retune import write_memory
 from pace_convert.converted.tuned import Difference, Tuned
 from pace_convert.evaluation.subjects import Subject, load
-from pace_convert.evaluation.tune.data import LIKELIHOOD, Asked, read_data
-from pace_convert.evaluation.tune.search import PARTS, Space, best, repair, search
-from pace_convert.evaluation.tune.similarity import LEVELS, Layer, similarities
+from pace_convert.evaluation.tune.data import LIKELIHOOD, DataRequest, read_data
+from pace_convert.evaluation.tune.search import PARTS, SearchSpace, best, repair, search
+from pace_convert.evaluation.tune.similarity import LEVELS, LayerSimilarity, similarities
 from pace_convert.modeling.memory_bank import MemorySettings
 from pace_convert.options import ConvertOptions
 from pace_convert.progress import Progress
@@ -47,7 +47,9 @@ def out(tmp_path_factory):
 
 @pytest.fixture
 def text(tmp_path):
-    words = np.random.default_rng(0).choice(["the", "code", "of", "ada", "is", "river", "."], 40 * 48)
+    words = np.random.default_rng(0).choice(
+        ["the", "code", "of", "ada", "is", "river", "."], 40 * 48
+    )
     (tmp_path / "text.txt").write_text(" ".join(words))
     return tmp_path / "text.txt"
 
@@ -74,7 +76,9 @@ def test_statistics_agree_with_a_direct_computation(out):
         for first in (4, 8):  # M = U: every block fills the whole bank
             keys, tokens = h[first - 4 : first], h[first : first + 4]
             expected += cosine(tokens, keys).max(1).tolist()
-            parts = [cosine(a, b).max(1) for a, b in zip(np.split(tokens, 16, 1), np.split(keys, 16, 1))]
+            parts = [
+                cosine(a, b).max(1) for a, b in zip(np.split(tokens, 16, 1), np.split(keys, 16, 1))
+            ]
             blocks += np.stack(parts, 1).flatten().tolist()
         np.testing.assert_allclose(found[layer][0], expected, atol=1e-5)
         np.testing.assert_allclose(found[layer][1], blocks, atol=1e-5)
@@ -88,15 +92,21 @@ def cosine(a, b):
 def test_the_halves_share_nothing(out, tmp_path, documents):
     rng = np.random.default_rng(1)
     for i in range(documents):
-        (tmp_path / f"{i}.txt").write_text(" ".join(rng.choice(["ada", "river", "is", "of"], 48 * 50 // documents)))
+        (tmp_path / f"{i}.txt").write_text(
+            " ".join(rng.choice(["ada", "river", "is", "of"], 48 * 50 // documents))
+        )
     reader = load(Subject(str(out), "ce"), "cpu")
-    data = read_data(Asked(str(tmp_path), 16, 24, (), 1000, 0), reader)
+    data = read_data(DataRequest(str(tmp_path), 16, 24, (), 1000, 0), reader)
     assert len(data.held_in) >= 20 and len(data.held_out) >= 20
-    assert not {(i.unit, i.prompt, i.target) for i in data.held_in} & {(i.unit, i.prompt, i.target) for i in data.held_out}
+    assert not {(i.unit, i.prompt, i.target) for i in data.held_in} & {
+        (i.unit, i.prompt, i.target) for i in data.held_out
+    }
     if documents > 1:
         assert not {item.unit for item in data.held_in} & {item.unit for item in data.held_out}
-    assert all(len(item.prompt) == 16 and len(item.target) == 8 for item in (*data.held_in, *data.held_out))
-    assert read_data(Asked(str(tmp_path), 16, 24, (), 1000, 0), reader) == data
+    assert all(
+        len(item.prompt) == 16 and len(item.target) == 8 for item in (*data.held_in, *data.held_out)
+    )
+    assert read_data(DataRequest(str(tmp_path), 16, 24, (), 1000, 0), reader) == data
 
 
 @dataclass(frozen=True)
@@ -112,8 +122,8 @@ class Planted:
 
 
 def space():
-    statistics = tuple(Layer(i, LEVELS, LEVELS, 0.5, 0.1) for i in range(4))
-    return Space(MEMORY, statistics, (0, 1, 2, 3), (64, 32))
+    statistics = tuple(LayerSimilarity(i, LEVELS, LEVELS, 0.5, 0.1) for i in range(4))
+    return SearchSpace(MEMORY, statistics, (0, 1, 2, 3), (64, 32))
 
 
 def test_finds_a_planted_optimum_and_has_the_current_one_among_its_trials(tmp_path):
@@ -131,7 +141,9 @@ def test_finds_a_planted_optimum_and_has_the_current_one_among_its_trials(tmp_pa
 def test_goes_on_after_a_kill_to_the_same_trials(tmp_path):
     whole = search(tmp_path / "whole", space(), Planted(), 12, 0, 1, QUIET)
     context = multiprocessing.get_context("fork")
-    process = context.Process(target=search, args=(tmp_path / "log", space(), Planted(0.02), 12, 0, 1, QUIET))
+    process = context.Process(
+        target=search, args=(tmp_path / "log", space(), Planted(0.02), 12, 0, 1, QUIET)
+    )
     process.start()
     while not (tmp_path / "log").exists() or (tmp_path / "log").read_text().count('"scores"') < 4:
         time.sleep(0.01)
@@ -145,20 +157,34 @@ def test_goes_on_after_a_kill_to_the_same_trials(tmp_path):
 
 def test_a_written_winner_verifies_loads_and_undoes(out, tmp_path):
     folder = shutil.copytree(out, tmp_path / "out")
-    memory = {**open_converted(folder).pace["memory"], "layers": [0, 3], "fusion_weight": 0.5, "granularity": "expert"}
+    memory = {
+        **open_converted(folder).pace["memory"],
+        "layers": [0, 3],
+        "fusion_weight": 0.5,
+        "granularity": "expert",
+    }
     for _ in range(2):  # after a kill it is written again
         assert write_memory(open_converted(folder), memory, TUNED)
     changed = {name for name, digest in hashes(folder).items() if hashes(out)[name] != digest}
-    assert changed == {"config.json", "README.md", ".pace-conversion.json"} and hashes(folder).keys() == hashes(out).keys()
+    assert (
+        changed == {"config.json", "README.md", ".pace-conversion.json"}
+        and hashes(folder).keys() == hashes(out).keys()
+    )
     assert load(Subject(str(folder)), "cpu").model._stack_memory.settings.layers == (0, 3)
     done = pace_convert(folder, "--source", reference_model(), command=("verify",))
     assert done.returncode == 0 and done.stdout.endswith("verified\n"), done.stdout
     done = pace_convert(folder, command=("inspect",))
     assert "3 trials on book.txt" in done.stdout and "+0.1 (+0.05 to +0.15)" in done.stdout
     card = (folder / "README.md").read_text()
-    assert "layers 0, 3" in card and "| fusion_weight | 0.5 |" in card and "Found by `pace tune`" in card
+    assert (
+        "layers 0, 3" in card
+        and "| fusion_weight | 0.5 |" in card
+        and "Found by `pace tune`" in card
+    )
     source = open_source(str(reference_model()))
-    options = ConvertOptions(experts=16, slots=8, update_interval=16, theta_low=0.1, theta_high=0.3, top_k=2, bottom_k=1)
+    options = ConvertOptions(
+        experts=16, slots=8, update_interval=16, theta_low=0.1, theta_high=0.3, top_k=2, bottom_k=1
+    )
     assert is_finished(source, folder, make_plan(source, options))
     assert pace_convert(folder, tmp_path / "back", command=("undo",)).returncode == 0
     assert hashes(tmp_path / "back") == hashes(reference_model())
@@ -182,7 +208,20 @@ def test_a_damaged_record_is_refused(out, tmp_path):
 def test_where_the_base_wins_nothing_is_written(out, tmp_path, text):
     """Words in random order: there is nothing to remember. The same command again changes nothing either."""
     before = hashes(out)
-    arguments = [out, "--on", text, "--length", "48", "--trials", "3", "--items", "40", "--out", tmp_path / "tune", "--json"]
+    arguments = [
+        out,
+        "--on",
+        text,
+        "--length",
+        "48",
+        "--trials",
+        "3",
+        "--items",
+        "40",
+        "--out",
+        tmp_path / "tune",
+        "--json",
+    ]
     done = pace_convert(*arguments, command=("tune",))
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)

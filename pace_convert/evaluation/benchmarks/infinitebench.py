@@ -6,14 +6,16 @@ What is too long is cut in the middle, as the official scripts do.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...errors import DamagedSourceError
-from ..reader import Reader
 from .infinitebench_metrics import METRICS
 from .infinitebench_prompts import prompt_of
 from .longbench import fitted
 from .records import FromRecords, Records
+
+if TYPE_CHECKING:
+    from ..reader import Reader
 
 HUB = Records("xinrongzhang2022/InfiniteBench")
 CATEGORIES = {  # names of the official table
@@ -44,6 +46,7 @@ class InfiniteBench(FromRecords):
     """One cell a task."""
 
     name = "infinitebench"
+    hub = HUB
     metric = "score of InfiniteBench"
     categories = CATEGORIES
 
@@ -70,6 +73,7 @@ def label_of(task: str, question: dict) -> Any:
     text = answer[0] if isinstance(answer, list) else answer
     if text not in question.get("options", []):
         raise DamagedSourceError(
-            f"{task}.jsonl: the answer {text!r} is none of the options", "give files in the official format"
+            f"{task}.jsonl: the answer {text!r} is none of the options",
+            "give files in the official format",
         )
     return [text, "ABCD"[question["options"].index(text)]]

@@ -124,7 +124,11 @@ def qa_chinese(answer: str, label: Any) -> float:
     """The best F1 of characters over all right answers, without punctuation of either width."""
 
     def characters(text: str) -> list[str]:
-        return [char for char in text.lower() if not char.isspace() and char not in string.punctuation + FULL_WIDTH]
+        return [
+            char
+            for char in text.lower()
+            if not char.isspace() and char not in string.punctuation + FULL_WIDTH
+        ]
 
     rights = label if isinstance(label, list) else [label]
     return max(overlap(characters(answer), characters(right)) for right in rights)

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from jinja2 import Template
 
 from ...errors import CallError
-from ..reader import Reader
 from .harness import task_config, template_of
 from .longbench_metrics import score
 from .records import FromRecords, Records, middle_cut
+
+if TYPE_CHECKING:
+    from ..reader import Reader
 
 HUB = Records("THUDM/LongBench", "data.zip")
 CATEGORIES = {
@@ -27,9 +30,17 @@ CATEGORIES = {
     "Few-shot": ("trec", "triviaqa", "samsum"),
     "Code": ("lcc", "repobench-p"),
 }
-NO_CHAT = ("trec", "triviaqa", "samsum", "lcc", "repobench-p")  # the official script gives these as they are
+NO_CHAT = (
+    "trec",
+    "triviaqa",
+    "samsum",
+    "lcc",
+    "repobench-p",
+)  # the official script gives these as they are
 LINE_BREAKS = {  # what the harness has -> what dataset2prompt.json has
-    **dict.fromkeys(("triviaqa", "samsum"), ("{{context}}\n{{question}}", "{{context}}\n\n{{question}}")),
+    **dict.fromkeys(
+        ("triviaqa", "samsum"), ("{{context}}\n{{question}}", "{{context}}\n\n{{question}}")
+    ),
     **dict.fromkeys(("lcc", "repobench-p"), ("Next line of code:", "Next line of code:\n")),
 }
 FIELDS = ("input", "context", "answers")
@@ -40,6 +51,7 @@ class LongBench(FromRecords):
     """One cell a data set."""
 
     name = "longbench"
+    hub = HUB
     metric = "score of LongBench"
     categories = CATEGORIES
 
@@ -54,12 +66,17 @@ class LongBench(FromRecords):
             rows.append(fitted(reader, text, new_tokens, self.max_length, chat))
         answers = reader.answer(rows, new_tokens)
         return [
-            {"score": score(cell, answer, question["answers"], question.get("all_classes")), "answer": answer}
+            {
+                "score": score(cell, answer, question["answers"], question.get("all_classes")),
+                "answer": answer,
+            }
             for question, answer in zip(questions, answers)
         ]
 
 
-def fitted(reader: Reader, text: str, new_tokens: int, max_length: int | None, chat: bool) -> list[int]:
+def fitted(
+    reader: Reader, text: str, new_tokens: int, max_length: int | None, chat: bool
+) -> list[int]:
     """Token ids of a prompt: cut in the middle, decoded, put into the chat template and encoded again.
 
     Raises CallError where nothing of it would fit.
@@ -67,7 +84,10 @@ def fitted(reader: Reader, text: str, new_tokens: int, max_length: int | None, c
     around = len(reader.encode(reader.chat(""), special=False)) if chat and reader.chats else 0
     limit = max_length or (reader.context or 10**9) - new_tokens - around
     if limit < 2:
-        raise CallError(f"the model takes {reader.context} tokens, the answer alone may have {new_tokens}", "give --max-length")
+        raise CallError(
+            f"the model takes {reader.context} tokens, the answer alone may have {new_tokens}",
+            "give --max-length",
+        )
     parts = list(middle_cut(reader.encode(text), limit))
     if len(parts) > 1:
         text = "".join(reader.decode(part) for part in parts)

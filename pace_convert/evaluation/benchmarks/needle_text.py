@@ -56,7 +56,9 @@ def reference_prompts(needles: Needles, length: int, depth: float, seed: int) ->
     links = needles.count if needles.hops == 2 else 0
     rng = _rng(needles, length, depth, seed)
     try:
-        story = make_story(rng, length, needles.count, needles.asked, links, held_out=True, depth=depth)
+        story = make_story(
+            rng, length, needles.count, needles.asked, links, held_out=True, depth=depth
+        )
     except ValueError as error:
         raise CallError(str(error), "give longer --lengths or fewer --needles") from error
     return [_ask(story, question) for question in story.questions]
@@ -66,11 +68,15 @@ def _ask(story: Story, question: Question) -> Prompt:
     """The haystack and this question alone: no other answer stands in the prompt."""
     turn = ["what", "is", "the", "code", "of", question.name, "?", ASSISTANT]
     haystack = story.words[: story.questions[0].position - len(turn)]
-    hidden = tuple(haystack[i + 3] for i in range(len(haystack) - 3) if haystack[i : i + 3 : 2] == ["of", "is"])
+    hidden = tuple(
+        haystack[i + 3] for i in range(len(haystack) - 3) if haystack[i : i + 3 : 2] == ["of", "is"]
+    )
     return Prompt(as_text([*haystack, *turn]), question.answer, hidden, chat=False)
 
 
-def prose_prompts(haystack: str, needles: Needles, length: int, depth: float, seed: int, count: Count) -> list[Prompt]:
+def prose_prompts(
+    haystack: str, needles: Needles, length: int, depth: float, seed: int, count: Count
+) -> list[Prompt]:
     """Prompts of at most `length` tokens, less by one sentence at most. haystack: `prose` or a path.
 
     The first needle stands at `depth`, further ones evenly from there to the end. Raises CallError where a needle
@@ -79,11 +85,20 @@ def prose_prompts(haystack: str, needles: Needles, length: int, depth: float, se
     rng = _rng(needles, length, depth, seed)
     facts, asked = _facts(rng, needles)
     questions = [f"What is the code of {name}? Answer with the code alone." for name, _ in asked]
-    room = length - sum(count([f" {fact}" for fact in facts])) - max(count([f"\n\n{question}" for question in questions]))
+    room = (
+        length
+        - sum(count([f" {fact}" for fact in facts]))
+        - max(count([f"\n\n{question}" for question in questions]))
+    )
     if room < 0:
-        raise CallError(f"{len(facts)} needles and a question need {-room} tokens more than {length}", "give longer --lengths")
+        raise CallError(
+            f"{len(facts)} needles and a question need {-room} tokens more than {length}",
+            "give longer --lengths",
+        )
     sentences = _sentences(haystack, room, rng, count)
-    places = [round(len(sentences) * (depth + (1 - depth) * i / len(facts))) for i in range(len(facts))]
+    places = [
+        round(len(sentences) * (depth + (1 - depth) * i / len(facts))) for i in range(len(facts))
+    ]
     for place, fact in sorted(zip(places, facts), reverse=True):
         sentences.insert(place, fact)
     text, hidden = " ".join(sentences), tuple(value for _, value in asked)
@@ -101,7 +116,9 @@ def _facts(rng: np.random.Generator, needles: Needles) -> tuple[list[str], list[
     """Sentences to hide, and (name, value) of all that can be asked for, both in random order."""
     names = [str(name).capitalize() for name in rng.permutation(NAMES)]
     if needles.values == "numbers":
-        values = [str(1_000_000 + value) for value in rng.choice(9_000_000, needles.count, replace=False)]
+        values = [
+            str(1_000_000 + value) for value in rng.choice(9_000_000, needles.count, replace=False)
+        ]
     else:
         values = [str(value) for value in rng.permutation(CODES)[: needles.count]]
     asked = list(zip(names, values))
@@ -137,12 +154,19 @@ def split_sentences(path: str) -> tuple[str, ...]:
     place = Path(path)
     files = sorted(place.rglob("*.txt")) if place.is_dir() else [place]
     if not files or not all(file.is_file() for file in files):
-        raise CallError(f"no text in {path}", f"give a text file, a folder of .txt files, {PROSE} or {REFERENCE}")
+        raise CallError(
+            f"no text in {path}",
+            f"give a text file, a folder of .txt files, {PROSE} or {REFERENCE}",
+        )
     try:
         text = " ".join(file.read_text(encoding="utf-8-sig") for file in files)
     except UnicodeDecodeError as error:
-        raise CallError(f"{path} is not a UTF-8 text", "give a text file, or a folder of .txt files") from error
-    sentences = tuple(" ".join(part.split()) for part in re.split(r"(?<=[.!?])\s+", text) if part.strip())
+        raise CallError(
+            f"{path} is not a UTF-8 text", "give a text file, or a folder of .txt files"
+        ) from error
+    sentences = tuple(
+        " ".join(part.split()) for part in re.split(r"(?<=[.!?])\s+", text) if part.strip()
+    )
     if not sentences:
         raise CallError(f"{path} is empty", "give a text with sentences")
     return sentences

@@ -68,7 +68,10 @@ class Dimensions:
     @property
     def weights(self) -> int:
         """Elements of all matrices, embeddings included."""
-        return self.layers * self.layer_weights + (1 if self.tied else 2) * self.hidden * self.vocabulary
+        return (
+            self.layers * self.layer_weights
+            + (1 if self.tied else 2) * self.hidden * self.vocabulary
+        )
 
     def cache_bytes(self, tokens: int) -> int:
         """Keys and values of all layers: 2 x layers x kv_heads x size x b a token."""
@@ -93,7 +96,8 @@ def base_call(d: Dimensions, past: int, tokens: int, copies: bool = True) -> Wor
     layer = Work(
         products=2 * tokens * d.layer_weights + 4 * scores * d.head_size,
         other=tokens * (8 * d.hidden + 3 * d.neurons) + 5 * scores,
-        moved=b * (d.layer_weights + tokens * (16 * d.hidden + 8 * d.neurons)) + passes * d.cache_bytes(context) / d.layers,
+        moved=b * (d.layer_weights + tokens * (16 * d.hidden + 8 * d.neurons))
+        + passes * d.cache_bytes(context) / d.layers,
     )
     head = Work(2 * d.hidden * d.vocabulary, 0, b * d.hidden * d.vocabulary)
     return layer * d.layers + head
@@ -107,7 +111,9 @@ def prefill(d: Dimensions, calls: Calls, copies: bool = True) -> Work:
 def calls_of(lengths: Sequence[int], chunk: int) -> Calls:
     """Prompts that grow through these lengths, in calls of at most `chunk` tokens."""
     return [
-        (past, min(chunk, stop - past)) for start, stop in zip([0, *lengths], lengths) for past in range(start, stop, chunk)
+        (past, min(chunk, stop - past))
+        for start, stop in zip([0, *lengths], lengths)
+        for past in range(start, stop, chunk)
     ]
 
 
@@ -141,32 +147,41 @@ class MemoryCost:
         other: 2 (k + k') + 3 for each of D. moved: k + k' values, the sum written and read, h and h'; with experts also
         the share of each neuron, written and read.
         """
-        fused = min(self.settings.top_k, self.settings.slots) + min(self.settings.bottom_k, self.settings.slots)
+        fused = min(self.settings.top_k, self.settings.slots) + min(
+            self.settings.bottom_k, self.settings.slots
+        )
         passes = fused + 4 + (2 if self.settings.experts > 1 else 0)
-        return Work(0, n * (2 * fused + 3) * self.neurons, n * passes * self.neurons * self.itemsize)
+        return Work(
+            0, n * (2 * fused + 3) * self.neurons, n * passes * self.neurons * self.itemsize
+        )
 
     def absorb(self, n: int) -> Work:
         """n compared tokens go into the draft of their block.
 
         products: 2 M^2 D for the draft's own places, 2 M D a token for the new ones, and 2 E M^2 a token for the weights
-        over the slots. moved: h once, the draft's M D six times, about 10 arrays [E, M, n] and 8 of [E, M, M].
+        over the slots. moved: h once, the draft's M D six times, with experts its two sums copied too, about 10 arrays
+        [E, M, n] and 8 of [E, M, M].
         """
         slots, experts = self.settings.slots, self.settings.experts
         products = 2 * slots * (slots + n) * self.neurons + 2 * experts * slots * slots * n
         arrays = experts * slots * (10 * n + 8 * slots)
-        moved = self.itemsize * self.neurons * (n + 6 * slots) + self.wide * arrays
+        passes = 6 + (4 if experts > 1 else 0)
+        moved = self.itemsize * self.neurons * (n + passes * slots) + self.wide * arrays
         return Work(products, arrays, moved)
 
     def finish(self) -> Work:
         """A block ends: the draft's M places are compared with the bank, fused (2 M^2 D) and written.
 
-        moved: beside the comparison about 13 arrays [M, D] and 4 of [E, M, M].
+        moved: beside the comparison about 13 arrays [M, D] and 4 of [E, M, M]; with experts also the copied sum, and
+        for each of three mixtures the share of each neuron, written and read.
         """
         slots, experts = self.settings.slots, self.settings.experts
+        passes = 13 + (8 if experts > 1 else 0)
         rest = Work(
             products=2 * slots * slots * self.neurons,
             other=11 * slots * self.neurons,
-            moved=13 * slots * self.neurons * self.itemsize + 4 * experts * slots * slots * self.wide,
+            moved=passes * slots * self.neurons * self.itemsize
+            + 4 * experts * slots * slots * self.wide,
         )
         return self.find(slots) + rest
 
@@ -244,15 +259,26 @@ class MemoryCost:
         for event in events:
             if isinstance(event, Read):
                 n = event.stop - event.first
-                if event.first < self.settings.update_interval:  # an empty bank: h is copied, if any token is fused
-                    done += [("ring", self.copy(n))] if any(_reads(e, self.settings) for e in events) else []
+                if (
+                    event.first < self.settings.update_interval
+                ):  # an empty bank: h is copied, if any token is fused
+                    done += (
+                        [("ring", self.copy(n))]
+                        if any(_reads(e, self.settings) for e in events)
+                        else []
+                    )
                 else:
                     done += [("find", self.find(n)), ("fuse", self.fuse(n))]
                     compared = range(event.first, event.stop)
             elif isinstance(event, Settle | Finish):
                 for first, stop in _split(event, begin):
                     block = range(event.block * self.settings.update_interval, event.stop)
-                    at_hand = first >= begin and first in compared and stop <= compared.stop and compared.start in block
+                    at_hand = (
+                        first >= begin
+                        and first in compared
+                        and stop <= compared.stop
+                        and compared.start in block
+                    )
                     done += [] if at_hand else [("find again", self.find(stop - first))]
                     done += [("ring", self.copy(stop - first))] if first < begin else []
                     done.append(("draft", self.absorb(stop - first)))
@@ -267,7 +293,10 @@ def _reads(event: object, settings: MemorySettings) -> bool:
 
 def _split(event: Settle | Finish, begin: int) -> Iterator[tuple[int, int]]:
     """Its tokens from the ring, and those of the call."""
-    for first, stop in ((event.first, min(event.stop, begin)), (max(event.first, begin), event.stop)):
+    for first, stop in (
+        (event.first, min(event.stop, begin)),
+        (max(event.first, begin), event.stop),
+    ):
         if first < stop:
             yield first, stop
 

@@ -25,15 +25,23 @@ def _row(name: str, d: Dimensions, length: int) -> dict:
     layers = resolve_layers("auto", d.layers)
     cost = MemoryCost(MemorySettings(layers=layers), d.neurons, d.itemsize)
     calls = calls_of([length], CALL)
-    base = {"prefill": prefill(d, calls, copies=False), "decode": base_call(d, length, 1, copies=False)}
+    base = {
+        "prefill": prefill(d, calls, copies=False),
+        "decode": base_call(d, length, 1, copies=False),
+    }
     more = {"prefill": whole(cost.prefill(calls)), "decode": whole(cost.decode(length))}
     shares = {
         f"{kind}_{what}": len(layers) * getattr(more[kind], what) / getattr(base[kind], what)
         for kind in ("prefill", "decode")
         for what in ("flops", "moved")
     }
-    seconds = {kind: (GPU.predict(Sample(base[kind], 0)), GPU.predict(Sample(more[kind], 0))) for kind in base}
-    ratios = {f"{kind}_ratio": 1 + len(layers) * added / plain for kind, (plain, added) in seconds.items()}
+    seconds = {
+        kind: (GPU.predict(Sample(base[kind], 0)), GPU.predict(Sample(more[kind], 0)))
+        for kind in base
+    }
+    ratios = {
+        f"{kind}_ratio": 1 + len(layers) * added / plain for kind, (plain, added) in seconds.items()
+    }
     return {
         "model": name,
         "length": length,

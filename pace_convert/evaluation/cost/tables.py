@@ -51,7 +51,11 @@ def _times(curve: dict) -> Table:
         table.add_column(name, justify="left" if i == 1 else "right")
     for point in curve["points"]:
         space = point["space"]
-        held = [size(space["cache"]), size(space["state"]), f"{size(space['peak_base'])} / {size(space['peak_pace'])}"]
+        held = [
+            size(space["cache"]),
+            size(space["state"]),
+            f"{size(space['peak_base'])} / {size(space['peak_pace'])}",
+        ]
         for kind, words in _WORDS.items():
             row = point[kind]
             table.add_row(
@@ -64,7 +68,9 @@ def _times(curve: dict) -> Table:
 
 def _wholes(curves: list[dict]) -> Table:
     table = Table(title="whole models, from their layers measured here (random weights)")
-    for i, name in enumerate(("", "tokens", "prompt, base", "ratio", "counted", "a token, base", "ratio", "counted")):
+    for i, name in enumerate(
+        ("", "tokens", "prompt, base", "ratio", "counted", "a token, base", "ratio", "counted")
+    ):
         table.add_column(name, justify="right" if i else "left")
     for curve in curves:
         name = f"{curve['name']}, {curve['whole']['memory_layers']} of {curve['whole']['layers']} layers with memory"
@@ -72,8 +78,14 @@ def _wholes(curves: list[dict]) -> Table:
             cells = []
             for kind in _WORDS:
                 row = point[kind]["whole"]
-                cells += [_time(row["base_seconds"]), _range(row["ratio"]), f"{row['predicted_ratio']:.3f}"]
-            table.add_row(name, tokens_text(point["length"]), *cells, end_section=point is curve["points"][-1])
+                cells += [
+                    _time(row["base_seconds"]),
+                    _range(row["ratio"]),
+                    f"{row['predicted_ratio']:.3f}",
+                ]
+            table.add_row(
+                name, tokens_text(point["length"]), *cells, end_section=point is curve["points"][-1]
+            )
             name = ""
     return table
 
@@ -93,7 +105,11 @@ def _paper(rows: list[dict]) -> Table:
     for row in rows:
         shares = []
         for kind in _WORDS:
-            shares += [f"+{row[f'{kind}_flops']:.3%}", f"+{row[f'{kind}_moved']:.3%}", f"{row[f'{kind}_ratio']:.4f} x"]
+            shares += [
+                f"+{row[f'{kind}_flops']:.3%}",
+                f"+{row[f'{kind}_moved']:.3%}",
+                f"{row[f'{kind}_ratio']:.4f} x",
+            ]
         name, last = ("" if row["model"] == last else row["model"]), row["model"]
         held = [size(row[what]) for what in ("state_bytes", "cache_bytes", "weight_bytes")]
         table.add_row(name, tokens_text(row["length"]), *shares, *held)

@@ -28,7 +28,7 @@ CALL = 1024
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerSimilarity:
     """s_max of one layer's tokens, from the second block on: its quantiles at LEVELS, of whole activations and of the
     experts' blocks; and the shares of tokens that would be reused, or left alone, at the current thresholds."""
 
@@ -48,22 +48,28 @@ class Layer:
         return (self.token if granularity == "token" else self.expert)[LEVELS.index(level)]
 
 
-def measure(reader: Reader, converted: Converted, items: Sequence[Item], memory: dict) -> list[Layer]:
+def measure_similarity(
+    reader: Reader, converted: Converted, items: Sequence[Item], memory: dict
+) -> list[LayerSimilarity]:
     """Each layer's distribution of s_max. reader: of the base, or with the memory off. memory: `pace.memory`."""
     chosen = items[:: -(-sum(len(item.prompt) + len(item.target) for item in items) // TOKENS)]
     layers = range(len(converted.layers))
     seen: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {layer: [] for layer in layers}
     for item in chosen:
-        for layer, found in similarities(reader, converted, [*item.prompt, *item.target], memory).items():
+        for layer, found in similarities(
+            reader, converted, [*item.prompt, *item.target], memory
+        ).items():
             seen[layer].append(found)
     return [_summary(layer, seen[layer], memory) for layer in layers]
 
 
-def _summary(layer: int, seen: list[tuple[np.ndarray, np.ndarray]], memory: dict) -> Layer:
+def _summary(
+    layer: int, seen: list[tuple[np.ndarray, np.ndarray]], memory: dict
+) -> LayerSimilarity:
     whole, experts = (np.concatenate(part) for part in zip(*seen))
     token, expert = (tuple(np.quantile(x, LEVELS).round(5).tolist()) for x in (whole, experts))
     reused, kept = (whole > memory["theta_high"]).mean(), (whole <= memory["theta_low"]).mean()
-    return Layer(layer, token, expert, round(float(reused), 5), round(float(kept), 5))
+    return LayerSimilarity(layer, token, expert, round(float(reused), 5), round(float(kept), 5))
 
 
 @torch.no_grad()
@@ -121,12 +127,19 @@ class _Follower:
 
 def best_by_expert(h: Tensor, bank: Bank, experts: int) -> Tensor:
     """Largest cosine of each expert's block to the same block of a filled slot, [S, E] fp32. h: [S, D]. One row's bank."""
-    tokens, keys = h.float().unflatten(-1, (experts, -1)), bank.keys[0, bank.valid[0]].float().unflatten(-1, (experts, -1))
+    tokens, keys = (
+        h.float().unflatten(-1, (experts, -1)),
+        bank.keys[0, bank.valid[0]].float().unflatten(-1, (experts, -1)),
+    )
     unit = [torch.nn.functional.normalize(x, dim=-1).transpose(0, 1) for x in (tokens, keys)]
     return torch.matmul(unit[0], unit[1].transpose(1, 2)).amax(-1).transpose(0, 1)
 
 
-def candidate_layers(layers: Sequence[Layer], current: Sequence[int], most: int) -> list[int]:
+def candidate_layers(
+    layers: Sequence[LayerSimilarity], current: Sequence[int], most: int
+) -> list[int]:
     """Layers whose s_max spreads at all, the widest `most` of them, and the current ones; all if none does."""
-    wide = sorted((layer for layer in layers if layer.spread >= SPREAD), key=lambda layer: -layer.spread)[:most]
+    wide = sorted(
+        (layer for layer in layers if layer.spread >= SPREAD), key=lambda layer: -layer.spread
+    )[:most]
     return sorted({layer.layer for layer in wide or layers[:most]} | set(current))
