@@ -1,1 +1,1 @@
-"""The files that travel inside every converted checkpoint; they import torch and transformers only."""
+"""The files that every converted checkpoint carries; they import torch and transformers only."""

@@ -13,11 +13,12 @@ from torch import Tensor
 from transformers import cache_utils
 from transformers.cache_utils import Cache
 
-from .memory_bank import MemorySettings
-from .memory_blocks import Clock, Span
+from .memory_bank import Bank
+from .memory_clock import Clock, RowSpan
 from .memory_layer import LayerMemory, Tape
+from .memory_settings import MemorySettings
 
-# A cache layer without keys and values; transformers has the class since 5.23 and needs none before.
+# A cache layer without keys and values; transformers has it since 5.23 and needs none before.
 _EmptyLayer: type = getattr(cache_utils, "DummyLayer", object)
 
 
@@ -26,23 +27,23 @@ class Call:
     """One call of the decoder stack, as the host sees it before it runs.
 
     real: [B, length] bool, which columns are tokens; None: all. reads: some bank is filled.
-    spans: what the rows go through, and counts: their tokens; None for a step of one column, before which all
-    that was due is done.
+    spans: what the rows go through, and counts: their tokens; None for a step of one column, before
+    which all that was due is done.
     """
 
     rows: int
     length: int
     real: Tensor | None = None
     reads: bool = False
-    spans: list[Span] | None = None
+    spans: list[RowSpan] | None = None
     counts: list[int] | None = None
 
 
 class MemoryEntry(_EmptyLayer):
     """All layers' memories and the clock they share, as an entry of `Cache.layers`.
 
-    A call is *announced* on the host, where it may be a compiled graph that runs it; then it is begun and
-    ended, and what it did is counted when the next one is announced, on the host again.
+    A call is *announced* on the host, where it may be a compiled graph that runs it; then it is
+    begun and ended, and what it did is counted when the next one is announced, on the host again.
     """
 
     supports_early_init = False
@@ -64,17 +65,24 @@ class MemoryEntry(_EmptyLayer):
         self.stale = False  # the cache went on without the memory, or a call failed half-way
 
     def announce(self, rows: int, length: int, real: Tensor | None, device: torch.device) -> None:
-        """On the host, before a call: do all that is due. real: [B, length] bool; None: all columns are tokens."""
+        """On the host, before a call of [rows, length] columns: do all that is due.
+
+        real: [B, length] bool, which columns are tokens; None: all. Raises ValueError for a cache
+        that cannot go on: the memory missed tokens, or it has other rows.
+        """
         self.catch_up()
         if self.stale:
             raise ValueError(
-                "this cache holds tokens that the memory has not seen (it was continued with the memory off, or a call "
-                "with it failed half-way); start with a new cache or switch the memory off"
+                "this cache holds tokens that the memory has not seen (it was continued with the "
+                "memory off, or a call with it failed half-way); start with a new cache or switch "
+                "the memory off"
             )
         if self.clock is None:
             self.clock = Clock(rows, self.settings.update_interval, device)
         if len(self.clock.rows) != rows:
-            raise ValueError(f"the cache's memory has {len(self.clock.rows)} rows, the input has {rows}")
+            raise ValueError(
+                f"the cache's memory has {len(self.clock.rows)} rows, the input has {rows}"
+            )
         if real is not None and (length > 1 or real.device.type == "cpu") and bool(real.all()):
             real = None
         spans = counts = None
@@ -86,8 +94,11 @@ class MemoryEntry(_EmptyLayer):
 
     def begin(self) -> Call:
         """The announced call starts to run."""
-        call, self.announced = self.announced, None
-        self.running, self.is_open, self.touched = call, True, False
+        call = self.announced
+        self.announced = None
+        self.running = call
+        self.is_open = True
+        self.touched = False
         assert call is not None and self.clock is not None
         return call
 
@@ -99,8 +110,8 @@ class MemoryEntry(_EmptyLayer):
         memory = self.memories[layer]
         if h.dtype != memory.ring.dtype:
             raise ValueError(
-                f"the activations changed from {memory.ring.dtype} to {h.dtype} within a sequence; keep autocast as it "
-                "was or start with a new cache"
+                f"the activations changed from {memory.ring.dtype} to {h.dtype} within a sequence; "
+                "keep autocast as it was or start with a new cache"
             )
         self.touched = True
         if call.spans is not None:
@@ -108,9 +119,19 @@ class MemoryEntry(_EmptyLayer):
         real = None if call.real is None else call.real[:, 0]
         return memory.step(h, self.clock.seen % self.clock.rhythm.ring, real, call.reads)
 
-    @torch.compiler.disable(reason="a sequence's first call makes its memory; compile decode steps alone")
+    @torch.compiler.disable(
+        reason="a sequence's first call makes its memory; compile decode steps alone"
+    )
     def _new_memory(self, layer: int, h: Tensor) -> None:
         self.memories[layer] = LayerMemory(len(h), self.settings, h)
+
+    def bank(self, layer: int) -> Bank:
+        """The bank of a decoder layer, which the latest tokens have read. M slots a row.
+
+        A block that has just ended is in it from the next call on. Raises KeyError for a layer
+        without memory, and before the first call.
+        """
+        return self.memories[layer].state.bank
 
     def end(self, call: Call) -> None:
         """The running call is over."""
@@ -123,12 +144,14 @@ class MemoryEntry(_EmptyLayer):
 
     def fail(self) -> None:
         """The running call failed; it never was, unless a memory has taken part in it."""
-        self.running, self.is_open = None, False
+        self.running = None
+        self.is_open = False
         self.stale = self.stale or self.touched
 
     def catch_up(self) -> None:
         """Count the call that ran since the last one was announced."""
-        call, self.running, self.announced = self.running, None, None
+        call = self.running
+        self.running = self.announced = None
         if self.is_open:  # it was interrupted
             self.fail()
         elif call is not None and self.clock is not None:
@@ -149,11 +172,14 @@ class MemoryEntry(_EmptyLayer):
         return -1
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Forget every sequence; the next call begins new ones with the same parameters."""
         self.__init__(self.settings)  # type: ignore[misc]
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the latest tokens (a negative number, as in `Cache.crop`). Raises ValueError if it is too late."""
+        """Take back the latest tokens; a negative number, as in `Cache.crop`.
+
+        Raises ValueError if the memory can't undo that many.
+        """
         self.catch_up()
         if self.clock is None or not tokens_to_remove:
             return
@@ -167,7 +193,7 @@ class MemoryEntry(_EmptyLayer):
         self._select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row."""
+        """Put `repeats` copies of each row in its place, as for beams or several answers."""
         if self.clock is not None:
             self._select(torch.arange(len(self.clock.rows)).repeat_interleave(repeats))
 
@@ -176,7 +202,7 @@ class MemoryEntry(_EmptyLayer):
         self._select(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
 
     def summary(self) -> dict[int, dict]:
-        """See `memory_summary`."""
+        """What the memory did so far, by decoder layer; see `memory_summary`."""
         self.catch_up()
         if self.clock is None:
             return {}
@@ -186,10 +212,13 @@ class MemoryEntry(_EmptyLayer):
         summary = {}
         for layer, memory in sorted(self.memories.items()):
             rows = [row for span, at in self.clock.alike() for row in memory.tally(span, at)]
-            summary[layer] = {"blocks": blocks, **{name: [row[name] for row in rows] for name in rows[0]}}
+            summary[layer] = {
+                "blocks": blocks,
+                **{name: [row[name] for row in rows] for name in rows[0]},
+            }
         return summary
 
-    def _follow(self, spans: list[Span]) -> None:
+    def _follow(self, spans: list[RowSpan]) -> None:
         for span in spans:
             for memory in self.memories.values():
                 memory.follow(span)
@@ -203,20 +232,24 @@ class MemoryEntry(_EmptyLayer):
             memory.select(rows)
 
 
-@torch.compiler.disable(reason="a call of several tokens follows the host's clock; compile decode steps alone")
-def _call(memory: LayerMemory, h: Tensor, spans: list[Span], tape: Tape | None) -> Tensor:
+@torch.compiler.disable(
+    reason="a call of several tokens follows the host's clock; compile decode steps alone"
+)
+def _call(memory: LayerMemory, h: Tensor, spans: list[RowSpan], tape: Tape | None) -> Tensor:
     return memory.call(h, spans, tape)
 
 
 def memory_entry(cache: Cache, settings: MemorySettings, num_hidden_layers: int) -> MemoryEntry:
     """The cache's memory, attached on first sight.
 
-    Raises ValueError for a cache that already holds tokens the memory has not seen, or began with other settings.
+    Raises ValueError for a cache that already holds tokens the memory has not seen, or began with
+    other settings.
     """
     entry = find_entry(cache)
     if entry is None:
         seen = cache.get_seq_length()
-        if cache.layer_class_to_replicate is not None:  # a lazy cache would append its layers behind ours
+        if cache.layer_class_to_replicate is not None:
+            # A lazy cache would append its layers behind ours.
             while len(cache.layers) < num_hidden_layers:
                 cache.layers.append(cache.layer_class_to_replicate())
         entry = MemoryEntry(settings)
@@ -227,7 +260,8 @@ def memory_entry(cache: Cache, settings: MemorySettings, num_hidden_layers: int)
         raise ValueError("this cache began with other memory parameters; start with a new cache")
     entry.catch_up()
     seen = cache.get_seq_length()
-    if not isinstance(seen, Tensor) and seen != entry.columns:  # a static cache's length is on the device
+    # A static cache's length is on the device: asking for it would wait at every step.
+    if not isinstance(seen, Tensor) and seen != entry.columns:
         entry.stale = True
     return entry
 
@@ -241,10 +275,11 @@ def find_entry(cache: object) -> MemoryEntry | None:
 def memory_summary(cache: Cache) -> dict[int, dict]:
     """What the memory did with this cache's sequences so far, by 0-based decoder layer.
 
-    Per layer: `blocks` finished, slots `filled`, tokens `kept`, `mixed`, `reused` (of E experts each, with
-    granularity "expert"): each a list with one int per row; and `hits`, per row a list of how many tokens
-    have hit each slot since it was written. Empty if the cache has no memory. Nothing extra
-    is counted in a decode step, and cropped tokens do not count; asking waits for the device.
+    Per layer: `blocks` finished, slots `filled`, tokens `kept`, `mixed`, `reused` (of E experts
+    each, with granularity "expert"): each a list with one int per row; and `hits`, per row a list
+    of how many tokens have hit each slot since it was written. Empty if the cache has no memory.
+    Nothing extra is counted in a decode step, and cropped tokens do not count; asking waits for the
+    device.
     """
     entry = find_entry(cache)
     return {} if entry is None else entry.summary()

@@ -1,4 +1,4 @@
-"""One decoder layer's memory: bank, draft and ring of every row, carried through the events of its clock."""
+"""One decoder layer's memory: bank, draft and ring of every row, on their way through a call."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .memory_bank import Bank, Found, MemorySettings, Rows, find, fuse
-from .memory_blocks import Finish, Progress, Read, Rhythm, Settle, Span
-from .memory_draft import Draft, absorb, counts, finish
+from .memory_bank import Bank, Found, Rows, find, fuse
+from .memory_clock import Finish, Position, Read, Rhythm, RowSpan, Settle
+from .memory_draft import Block, Draft, counts
+from .memory_settings import MemorySettings
 
 Tape = list[tuple[slice, slice | Tensor, Bank]]  # which tokens of a call read which bank
 
@@ -18,9 +19,9 @@ Tape = list[tuple[slice, slice | Tensor, Bank]]  # which tokens of a call read w
 class State(Rows):
     """What a layer remembers of each row.
 
-    bank: what the next token reads. before: the bank without its latest block while that can be undone, else
-    the same bank. draft: the block that settles now. settled: [B, 3] int64, expert blocks kept, mixed and
-    reused in the blocks before it.
+    bank: what the next token reads. before: the bank without its latest block while that can be
+    undone, else the same bank. draft: the block that settles now. settled: [B, 3] int64, expert
+    blocks kept, mixed and reused in the blocks before it.
     """
 
     bank: Bank
@@ -32,8 +33,8 @@ class State(Rows):
 class LayerMemory:
     """The memory of one layer.
 
-    state: see there; replaced, never changed in place. ring: [B, R + 1, D], the latest raw activations, token
-    number t at t mod R; column R takes what is not real.
+    state: see there; replaced, never changed in place. ring: [B, R + 1, D], the latest raw
+    activations, token number t at t mod R; column R takes what is not real.
     """
 
     def __init__(self, rows: int, settings: MemorySettings, like: Tensor) -> None:
@@ -42,31 +43,40 @@ class LayerMemory:
         bank = Bank.empty(rows, settings, like)
         self.state = State(bank, bank, Draft.empty(bank), bank.hits.new_zeros(rows, 3))
         with torch.inference_mode(False):  # written in place, also by calls outside inference mode
-            self.ring = torch.zeros(rows, self.size + 1, like.shape[-1], dtype=like.dtype, device=like.device)
+            self.ring = torch.zeros(
+                rows, self.size + 1, like.shape[-1], dtype=like.dtype, device=like.device
+            )
             torch._dynamo.mark_static_address(self.ring)
 
     def step(self, h: Tensor, place: Tensor, real: Tensor | None, reads: bool) -> Tensor:
         """h' of one token a row, [B, 1, D]. Nothing here depends on values, so it can be compiled.
 
-        place: [B] int64, where in the ring. real: [B] bool; None: all rows have a token. reads: some bank is filled.
+        place: [B] int64, where in the ring. real: [B] bool; None: all rows have a token. reads:
+        some bank is filled.
         """
         fused = h
         if reads:
             with torch.no_grad():
                 found = find(h, self.state.bank, self.settings)
             fused = fuse(h, found, self.state.bank, self.settings)
-        row, place = torch.arange(len(h), device=h.device), place.to(h.device)
+        row = torch.arange(len(h), device=h.device)
+        place = place.to(h.device)
         if real is not None:
             real = real.to(h.device)
-            fused, place = torch.where(real[:, None, None], fused, h), torch.where(real, place, self.size)
+            fused = torch.where(real[:, None, None], fused, h)
+            place = torch.where(real, place, self.size)
         self.ring.index_put_((row, place), h.detach()[:, 0])
         return fused
 
-    def call(self, h: Tensor, spans: list[Span], tape: Tape | None = None) -> Tensor:
-        """h' of a call of several columns, [B, L, D]; columns that are not tokens pass through untouched."""
+    def call(self, h: Tensor, spans: list[RowSpan], tape: Tape | None = None) -> Tensor:
+        """h' of a call of several columns, [B, L, D]. Columns that are not tokens stay as they are.
+
+        tape: gets the rows, columns and bank of everything that was read.
+        """
+        tokens = sum(len(h[span.rows]) * span.length for span in spans)
         if not any(span.reads(self.settings.update_interval) for span in spans):
             out = h
-        elif h.requires_grad or sum(len(h[span.rows]) * span.length for span in spans) < h.shape[0] * h.shape[1]:
+        elif h.requires_grad or tokens < h.shape[0] * h.shape[1]:
             out = h.clone()
         else:  # every column of every row will be written
             out = torch.empty_like(h)
@@ -74,8 +84,17 @@ class LayerMemory:
             self.follow(span, h, out, tape)
         return out
 
-    def follow(self, span: Span, h: Tensor | None = None, out: Tensor | None = None, tape: Tape | None = None) -> None:
-        """Carry adjacent rows through their events, writing h' into `out`."""
+    def follow(
+        self,
+        span: RowSpan,
+        h: Tensor | None = None,
+        out: Tensor | None = None,
+        tape: Tape | None = None,
+    ) -> None:
+        """Carry adjacent rows through their events, writing h' into `out`.
+
+        h, out: [B, L, D], of the whole call; None where no event reads.
+        """
         whole = span.rows == slice(0, len(self.ring))
         state = self.state if whole else self.state.narrow(span.rows)
         walk = _Walk(self, state, span, h)
@@ -91,29 +110,42 @@ class LayerMemory:
             self.state = walk.state if whole else self.state.put(span.rows, walk.state)
 
     @torch.no_grad()
-    def tally(self, rows: slice, at: Progress) -> list[dict]:
-        """Slots filled, expert blocks kept, mixed and reused, and hits per slot, of rows that stand alike.
+    def tally(self, rows: slice, at: Position) -> list[dict]:
+        """What the memory did in rows that stand alike, a dict for each.
 
-        Settled tokens are counted already; those in the ring are looked up again. Waits for the device.
+        filled: slots. kept, mixed, reused: expert blocks. hits: tokens that hit each slot. Settled
+        tokens are counted already; those in the ring are looked up again. Waits for the device.
         """
-        state, ring = self.state.narrow(rows), self.ring[rows]
+        state = self.state.narrow(rows)
+        ring = self.ring[rows]
         boundary = at.finished * self.settings.update_interval
-        decisions, hits = state.settled + state.draft.decisions, state.bank.hits
-        if at.settled >= boundary:
+        decisions = state.settled + state.draft.decisions
+        hits = state.bank.hits
+        if at.settled >= boundary:  # else the draft is of a block that the bank holds already
             hits = hits + state.draft.hits
-        parts = ((at.settled, min(boundary, at.seen), state.before), (max(boundary, at.settled), at.seen, state.bank))
+        parts = (
+            (at.settled, min(boundary, at.seen), state.before),
+            (max(boundary, at.settled), at.seen, state.bank),
+        )
         for first, stop, bank in parts:
             if first < stop:
                 h = ring[:, torch.arange(first, stop, device=ring.device) % self.size]
                 more_hits, more = counts(find(h, bank, self.settings), bank, self.settings)
-                decisions, hits = decisions + more, hits + more_hits if bank is state.bank else hits
+                decisions = decisions + more
+                if bank is state.bank:
+                    hits = hits + more_hits
         numbers = zip(state.bank.valid.sum(1).tolist(), decisions.tolist(), hits.tolist())
         names = ("kept", "mixed", "reused")
-        return [{"filled": filled, **dict(zip(names, made)), "hits": hit} for filled, made, hit in numbers]
+        return [
+            {"filled": filled, **dict(zip(names, made)), "hits": hit}
+            for filled, made, hit in numbers
+        ]
 
     def undo(self, rows: slice) -> None:
         """Go back to the bank before the latest block."""
-        self.state = replace(self.state, bank=self.state.bank.put(rows, self.state.before.narrow(rows)))
+        self.state = replace(
+            self.state, bank=self.state.bank.put(rows, self.state.before.narrow(rows))
+        )
 
     def settle_undo(self) -> None:
         """No row's latest block can be undone any more: let go of the bank before it."""
@@ -132,97 +164,126 @@ class LayerMemory:
             torch._dynamo.mark_static_address(self.ring)
 
 
-class _Walk:
-    """Adjacent rows of a layer on their way through the events of a call; `state` is theirs alone."""
+@dataclass(frozen=True)
+class _Reading:
+    """What the tokens of a call from number `first` on found in `bank`."""
 
-    def __init__(self, memory: LayerMemory, state: State, span: Span, h: Tensor | None) -> None:
-        self.settings, self.size = memory.settings, memory.size
+    bank: Bank
+    first: int
+    found: Found
+
+
+class _Walk:
+    """Adjacent rows of a layer on their way through a call's events; `state` is theirs alone."""
+
+    def __init__(self, memory: LayerMemory, state: State, span: RowSpan, h: Tensor | None) -> None:
+        self.settings = memory.settings
+        self.size = memory.size
         self.ring = memory.ring[span.rows]
-        self.state, self.span, self.h = state, span, h
-        self.begin, self.end = span.start.seen, span.start.seen + span.length
-        self.finished, self.settled = span.start.finished, span.start.settled
-        self.found: tuple[int, Found, Bank] | None = None
+        self.state = state
+        self.span = span
+        self.h = h
+        self.begin = span.start.seen  # numbers of the call's first token and of the one behind it
+        self.end = span.start.seen + span.length
+        self.finished = span.start.finished
+        self.settled = span.start.settled
+        self.latest: _Reading | None = None
 
     def read(self, event: Read, out: Tensor | None, tape: Tape | None) -> None:
-        """h' of tokens that read the same bank; before the first block is finished there is nothing to read."""
+        """h' of tokens that read the same bank, into `out`."""
         assert self.h is not None and out is not None
-        bank, where = self.state.bank, self._columns(event.first, event.stop)
-        if self.finished == 0:
+        where = self._columns(event.first, event.stop)
+        if self.finished == 0:  # there is nothing to read
             if out is not self.h:
                 out[self.span.rows, where] = self.h[self.span.rows, where]
             return
+        bank = self.state.bank
         with torch.no_grad():
-            self.found = (event.first, find(self.h[self.span.rows, where], bank, self.settings), bank)
+            found = find(self.h[self.span.rows, where], bank, self.settings)
+        self.latest = _Reading(bank, event.first, found)
         if tape is not None:
             tape.append((self.span.rows, where, bank))
-        write_fused(out, self.h, self.span.rows, where, self.found[1], bank, self.settings)
+        write_fused(out, self.h, self.span.rows, where, found, bank, self.settings)
 
     @torch.no_grad()
     def settle(self, event: Settle) -> None:
         """Tokens go into the draft of their block."""
         bank = self.state.before if event.block < self.finished else self.state.bank
-        draft = self._absorb(self.state.draft, event.first, event.stop, bank)
+        block = self._absorb(self._block(bank, event.block), event.stop)
         self.settled = event.stop
-        self.state = replace(self.state, draft=draft)
+        self.state = replace(self.state, draft=block.draft)
         if event.closes:
             self._begin_block(self.state.bank)
 
     @torch.no_grad()
     def finish(self, event: Finish) -> None:
         """The block ends: its bank is there for the next token."""
-        bank = self.state.bank
-        draft = self._absorb(self.state.draft, event.first, event.stop, bank)
-        new = finish(bank, draft, event.block, self.settings)
+        before = self.state.bank
+        bank = self._absorb(self._block(before, event.block), event.stop).finish()
         self.finished += 1
         if event.first == event.stop:
-            self._begin_block(new)
-        else:
-            self.state = replace(self.state, bank=new, before=bank)
+            self._begin_block(bank)
+        else:  # its latest tokens can still be taken back: only the draft of the settled ones stays
+            self.state = replace(self.state, bank=bank, before=before)
 
     @torch.no_grad()
     def keep(self) -> None:
         """What has not settled stays raw in the ring."""
         first = max(self.settled, self.begin)
         if first < self.end and self.h is not None:
-            place = torch.arange(first, self.end, device=self.ring.device) % self.size
+            place = self._places(first, self.end)
             self.ring[:, place] = self.h[self.span.rows, self._columns(first, self.end)].detach()
 
     def _begin_block(self, bank: Bank) -> None:
         draft = self.state.draft
         self.state = State(bank, bank, Draft.empty(bank), self.state.settled + draft.decisions)
 
-    def _absorb(self, draft: Draft, first: int, stop: int, bank: Bank) -> Draft:
-        """The draft after these tokens, from the ring and from the call."""
-        if first < min(stop, self.begin):
-            place = torch.arange(first, min(stop, self.begin), device=self.ring.device) % self.size
-            h = self.ring[:, place]
-            draft = absorb(draft, h, find(h, bank, self.settings), first, bank, self.settings)
-        first = max(first, self.begin)
-        if first < stop:
-            assert self.h is not None
-            h = self.h[self.span.rows, self._columns(first, stop)].detach()
-            draft = absorb(draft, h, self._find(h, first, bank), first, bank, self.settings)
-        return draft
+    def _block(self, bank: Bank, number: int) -> Block:
+        """The block that settles, as far as it has. bank: what its tokens read."""
+        absorbed = self.settled - number * self.settings.update_interval
+        return Block(bank, self.state.draft, self.settings, number, absorbed)
 
-    def _find(self, h: Tensor, first: int, bank: Bank) -> Found:
-        """What tokens of this call find; most of them have just been compared with the same bank."""
-        if self.found is not None and self.found[2] is bank and self.found[0] <= first:
-            start, found = first - self.found[0], self.found[1]
-            if start + h.shape[1] <= found.best.shape[1]:
-                return found.tokens(start, start + h.shape[1])
-        return find(h, bank, self.settings)
+    def _absorb(self, block: Block, stop: int) -> Block:
+        """The block after its tokens up to `stop`, those from the ring first, then the call's."""
+        if block.position < min(stop, self.begin):
+            block = block.absorb(self.ring[:, self._places(block.position, min(stop, self.begin))])
+        if block.position < stop:
+            assert self.h is not None
+            h = self.h[self.span.rows, self._columns(block.position, stop)].detach()
+            block = block.absorb(h, self._found(block, h.shape[1]))
+        return block
+
+    def _found(self, block: Block, count: int) -> Found | None:
+        """What the block's next tokens found when they were read; None: not in the block's bank."""
+        latest = self.latest
+        if latest is None or latest.bank is not block.bank or block.position < latest.first:
+            return None
+        start = block.position - latest.first
+        if start + count > latest.found.best.shape[1]:
+            return None
+        return latest.found.tokens(start, start + count)
+
+    def _places(self, first: int, stop: int) -> Tensor:
+        """Where in the ring tokens are, [stop - first] int64."""
+        return torch.arange(first, stop, device=self.ring.device) % self.size
 
     def _columns(self, first: int, stop: int) -> slice | Tensor:
-        """Where tokens of this call are."""
-        first, stop = first - self.begin, stop - self.begin
+        """The columns of tokens of this call."""
         columns = self.span.columns
+        here = slice(first - self.begin, stop - self.begin)
         if isinstance(columns, slice):
-            return slice(columns.start + first, columns.start + stop)
-        return columns[first:stop]
+            return slice(columns.start + here.start, columns.start + here.stop)
+        return columns[here]
 
 
 def write_fused(
-    out: Tensor, h: Tensor, rows: slice, columns: slice | Tensor, found: Found, bank: Bank, settings: MemorySettings
+    out: Tensor,
+    h: Tensor,
+    rows: slice,
+    columns: slice | Tensor,
+    found: Found,
+    bank: Bank,
+    settings: MemorySettings,
 ) -> None:
     """Put h' of some tokens of h into `out`, both [B, L, D]."""
     x = h[rows, columns]

@@ -1,8 +1,8 @@
 """The session of one call of a decoder stack, and its replay where a layer is computed again.
 
-The session travels in a `threading.local`: threads don't meet, and torch.compile can trace it. A layer whose
-activations were not kept (gradient checkpointing) runs a second time in the backward pass, outside any
-session; then it reads the banks that the call has read, and changes nothing.
+The session travels in a `threading.local`: threads don't meet, and torch.compile can trace it. A
+layer whose activations were not kept (gradient checkpointing) runs a second time in the backward
+pass, outside any session; then it reads the banks that the call has read, and changes nothing.
 """
 
 from __future__ import annotations
@@ -15,16 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .memory_bank import MemorySettings, find
+from .memory_bank import find
 from .memory_cache import Call, MemoryEntry
 from .memory_layer import Tape, write_fused
+from .memory_settings import MemorySettings
 
 
 @dataclass(frozen=True)
 class Session:
-    """One call of the stack: its memory and what was announced to it; None where the memory is switched off.
+    """One call of the stack.
 
-    tapes: by layer, what a recomputation needs in order to read what the call has read; None outside training.
+    entry, call: its memory and what was announced to it; None where the memory is switched off.
+    tapes: by layer, what a recomputation needs in order to read what the call has read; None
+    outside training.
     """
 
     entry: MemoryEntry | None = None
@@ -34,7 +37,10 @@ class Session:
 
 @dataclass(frozen=True)
 class Replay:
-    """A recomputation of a layer, for gradient checkpointing: it reads as the call did and changes nothing."""
+    """A recomputation of a layer, for gradient checkpointing.
+
+    It reads the banks that the call has read, and changes nothing.
+    """
 
     call: Call
     tapes: dict[int, Tape]
@@ -60,7 +66,7 @@ def replay(h: Tensor, tape: Tape, settings: MemorySettings) -> Tensor:
 
 
 class _ReplayingCheckpoint:
-    """A layer's checkpointing function, whose second run, in the backward pass, replays the session of the first."""
+    """A layer's checkpointing function. Its second run, in the backward pass, replays the first."""
 
     def __init__(self, function: Callable) -> None:
         self.function = function
@@ -74,7 +80,8 @@ class _ReplayingCheckpoint:
         def run(*inner: Any, **named: Any) -> Any:
             if current.session is session:
                 return forward(*inner, **named)
-            before, current.session = current.session, again
+            before = current.session
+            current.session = again
             try:
                 return forward(*inner, **named)
             finally:
@@ -91,4 +98,5 @@ def replay_checkpoints(stack: nn.Module, layers: tuple[int, ...], projection: st
             module = module.get_submodule(name)
             function = getattr(module, "_gradient_checkpointing_func", None)
             if function is not None and not isinstance(function, _ReplayingCheckpoint):
-                module._gradient_checkpointing_func = _ReplayingCheckpoint(function)  # type: ignore[assignment]
+                replaying: Any = _ReplayingCheckpoint(function)
+                module._gradient_checkpointing_func = replaying

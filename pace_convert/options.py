@@ -3,15 +3,37 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from .device import NAMES
 from .errors import CallError
+from .modeling.memory_settings import Granularity, MemorySettings
 
 EXPERT_OPTIONS = ("experts", "cluster_method", "exact_restarts", "seed")
+MEMORY_PARAMETERS = tuple(MemorySettings.parameters())
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    # The paper leaves most values open; all of them stand in the released code (github.com/KangcongLi/PaceLLM).
+    "paper": {
+        "slots": 100, "theta_high": 0.75, "theta_low": 0.25, "top_k": 5, "bottom_k": 2, "fusion_weight": 0.2,
+        "reuse_weight": 1.0, "mix_weight": 0.5, "noise_weight": 0.1, "match_norm": False, "outlier_norm": 0.0,
+        "momentum": 0.5, "update_interval": 1024, "granularity": "token",
+    },
+}  # fmt: skip
 Layer = Annotated[int, Field(ge=0)]
+
+
+def _memory(name: str, description: str) -> Any:
+    """A field with default and bounds of the memory's parameter of this name, as checkpoints themselves check it."""
+    parameter = MemorySettings.__dataclass_fields__[name]
+    bounds = parameter.metadata.get("bounds")
+    if bounds is None:
+        return Field(parameter.default, description=description)
+    finite = False if bounds.kind is float else None
+    return Field(parameter.default, ge=bounds.low, le=bounds.high, allow_inf_nan=finite, description=description)
 
 
 def _parse_layers(value: object) -> object:
@@ -29,7 +51,7 @@ def _parse_layers(value: object) -> object:
 class ConvertOptions(BaseModel):
     """Options of the method; names and help texts of the command line come from here.
 
-    Defaults are the released code's (github.com/KangcongLi/PaceLLM) where the paper leaves a value open.
+    Defaults of the memory are those of `MemorySettings`; with a preset its values, but for those that are given too.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -45,21 +67,35 @@ class ConvertOptions(BaseModel):
     memory_layers: Annotated[Literal["auto", "none"] | tuple[Layer, ...], BeforeValidator(_parse_layers)] = Field(
         "auto", description="Layers with memory, 0-based: auto, none or a list like 12,26."
     )
-    slots: int = Field(100, ge=1, description="Slots of the bank, M.")
-    theta_high: float = Field(0.75, ge=-1, le=1, description="Reuse above this cosine similarity.")
-    theta_low: float = Field(0.25, ge=-1, le=1, description="Leave the token alone up to this cosine similarity.")
-    top_k: int = Field(5, ge=1, description="Most similar slots that are fused, k.")
-    bottom_k: int = Field(2, ge=0, description="Least similar slots that are added as noise, k'.")
-    fusion_weight: float = Field(0.2, ge=0, le=1, description="Share of what was retrieved in the fused activation, lambda.")
-    reuse_weight: float = Field(1.0, allow_inf_nan=False, description="Weight of the similar slots when reusing.")
-    mix_weight: float = Field(0.5, allow_inf_nan=False, description="Weight of the similar slots when mixing.")
-    noise_weight: float = Field(0.1, allow_inf_nan=False, description="Weight of the dissimilar slots.")
-    momentum: float = Field(0.5, ge=0, le=1, description="Share of the old slot when it merges with new tokens.")
-    update_interval: int = Field(1024, ge=1, description="Tokens per block, U; the bank is updated after each block.")
-    granularity: Literal["token", "expert"] = Field(
-        "token", description="Compare and fuse whole activations, or each expert's block of them on its own."
+    preset: Literal["default", "paper"] = Field(
+        "default",
+        description="Where the memory's parameters below come from; paper: the released code's, which harm real models.",
+    )
+    slots: int = _memory("slots", "Slots of the bank, M.")
+    theta_high: float = _memory("theta_high", "Reuse above this cosine similarity.")
+    theta_low: float = _memory("theta_low", "Leave the token alone up to this cosine similarity.")
+    top_k: int = _memory("top_k", "Most similar slots that are fused, k.")
+    bottom_k: int = _memory("bottom_k", "Least similar slots that are added as noise, k'.")
+    fusion_weight: float = _memory("fusion_weight", "Share of what was retrieved in the fused activation, lambda.")
+    reuse_weight: float = _memory("reuse_weight", "Weight of the similar slots when reusing.")
+    mix_weight: float = _memory("mix_weight", "Weight of the similar slots when mixing.")
+    noise_weight: float = _memory("noise_weight", "Weight of the dissimilar slots.")
+    match_norm: bool = _memory("match_norm", "Scale each slot to the norm of the token that reads it.")
+    outlier_norm: float = _memory(
+        "outlier_norm", "Leave tokens alone whose norm is above so many times the stored ones' median; 0: none."
+    )
+    momentum: float = _memory("momentum", "Share of the old slot when it merges with new tokens.")
+    update_interval: int = _memory("update_interval", "Tokens per block, U; the bank is updated after each block.")
+    granularity: Granularity = _memory(
+        "granularity", "Compare and fuse whole activations, or each expert's block of them on its own."
     )
     no_memory: bool = Field(False, description="Only cluster the weights; keep the original architecture.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_preset(cls, values: Any) -> Any:
+        preset = values.get("preset") if isinstance(values, dict) else None
+        return {**PRESETS[preset], **values} if isinstance(preset, str) and preset in PRESETS else values
 
     @model_validator(mode="after")
     def _check(self) -> ConvertOptions:
@@ -76,8 +112,7 @@ class ConvertOptions(BaseModel):
 
     def memory_config(self, layers: tuple[int, ...]) -> dict:
         """The `pace.memory` object of config.json, for these resolved layers."""
-        parameters = self.model_dump(exclude={*EXPERT_OPTIONS, "memory_layers", "no_memory"})
-        return {"enabled": bool(layers), "layers": list(layers), **parameters}
+        return {"enabled": bool(layers), "layers": list(layers), **self.model_dump(include=set(MEMORY_PARAMETERS))}
 
 
 class RunOptions(BaseModel):
@@ -85,9 +120,7 @@ class RunOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    device: str = Field(
-        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="Where neurons are grouped: auto, cpu, cuda or cuda:N."
-    )
+    device: str = Field("auto", pattern=NAMES, description="Where neurons are grouped: auto, cpu, cuda or cuda:N.")
     jobs: int | None = Field(
         None, ge=1, description="Processes side by side; by default what cores and memory allow. On Ray: tasks at once."
     )
@@ -124,7 +157,7 @@ def load_options(config: Path | None, given: dict) -> tuple[ConvertOptions, RunO
     run = {name: values.pop(name) for name in RunOptions.model_fields if name in values}
     try:
         options = ConvertOptions.model_validate(values)
-        idle = sorted(options.model_fields_set - {*EXPERT_OPTIONS, "no_memory"})
+        idle = sorted(set(values) - {*EXPERT_OPTIONS, "no_memory"})
         if options.no_memory and idle:
             raise CallError(f"{option_name(idle[0])} is for the memory, which --no-memory leaves out", "leave one of them out")
         return options, RunOptions.model_validate(run)

@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 source scripts/_venv.sh
 prepare_venv .venv-oldest constraints.txt -e . pytest hypothesis
 source .venv-oldest/bin/activate
-python -m pip install --quiet --disable-pip-version-check -r constraints-oldest.txt
+quiet_pip .venv-oldest install -r constraints-oldest.txt
 python -m pip check
 # Bloom itself takes a static cache since transformers 5.21 only
 python -m pytest tests/memory tests/checkpoint tests/reference tests/unit \

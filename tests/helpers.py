@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pace_convert.checkpoint.checkpoint import open_source
-from pace_convert.conversion.convert import convert, prepare
+from pace_convert.conversion.convert import carry_out, prepare
 from pace_convert.families import FAMILIES, FamilySpec
 from pace_convert.options import ConvertOptions
 from pace_convert.progress import Progress
@@ -119,8 +119,7 @@ def active_thresholds(row: str) -> dict:
 def convert_folder(source: Path, out: Path, **options) -> None:
     """Convert with an active memory unless `options` say otherwise."""
     opened = open_source(str(source))
-    plan = prepare(opened, out, ConvertOptions(**{**ACTIVE, **options}))
-    convert(opened, out, plan, Progress(quiet=True))
+    carry_out(prepare(opened, out, ConvertOptions(**{**ACTIVE, **options})), Progress(quiet=True))
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float64, **kwargs):

@@ -46,7 +46,7 @@ class SlowMemory:
         counts = [slot.hits if slot else 0 for slot in self.slots]
         for h, _, _ in self.block:
             _, top, average = self._top(h)
-            if average > self.settings.theta_low:
+            if average > self.settings.theta_low and not self._outlier(h):
                 for i in top:
                     counts[i] += 1
         return counts
@@ -64,8 +64,24 @@ class SlowMemory:
         size = len(h) // self.settings.experts
         return [slice(e * size, (e + 1) * size) for e in range(self.settings.experts)]
 
+    def _outlier(self, h):
+        return norm(h) > self._limit([norm(s.key) for s in self.slots if s is not None])
+
+    def _limit(self, norms):
+        """Of the norms in order the middle one, the lower of two, so many times."""
+        middle = sorted(norms)[(len(norms) - 1) // 2] if norms else 0.0
+        return self.settings.outlier_norm * middle or math.inf
+
+    def _value(self, i, h, part):
+        value = self.slots[i].value[part]
+        if not self.settings.match_norm:
+            return value
+        return value * (norm(h[part]) / norm(value)) if norm(value) else value
+
     def _read(self, h):
         fused, decisions = h.copy(), []
+        if self._outlier(h):
+            return fused, ["kept" for _ in self._parts(h)]
         for part in self._parts(h):
             fused[part], decision = self._read_part(h, part)
             decisions.append(decision)
@@ -79,9 +95,9 @@ class SlowMemory:
         ranked = sorted(s, key=lambda i: -s[i])
         best, worst = ranked[: p.top_k], ranked[::-1][: p.bottom_k]
         reuse = max(s.values()) > p.theta_high
-        r = (p.reuse_weight if reuse else p.mix_weight) * mean([self.slots[i].value[part] for i in best])
+        r = (p.reuse_weight if reuse else p.mix_weight) * mean([self._value(i, h, part) for i in best])
         if worst:
-            r = r + p.noise_weight * mean([self.slots[i].value[part] for i in worst])
+            r = r + p.noise_weight * mean([self._value(i, h, part) for i in worst])
         return (1 - p.fusion_weight) * h[part] + p.fusion_weight * r, "reused" if reuse else "mixed"
 
     def _update(self):
@@ -92,6 +108,8 @@ class SlowMemory:
         used: set[int] = set()
         new: list[tuple[float, int]] = []
         for t, (h, _, _) in enumerate(self.block):
+            if self._outlier(h):
+                continue
             s, top, average = self._top(h)
             if average > p.theta_low:
                 used.update(top)
@@ -115,12 +133,19 @@ class SlowMemory:
             self.slots[i].last_used = self.block_number
         empty = [i for i, s in enumerate(self.slots) if s is None]
         oldest = sorted((i for i, s in enumerate(self.slots) if s is not None), key=lambda i: (self.slots[i].last_used, i))
-        for (_, t), i in zip(sorted(new), empty + oldest):
-            self.slots[i] = Slot(self.block[t][0], self.block[t][1], self.block_number)
+        places = list(zip(sorted(new), empty + oldest))
+        limit = math.inf if oldest else self._limit([norm(self.block[t][0]) for (_, t), _ in places])
+        for (_, t), i in places:
+            if norm(self.block[t][0]) <= limit:
+                self.slots[i] = Slot(self.block[t][0], self.block[t][1], self.block_number)
+
+
+def norm(a):
+    return math.sqrt(float(a @ a))
 
 
 def cosine(a, b):
-    norms = math.sqrt(float(a @ a)) * math.sqrt(float(b @ b))
+    norms = norm(a) * norm(b)
     return float(a @ b) / norms if norms > 0 else 0.0
 
 

@@ -16,6 +16,7 @@ from .files import HIDDEN, check_file, check_names, list_files, read_json
 from .hub_errors import READING, hub_errors
 from .shards import TensorInfo, check_tensors, read_header
 
+CONFIG = "config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 OTHER_WEIGHTS = (
     "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.h5",
@@ -76,9 +77,9 @@ class Source:
                 revision=hub.commit,
                 token=hub.token,
                 cache_dir=hub.cache_dir,
-                allow_patterns=_exactly(*self.side_files, *self.shards, "config.json", INDEX),
+                allow_patterns=_exactly(*self.side_files, *self.shards, CONFIG, INDEX),
             )
-        states = _states(Path(folder), [*self.side_files, *self.shards, "config.json"])
+        states = _states(Path(folder), [*self.side_files, *self.shards, CONFIG])
         return replace(self, folder=Path(folder), tensors=_read_tensors(Path(folder)), states=states)
 
 
@@ -103,13 +104,13 @@ def open_source(name: str, revision: str | None = None, token: str | None = None
 
 def open_folder(folder: Path, name: str | None = None) -> Source:
     """A source in a local folder."""
-    if not os.path.lexists(folder / "config.json"):
+    if not os.path.lexists(folder / CONFIG):
         raise CallError(f"{folder} is not a model folder: it has no config.json", "give the folder of a model, or a Hub id")
     config = _read_config(folder)
     files = list_files(folder)
     _refuse_pickled_only(name or str(folder), files)
     tensors, side_files = _read_tensors(folder), _side_files(files)
-    read = [*side_files, "config.json", *sorted({info.shard for info in tensors.values()}), *({INDEX} & set(files))]
+    read = [*side_files, CONFIG, *sorted({info.shard for info in tensors.values()}), *({INDEX} & set(files))]
     for file in read:
         check_file(folder, file)
     return Source(name or str(folder), folder, config, tensors, side_files, _states(folder, read))
@@ -119,7 +120,7 @@ def _open_hub(repo_id: str, revision: str | None, token: str | None, cache_dir: 
     with hub_errors(repo_id, READING):
         info = HfApi(token=token).model_info(repo_id, revision=revision)
         files = sorted(sibling.rfilename for sibling in info.siblings or [])
-        if "config.json" not in files:
+        if CONFIG not in files:
             raise CallError(f"{repo_id} is not a model repository: it has no config.json", "check the name")
         check_names(files, "file")
         _refuse_pickled_only(repo_id, files)
@@ -127,7 +128,7 @@ def _open_hub(repo_id: str, revision: str | None, token: str | None, cache_dir: 
         commit = info.sha or "main"
         folder = snapshot_download(
             repo_id, revision=commit, token=token, cache_dir=cache_dir,
-            allow_patterns=_exactly(*side_files, "config.json", INDEX),
+            allow_patterns=_exactly(*side_files, CONFIG, INDEX),
         )  # fmt: skip
         headers = get_safetensors_metadata(repo_id, revision=commit, token=token or None)
     tensors = {
@@ -151,7 +152,7 @@ def _exactly(*names: str) -> list[str]:
 
 
 def _read_config(folder: Path) -> dict:
-    config = read_json(folder, "config.json")
+    config = read_json(folder, CONFIG)
     if not isinstance(config.get("model_type"), str):
         raise CallError(f"config.json of {folder.name} names no model_type", "give the folder of a transformers model")
     return config
@@ -200,6 +201,6 @@ def _refuse_pickled_only(name: str, files: list[str]) -> None:
 def _side_files(files: list[str]) -> tuple[str, ...]:
     def wanted(file: str) -> bool:
         weights = any(fnmatch.fnmatch(Path(file).name, pattern) for pattern in OTHER_WEIGHTS)
-        return not weights and not HIDDEN.search(file) and file != "config.json"
+        return not weights and not HIDDEN.search(file) and file != CONFIG
 
     return tuple(file for file in files if wanted(file))

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from ..errors import PaceError, one_line
+from ..progress import hush_libraries
 
 
 def hub_options(command: Callable) -> Callable:
@@ -32,6 +33,7 @@ def friendly(command: Callable) -> Callable:
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
+        hush_libraries()
         try:
             command(*args, **kwargs)
         except PaceError as error:

@@ -77,7 +77,7 @@ def benchmark_command(row: Benchmark) -> click.Command:
 @output_options
 @friendly
 def sweep(
-    model: str, rest: tuple[str, ...], on: str, as_json: bool, quiet: bool, **given: Any
+    model: str, rest: tuple[str, ...], on: tuple[str, ...], as_json: bool, quiet: bool, **given: Any
 ) -> None:
     """A grid of memory parameters, on any evaluation. They are switched at run time: nothing is converted again.
 
@@ -90,11 +90,12 @@ def sweep(
     from ..evaluation.evaluate import sweep as job
     from ..evaluation.tables import print_levels, show_results
 
+    name, *files = on
     progress, folder = Progress(quiet), given.pop("out") or Path("pace-sweep")
     progress.let_hub_talk()
-    results, levels = job(
-        on, model, out=folder, progress=progress, **given, **_options_of(on, model, rest)
-    )
+    own = [part for value in files for part in ("--on", value)]
+    options = _options_of(name, model, [*own, *rest])
+    results, levels = job(name, model, out=folder, progress=progress, **given, **options)
     if as_json:
         click.echo(as_json_text(results.facts))
         return
@@ -114,7 +115,7 @@ def _options_of(name: str, model: str, rest: Sequence[str]) -> dict[str, Any]:
         raise CallError(
             f"{name}: {error.format_message()}", f"see pace eval {name} --help"
         ) from error
-    if given["bases"] or given["arms"] or given["trust_remote_code"]:
+    if any(given[name] for name in ("bases", "arms", "variants", "trust_remote_code")):
         raise CallError("a sweep is of one model and of no arms", "leave out BASE and --arms")
     return {option: given[option] for option in row.options.model_fields}
 

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from .. import __version__
-from ..errors import CallError, PaceError
+from .. import api
+from ..errors import CallError
 from ..options import EXPERT_OPTIONS, ConvertOptions, RunOptions, load_options
 from ..progress import Progress
+from ..units import size
+from ..version import __version__
 from . import text
 from .command import as_json_text, friendly, hub_options, output_options
 from .evaluate import evaluation
 from .options import model_options
 from .tune import tune
-
-if TYPE_CHECKING:
-    from ..checkpoint.checkpoint import Source
-    from ..converted.push import Pushed, Target
 
 GROUPS = {
     "Experts": EXPERT_OPTIONS,
@@ -73,67 +71,58 @@ def pace_convert(
     if private and not push_to_hub:
         raise CallError("--private is for a repository on the Hub", "give --push-to-hub ORG/NAME too")
     options, run = load_options(config, {name: value for name, value in given.items() if value is not None})
-    from ..checkpoint.checkpoint import open_source
-    from ..conversion import convert as job
-    from ..conversion.estimate import measure
-    from ..conversion.places import check_room
+    from ..conversion.convert import carry_out, publish
+    from ..conversion.estimate import estimate_duration
+    from ..conversion.output_checks import check_room
 
     progress = Progress(quiet, events=as_json)
     progress.let_hub_talk()
-    opened = open_source(source, revision, token, cache_dir)
-    plan = job.prepare(opened, out, options, run, overwrite, resume)
-    target = None
-    if push_to_hub:
-        from ..converted.card import model_card
-        from ..converted.push import Target, check_card, check_target
-
-        target = Target(push_to_hub, token, private)
-        check_target(target, opened)
-        check_card(target, model_card(opened, plan))
-    estimate = measure(opened, plan, out)
-    progress.event("plan", source=source, out=str(out), push_to_hub=push_to_hub, **plan.as_dict(), **estimate.as_dict())
-    words = text.plan_text(source, out, plan, estimate) + (f"\n  push to    {push_to_hub}" if push_to_hub else "")
+    prepared = api.prepare(
+        source,
+        out,
+        options,
+        run=run,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        overwrite=overwrite,
+        resume=resume,
+        push_to_hub=push_to_hub,
+        private=private,
+    )
+    plan, expected = prepared.plan, estimate_duration(prepared.source, prepared.plan, out)
+    progress.event("plan", source=source, out=str(out), push_to_hub=push_to_hub, **plan.as_dict(), **expected.as_dict())
+    words = text.plan_text(source, out, plan, expected) + (f"\n  push to    {push_to_hub}" if push_to_hub else "")
     if dry_run:
         if not as_json:
             click.echo(words)
-        check_room(opened, out)
+        check_room(prepared.source, out)
         return
     progress.say(words)
-    made = job.convert(opened, out, plan, progress, overwrite, resume)
-    progress.event("done", out=str(made.out), tensors=made.tensors, bytes=made.nbytes, changed=made.changed)
+    made = carry_out(prepared, progress)
+    progress.event("done", **made.as_dict())
     if not as_json:
         click.echo(text.made_text(made))
-    if target:
-        pushed = _push_made(made.out, opened, target, progress)
+    if push_to_hub:
+        pushed = publish(prepared, made, progress)
         progress.event("pushed", **pushed.as_dict())
         if not as_json:
             click.echo(text.pushed_text(pushed))
 
 
-def _push_made(out: Path, source: Source, target: Target, progress: Progress) -> Pushed:
-    """Verify and upload a finished conversion; an error says that it is finished, and how to go on."""
-    from ..converted.opened import open_converted
-    from ..converted.push import push
-    from ..converted.verify import verify
-
-    converted = open_converted(out)
-    compared = verify(converted, source, progress, logits=False)
-    again = f"{out} is finished; to upload it: pace push {out} {target.repo_id} --source {source.name}"
-    try:
-        return push(converted, target, compared, progress)
-    except PaceError as error:
-        if compared.passed:
-            error.hint, error.exit_code = f"{error.hint}; {again}", 1
-        raise
-    except KeyboardInterrupt:
-        progress.say(again)
-        raise
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def pace() -> None:
-    """Turn Hugging Face causal language models into PaceLLMs (arXiv 2506.17310)."""
+    """Turn Hugging Face causal language models into PaceLLMs (arXiv 2506.17310).
+
+    \b
+    pace convert Qwen/Qwen2-7B ./out                    convert a model, without training
+    pace verify ./out --source Qwen/Qwen2-7B            prove that no weight was changed
+    pace inspect ./out --html report.html               look at its experts and its memory
+    pace eval needle ./out --arms base,ce+pa            measure whether it helps
+    pace push ./out your-name/Qwen2-7B-Pace             upload it
+    pace undo ./out ./original                          the source again, bit for bit
+    """
 
 
 pace.add_command(pace_convert, "convert")
@@ -174,10 +163,17 @@ def inspect(
     from ..converted.opened import open_converted
     from ..inspect import inspect as job
 
-    facts = job.inspect(open_converted(out), Progress(quiet), quality, probe, html, trust_remote_code)
+    facts = job.inspect(
+        open_converted(out),
+        Progress(quiet),
+        quality=quality,
+        text=probe,
+        page=html,
+        trust_remote_code=trust_remote_code,
+    )
     click.echo(as_json_text(facts) if as_json else text.facts_text(facts))
     if html and not as_json:
-        click.echo(f"Wrote {html}: {text.size(html.stat().st_size)}, opens in any browser.")
+        click.echo(f"Wrote {html}: {size(html.stat().st_size)}, opens in any browser.")
 
 
 @pace.command()
@@ -201,20 +197,22 @@ def verify(
     pace verify ./out --source Qwen/Qwen2-7B
     pace verify ./out
     """
-    from ..checkpoint.checkpoint import open_source
-    from ..converted import verify as job
-    from ..converted.integrity import check_integrity
-    from ..converted.opened import open_converted
-
-    converted = open_converted(out)
+    if hashes and source is None:
+        raise CallError("--hashes is for the tensors of a source", "give --source")
     if source is None:
-        if hashes:
-            raise CallError("--hashes is for the tensors of a source", "give --source")
-        whole = check_integrity(converted)
+        whole = api.verify(out)
         click.echo(as_json_text(whole.as_dict()) if as_json else text.integrity_text(whole))
         sys.exit(0 if whole.passed else 1)
-    opened = open_source(source, revision, token, cache_dir)
-    result = job.verify(converted, opened, Progress(quiet), logits=not no_logits, trust=trust_remote_code)
+    result = api.verify(
+        out,
+        source,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        logits=not no_logits,
+        trust_remote_code=trust_remote_code,
+        progress=Progress(quiet),
+    )
     click.echo(as_json_text(result.as_dict()) if as_json else text.verification_text(result, hashes))
     if not result.passed:
         sys.exit(1)
@@ -243,19 +241,17 @@ def push(
 
     An upload that was interrupted goes on when the same command is run again.
     """
-    from ..checkpoint.checkpoint import open_source
-    from ..converted import push as hub
-    from ..converted.opened import open_converted
-
-    converted, progress, compared = open_converted(out), Progress(quiet), None
-    opened = open_source(source, token=token) if source else None
-    target = hub.Target(repo_id, token, private, branch, message, create_pr)
-    hub.check_target(target, opened)
-    if opened:
-        from ..converted.verify import verify
-
-        compared = verify(converted, opened, progress, logits=False)
-    pushed = hub.push(converted, target, compared, progress)
+    pushed = api.push(
+        out,
+        repo_id,
+        source=source,
+        token=token,
+        private=private,
+        branch=branch,
+        message=message,
+        create_pr=create_pr,
+        progress=Progress(quiet),
+    )
     click.echo(as_json_text(pushed.as_dict()) if as_json else text.pushed_text(pushed))
 
 
@@ -275,10 +271,7 @@ def undo(out: Path, original: Path, jobs: int | None, as_json: bool, quiet: bool
 
     It needs OUT alone. One that was interrupted goes on when the same command is run again.
     """
-    from ..conversion.undo import undo as job
-    from ..converted.opened import open_converted
-
-    restored = job(open_converted(out), original, Progress(quiet), jobs)
+    restored = api.undo(out, original, jobs=jobs, progress=Progress(quiet))
     click.echo(as_json_text(restored.as_dict()) if as_json else text.restored_text(restored))
 
 
@@ -288,7 +281,7 @@ def undo(out: Path, original: Path, jobs: int | None, as_json: bool, quiet: bool
 @friendly
 def demo(out: Path, quiet: bool) -> None:
     """Convert the embedded reference model into OUT and compare both on needle questions."""
-    from ..reference.demo import run_demo
+    from .demo import run_demo
 
     run_demo(out, Progress(quiet))
 

@@ -30,8 +30,11 @@ def model_options(
     def decorate(command: Callable) -> Callable:
         for name, field in reversed(list(_fields(models))):
             if name not in without:
-                names = [*([SHORT[name]] if name in SHORT else []), option_name(name), name]
                 facts = _only_given(field) if only_given else _checked(field)
+                spelt = facts.pop("option", option_name(name))
+                if field.default is True:
+                    spelt += f"/--no-{spelt[2:]}"
+                names = [*([SHORT[name]] if name in SHORT else []), spelt, name]
                 command = click.option(*names, **facts)(command)
         return command
 

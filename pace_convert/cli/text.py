@@ -1,4 +1,4 @@
-"""Results in words, for the terminal."""
+"""Results in words, for the terminal. Imported where a command begins, so nothing heavy stands at the top."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..converted.card import loading_snippet
-from ..converted.tuned import Tuned
 from ..options import ConvertOptions
+from ..units import duration, size
 
 if TYPE_CHECKING:
     from ..conversion.convert import Conversion
-    from ..conversion.estimate import Estimate
+    from ..conversion.estimate import Duration
     from ..conversion.plan import Plan
     from ..conversion.undo import Restored
     from ..converted.integrity import Integrity
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from ..converted.verify import Verification
 
 
-def plan_text(source: str, out: Path, plan: Plan, estimate: Estimate) -> str:
+def plan_text(source: str, out: Path, plan: Plan, expected: Duration) -> str:
     """A plan in words."""
     options = plan.options
     method = options.cluster_method + (f", {options.exact_restarts} starts" if options.exact_restarts else "")
@@ -34,17 +33,10 @@ def plan_text(source: str, out: Path, plan: Plan, estimate: Estimate) -> str:
         f"  memory     {_memory_line(options, plan.memory_layers)}",
         f"  bytes      {size(plan.weights_bytes)} to read and to write, {len(plan.ffn)} tensors permuted",
         f"  needs      about {size(plan.task_bytes)} of memory in {processes}",
-        f"  time       about {duration(estimate.clustering + estimate.copying)}, by a short measurement: "
-        f"grouping {duration(estimate.clustering)}, copying {duration(estimate.copying)}",
+        f"  time       about {duration(expected.total)}, by a short measurement: "
+        f"grouping {duration(expected.clustering)}, copying {duration(expected.copying)}",
     ]
     return "\n".join(lines)
-
-
-def duration(seconds: float) -> str:
-    """Seconds in the unit a person would use."""
-    if seconds < 100:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _memory_line(options: ConvertOptions, layers: tuple[int, ...]) -> str:
@@ -56,6 +48,8 @@ def _memory_line(options: ConvertOptions, layers: tuple[int, ...]) -> str:
 
 def made_text(made: Conversion) -> str:
     """What was made, and the snippet that loads it."""
+    from ..converted.card import loading_snippet
+
     certificate = ""
     if made.changed is not None:
         neurons = made.plan.layers * made.plan.intermediate_size
@@ -66,6 +60,8 @@ def made_text(made: Conversion) -> str:
 
 def pushed_text(pushed: Pushed) -> str:
     """Where a conversion is now, and the snippet that loads it from there."""
+    from ..converted.card import loading_snippet
+
     snippet = loading_snippet(pushed.repo_id, pushed.needs_code, pushed.commit)
     where = "Pull request" if pushed.pull_request else "Pushed to"
     return f"{where} {pushed.url}. Load it with\n\n{_indented(snippet)}\n"
@@ -77,6 +73,8 @@ def _indented(code: str) -> str:
 
 def facts_text(facts: dict) -> str:
     """What `describe` found, in words."""
+    from ..converted.format import Tuned
+
     memory = facts["memory"]
     experts = facts["experts"]
     lines = [
@@ -161,7 +159,7 @@ def integrity_text(whole: Integrity) -> str:
     """An Integrity in words."""
     lines = [
         f"files      {whole.tensors} tensors in {whole.shards} shard{'s' if whole.shards > 1 else ''}",
-        f"experts    {whole.layers} layers of {whole.neurons} neurons, each in the order of its permutation",
+        f"experts    {whole.layers} layers of {whole.intermediate_size} neurons, each in the order of its permutation",
     ]
     lines += [f"  wrong    {problem}" for problem in whole.problems[:10]]
     lines += [f"edited     {name} is not the file this version ships" for name in whole.edited_files]
@@ -182,8 +180,3 @@ def table(rows: list[dict[str, str]]) -> str:
     lines = [dict(zip(rows[0], rows[0])), *rows]
     widths = {key: max(len(line[key]) for line in lines) for key in rows[0]}
     return "\n".join("  ".join(line[key].ljust(width) for key, width in widths.items()).rstrip() for line in lines)
-
-
-def size(nbytes: int) -> str:
-    """Bytes in the unit a person would use."""
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"

@@ -6,27 +6,62 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoint.checkpoint import INDEX, Source
+from ..checkpoint.checkpoint import CONFIG, INDEX, Source
 from ..checkpoint.tokenizer import CONFIG as TOKENIZER_CONFIG
 from ..checkpoint.tokenizer import named_tokenizer_config
-from ..converted.card import model_card
-from ..converted.format import CARD, KEPT, PERMUTATION, converted_config, modeling_files, to_json
-from ..errors import CallError
+from ..converted.format import (
+    CARD,
+    KEPT,
+    PERMUTATION,
+    SEAL,
+    UNFINISHED,
+    pace_object,
+    read_seal,
+    to_json,
+)
+from ..converted.opened import open_converted
+from ..converted.push import Pushed, Target, check_card, check_target, push
+from ..converted.shipped import converted_config, modeling_files
+from ..device import resolve_device
+from ..errors import PaceError
+from ..journal import Journal
 from ..options import ConvertOptions, RunOptions
 from ..progress import Progress
-from .executors import check_executor, run_tasks
-from .journal import Journal, fingerprint
-from .output import OutputFolder, explained
-from .places import MOVE, SEAL, UNFINISHED, check_free, check_names_free, check_places, check_room, is_unfinished, read_seal
+from .executors import check_executor, run_remaining
+from .identity import fingerprint, other_conversion
+from .new_card import model_card
+from .output import AGAIN, OutputFolder, explained
+from .output_checks import MOVE, check_free, check_names_free, check_places, check_room
 from .plan import Plan, make_plan
-from .tasks import Task, layer_result, make_tasks
+from .tasks import layer_result, make_tasks
 
 RESUME = "run the same command with --resume to go on"
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """A conversion of `source` into the folder `out` that was checked; nothing is done yet.
+
+    card: the model card that it will have. finished: `out` is already what it would make. target:
+    where it shall be uploaded.
+    """
+
+    source: Source
+    out: Path
+    plan: Plan
+    card: str
+    overwrite: bool
+    resume: bool
+    finished: bool
+    target: Target | None = None
+
+
+@dataclass(frozen=True)
 class Conversion:
-    """What was made. changed: neurons that the exact method moved to another cluster than the fast one's."""
+    """What was made.
+
+    changed: neurons that the exact method moved to another cluster than the fast one's.
+    """
 
     out: Path
     plan: Plan
@@ -34,92 +69,131 @@ class Conversion:
     nbytes: int
     changed: int | None = None
 
+    def as_dict(self) -> dict:
+        """For `--json`."""
+        return {
+            "out": str(self.out),
+            "tensors": self.tensors,
+            "bytes": self.nbytes,
+            "changed": self.changed,
+        }
+
 
 def prepare(
     source: Source,
     out: Path,
     options: ConvertOptions,
     run: RunOptions | None = None,
+    *,
     overwrite: bool = False,
     resume: bool = False,
-) -> Plan:
-    """Check everything that can be checked without reading weights. Changes nothing."""
+    target: Target | None = None,
+) -> Prepared:
+    """Check everything that can be checked without reading weights. Changes nothing.
+
+    target: where to upload it when it is made. Raises CallError, DamagedSourceError, PaceError.
+    """
     check_places(source, out)
     plan = make_plan(source, options, run)
     check_names_free(source)
-    if not (resume and is_finished(source, out, plan)):
-        check_free(out, overwrite, resume)
-    return plan
+    finished = resume and is_finished(source, out, plan)
+    if not finished:
+        check_free(out, overwrite=overwrite, resume=resume)
+    card = model_card(source, plan)
+    if target is not None:
+        check_target(target, source)
+        check_card(target, card)
+    return Prepared(source, out, plan, card, overwrite, resume, finished, target)
 
 
-def convert(
-    source: Source, out: Path, plan: Plan, progress: Progress, overwrite: bool = False, resume: bool = False
-) -> Conversion:
-    """Carry out a plan. Raises PaceError; what is done by then is kept for `resume`, unless the source is damaged."""
-    if resume and is_finished(source, out, plan):
+def carry_out(prepared: Prepared, progress: Progress) -> Conversion:
+    """Convert. What is done by the time of a failure is kept for `resume`, unless the source is
+    damaged. Raises PaceError.
+    """
+    source, out, plan = prepared.source, prepared.out, prepared.plan
+    if prepared.finished:
         shutil.rmtree(out / UNFINISHED, ignore_errors=True)  # where it was killed while it tidied up
         return Conversion(out, plan, len(source.tensors), source.nbytes)
     check_room(source, out)
     check_executor(plan.run, plan.task_bytes)
     source = source.fetch()
-    device = _resolve_device(plan.run)
-    with explained(out, RESUME), OutputFolder(out, overwrite, resume) as folder:
-        journal = Journal(folder.staging)
+    device = _clustering_device(plan.run)
+    folder = OutputFolder(out, overwrite=prepared.overwrite, resume=prepared.resume)
+    with explained(out, RESUME), folder:
+        journal = Journal(folder.staging, AGAIN)
         identity = fingerprint(source, plan.options, device)
-        journal.resume(identity) if is_unfinished(out) else journal.begin(identity)
+        journal.open(identity, other_conversion)
         if MOVE not in journal.done:
             tasks = make_tasks(source, plan, folder.staging, device)
-            carry_out(tasks, journal, plan.run, plan.jobs, plan.task_bytes, progress, ("converting", "converted"))
-            files = _write_files(source, plan, folder, journal)
+            words = ("converting", "converted")
+            run_remaining(
+                tasks,
+                journal,
+                progress,
+                run=plan.run,
+                jobs=plan.jobs,
+                task_bytes=plan.task_bytes,
+                words=words,
+            )
+            files = _write_files(source, plan, prepared.card, folder, journal)
             folder.seal(identity, files)
             journal.add(MOVE, folder.moves([*files, SEAL]))
         folder.move(**journal.done[MOVE])
-    changed = [record["changed"] for record in journal.done.values() if record.get("changed") is not None]
-    return Conversion(out, plan, len(source.tensors), source.nbytes, sum(changed) if changed else None)
+    records = journal.done.values()
+    changed = [record["changed"] for record in records if record.get("changed") is not None]
+    moved = sum(changed) if changed else None
+    return Conversion(out, plan, len(source.tensors), source.nbytes, moved)
+
+
+def publish(prepared: Prepared, made: Conversion, progress: Progress) -> Pushed:
+    """Compare a finished conversion with its source and upload it to its target.
+
+    Where that fails, the error says that the conversion is finished, and how to go on.
+    """
+    from ..converted.verify import verify  # needs torch, which checking a call does not
+
+    assert prepared.target is not None
+    out, source, target = made.out, prepared.source, prepared.target
+    converted = open_converted(out)
+    compared = verify(converted, source, progress, logits=False)
+    command = f"pace push {out} {target.repo_id} --source {source.name}"
+    again = f"{out} is finished; to upload it: {command}"
+    try:
+        return push(converted, target, compared, progress)
+    except PaceError as error:
+        if compared.passed:
+            error.hint, error.exit_code = f"{error.hint}; {again}", 1
+        raise
+    except KeyboardInterrupt:
+        progress.say(again)
+        raise
 
 
 def is_finished(source: Source, out: Path, plan: Plan) -> bool:
     """Whether OUT is what this conversion would make, of the same source, each file with its size."""
     made_from = read_seal(out)
-    return made_from is not None and made_from == fingerprint(source, plan.options, _resolve_device(plan.run))
+    if made_from is None:
+        return False
+    return made_from == fingerprint(source, plan.options, _clustering_device(plan.run))
 
 
-def carry_out(
-    tasks: list[Task],
-    journal: Journal,
-    run: RunOptions,
-    jobs: int,
-    task_bytes: int,
-    progress: Progress,
-    words: tuple[str, str],
-) -> None:
-    """Run the tasks that the journal does not have, and note each.
-
-    words: for what is being done to the layers, and what was done.
-    """
-    todo = [task for task in tasks if task.name not in journal.done or not task.is_there]
-    total = sum(task.nbytes for task in tasks)
-    layers = sum(task.is_layer for task in tasks)
-    done, layers_done = total - sum(task.nbytes for task in todo), layers - sum(task.is_layer for task in todo)
-    with progress.layers(total, layers, done, layers_done, words) as report:
-        for task, record in run_tasks(todo, run, jobs, task_bytes):
-            journal.add(task.name, record)
-            report(task.name, task.nbytes, task.is_layer)
-
-
-def _write_files(source: Source, plan: Plan, folder: OutputFolder, journal: Journal) -> list[str]:
+def _write_files(source: Source, plan: Plan, card: str, folder: OutputFolder, journal: Journal) -> list[str]:
     """Everything but the shards; returns the names of all files of OUT."""
-    modeling = {} if plan.options.no_memory else modeling_files(plan.family)
-    card = model_card(source, plan)
-    tokenizer = None if plan.options.no_memory else named_tokenizer_config(source.folder)
-    texts = {**modeling, CARD: card, "config.json": _config_text(source, plan)}
-    texts |= {TOKENIZER_CONFIG: tokenizer} if tokenizer else {}
-    theirs = [*source.side_files, "config.json", *([INDEX] if (source.folder / INDEX).is_file() else [])]
+    texts = {CARD: card, CONFIG: to_json(_config(source, plan))}
+    if not plan.options.no_memory:
+        texts |= modeling_files(plan.family)
+        tokenizer = named_tokenizer_config(source.folder)
+        if tokenizer:
+            texts[TOKENIZER_CONFIG] = tokenizer
+    theirs = [*source.side_files, CONFIG]
+    if (source.folder / INDEX).is_file():
+        theirs.append(INDEX)
     copies = {name: KEPT[name] if name in texts or name == INDEX else name for name in theirs}
-    origins = {**dict.fromkeys([PERMUTATION, INDEX, *texts]), **{target: name for name, target in copies.items()}}
+    origins: dict[str, str | None] = dict.fromkeys([PERMUTATION, INDEX, *texts])
+    origins |= {target: name for name, target in copies.items()}
     origins |= {name: name for name in source.shards}
-    layers = [layer_result(journal.done[f"layer {layer}"]) for layer in range(plan.layers)]
-    folder.permutation(layers, origins)
+    orders = [layer_result(journal.done[f"layer {layer}"]) for layer in range(plan.layers)]
+    folder.permutation(orders, origins)
     for name, target in copies.items():
         folder.copy(source.folder / name, target)
     for name, text in texts.items():
@@ -128,19 +202,20 @@ def _write_files(source: Source, plan: Plan, folder: OutputFolder, journal: Jour
     return list(origins)
 
 
-def _config_text(source: Source, plan: Plan) -> str:
-    return to_json(converted_config(source.config, plan))
+def _config(source: Source, plan: Plan) -> dict:
+    """config.json of OUT."""
+    options = plan.options
+    pace = pace_object(plan.family, options, plan.intermediate_size, plan.memory_layers)
+    if options.no_memory:
+        return {**source.config, "pace": pace}
+    return converted_config(source.config, plan.family, pace)
 
 
-def _resolve_device(run: RunOptions) -> str:
-    """Raises CallError for a GPU that is not there; of a cluster's machines only its workers know."""
-    if run.device == "cpu" or run.executor == "ray":
+def _clustering_device(run: RunOptions) -> str:
+    """Where neurons are grouped. Of a cluster's machines only its workers know their GPUs.
+
+    Raises CallError for a GPU that is not there.
+    """
+    if run.executor == "ray":
         return "cpu" if run.device == "auto" else run.device
-    import torch
-
-    count = torch.cuda.device_count()
-    if run.device == "auto":
-        return "cuda" if count else "cpu"
-    if int(run.device.partition(":")[2] or 0) >= count:
-        raise CallError(f"--device {run.device}: this machine has {count or 'no'} CUDA devices", "give --device cpu")
-    return run.device
+    return resolve_device(run.device)

@@ -1,4 +1,4 @@
-"""What a conversion will need: memory and processes by arithmetic, time from a short measurement."""
+"""How long a conversion will take, from a short measurement."""
 
 from __future__ import annotations
 
@@ -8,19 +8,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
-import psutil
 
-from ..checkpoint.shards import BLOCK_BYTES, TensorInfo
+from ..checkpoint.checkpoint import Source
+from .plan import Plan
 
-if TYPE_CHECKING:
-    from ..checkpoint.checkpoint import Source
-    from .plan import Plan
-
-PROCESS_BYTES = 400 << 20  # Python, torch and its buffers, before any tensor
-JOB_BYTES = 256 << 20  # FFN weights that are worth a process more: starting one takes two seconds
 _SAMPLE_BYTES = 64 << 20
 # One round of clustering is a product [D, H] x [H, K]; a layer takes about this many products' time of numpy's own
 # in fp32 (docs/bench_convert.json compares the outcome with what was measured).
@@ -31,52 +24,23 @@ _PAIRS = 18  # what the prices' second derivatives take, [K, D] x [D, K], as a m
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Duration:
     """Seconds of clustering and of reading and writing, if nothing else runs."""
 
     clustering: float
     copying: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.clustering + self.copying
 
     def as_dict(self) -> dict:
         """For `--json`."""
         return {"seconds_clustering": round(self.clustering, 1), "seconds_copying": round(self.copying, 1)}
 
 
-def core_count() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def free_memory() -> int:
-    """Bytes that this process may still take: what the machine has free, or less in a container with a limit."""
-    free = psutil.virtual_memory().available
-    try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):  # no limit, or no such container
-        return free
-    return min(free, limit - used)
-
-
-def task_bytes(features: TensorInfo, neurons: int, experts: int, exact: bool, ffn: list[TensorInfo]) -> int:
-    """Memory in bytes of a process that converts a layer with these tensors.
-
-    While it clusters: the rows as they are stored, as bf16, and about 15 arrays [D, K] of fp32; with the exact method
-    also six copies of the rows in fp32 (k-means-constrained, measured). While it permutes: one tensor and two blocks.
-    """
-    elements = int(np.prod(features.shape))
-    copies = (0 if features.dtype == "BF16" else 2) + (6 * 4 if exact else 0)
-    clustering = features.nbytes + copies * elements + 15 * 4 * neurons * experts
-    permuting = max(info.nbytes for info in ffn) + 2 * BLOCK_BYTES
-    return PROCESS_BYTES + max(clustering, permuting)
-
-
-def jobs_that_fit(layers: int, ffn_bytes: int, one_task: int) -> int:
-    """Processes worth starting for this many bytes, as far as cores and memory go."""
-    return max(1, min(layers, core_count(), free_memory() // one_task, ffn_bytes // JOB_BYTES))
-
-
-def measure(source: Source, plan: Plan, out: Path) -> Estimate:
+def estimate_duration(source: Source, plan: Plan, out: Path) -> Duration:
     """A product of matrices, a read and a write are timed (a quarter of a second); the rest is proportion."""
     options = plan.options
     rows, width = 1024, min(plan.hidden_size, 4096)
@@ -87,7 +51,7 @@ def measure(source: Source, plan: Plan, out: Path) -> Estimate:
     if options.exact_restarts:
         products = _PRODUCTS_A_RESTART * options.exact_restarts
     copying = plan.weights_bytes * (_write_seconds(out) + _read_seconds(source)) / _SAMPLE_BYTES
-    return Estimate(plan.layers * (products * product + _LAYER_SECONDS), copying)
+    return Duration(plan.layers * (products * product + _LAYER_SECONDS), copying)
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -6,32 +6,18 @@ Tasks are the same everywhere, and so is what they write; only when each is done
 from __future__ import annotations
 
 import logging
-import multiprocessing
-import os
-import signal
 import socket
-import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import wait
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from ..errors import CallError, PaceError
+from ..jobs import run_here
+from ..journal import Journal
 from ..options import RunOptions
-from .estimate import core_count
+from ..progress import Progress
 from .tasks import Task
 
 RAY_RETRIES = 3  # of a task whose worker or machine died; Ray's own default, said here because we promise it
-
-
-class Runnable(Protocol):
-    """A picklable piece of work."""
-
-    def run(self) -> dict: ...
-
-
-Work = TypeVar("Work", bound=Runnable)
 
 
 def run_tasks(tasks: Sequence[Task], run: RunOptions, jobs: int, task_bytes: int) -> Iterator[tuple[Task, dict]]:
@@ -45,9 +31,28 @@ def run_tasks(tasks: Sequence[Task], run: RunOptions, jobs: int, task_bytes: int
     return run_here(tasks, jobs)
 
 
-def run_here(tasks: Sequence[Work], jobs: int) -> Iterator[tuple[Work, dict]]:
-    """As `run_tasks`, on this machine."""
-    return _in_processes(tasks, jobs) if jobs > 1 and len(tasks) > 1 else ((task, task.run()) for task in tasks)
+def run_remaining(
+    tasks: Sequence[Task],
+    journal: Journal,
+    progress: Progress,
+    *,
+    run: RunOptions,
+    jobs: int,
+    task_bytes: int,
+    words: tuple[str, str],
+) -> None:
+    """Run the tasks that the journal does not have, and note each.
+
+    words: for what is being done to the layers, and what was done. The rest as for `run_tasks`.
+    """
+    todo = [task for task in tasks if task.name not in journal.done or not task.is_there]
+    total, layers = sum(task.nbytes for task in tasks), sum(task.is_layer for task in tasks)
+    done = total - sum(task.nbytes for task in todo)
+    layers_done = layers - sum(task.is_layer for task in todo)
+    with progress.layers(total, layers, done, layers_done, words) as report:
+        for task, record in run_tasks(todo, run, jobs, task_bytes):
+            journal.add(task.name, record)
+            report(task.name, task.nbytes, task.is_layer)
 
 
 def check_executor(run: RunOptions, task_bytes: int) -> None:
@@ -72,38 +77,6 @@ def _reach(address: str | None) -> None:
             socket.create_connection((host, int(port)), timeout=5).close()
         except OSError as error:
             raise CallError(f"no Ray cluster at {address}: {error.strerror or error}", "check --ray-address") from error
-
-
-def _in_processes(tasks: Sequence[Work], jobs: int) -> Iterator[tuple[Work, dict]]:
-    threads = max(1, core_count() // jobs)
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin_worker, (threads,))
-    try:
-        running = {pool.submit(task.run): task for task in tasks}
-        for future in as_completed(running):
-            yield running[future], future.result()
-    except BrokenProcessPool as error:
-        raise PaceError("a worker process died, perhaps for want of memory", "give fewer --jobs") from error
-    except BaseException:
-        for process in multiprocessing.active_children():  # what they were at is done again
-            process.kill()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _begin_worker(threads: int) -> None:
-    """A worker leaves Ctrl-C to its parent, and ends with it however that ends."""
-    import torch
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(threads)
-    parent = multiprocessing.parent_process()
-
-    def watch() -> None:
-        wait([parent.sentinel])  # type: ignore[union-attr]
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _on_ray(tasks: Sequence[Task], run: RunOptions, task_bytes: int) -> Iterator[tuple[Task, dict]]:

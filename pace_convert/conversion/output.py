@@ -9,24 +9,31 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
-from ..checkpoint.checkpoint import INDEX
-from ..checkpoint.files import check_file, is_inside
+from ..checkpoint.checkpoint import CONFIG, INDEX
+from ..checkpoint.files import is_inside
 from ..checkpoint.shards import TensorInfo
-from ..converted.format import PERMUTATION
+from ..converted.format import (
+    LOCK,
+    PERMUTATION,
+    SEAL,
+    UNFINISHED,
+    in_use,
+    is_unfinished,
+    permutation_file,
+    seal_text,
+)
 from ..errors import CallError, DamagedSourceError, PaceError, Stopped
-from .journal import NAME as JOURNAL
-from .journal import read_journal
-from .places import LOCK, MOVE, SEAL, UNFINISHED, check_free, in_use, is_unfinished, written_before
+from ..experts.permute import ExpertOrder
+from ..journal import NAME as JOURNAL
+from ..journal import read_journal
+from ..writing import flush
+from .output_checks import MOVE, check_free, written_before
 
 AGAIN = "give --overwrite without --resume to start again"
 
@@ -46,14 +53,14 @@ class OutputFolder:
 
     def __enter__(self) -> OutputFolder:
         if self.staging.is_symlink():  # before anything is made behind it
-            check_free(self.path, self.overwrite, self.resume)
+            self._check_free()
         self.staging.mkdir(parents=True, exist_ok=True)
         try:
             self.lock.acquire()
         except Timeout as error:
             raise in_use(self.path) from error
         try:
-            check_free(self.path, self.overwrite, self.resume, locked=True)
+            self._check_free(locked=True)
         except CallError:
             self._release(discard=not is_unfinished(self.path))
             raise
@@ -79,26 +86,18 @@ class OutputFolder:
         metadata = {"total_size": sum(info.nbytes for info in tensors.values())}
         self.write(INDEX, json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n")
 
-    def permutation(self, layers: list[tuple[np.ndarray, np.ndarray]], files: dict[str, str | None]) -> None:
-        """Per layer the permutation [D] and the expert sizes [K], int32; and all files of OUT.
-
-        files: name -> the name of the source's file that it is, shards apart from their order; None for ours.
-        """
-        tensors = {}
-        for layer, (permutation, sizes) in enumerate(layers):
-            tensors[f"layers.{layer}.permutation"] = permutation
-            tensors[f"layers.{layer}.expert_sizes"] = sizes
-        metadata = {"files": json.dumps(files)}  # one entry: safetensors writes several in random order
-        self._whole(PERMUTATION, lambda path: path.write_bytes(save(tensors, metadata=metadata)))
+    def permutation(self, orders: Sequence[ExpertOrder], files: Mapping[str, str | None]) -> None:
+        """Each layer's order of neurons, and all files of OUT; see `permutation_file`."""
+        self._whole(PERMUTATION, lambda path: path.write_bytes(permutation_file(orders, files)))
 
     def seal(self, fingerprint: dict, files: list[str]) -> None:
         """Leave in OUT what was converted and how, and every file's size, so that a call for the same knows it."""
         sizes = {name: (self.staging / name).stat().st_size for name in files}
-        self.write(SEAL, json.dumps({"fingerprint": fingerprint, "files": sizes}, indent=2) + "\n")
+        self.write(SEAL, seal_text(fingerprint, sizes))
 
     def moves(self, files: list[str]) -> dict:
         """What `move` takes, for these files, once all are made. Raises CallError if OUT has changed meanwhile."""
-        check_free(self.path, self.overwrite, resume=True, locked=True)
+        check_free(self.path, overwrite=self.overwrite, resume=True, locked=True)
         sizes = {name: (self.staging / name).stat().st_size for name in files}
         return {"files": sizes, "remove": sorted(written_before(self.path) - set(files))}
 
@@ -111,20 +110,22 @@ class OutputFolder:
             path = (self.staging if name in made else self.path) / name
             if not path.is_file() or path.stat().st_size != size:
                 raise CallError(f"{path} is gone or not as it was made", AGAIN)
-        if "config.json" in made:  # while it is in staging, OUT is not a model
-            for name in ["config.json", *remove]:
+        if CONFIG in made:  # while it is in staging, OUT is not a model
+            for name in [CONFIG, *remove]:
                 (self.path / name).unlink(missing_ok=True)
-        for name in sorted(made, key=lambda name: name == "config.json"):
+        for name in sorted(made, key=lambda name: name == CONFIG):
             (self.path / name).parent.mkdir(parents=True, exist_ok=True)
             (self.staging / name).replace(self.path / name)
+
+    def _check_free(self, locked: bool = False) -> None:
+        check_free(self.path, overwrite=self.overwrite, resume=self.resume, locked=locked)
 
     def _whole(self, name: str, make: Callable[[Path], object]) -> None:
         """Made under its name in staging, and flushed to the disk."""
         path = self.staging / name
         path.parent.mkdir(parents=True, exist_ok=True)
         make(path)
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
+        flush(path)
 
     def _finish_earlier(self) -> None:
         """Let a conversion that was killed while it moved its files be whole before another one takes its place."""
@@ -151,20 +152,6 @@ class OutputFolder:
                 for folder in self.missing if not any(self.path.iterdir()) else ():
                     folder.rmdir()
         self.lock.release()
-
-
-def read_permutation(folder: Path) -> list[tuple[np.ndarray, np.ndarray]]:
-    """What `OutputFolder.permutation` wrote. Raises DamagedSourceError."""
-    try:
-        with safe_open(check_file(folder, PERMUTATION), framework="numpy") as file:
-            names = [name for name in file.keys() if name.endswith(".permutation")]  # noqa: SIM118
-            kinds = ("permutation", "expert_sizes")
-            layers = [tuple(file.get_tensor(f"layers.{i}.{kind}") for kind in kinds) for i in range(len(names))]
-    except (SafetensorError, OSError, TypeError) as error:  # TypeError: of a type that numpy does not have
-        raise DamagedSourceError(f"{PERMUTATION} is damaged ({error})", "convert again") from error
-    if any(array.dtype != np.int32 or array.ndim != 1 for layer in layers for array in layer):
-        raise DamagedSourceError(f"{PERMUTATION} holds something else than rows of int32", "convert again")
-    return [(permutation, sizes) for permutation, sizes in layers]
 
 
 @contextlib.contextmanager

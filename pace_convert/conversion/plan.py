@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..checkpoint.checkpoint import Source
-from ..checkpoint.shards import FLOAT_DTYPES, TensorInfo
+from ..checkpoint.ffn import check_ffn, count_layers, count_neurons
 from ..errors import CallError, DamagedSourceError
 from ..families import FamilySpec, FfnTensor, find_family
 from ..options import ConvertOptions, RunOptions
-from .estimate import jobs_that_fit, task_bytes
+from .resources import jobs_that_fit, layer_task_bytes
 
 
 @dataclass(frozen=True)
@@ -52,32 +52,46 @@ class Plan:
 
 def make_plan(source: Source, options: ConvertOptions, run: RunOptions | None = None) -> Plan:
     """Check source and options. Raises CallError or DamagedSourceError."""
-    config = source.config
+    config, run = source.config, run or RunOptions()
     _refuse_quantised(config)
     _check_type(config, "auto_map", dict)
     family = find_family(config, _check_type(config, "architectures", list) or [])
-    layers, neurons = count_layers(family, config), count_neurons(family, config)
-    ffn = check_ffn(family, layers, neurons, source.tensors)
-    if options.experts > neurons:
-        raise CallError(
-            f"--experts {options.experts} is more than the model's {neurons} neurons per layer", "choose fewer experts"
-        )
-    if options.granularity == "expert" and neurons % options.experts:
-        raise CallError(
-            f"--granularity expert needs experts of equal size: {options.experts} does not divide {neurons}",
-            f"choose --experts {_divisor_near(neurons, options.experts)}",
-        )
-    memory_layers = () if options.no_memory else resolve_layers(options.memory_layers, layers)
-    features = source.tensors[ffn[0].name]
-    ffn_infos = [source.tensors[tensor.name] for tensor in ffn]
-    memory = task_bytes(features, neurons, options.experts, options.cluster_method == "exact", ffn_infos)
-    run = run or RunOptions()
-    local = run.executor == "local"
-    jobs = run.jobs or (jobs_that_fit(layers, sum(info.nbytes for info in ffn_infos), memory) if local else layers)
-    hidden_size = features.shape[1 - ffn[0].axis]
+    layers, intermediate_size = count_layers(family, config), count_neurons(family, config)
+    ffn = check_ffn(family, layers, intermediate_size, source.tensors)
+    _check_experts(options, intermediate_size)
+    infos = [source.tensors[tensor.name] for tensor in ffn]
+    exact = options.cluster_method == "exact"
+    task_bytes = layer_task_bytes(infos, intermediate_size, options.experts, exact)
+    jobs = run.jobs
+    if jobs is None and run.executor == "local":
+        jobs = jobs_that_fit(layers, sum(info.nbytes for info in infos), task_bytes)
     return Plan(
-        family, options, run, layers, hidden_size, neurons, memory_layers, ffn, source.nbytes, memory, jobs,
-    )  # fmt: skip
+        family=family,
+        options=options,
+        run=run,
+        layers=layers,
+        hidden_size=infos[0].shape[1 - ffn[0].axis],
+        intermediate_size=intermediate_size,
+        memory_layers=() if options.no_memory else resolve_layers(options.memory_layers, layers),
+        ffn=ffn,
+        weights_bytes=source.nbytes,
+        task_bytes=task_bytes,
+        jobs=jobs or layers,
+    )
+
+
+def _check_experts(options: ConvertOptions, intermediate_size: int) -> None:
+    """Whether so many neurons can be grouped as asked. Raises CallError."""
+    if options.experts > intermediate_size:
+        raise CallError(
+            f"--experts {options.experts} is more than the model's {intermediate_size} neurons per layer",
+            "choose fewer experts",
+        )
+    if options.granularity == "expert" and intermediate_size % options.experts:
+        raise CallError(
+            f"--granularity expert needs experts of equal size: {options.experts} does not divide {intermediate_size}",
+            f"choose --experts {_divisor_near(intermediate_size, options.experts)}",
+        )
 
 
 def resolve_layers(wanted: str | tuple[int, ...], layers: int) -> tuple[int, ...]:
@@ -116,67 +130,3 @@ def _check_type(config: dict, key: str, kind: type) -> Any:
 
 def _divisor_near(number: int, wanted: int) -> int:
     return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - wanted))
-
-
-def count_layers(family: FamilySpec, config: dict) -> int:
-    """Decoder layers, as config.json states them. Raises CallError."""
-    return _positive(config, family.layer_keys)
-
-
-def count_neurons(family: FamilySpec, config: dict) -> int:
-    """Neurons of a layer's FFN, as config.json states them. Raises CallError."""
-    if family.width_keys and not any(config.get(key) is not None for key in family.size_keys):
-        return 4 * _positive(config, family.width_keys)
-    return _positive(config, family.size_keys)
-
-
-def _positive(config: dict, keys: tuple[str, ...]) -> int:
-    """The first of these keys that is set."""
-    key = next((key for key in keys if config.get(key) is not None), keys[0])
-    value = config.get(key)
-    if type(value) is not int or value < 1:
-        raise CallError(f"config.json: {key} is {value!r}", "give a checkpoint whose config states it")
-    return value
-
-
-def check_ffn(family: FamilySpec, layers: int, neurons: int, tensors: dict[str, TensorInfo]) -> tuple[FfnTensor, ...]:
-    """The tensors of all layers' FFNs, which must be there in the shapes that config.json states.
-
-    Raises DamagedSourceError, and CallError for quantised ones.
-    """
-    if layers > len(tensors):
-        raise DamagedSourceError(
-            f"config.json speaks of {layers} layers, the weights have {len(tensors)} tensors",
-            "config.json and weights do not belong together",
-        )
-    ffn = tuple(family.ffn_tensors(layers, tensors))
-    width = None
-    for tensor in ffn:
-        info = _check_tensor(tensors, tensor, neurons)
-        if len(info.shape) == 2:
-            width = width or info.shape[1 - tensor.axis]
-            if info.shape[1 - tensor.axis] != width or not width:
-                raise DamagedSourceError(
-                    f"{tensor.name} has shape {list(info.shape)}; the other FFN tensors have a hidden size of {width}",
-                    "get an undamaged copy of the model",
-                )
-    return ffn
-
-
-def _check_tensor(tensors: dict[str, TensorInfo], tensor: FfnTensor, neurons: int) -> TensorInfo:
-    name, expected = tensor.name, neurons * tensor.parts
-    info = tensors.get(name)
-    if info is None:
-        raise DamagedSourceError(f"the source lacks the tensor {name}", "check that all its shards are there")
-    if info.dtype not in FLOAT_DTYPES:
-        raise CallError(
-            f"{name} is {info.dtype}, not a float type: the source is quantised", "convert the full-precision model"
-        )
-    dimensions = 1 if name.endswith(".bias") else 2
-    if len(info.shape) != dimensions or info.shape[tensor.axis] != expected:
-        times = f"{tensor.parts} times " if tensor.parts > 1 else ""
-        raise DamagedSourceError(
-            f"{name} has shape {list(info.shape)}; axis {tensor.axis} should be {times}the model's {neurons} neurons",
-            "config.json and weights do not belong together",
-        )
-    return info

@@ -17,16 +17,24 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
-from ..checkpoint.shards import TensorInfo, copy_range, first_bad_row, read, reordered, row_blocks, write
+from ..checkpoint.checkpoint import Source
+from ..checkpoint.shards import (
+    TensorInfo,
+    copy_range,
+    first_bad_row,
+    read,
+    reordered,
+    row_blocks,
+    write,
+)
 from ..errors import DamagedSourceError, PaceError
-from ..experts.permute import canonical_permutation, invert, repeat
+from ..experts.permute import ExpertOrder, canonical_permutation, repeat
+from ..families import FfnTensor
+from ..writing import flush
+from .plan import Plan
 
 if TYPE_CHECKING:
     import torch
-
-    from ..checkpoint.checkpoint import Source
-    from ..families import FfnTensor
-    from .plan import Plan
 
 
 @dataclass(frozen=True)
@@ -59,11 +67,6 @@ class Shard:
     def is_there(self) -> bool:
         """Whether the target is, with its size."""
         return self.target.is_file() and self.target.stat().st_size == self.nbytes
-
-    def flush(self) -> None:
-        """Wait until what was written is on the disk."""
-        with self.target.open("r+b") as file:
-            os.fsync(file.fileno())
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ class _OfLayer(_Task):
 class LayerTask(_OfLayer):
     """Group one layer's neurons and write its FFN in the new order. The first of its tensors is the one that is grouped."""
 
-    neurons: int
+    intermediate_size: int
     transposed: bool
     experts: int
     seed: int
@@ -137,9 +140,13 @@ class LayerTask(_OfLayer):
                 if "can't allocate memory" in str(error) or "can't start new thread" in str(error):
                     raise MemoryError from error
                 raise
-            permutation, sizes = canonical_permutation(clustering.labels)
-            _write_permuted(self.tensors, permutation)
-        return {"permutation": _pack(permutation), "sizes": _pack(sizes), "changed": clustering.changed}
+            order = canonical_permutation(clustering.labels)
+            _write_permuted(self.tensors, order.permutation)
+        return {
+            "permutation": _pack(order.permutation),
+            "sizes": _pack(order.sizes),
+            "changed": clustering.changed,
+        }
 
     def _features(self) -> torch.Tensor:
         """One row per neuron [D, H]: of a fused tensor the gate's half, of a transposed one the columns."""
@@ -150,7 +157,7 @@ class LayerTask(_OfLayer):
         _refuse_non_finite(place, range(len(bits)), bits)
         dtype = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[place.info.dtype]
         rows = torch.from_numpy(bits.view(f"i{bits.itemsize}")).view(dtype)
-        return (rows.T if self.transposed else rows[: self.neurons]).to(self.device)
+        return (rows.T if self.transposed else rows[: self.intermediate_size]).to(self.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,16 +213,27 @@ def make_tasks(source: Source, plan: Plan, out: Path, device: str) -> list[Task]
 
     def layer_task(layer: int, places: tuple[Place, ...]) -> Task:
         return LayerTask(
-            places, layer, plan.intermediate_size, plan.family.ffn.transposed,
-            options.experts, options.seed, options.cluster_method, options.exact_restarts, device,
-        )  # fmt: skip
+            places,
+            layer,
+            intermediate_size=plan.intermediate_size,
+            transposed=plan.family.ffn.transposed,
+            experts=options.experts,
+            seed=options.seed,
+            method=options.cluster_method,
+            restarts=options.exact_restarts,
+            device=device,
+        )
 
     return _all_tasks(source, plan.ffn, out, layer_task)
 
 
-def restore_tasks(converted: Source, ffn: Sequence[FfnTensor], permutations: Sequence[np.ndarray], out: Path) -> list[Task]:
-    """All that makes a conversion's source again, in the folder `out`. permutations: by layer, [D] int32."""
-    return _all_tasks(converted, ffn, out, lambda layer, places: RestoreTask(places, layer, invert(permutations[layer])))
+def restore_tasks(converted: Source, ffn: Sequence[FfnTensor], orders: Sequence[ExpertOrder], out: Path) -> list[Task]:
+    """All that makes a conversion's source again, in the folder `out`. orders: by layer."""
+
+    def layer_task(layer: int, places: tuple[Place, ...]) -> Task:
+        return RestoreTask(places, layer, orders[layer].inverse())
+
+    return _all_tasks(converted, ffn, out, layer_task)
 
 
 def _all_tasks(
@@ -238,9 +256,9 @@ def _all_tasks(
     return tasks
 
 
-def layer_result(record: dict) -> tuple[np.ndarray, np.ndarray]:
-    """The permutation [D] and the expert sizes [K], int32, of what a LayerTask returned."""
-    return _unpack(record["permutation"]), _unpack(record["sizes"])
+def layer_result(record: dict) -> ExpertOrder:
+    """The order of a layer's neurons, of what a LayerTask returned."""
+    return ExpertOrder(_unpack(record["permutation"]), _unpack(record["sizes"]))
 
 
 def _gaps(taken: list[tuple[int, int]], end: int) -> Iterator[tuple[int, int]]:
@@ -275,7 +293,7 @@ def _at_rest(shards: set[Shard]) -> Iterator[None]:
         shard.prepare()
     yield
     for shard in shards:
-        shard.flush()
+        flush(shard.target)
         shard.check()
 
 

@@ -10,21 +10,20 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import __version__
-from ..checkpoint.checkpoint import Source
+from ..checkpoint.checkpoint import CONFIG, Source
 from ..checkpoint.files import check_file, is_inside
-from ..checkpoint.shards import BLOCK_BYTES
-from ..converted.format import PERMUTATION
+from ..converted.format import PERMUTATION, UNFINISHED, is_unfinished, written_files
 from ..converted.opened import Converted
 from ..errors import CallError, DamagedSourceError
+from ..journal import NAME as JOURNAL
+from ..journal import Journal, read_journal
 from ..options import RunOptions
 from ..progress import Progress
-from .convert import carry_out
-from .estimate import PROCESS_BYTES, jobs_that_fit
-from .journal import NAME as JOURNAL
-from .journal import Journal, read_journal
+from ..version import __version__
+from .executors import run_remaining
 from .output import OutputFolder, explained
-from .places import MOVE, UNFINISHED, check_places, check_room, files_in, is_unfinished, written_files
+from .output_checks import MOVE, check_places, check_room, files_in
+from .resources import jobs_that_fit, permuting_bytes
 from .tasks import restore_tasks
 
 GO_ON = "run the same command again to go on"
@@ -58,15 +57,24 @@ def undo(converted: Converted, original: Path, progress: Progress, jobs: int | N
         return restored
     _check_free(source, original, identity)
     check_room(source, original)
-    sizes = [source.tensors[tensor.name].nbytes for tensor in ffn]
-    memory = PROCESS_BYTES + max(sizes) + 2 * BLOCK_BYTES
-    jobs = jobs or jobs_that_fit(len(converted.layers), sum(sizes), memory)
+    infos = [source.tensors[tensor.name] for tensor in ffn]
+    task_bytes = permuting_bytes(infos)
+    if jobs is None:
+        jobs = jobs_that_fit(converted.layers, sum(info.nbytes for info in infos), task_bytes)
     with explained(original, GO_ON), OutputFolder(original, overwrite=False, resume=True) as folder:
-        journal = Journal(folder.staging)
-        journal.resume(identity) if is_unfinished(original) else journal.begin(identity)
+        journal = Journal(folder.staging, _anew(original))
+        journal.open(identity, lambda *_: _other_job(original))
         if MOVE not in journal.done:
-            tasks = restore_tasks(source, ffn, [permutation for permutation, _ in converted.layers], folder.staging)
-            carry_out(tasks, journal, RunOptions(), jobs, memory, progress, ("restoring", "restored"))
+            tasks = restore_tasks(source, ffn, converted.orders, folder.staging)
+            run_remaining(
+                tasks,
+                journal,
+                progress,
+                run=RunOptions(),
+                jobs=jobs,
+                task_bytes=task_bytes,
+                words=("restoring", "restored"),
+            )
             for name, origin in copies.items():
                 folder.copy(source.folder / name, origin)
             journal.add(MOVE, folder.moves(files))
@@ -90,7 +98,7 @@ def _origins(converted: Converted) -> dict[str, str]:
     """Name in OUT -> name in the source, of all files but the shards. Raises DamagedSourceError if one is missing."""
     folder, shards = converted.files.folder, converted.files.shards
     origins = {name: origin for name, origin in written_files(folder).items() if origin is not None and name not in shards}
-    if "config.json" not in origins.values() or not all(is_inside(name) for name in (*origins, *origins.values())):
+    if CONFIG not in origins.values() or not all(is_inside(name) for name in (*origins, *origins.values())):
         raise DamagedSourceError(f"{folder} does not say which files its source had", "convert again, then undo that")
     for name in origins:
         check_file(folder, name)
@@ -103,7 +111,15 @@ def _check_free(source: Source, original: Path, identity: dict) -> None:
     if original.exists() and not original.is_dir():
         raise CallError(f"{original} is a file", "choose another folder")
     if is_unfinished(original):
-        if read_journal(original / UNFINISHED / JOURNAL)[0] != identity:
-            raise CallError(f"{original} holds something else that is unfinished", "delete it, or choose another folder")
+        if read_journal(original / UNFINISHED / JOURNAL, _anew(original))[0] != identity:
+            raise _other_job(original)
     elif files_in(original):
         raise CallError(f"{original} is not empty", "choose another folder")
+
+
+def _other_job(original: Path) -> CallError:
+    return CallError(f"{original} holds something else that is unfinished", _anew(original))
+
+
+def _anew(original: Path) -> str:
+    return f"delete {original}, or choose another folder"

@@ -1,88 +1,209 @@
-"""What makes a folder of weights a PaceLLM repository: config and modeling files."""
+"""What a converted folder consists of: names, the `pace` object of config.json, the permutation
+file, and the record that a finished conversion leaves. Reading and writing each of them.
+"""
 
 from __future__ import annotations
 
 import json
-from importlib.resources import files
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
+from ..checkpoint.checkpoint import CONFIG, INDEX
+from ..checkpoint.files import check_file, is_inside
+from ..checkpoint.tokenizer import CONFIG as TOKENIZER_CONFIG
+from ..errors import CallError, DamagedSourceError, one_line
+from ..experts.permute import ExpertOrder
 from ..families import FamilySpec
-
-if TYPE_CHECKING:
-    from ..conversion.plan import Plan
+from ..journal import NAME as JOURNAL
+from ..options import ConvertOptions
 
 MODELING = "modeling_pace.py"
 PERMUTATION = "pace_permutation.safetensors"
 CARD = "README.md"
 SOURCE_CARD = "README.source.md"
-# Files of the source that a conversion writes anew, and the names under which the source's own are kept.
+# Files of the source that a conversion writes anew, and the names under which the source's own are
+# kept.
 KEPT = {
-    "config.json": "config.source.json",
-    "model.safetensors.index.json": "model.safetensors.index.source.json",
-    "tokenizer_config.json": "tokenizer_config.source.json",
+    CONFIG: "config.source.json",
+    INDEX: "model.safetensors.index.source.json",
+    TOKENIZER_CONFIG: "tokenizer_config.source.json",
     CARD: SOURCE_CARD,
 }
+# Beside the model: where everything is made before it is moved up, and, of a finished conversion,
+# what was converted and how, with every file's size. Both are hidden and never uploaded.
+UNFINISHED = ".pace-unfinished"
+SEAL = ".pace-conversion.json"
+LOCK = "lock"  # in UNFINISHED
 FORMAT_VERSION = 1
 
 
-def modeling_files(family: FamilySpec) -> dict[str, str]:
-    """Name -> text of every Python file that a checkpoint of this family ships."""
-    return {**_modeling_sources(), MODELING: render("modeling_pace.py.jinja", family=family)}
+class Difference(BaseModel):
+    """To the base, on the same items: mean and 95 % interval, in the metric's unit."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    mean: float = Field(allow_inf_nan=False)
+    low: float = Field(allow_inf_nan=False)
+    high: float = Field(allow_inf_nan=False)
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.3g} ({self.low:+.3g} to {self.high:+.3g})"
 
 
-def shipped_names() -> list[str]:
-    """Names that a conversion adds to a repository; a source must not have them."""
-    return [MODELING, PERMUTATION, *KEPT.values(), *_modeling_sources()]
+class Tuned(BaseModel):
+    """`pace.tuned`: how `pace tune` found the memory's parameters.
+
+    data: its name; sha256: of its bytes. Items are windows of the text, or questions.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    data: str
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    metric: str
+    trials: int
+    seed: int
+    held_in_items: int
+    held_in: Difference
+    held_out_items: int
+    held_out: Difference
+    date: str
+    version: str
+
+    def sentence(self) -> str:
+        """All in a line; its texts may come from elsewhere."""
+        return one_line(
+            f"{self.trials} trials on {self.data} ({self.date}); {self.metric}, less the base's, on "
+            f"{self.held_out_items} held-out items: {self.held_out}"
+        )
 
 
-def _modeling_sources() -> dict[str, str]:
+def pace_object(
+    family: FamilySpec,
+    options: ConvertOptions,
+    intermediate_size: int,
+    memory_layers: tuple[int, ...],
+) -> dict:
+    """config.json's `pace`. memory_layers: resolved, 0-based."""
     return {
-        entry.name: entry.read_text(encoding="utf-8")
-        for entry in sorted(files("pace_convert.modeling").iterdir(), key=lambda entry: entry.name)
-        if entry.name.endswith(".py") and entry.name != "__init__.py"
-    }
-
-
-def converted_config(source: dict, plan: Plan) -> dict:
-    """The source's config plus what a PaceLLM needs (DESIGN 4)."""
-    family, options = plan.family, plan.options
-    config = dict(source)
-    config["pace"] = {
         "version": FORMAT_VERSION,
         "base_model_type": family.model_type,
-        "intermediate_size": plan.intermediate_size,
+        "intermediate_size": intermediate_size,
         "experts": options.experts_config(),
-        "memory": options.memory_config(plan.memory_layers),
+        "memory": options.memory_config(memory_layers),
     }
-    if options.no_memory:
-        return config
-    config["model_type"] = f"pace_{family.model_type}"
-    config["architectures"] = [f"Pace{family.causal_lm_class}"]
-    config["auto_map"] = auto_map(source, family)
-    return config
 
 
-def auto_map(source: dict, family: FamilySpec) -> dict[str, str]:
-    """Which class of which file transformers loads: the source's own, and ours. source: its config."""
-    module = MODELING.removesuffix(".py")
-    return {
-        **(source.get("auto_map") or {}),
-        "AutoConfig": f"{module}.Pace{family.config_class}",
-        "AutoModel": f"{module}.Pace{family.model_class}",
-        "AutoModelForCausalLM": f"{module}.Pace{family.causal_lm_class}",
-    }
+def check_pace(pace: dict) -> None:
+    """What `pace` says of experts, memory and tuning must be what this package can have written.
+
+    Raises DamagedSourceError, naming the parameter.
+    """
+    try:
+        experts, memory = dict(pace["experts"]), dict(pace["memory"])
+        enabled, layers = memory.pop("enabled"), tuple(memory.pop("layers"))
+        given = {
+            "experts": experts.pop("count"),
+            "cluster_method": experts.pop("method"),
+            "seed": experts.pop("seed"),
+        }
+        if experts:
+            given["exact_restarts"] = experts.pop("restarts")
+        ConvertOptions.model_validate({**given, **experts, **memory, "memory_layers": layers})
+        if "tuned" in pace:
+            Tuned.model_validate(pace["tuned"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = f"{first['loc'][0]}: " if first["loc"] else ""
+        raise DamagedSourceError(f"config.json: pace: {where}{first['msg']}", "convert again") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedSourceError("config.json: pace.experts or pace.memory is incomplete", "convert again") from error
+    if type(enabled) is not bool:
+        raise DamagedSourceError("config.json: pace.memory.enabled is neither true nor false", "convert again")
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether a conversion into this folder was begun and not finished."""
+    return (folder / UNFINISHED / JOURNAL).is_file()
+
+
+def in_use(folder: Path) -> CallError:
+    """What to say when another process holds the folder's lock."""
+    return CallError(f"another process is converting into {folder}", "wait for it, or choose another folder")
+
+
+def permutation_file(orders: Sequence[ExpertOrder], files: Mapping[str, str | None]) -> bytes:
+    """PERMUTATION's bytes: each layer's order, and all files of the folder.
+
+    files: name -> the name of the source's file that it is, shards apart from their order; None for
+    ours.
+    """
+    tensors = {}
+    for layer, order in enumerate(orders):
+        tensors[f"layers.{layer}.permutation"] = order.permutation
+        tensors[f"layers.{layer}.expert_sizes"] = order.sizes
+    # One entry: safetensors writes several in random order.
+    return save(tensors, metadata={"files": json.dumps(dict(files))})
+
+
+def read_permutation(folder: Path) -> list[ExpertOrder]:
+    """Each layer's order. Raises DamagedSourceError for a file that can't be one."""
+    try:
+        with safe_open(check_file(folder, PERMUTATION), framework="numpy") as file:
+            names = [name for name in file.keys() if name.endswith(".permutation")]  # noqa: SIM118
+            orders = [
+                ExpertOrder(
+                    file.get_tensor(f"layers.{layer}.permutation"),
+                    file.get_tensor(f"layers.{layer}.expert_sizes"),
+                )
+                for layer in range(len(names))
+            ]
+    # TypeError: of a type that numpy does not have
+    except (SafetensorError, OSError, TypeError) as error:
+        raise DamagedSourceError(f"{PERMUTATION} is damaged ({error})", "convert again") from error
+    if any(array.dtype != np.int32 or array.ndim != 1 for order in orders for array in order):
+        raise DamagedSourceError(f"{PERMUTATION} holds something else than rows of int32", "convert again")
+    return orders
+
+
+def written_files(folder: Path) -> dict[str, str | None]:
+    """Every file that the conversion in this folder wrote: its name, and the name of the source's
+    that it is. Empty if there is no conversion.
+    """
+    try:
+        if not (folder / PERMUTATION).is_file():
+            return {}
+        with safe_open(folder / PERMUTATION, framework="numpy") as file:
+            names = json.loads((file.metadata() or {})["files"])
+    except (SafetensorError, OSError, KeyError, ValueError, RecursionError):
+        return {}
+    known = isinstance(names, dict) and all(isinstance(v, str | None) for v in names.values())
+    return names if known else {}
+
+
+def seal_text(fingerprint: dict, sizes: Mapping[str, int]) -> str:
+    """SEAL's text: what was converted and how, and every file's size in bytes."""
+    return json.dumps({"fingerprint": fingerprint, "files": dict(sizes)}, indent=2) + "\n"
+
+
+def read_seal(folder: Path) -> dict | None:
+    """The fingerprint of a finished conversion; None if a file is not as it was made, or if there
+    is none.
+    """
+    try:
+        seal = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+        sizes = {name: size for name, size in seal["files"].items() if is_inside(name)}
+        whole = all((folder / name).stat().st_size == size for name, size in sizes.items())
+        return seal["fingerprint"] if whole and not is_unfinished(folder) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
 
 
 def to_json(value: object) -> str:
     """As transformers writes it."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-
-
-def render(template: str, **values: object) -> str:
-    """One of `templates/`, filled in."""
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    environment.filters["json"] = lambda value: json.dumps(value, ensure_ascii=False)
-    text = files("pace_convert.templates").joinpath(template).read_text(encoding="utf-8")
-    return environment.from_string(text).render(**values)

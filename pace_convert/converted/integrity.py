@@ -7,9 +7,8 @@ from dataclasses import asdict, dataclass
 
 from ..checkpoint.checkpoint import INDEX
 from ..checkpoint.files import read_json
-from ..conversion.places import written_files
 from ..errors import DamagedSourceError, one_line
-from ..experts.permute import is_canonical
+from .format import written_files
 from .load import edited_code
 from .opened import Converted
 
@@ -21,7 +20,7 @@ class Integrity:
     tensors: int
     shards: int
     layers: int
-    neurons: int
+    intermediate_size: int
     problems: tuple[str, ...]
     edited_files: tuple[str, ...]
 
@@ -39,9 +38,9 @@ def check_integrity(converted: Converted) -> Integrity:
     """What `open_converted` does not look at: index, shapes, order of the experts, memory layers, files that are gone."""
     problems = [*_files(converted), *_index(converted), *_experts(converted), *_config(converted)]
     problems = [one_line(problem) for problem in problems]  # they hold names from elsewhere
-    files, neurons = converted.files, len(converted.layers[0][0])
+    files, neurons = converted.files, converted.intermediate_size
     return Integrity(
-        len(files.tensors), len(files.shards), len(converted.layers), neurons, tuple(problems), tuple(edited_code(converted))
+        len(files.tensors), len(files.shards), converted.layers, neurons, tuple(problems), tuple(edited_code(converted))
     )
 
 
@@ -68,10 +67,10 @@ def _index(converted: Converted) -> list[str]:
 
 def _experts(converted: Converted) -> list[str]:
     count, problems = converted.pace["experts"]["count"], []
-    for layer, (permutation, sizes) in enumerate(converted.layers):
-        if len(sizes) != count or sizes.max() - sizes.min() > 1:
+    for layer, order in enumerate(converted.orders):
+        if len(order.sizes) != count or order.sizes.max() - order.sizes.min() > 1:
             problems.append(f"layer {layer} does not have {count} experts of equal size, to within one neuron")
-        elif not is_canonical(permutation, sizes):
+        elif not order.is_canonical():
             problems.append(f"layer {layer}: its experts are not in their order")
     return problems
 
@@ -83,6 +82,6 @@ def _config(converted: Converted) -> list[str]:
     except DamagedSourceError as error:
         problems.append(error.message)
     layers = converted.pace["memory"]["layers"]
-    if any(layer >= len(converted.layers) for layer in layers):
-        problems.append(f"config.json: memory in layers {layers}, the model has {len(converted.layers)}")
+    if any(layer >= converted.layers for layer in layers):
+        problems.append(f"config.json: memory in layers {layers}, the model has {converted.layers}")
     return problems

@@ -1,4 +1,4 @@
-"""Whether the Python that a converted folder would run is what this version ships."""
+"""The one way to load a model, and whether the Python that a converted folder would run is what this version ships."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.checkpoint import Source
-from ..errors import CallError
-from .format import MODELING, auto_map, modeling_files
+from ..device import load_dtype
+from ..errors import CallError, PaceError
+from .format import MODELING
 from .opened import Converted
+from .shipped import auto_map, modeling_files
 
 
 def edited_code(converted: Converted, source: Source | None = None) -> list[str]:
@@ -17,7 +19,7 @@ def edited_code(converted: Converted, source: Source | None = None) -> list[str]
     source: what was converted; other Python files and classes must be as they are there. Without it they are not
     looked at: nothing that this version ships imports them.
     """
-    if not converted.remote:
+    if not converted.needs_code:
         return []
     folder = converted.files.folder
     shipped = modeling_files(converted.family)
@@ -34,25 +36,59 @@ def edited_code(converted: Converted, source: Source | None = None) -> list[str]
     return edited
 
 
-def refuse_edited(edited: list[str], trust: bool, instead: str = "") -> None:
+def refuse_edited(edited: list[str], trust_remote_code: bool, instead: str = "") -> None:
     """Raises CallError where something was edited and is not trusted. instead: what else can be done, for the hint."""
-    if edited and not trust:
+    if edited and not trust_remote_code:
         raise CallError(
             f"{edited[0]} is not as this version ships it, so it is not run",
             f"read it, then give --trust-remote-code{', ' + instead if instead else ''}",
         )
 
 
-def causal_lm_class(converted: Converted) -> Any:
-    """The class that `from_pretrained` is called of, without trust in anything but the modeling files."""
-    from transformers import AutoModelForCausalLM
+def load_model(files: Source | Converted, *, device: str = "cpu", head: bool = True, trust_remote_code: bool = False) -> Any:
+    """The model of a folder that is on this machine, in eval mode, on a device that `resolve_device` has named.
+
+    Its dtype is `load_dtype`'s. head: False for the decoder without its vocabulary head. No Python of a folder runs but
+    a conversion's modeling files, and those only as this version ships them, or with `trust_remote_code`.
+    Raises CallError for edited ones, PaceError where the model does not load.
+    """
+    from transformers.utils import logging
+
+    converted = files if isinstance(files, Converted) else None
+    source = files.files if isinstance(files, Converted) else files
+    if converted:
+        refuse_edited(edited_code(converted), trust_remote_code)
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # without the head, its weights would be named as unused
+    try:
+        cls = _shipped_class(converted, head) if converted and converted.needs_code else _own_class(head)
+        dtype = load_dtype(source.nbytes, device)
+        model = cls.from_pretrained(source.folder, dtype=dtype, local_files_only=True, trust_remote_code=False)
+        return model.eval().to(device)
+    except Exception as error:  # each class fails in its own way, and so do edited files
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        hint = "`pace verify` says what differs from the source" if converted else "check its files"
+        raise PaceError(f"{source.name} does not load: {reason[0]}", hint) from error
+
+
+def _own_class(head: bool) -> Any:
+    """transformers' own."""
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    return AutoModelForCausalLM if head else AutoModel
+
+
+def _shipped_class(converted: Converted, head: bool) -> Any:
+    """The class in the modeling files.
+
+    Not an Auto class with trust_remote_code: that runs what auto_map names, and a custom_generate/ that came along
+    from the source.
+    """
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-    if not converted.remote:
-        return AutoModelForCausalLM
-    # Not AutoModelForCausalLM with trust_remote_code: that runs a custom_generate/ that came along from the source.
-    name = f"{MODELING.removesuffix('.py')}.Pace{converted.family.causal_lm_class}"
-    return get_class_from_dynamic_module(name, converted.files.folder)
+    family = converted.family
+    name = f"Pace{family.causal_lm_class if head else family.model_class}"
+    return get_class_from_dynamic_module(f"{MODELING.removesuffix('.py')}.{name}", converted.files.folder)
 
 
 def _reads(path: Path, content: bytes) -> bool:

@@ -10,20 +10,21 @@ from huggingface_hub import CommitInfo, HfApi, constants
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
 
-from .. import __version__
 from ..checkpoint.checkpoint import Source
 from ..checkpoint.hub_errors import WRITING, hub_errors
 from ..errors import CallError, DamagedSourceError, PaceError
 from ..progress import Progress
+from ..version import __version__
+from ..writing import PART
 from .card import pinned_commit, published
 from .format import CARD
 from .integrity import check_integrity
 from .opened import Converted
 
 if TYPE_CHECKING:
-    from .verify import Verification
+    from .verify import Verification  # needs torch
 
-NOT_UPLOADED = (".*", "*/.*", "*.part")
+NOT_UPLOADED = (".*", "*/.*", f"*{PART}")
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors")  # of an earlier upload they would be loaded in place of ours
 
 
@@ -114,14 +115,14 @@ def push(converted: Converted, target: Target, verification: Verification | None
     if card is not None:
         check_card(target, card)
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file() and not _hidden(path.relative_to(folder))]
-    needs_code = converted.remote
+    needs_code = converted.needs_code
     progress.let_hub_talk()
     progress.say(f"uploading {len(sizes)} files, {sum(sizes) / 1e6:.2f} MB, to {target.repo_id}")
     with hub_errors(target.repo_id, WRITING):
         done, commit = _upload_folder(target, folder)
         if card is not None:
             api.upload_file(
-                path_or_fileobj=published(card, target.repo_id, commit, needs_code, verification).encode(),
+                path_or_fileobj=_published(card, target, commit, needs_code, verification).encode(),
                 path_in_repo=CARD,
                 repo_id=target.repo_id,
                 revision=done.pr_revision or target.branch,
@@ -191,6 +192,11 @@ def _check_whole(converted: Converted, verification: Verification | None, progre
         progress.say(f"{name} is not as this version ships it; it is uploaded as it is")
 
 
+def _published(card: str, target: Target, commit: str, needs_code: bool, verification: Verification | None) -> str:
+    compared = None if verification is None else verification.sentence()
+    return published(card, target.repo_id, commit, needs_code=needs_code, compared=compared)
+
+
 def _read_card(folder: Path) -> str | None:
     try:
         return (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else None
@@ -210,4 +216,4 @@ def _commit_to_pin(target: Target, commit: str, before: list[str]) -> str:
 
 
 def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts) or path.suffix == ".part"
+    return any(part.startswith(".") for part in path.parts) or path.suffix == PART

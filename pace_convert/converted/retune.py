@@ -9,12 +9,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ..conversion.places import LOCK, SEAL, UNFINISHED, in_use, is_unfinished
 from ..errors import CallError
+from ..writing import write_whole
 from .card import is_untouched, retuned
-from .format import CARD, to_json
+from .format import CARD, LOCK, SEAL, UNFINISHED, Tuned, in_use, is_unfinished, to_json
 from .opened import Converted
-from .tuned import Tuned
 
 
 def check_writable(folder: Path) -> None:
@@ -35,7 +34,7 @@ def write_memory(converted: Converted, memory: dict, tuned: Tuned) -> bool:
     card = (folder / CARD).read_bytes() if (folder / CARD).is_file() else b""
     ours = is_untouched(card)
     if ours:
-        texts[CARD] = retuned(card.decode(), memory, len(converted.layers), tuned)
+        texts[CARD] = retuned(card.decode(), memory, converted.layers, tuned.sentence())
     if (folder / SEAL).is_file():
         seal = json.loads((folder / SEAL).read_text(encoding="utf-8"))
         seal["files"] |= {name: len(text.encode()) for name, text in texts.items()}
@@ -47,18 +46,10 @@ def write_memory(converted: Converted, memory: dict, tuned: Tuned) -> bool:
             if is_unfinished(folder):
                 raise in_use(folder)
             for name, text in texts.items():
-                _replace(folder / name, staging / name, text)
+                write_whole(folder / name, text, part=staging / name)
             (staging / LOCK).unlink(missing_ok=True)
     except Timeout as error:
         raise in_use(folder) from error
     with contextlib.suppress(OSError):
         staging.rmdir()
     return ours
-
-
-def _replace(path: Path, part: Path, text: str) -> None:
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)

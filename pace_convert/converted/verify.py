@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +14,8 @@ from ..checkpoint.checkpoint import Source
 from ..checkpoint.shards import reordered, row_blocks
 from ..checkpoint.tokenizer import read_with_tokenizer
 from ..errors import CallError
-from ..experts.permute import invert, repeat
 from ..progress import Progress
-from .load import causal_lm_class, edited_code, refuse_edited
+from .load import edited_code, load_model, refuse_edited
 from .opened import Converted
 
 SAMPLE = "The code of Ada is 4711;\n\tit's   written in München, in 東京 and <|here|>. def f(x): return x**2"
@@ -59,13 +57,29 @@ class Verification:
         """For `--json`."""
         return {**asdict(self), "sha256": self.digest, "passed": self.passed}
 
+    def sentence(self) -> str:
+        """What was compared before an upload, for the model card."""
+        tokens = ", and its tokenizer reads a sample as the source's does" if self.same_tokens else ""
+        return (
+            f"Before the upload all {self.tensors} tensors ({self.nbytes:,} bytes) were compared with the "
+            f"source's: every one is the same bit for bit, {self.permuted} of them after undoing the "
+            f"permutation{tokens}."
+        )
 
-def verify(converted: Converted, source: Source, progress: Progress, logits: bool = True, trust: bool = False) -> Verification:
+
+def verify(
+    converted: Converted,
+    source: Source,
+    progress: Progress,
+    *,
+    logits: bool = True,
+    trust_remote_code: bool = False,
+) -> Verification:
     """Compare a conversion with its source.
 
     Tensors are compared as bits, one at a time. Logits are compared on random tokens, in fp32 below
     4 GB of weights and else in the stored type; the models are loaded one after the other. OUT's
-    modeling files run only if they are the ones this version ships, or with `trust`.
+    modeling files run only if they are the ones this version ships, or with trust_remote_code.
     """
     source = source.fetch()
     if source.config["model_type"] != converted.family.model_type:
@@ -73,7 +87,7 @@ def verify(converted: Converted, source: Source, progress: Progress, logits: boo
             f"{source.name} is a {source.config['model_type']}, the conversion's base a {converted.family.model_type}",
             "give the source that was converted",
         )
-    permutations = {t.name: (t.axis, invert(repeat(converted.layers[t.layer][0], t.parts))) for t in converted.ffn()}
+    permutations = {t.name: (t.axis, converted.orders[t.layer].inverse(t.parts)) for t in converted.ffn()}
     different, hashes = _compare(converted.files, source, permutations, progress)
     edited = edited_code(converted, source)
     result = Verification(
@@ -87,8 +101,8 @@ def verify(converted: Converted, source: Source, progress: Progress, logits: boo
     )
     if not logits or different:
         return result
-    refuse_edited(edited, trust, "or --no-logits to compare tensors only")
-    return _with_logits(result, converted, source)
+    refuse_edited(edited, trust_remote_code, "or --no-logits to compare tensors only")
+    return _with_logits(result, converted, source, trust_remote_code)
 
 
 def _compare(out: Source, source: Source, permutations: dict, progress: Progress) -> tuple[list[str], dict[str, str]]:
@@ -123,29 +137,22 @@ def _same_tokens(source: Source, converted: Converted) -> bool | None:
     return None if expected is None else read_with_tokenizer(converted.files.folder, SAMPLE) == expected
 
 
-def _with_logits(result: Verification, converted: Converted, source: Source) -> Verification:
-    dtype = torch.float32 if source.nbytes < 4e9 else "auto"
-    expected, kind = _logits(source.folder, dtype)
-    got, _ = _logits(converted.files.folder, dtype, converted)
+def _with_logits(result: Verification, converted: Converted, source: Source, trust_remote_code: bool) -> Verification:
+    expected, dtype = _logits(load_model(source))
+    got, _ = _logits(load_model(converted, trust_remote_code=trust_remote_code))
     difference, largest = (got - expected).abs().max().item(), expected.abs().max().item()
     return replace(
         result,
         logit_difference=difference,
         largest_logit=largest,
-        logits_match=difference <= TOLERANCE[kind] * largest,
+        logits_match=difference <= TOLERANCE[dtype] * largest,
     )
 
 
 @torch.no_grad()
-def _logits(folder: Path, dtype: torch.dtype | str, converted: Converted | None = None) -> tuple[torch.Tensor, torch.dtype]:
-    """Logits [2, 64, vocabulary] of the same random tokens for every model."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    cls: Any = causal_lm_class(converted) if converted else AutoModelForCausalLM
-    model = cls.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
-    if converted and converted.remote:
+def _logits(model: Any) -> tuple[torch.Tensor, torch.dtype]:
+    """Logits [2, 64, vocabulary] in float64 of the same random tokens for every model, its memory off; and its dtype."""
+    if hasattr(model, "set_memory_enabled"):
         model.set_memory_enabled(False)
     ids = torch.randint(model.config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
     return model(ids).logits.double(), model.dtype

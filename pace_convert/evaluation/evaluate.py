@@ -9,12 +9,15 @@ from typing import Any
 
 from ..errors import CallError
 from ..progress import Progress
+from ..writing import write_json
 from .benchmarks.table import Benchmark, benchmark
+from .folder import RESULTS
 from .options import ComparisonOptions, JobOptions, SweepOptions, require_extra, validated
-from .runner import RESULTS, Evaluation, Results, run_cells, write_json
+from .runner import Evaluation, Results, run_cells
 from .subjects import ARMS, AS_IT_IS, Subject, is_pace, layer_count, subjects_of
 from .sweep import Level, combinations, levels, parse_factor, swept_subjects
 from .sweep_plot import plot_levels
+from .variants import variants as variants_of
 
 
 def evaluate(
@@ -23,6 +26,7 @@ def evaluate(
     *,
     bases: Sequence[str | Path] = (),
     arms: str | Sequence[str] | None = None,
+    variants: Sequence[str] = (),
     trust_remote_code: bool = False,
     out: str | Path | None = None,
     device: str = "auto",
@@ -34,7 +38,8 @@ def evaluate(
 
     name: needle, longbench, ... (`benchmarks.table`). model: a folder or a Hub id. bases: other models
     that it is compared with. arms: of the model, see `subjects.ARMS`; by default the benchmark's own
-    or, with bases, the model as it is. options: the benchmark's, named as on the command line, with
+    or, with bases, the model as it is. variants: like "update_interval=64,slots=50", each one arm more,
+    the model with these memory parameters. options: the benchmark's, named as on the command line, with
     underscores. progress: quiet if left out.
 
     `out` (pace-NAME) keeps a journal, so that the same call goes on after a kill, results.json and the
@@ -46,6 +51,7 @@ def evaluate(
         ComparisonOptions,
         {
             "model": str(model), "bases": tuple(str(base) for base in bases), "arms": arms,
+            "variants": tuple(variants),
             "trust_remote_code": trust_remote_code, "out": out, "device": device, "jobs": jobs,
         },
         command,
@@ -85,7 +91,7 @@ def sweep(
     job = validated(
         SweepOptions,
         {
-            "model": str(model), "on": name, "vary": tuple(vary), "trust_remote_code": trust_remote_code,
+            "model": str(model), "on": (name,), "vary": tuple(vary), "trust_remote_code": trust_remote_code,
             "out": out, "device": device, "jobs": jobs,
         },
         "eval sweep",
@@ -113,7 +119,9 @@ def chosen_subjects(job: ComparisonOptions, default: Sequence[str]) -> list[Subj
         if arm != AS_IT_IS and arm not in ARMS:
             known = f"choose from {AS_IT_IS}, {', '.join(ARMS)}"
             raise CallError(f"--arms: there is no {arm!r}", known)
-    return subjects_of(job.model, job.bases, list(dict.fromkeys(chosen)), job.trust_remote_code)
+    trust = job.trust_remote_code
+    subjects = subjects_of(job.model, job.bases, list(dict.fromkeys(chosen)), trust)
+    return [*subjects, *variants_of(job.model, job.variants, trust)]
 
 
 def _made(row: Benchmark, job: JobOptions, options: Any) -> Evaluation:

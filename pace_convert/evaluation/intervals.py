@@ -61,3 +61,32 @@ def difference(cells: list[list[float]], base: list[list[float]]) -> Mean:
             for mine, theirs in zip(cells, base, strict=True)
         ]
     )
+
+
+def ratio(totals: list[float], counts: list[float], seed: int = 0) -> Mean:
+    """Sum of `totals` over sum of `counts`, one of each a cluster (a document, a context), whole clusters resampled.
+
+    What depends on one another stays together: the tokens of a document, the questions to a context. One cluster
+    leaves nothing to resample, and the interval is then the value alone. Raises ValueError where nothing was counted.
+    """
+    return ratio_difference((totals, counts), ([0.0] * len(totals), [1.0] * len(totals)), seed)
+
+
+def ratio_difference(
+    mine: tuple[list[float], list[float]], base: tuple[list[float], list[float]], seed: int = 0
+) -> Mean:
+    """Of two `ratio`s over the same clusters in the same order, with the interval of paired clusters."""
+    values = np.asarray([*mine, *base], dtype=float)  # [4, clusters]
+    if not values.size or values[1].sum() == 0 or values[3].sum() == 0:
+        raise ValueError("nothing was counted")
+    rng = np.random.default_rng(seed)
+    drawn = values[:, rng.integers(values.shape[1], size=(RESAMPLES, values.shape[1]))].sum(2)
+    counted = (drawn[1] > 0) & (
+        drawn[3] > 0
+    )  # a draw of clusters in which nothing was counted has no ratio
+    ratios = drawn[0, counted] / drawn[1, counted] - drawn[2, counted] / drawn[3, counted]
+    tail = 50 * (1 - LEVEL)
+    low, high = np.percentile(ratios, [tail, 100 - tail])
+    total = values.sum(1)
+    mean = float(total[0] / total[1] - total[2] / total[3])
+    return Mean(mean, float(low), float(high), int(total[1]))

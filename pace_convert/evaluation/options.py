@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    ValidationError,
+)
 
+from ..device import resolve_device
 from ..errors import CallError, PaceError
 from ..options import option_name
 
@@ -28,25 +36,15 @@ def _joined(value: object) -> object:
 CommaSeparated = Annotated[str, BeforeValidator(_joined)]
 
 
-def checked_device(device: str) -> str:
-    """The name of a device that is here. Raises CallError for others."""
-    import torch
-
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-        raise CallError(
-            f"--device {device!r} is not auto, cpu, cuda or cuda:N",
-            "leave it out to take the GPU if there is one",
-        )
-    if device.startswith("cuda"):
-        number = int(device.partition(":")[2] or 0)
-        if number >= torch.cuda.device_count():
-            raise CallError(
-                f"--device {device}: there is no such GPU", "give --device cpu, or leave it out"
-            )
-    return device
+def _several(value: object) -> object:
+    """One path for a tuple of one."""
+    return (value,) if isinstance(value, str | Path) else value
 
 
-Device = Annotated[str, AfterValidator(checked_device)]
+Paths = Annotated[
+    tuple[Annotated[Path, Strict(False)], ...], Strict(False), BeforeValidator(_several)
+]
+Device = Annotated[str, AfterValidator(resolve_device)]
 
 
 class EvaluationOptions(BaseModel):
@@ -82,12 +80,22 @@ class ComparisonOptions(JobOptions):
         description="Arms of MODEL, from its folder alone: pace (as it is), base, ce, pa, pa-expert, "
         "ce+pa, ce+pa-expert.  [default: pace beside BASE; base and pace without]",
     )
+    variants: tuple[str, ...] = Field(
+        (),
+        description="One arm more: MODEL with these memory parameters, switched at run time: "
+        "update_interval=64 or slots=50,theta_high=0.6,layers=1+2. May be repeated.",
+        json_schema_extra={"option": "--with", "metavar": "NAME=VALUE,..."},
+    )
 
 
 class SweepOptions(JobOptions):
     """A grid of memory parameters, and the evaluation that it is tried on."""
 
-    on: str = Field(description="The evaluation: any command of pace eval but cost and sweep.")
+    on: tuple[str, ...] = Field(
+        min_length=1,
+        description="The evaluation: any command of pace eval but cost and sweep; then what it takes "
+        "as --on itself.",
+    )
     vary: tuple[str, ...] = Field(
         min_length=1,
         description="A memory parameter and its values: slots=50,100 or "

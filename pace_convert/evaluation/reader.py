@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from copy import deepcopy
+from dataclasses import dataclass
 from itertools import groupby, takewhile
 from typing import Any
 
@@ -11,7 +12,18 @@ import torch
 
 BATCH_TOKENS = 8192  # prompt tokens of the rows that are read together
 CHUNK = 2048  # tokens of one prefill call of one row: longer prompts come in several, so that their masks stay small
-LOGITS = 512  # positions whose logits are made at once
+LOGITS = (
+    512  # positions whose logits are made at once, fewer where that were more than so many numbers:
+)
+LOGIT_VALUES = 2**25
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What prompts begin with, read: the cache after its `length` tokens. Whoever goes on reading takes a copy."""
+
+    length: int
+    cache: Any
 
 
 class Reader:
@@ -36,6 +48,12 @@ class Reader:
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids; special: with those that the tokenizer puts around a text."""
         return self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+
+    @property
+    def opening(self) -> list[int]:
+        """The special tokens that the tokenizer puts before a text: the begin-of-text token, or nothing."""
+        whole, bare = self.encode("a"), self.encode("a", special=False)
+        return whole[: next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)]
 
     def decode(self, ids: list[int]) -> str:
         """Text of token ids, without special tokens."""
@@ -68,32 +86,43 @@ class Reader:
             answers += self._generate(ids, mask, max_new_tokens, stop)
         return answers
 
-    @torch.no_grad()
     def answer_each(
-        self, prompts: list[list[int]], max_new_tokens: int, stop: tuple[str, ...] = ()
+        self,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        stop: tuple[str, ...] = (),
+        prefix: Prefix | None = None,
     ) -> list[str]:
-        """As `answer`, for prompts that begin alike: what they have in common is read once, and its cache copied."""
-        from transformers import DynamicCache
+        """As `answer`, for prompts that begin alike: what they have in common is read once, and its cache copied.
 
-        shared = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts)))
-        if len(prompts) < 2 or shared < min(map(len, prompts)) // 2:
-            return self.answer(prompts, max_new_tokens, stop)
-        shared = min(
-            shared, min(map(len, prompts)) - 1
-        )  # generation needs a token that is not in the cache
-        cache, ids = (
-            DynamicCache(config=self.model.config),
-            torch.tensor([prompts[0][:shared]], device=self.device),
-        )
-        for part in ids.split(CHUNK, 1):
-            self.model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        prefix: of `read_common`; without, it is read where that saves at least half of the shortest prompt.
+        """
+        if prefix is None:
+            if len(prompts) < 2 or _common(prompts) < min(map(len, prompts)) // 2:
+                return self.answer(prompts, max_new_tokens, stop)
+            prefix = self.read_common(prompts)
         answers: list[str] = []
         for row in prompts:
             ids = torch.tensor([row])
+            cache = deepcopy(prefix.cache)
             answers += self._generate(
-                ids, torch.ones_like(ids), max_new_tokens, stop, past_key_values=deepcopy(cache)
+                ids, torch.ones_like(ids), max_new_tokens, stop, past_key_values=cache
             )
         return answers
+
+    @torch.no_grad()
+    def read_common(self, prompts: list[list[int]]) -> Prefix:
+        """What all prompts begin with, but for the last token of the shortest: something must be left to read."""
+        from transformers import DynamicCache
+
+        length = min(_common(prompts), min(map(len, prompts)) - 1)
+        cache = DynamicCache(config=self.model.config)
+        for part in torch.tensor([prompts[0][:length]], dtype=torch.long, device=self.device).split(
+            CHUNK, 1
+        ):
+            if length:
+                self.model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return Prefix(length, cache)
 
     def _generate(
         self,
@@ -114,7 +143,6 @@ class Reader:
         )  # fmt: skip
         return [_cut(self.decode(row), stop) for row in made[:, ids.shape[1] :].tolist()]
 
-    @torch.no_grad()
     def log_likelihood(
         self, prompts: list[list[int]], continuations: list[list[int]]
     ) -> list[float]:
@@ -127,33 +155,55 @@ class Reader:
         for (start, _), group in groupby(sorted(pairs), key=lambda pair: pair[0]):
             order = [i for _, i in group]
             for rows in _batches([prompts[i] + continuations[i] for i in order]):
-                for value in self._score(torch.tensor(rows), start):
+                for value in self._log_probs(torch.tensor(rows), start).sum(1).tolist():
                     found[order.pop(0)] = value
         return found
 
-    def _score(self, ids: torch.Tensor, start: int) -> list[float]:
-        """ids: [B, L]; log-likelihood of the tokens from `start` on."""
+    def log_likelihood_each(
+        self, prompts: list[list[int]], continuations: list[list[int]], prefix: Prefix
+    ) -> list[float]:
+        """As `log_likelihood`, for prompts that begin alike; prefix: of `read_common`."""
+        pairs = zip(prompts, continuations, strict=True)
+        return [
+            self._log_probs(torch.tensor([a + b]), len(a), prefix).sum().item() for a, b in pairs
+        ]
+
+    def log_probs(self, ids: list[int]) -> list[float]:
+        """Natural logs of the probabilities of the second to the last token, each given all before it."""
+        return self._log_probs(torch.tensor([ids]), 1)[0].tolist()
+
+    @torch.no_grad()
+    def _log_probs(
+        self, ids: torch.Tensor, start: int, prefix: Prefix | None = None
+    ) -> torch.Tensor:
+        """ids: [B, L], start: 1 or more -> [B, L - start] in float64, for the tokens from `start` on."""
         from transformers import DynamicCache
 
         ids = ids.to(self.device)
-        cache, total = (
-            DynamicCache(config=self.model.config),
-            torch.zeros(len(ids), dtype=torch.float64, device=self.device),
+        cache = deepcopy(prefix.cache) if prefix else DynamicCache(config=self.model.config)
+        first, last = (
+            prefix.length if prefix else 0,
+            ids.shape[1] - 1,
+        )  # the last token predicts nothing that counts
+        at_once = max(
+            1,
+            min(
+                LOGITS, LOGIT_VALUES // (len(ids) * self.model.config.get_text_config().vocab_size)
+            ),
         )
-        first, last = 0, ids.shape[1] - 1  # the last token predicts nothing that counts
+        found = [torch.zeros(len(ids), 0, dtype=torch.float64, device=self.device)]
         while first < last:
-            stop = min(last, first + CHUNK, start - 1 if first < start - 1 else first + LOGITS)
+            stop = min(last, first + CHUNK, start - 1 if first < start - 1 else first + at_once)
             keep = 1 if stop < start else stop - first
             logits = self.model(
                 ids[:, first:stop], past_key_values=cache, use_cache=True, logits_to_keep=keep
             ).logits
             if stop >= start:
-                picked = (
-                    logits.float().log_softmax(-1).gather(-1, ids[:, first + 1 : stop + 1, None])
-                )
-                total += picked.sum((1, 2), dtype=torch.float64)
+                logits = logits.float()
+                chosen = logits.gather(-1, ids[:, first + 1 : stop + 1, None])[..., 0]
+                found.append((chosen - logits.logsumexp(-1)).double())
             first = stop
-        return total.tolist()
+        return torch.cat(found, 1)
 
     @property
     def _padding(self) -> int:
@@ -162,6 +212,11 @@ class Reader:
             if value is not None:
                 return int(value)
         return 0
+
+
+def _common(prompts: list[list[int]]) -> int:
+    """Tokens that all of them begin with."""
+    return sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts)))
 
 
 def _batches(rows: list[list[int]]) -> Iterator[list[list[int]]]:

@@ -6,25 +6,17 @@ the same command goes on after a kill, and a larger one reuses what is there.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from filelock import FileLock, Timeout
-
-from .. import __version__
-from ..conversion.executors import run_here
-from ..conversion.journal import NAME, PART, Journal
-from ..errors import CallError
+from ..jobs import run_here
 from ..progress import Progress
+from .folder import results_folder
 from .intervals import Mean, difference, mean_of
 from .reader import Reader
 from .subjects import Subject, load
-
-RESULTS, LOCK = "results.json", ".lock"
 
 
 class Evaluation(Protocol):
@@ -40,7 +32,7 @@ class Evaluation(Protocol):
     def metric(self) -> str: ...
 
     def identity(self) -> dict:
-        """What the records of a cell depend on, but for model and cell; JSON."""
+        """What the records of a cell depend on, but for model and cell: options by their names with _ for -; JSON."""
 
     def cells(self) -> list[str]:
         """Names of the cells, in the table's order."""
@@ -73,7 +65,7 @@ class CellTask:
 
 @dataclass(frozen=True)
 class Results:
-    """records: [subject][cell] -> one record a question. facts: what results.json holds, once it is written."""
+    """records: [subject][cell] -> one record a question. facts: what results.json holds, once written."""
 
     evaluation: Evaluation
     subjects: list[Subject]
@@ -132,6 +124,10 @@ class Results:
             for cell, rows in self.records[name].items()
             if rows
         ]
+        return {**self.asked(), "table": table, "cells": cells}
+
+    def asked(self) -> dict:
+        """For JSON: what was asked of whom."""
         subjects = [
             {"name": s.name, "model": s.model, "arm": s.arm, "memory": dict(s.memory)}
             for s in self.subjects
@@ -141,7 +137,7 @@ class Results:
             "metric": self.evaluation.metric,
             **self.evaluation.identity(),
         }
-        return {"evaluation": evaluation, "subjects": subjects, "table": table, "cells": cells}
+        return {"evaluation": evaluation, "subjects": subjects}
 
 
 def run_cells(
@@ -152,7 +148,7 @@ def run_cells(
     jobs: int = 1,
     device: str = "auto",
 ) -> Results:
-    """Every cell of every subject, in `jobs` processes; `out` keeps the journal, so that a stopped run goes on.
+    """Every cell of every subject, in `jobs` processes; `out` keeps the journal, so a stopped run goes on.
 
     Raises CallError where `out` holds something else, PaceError where a model does not load.
     """
@@ -161,7 +157,8 @@ def run_cells(
         for subject in subjects
         for cell in evaluation.cells()
     ]
-    with _journal(out, evaluation) as journal:
+    command = f"pace eval {evaluation.name}"
+    with results_folder(out, "evaluation", command, evaluation.identity()) as journal:
         todo = sorted(
             (task for task in tasks if task.key not in journal.done),
             key=lambda task: task.subject.weights,
@@ -180,35 +177,3 @@ def run_cells(
         for task in tasks:
             records[task.subject.name][task.cell] = journal.done[task.key]["records"]
     return Results(evaluation, list(subjects), records)
-
-
-def write_json(path: Path, value: object) -> None:
-    """Whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1) + "\n")
-    part.replace(path)
-
-
-@contextmanager
-def _journal(out: Path, evaluation: Evaluation) -> Iterator[Journal]:
-    """`out`'s journal, begun or taken up, locked while it is in use."""
-    if out.exists() and not out.is_dir():
-        raise CallError(f"{out} is a file", "give another --out")
-    if (
-        out.is_dir()
-        and not (out / NAME).exists()
-        and any(path.name not in (LOCK, PART) for path in out.iterdir())
-    ):
-        raise CallError(f"{out} is not empty and holds no evaluation", "give another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    options = {"evaluation": evaluation.name, **evaluation.identity()}
-    identity = json.loads(json.dumps({"version": __version__, "options": options, "source": {}}))
-    journal = Journal(out, "evaluation", f"another --out, or delete {out}")
-    try:
-        with FileLock(out / LOCK, timeout=0):
-            journal.resume(identity) if journal.path.exists() else journal.begin(identity)
-            yield journal
-    except Timeout as error:
-        raise CallError(
-            f"another evaluation is writing to {out}", "wait for it, or give another --out"
-        ) from error

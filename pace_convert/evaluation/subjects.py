@@ -17,10 +17,10 @@ from ..checkpoint.checkpoint import Source, open_source
 from ..checkpoint.hub_errors import READING, hub_errors
 from ..checkpoint.tokenizer import load_tokenizer
 from ..converted.format import PERMUTATION
-from ..converted.load import causal_lm_class, edited_code, refuse_edited
+from ..converted.load import edited_code, load_model, refuse_edited
 from ..converted.opened import Converted, open_converted
+from ..device import resolve_device
 from ..errors import CallError, PaceError
-from ..experts.permute import invert, repeat
 from .reader import Reader
 
 # Whether the FFN's neurons are in the experts' order, and the granularity of the memory, None where it is off.
@@ -54,7 +54,7 @@ class Subject:
     arm: str = AS_IT_IS
     memory: tuple[tuple[str, Any], ...] = ()
     label: str = ""
-    trust: bool = False
+    trust_remote_code: bool = False
 
     @property
     def name(self) -> str:
@@ -76,18 +76,27 @@ class Subject:
 
 
 def subjects_of(
-    model: str, bases: Sequence[str], arms: Sequence[str], trust: bool = False
+    model: str, bases: Sequence[str], arms: Sequence[str], trust_remote_code: bool = False
 ) -> list[Subject]:
     """`bases` first, then the arms of `model`; checked. Raises CallError for what can't be loaded."""
     for name in (*bases, model):
         opened = _open(name)
         if isinstance(opened, Converted):
-            refuse_edited(edited_code(opened), trust)
-    subjects = [Subject(base, label=_last_part(base), trust=trust) for base in bases]
+            refuse_edited(edited_code(opened), trust_remote_code)
+    subjects = [
+        Subject(base, label=_last_part(base), trust_remote_code=trust_remote_code) for base in bases
+    ]
     for arm in arms:
         check_arm(model, arm)
         named = len(arms) == 1 and arm == AS_IT_IS
-        subjects.append(Subject(model, arm, label=_last_part(model) if named else arm, trust=trust))
+        subjects.append(
+            Subject(
+                model,
+                arm,
+                label=_last_part(model) if named else arm,
+                trust_remote_code=trust_remote_code,
+            )
+        )
     names = [subject.name for subject in subjects]
     if len(set(names)) < len(names):
         raise CallError(
@@ -116,7 +125,9 @@ def check_arm(model: str, arm: str) -> None:
 def memory_parameters(model: str) -> dict:
     """config.json's `pace.memory` of a converted folder; empty where there is no memory."""
     opened = _open(model)
-    return dict(opened.pace["memory"]) if isinstance(opened, Converted) and opened.remote else {}
+    return (
+        dict(opened.pace["memory"]) if isinstance(opened, Converted) and opened.needs_code else {}
+    )
 
 
 def is_pace(model: str) -> bool:
@@ -136,7 +147,7 @@ def layer_count(model: str) -> int:
     opened = _open(model)
     if not isinstance(opened, Converted):
         raise CallError(f"{model} is not a PaceLLM", "give a folder that pace-convert wrote")
-    return len(opened.layers)
+    return opened.layers
 
 
 @dataclass
@@ -154,7 +165,7 @@ def load(subject: Subject, device: str = "auto") -> Reader:
     fp32 on a CPU below 4 GB of weights, else the stored type. Raises PaceError where it does not load.
     """
     granularity = ARMS.get(subject.arm, (True, None))[1]
-    loaded = _load(*subject.weights, _device(device), subject.trust)
+    loaded = _load(*subject.weights, resolve_device(device), subject.trust_remote_code)
     model = loaded.model
     if hasattr(model, "set_memory") and loaded.memory:
         arm = {"granularity": granularity} if granularity else {}
@@ -175,45 +186,26 @@ def load(subject: Subject, device: str = "auto") -> Reader:
 
 
 @functools.lru_cache(maxsize=1)
-def _load(model: str, clustered: bool, device: str, trust: bool) -> Loaded:
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
+def _load(model: str, clustered: bool, device: str, trust_remote_code: bool) -> Loaded:
     opened = _open(model)
-    converted = opened if isinstance(opened, Converted) else None
-    files: Source = converted.files if converted else opened.fetch()  # type: ignore[union-attr]
-    if converted:
-        refuse_edited(edited_code(converted), trust)
-    cls = causal_lm_class(converted) if converted else AutoModelForCausalLM
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    dtype = torch.float32 if device == "cpu" and files.nbytes < 4e9 else "auto"
-    try:
-        loaded = cls.from_pretrained(files.folder, dtype=dtype, local_files_only=True).eval()
-    except Exception as error:  # each class fails in its own way
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise PaceError(
-            f"{model} does not load: {reason[0]}",
-            "check its files; `pace verify` does that for a PaceLLM",
-        ) from error
-    if converted and not clustered:
-        _restore_order(loaded, converted)
-    tokenizer = load_tokenizer(files.folder)
+    files = opened if isinstance(opened, Converted) else opened.fetch()
+    loaded = load_model(files, device=device, trust_remote_code=trust_remote_code)
+    if isinstance(files, Converted) and not clustered:
+        _restore_order(loaded, files)
+    tokenizer = load_tokenizer(files.files.folder if isinstance(files, Converted) else files.folder)
     if tokenizer is None:
         raise PaceError(
             f"{model} has no tokenizer that loads", "copy the source's tokenizer files there"
         )
-    return Loaded(loaded.to(device), tokenizer, memory_parameters(model))
+    return Loaded(loaded, tokenizer, memory_parameters(model))
 
 
 @torch.no_grad()
 def _restore_order(model: Any, converted: Converted) -> None:
     """The FFN's neurons in the source's order, as `pace undo` gives them back."""
     parameters = dict(model.named_parameters())
-    for tensor in converted.family.ffn_tensors(len(converted.layers), parameters):
-        order = torch.from_numpy(
-            invert(repeat(converted.layers[tensor.layer][0], tensor.parts))
-        ).long()
+    for tensor in converted.family.ffn_tensors(converted.layers, parameters):
+        order = torch.from_numpy(converted.orders[tensor.layer].inverse(tensor.parts)).long()
         parameter = parameters[tensor.name]
         parameter.copy_(parameter.index_select(tensor.axis, order.to(parameter.device)))
 
@@ -247,10 +239,6 @@ def _state(model: str) -> Any:
         if files.hub
         else {name: list(state) for name, state in files.states.items()}
     )
-
-
-def _device(device: str) -> str:
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
 def _last_part(model: str) -> str:

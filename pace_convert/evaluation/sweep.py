@@ -10,8 +10,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..errors import CallError
-from ..modeling.memory_bank import MemorySettings
-from ..options import EXPERT_OPTIONS, ConvertOptions
+from ..modeling.memory_settings import MemorySettings
+from ..options import MEMORY_PARAMETERS, ConvertOptions
 from .intervals import Mean, difference
 from .runner import Results
 from .subjects import Subject, check_arm, memory_parameters
@@ -23,14 +23,8 @@ LAYER_WORDS = {
     "second": "every second layer",
     "all": "all layers",
 }
-PARAMETERS = (
-    LAYERS,
-    *(
-        n
-        for n in ConvertOptions.model_fields
-        if n not in (*EXPERT_OPTIONS, "memory_layers", "no_memory")
-    ),
-)
+SWITCH = {"true": True, "false": False}
+PARAMETERS = (LAYERS, *MEMORY_PARAMETERS)
 
 
 @dataclass(frozen=True)
@@ -47,33 +41,33 @@ class Level:
         return asdict(self)
 
 
-def parse_factor(text: str, layers: int) -> tuple[str, list[Any]]:
+def parse_factor(text: str, layers: int, option: str = "--vary") -> tuple[str, list[Any]]:
     """'slots=50,100' or 'layers=single,1+2,all': a parameter's name and the values it shall take.
 
-    layers: of the model. Raises CallError for an unknown name or a value that can't be.
+    layers: of the model. option: that errors name. Raises CallError for an unknown name or a value that can't be.
     """
     name, _, values = text.partition("=")
     name = name.strip().removeprefix("--").replace("-", "_")
     if name not in PARAMETERS or not values.strip():
         raise CallError(
-            f"--vary {text}: no such parameter or no value",
-            f"give NAME=VALUE,VALUE with one of {', '.join(PARAMETERS)}",
+            f"{option} {text}: no such parameter or no value",
+            f"give NAME=VALUE with one of {', '.join(PARAMETERS)}",
         )
     parts = [part.strip() for part in values.split(",")]
     if name == LAYERS:
-        found: list[Any] = [chosen for part in parts for chosen in _layers(part, layers)]
+        found: list[Any] = [chosen for part in parts for chosen in _layers(part, layers, option)]
     else:
-        found = [_value(name, part) for part in parts]
+        found = [_value(name, part, option) for part in parts]
     return name, list(dict.fromkeys(found))
 
 
 def combinations(
-    model: str, factors: Sequence[tuple[str, list[Any]]]
+    model: str, factors: Sequence[tuple[str, list[Any]]], option: str = "--vary"
 ) -> tuple[list[Subject], list[str]]:
     """One subject for each combination that can be, and what can't be in words. Raises CallError if none can."""
     names = [name for name, _ in factors]
     if len(set(names)) < len(names):
-        raise CallError("--vary names a parameter twice", "give all its values at once")
+        raise CallError(f"{option} names a parameter twice", "give it once")
     own, subjects, refused = memory_parameters(model), [], []
     for values in product(*(values for _, values in factors)):
         memory = tuple(zip(names, values))
@@ -84,7 +78,7 @@ def combinations(
         else:
             subjects.append(Subject(model, memory=memory))
     if not subjects:
-        raise CallError(f"no combination can be: {refused[0]}", "vary other values")
+        raise CallError(f"{option}: no combination can be: {refused[0]}", "give other values")
     return subjects, refused
 
 
@@ -93,7 +87,8 @@ def swept_subjects(model: str, grid: list[Subject], trust: bool) -> list[Subject
     for arm in ("base", "ce+pa"):
         check_arm(model, arm)
     return [
-        replace(subject, trust=trust) for subject in (Subject(model, "base"), Subject(model), *grid)
+        replace(subject, trust_remote_code=trust)
+        for subject in (Subject(model, "base"), Subject(model), *grid)
     ]
 
 
@@ -119,7 +114,7 @@ def ranked(results: Results) -> list[tuple[str, Mean, Mean]]:
     return sorted(rows, key=lambda row: -row[1].mean)
 
 
-def _layers(part: str, count: int) -> list[tuple[int, ...]]:
+def _layers(part: str, count: int, option: str) -> list[tuple[int, ...]]:
     if part == "single":
         return [(layer,) for layer in range(count)]
     if part == "pairs":
@@ -132,23 +127,25 @@ def _layers(part: str, count: int) -> list[tuple[int, ...]]:
     if not all(number.isascii() and number.isdigit() and int(number) < count for number in numbers):
         words = ", ".join(LAYER_WORDS)
         raise CallError(
-            f"--vary layers: can't read {part!r} for {count} layers",
+            f"{option} layers: can't read {part!r} for {count} layers",
             f"give {words}, or 0-based numbers like 1+2",
         )
     return [tuple(sorted({int(number) for number in numbers}))]
 
 
-def _value(name: str, part: str) -> Any:
+def _value(name: str, part: str, option: str) -> Any:
     kind: Any = ConvertOptions.model_fields[name].annotation
     try:
-        value = kind(part) if kind in (int, float) else part
+        value = (
+            kind(part) if kind in (int, float) else SWITCH.get(part, part) if kind is bool else part
+        )
         ConvertOptions.model_validate({"theta_high": 1.0, "theta_low": -1.0, name: value})
     except ValidationError as error:
         raise CallError(
-            f"--vary {name}={part}: {error.errors()[0]['msg']}", "see pace-convert --help"
+            f"{option} {name}={part}: {error.errors()[0]['msg']}", "see pace-convert --help"
         ) from error
     except ValueError as error:
         raise CallError(
-            f"--vary {name}: {part!r} is no {kind.__name__}", "give numbers like 0.5,0.75"
+            f"{option} {name}: {part!r} is no {kind.__name__}", "give numbers like 0.5,0.75"
         ) from error
     return value

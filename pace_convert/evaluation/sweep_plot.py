@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..writing import write_whole
 from .sweep import Level
 
 LEAST_RANGE = 2.0  # % points; so that nothing does not look like much
@@ -47,7 +48,7 @@ def plot_levels(levels: list[Level], title: str, path: Path) -> None:
     for axis in list(axes.flat)[len(factors) :]:
         axis.axis("off")
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=110, format="png")
+    write_whole(path, lambda part: figure.savefig(part, dpi=110, format="png"))
     plt.close(figure)
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
+from .folder import RESULTS
 from .intervals import Mean
-from .runner import RESULTS, Results
-from .sweep import Level
+
+if TYPE_CHECKING:
+    from .runner import Results
+    from .sweep import Level
 
 MOST_COLUMNS = 7  # subjects side by side; more become rows
 

@@ -1,22 +1,57 @@
-"""Labels to a permutation; apply it; invert it. Pure."""
+"""Labels to a permutation of neurons, and the way back. Pure."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 
 
-def canonical_permutation(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Order neurons by expert (DESIGN 1.2): clusters contiguous, ordered by their smallest neuron, each
-    in the original order.
+class ExpertOrder(NamedTuple):
+    """The order of a layer's neurons, expert by expert.
 
-    labels: [D] int, any numbering. Returns the permutation [D] int32, new neuron j being old neuron
-    p[j], and the expert sizes [K] int32. Relabelling the clusters changes neither.
+    permutation: [D] int32, new neuron j is the source's neuron permutation[j]. sizes: [K] int32,
+    neurons of each expert, in their order.
+    """
+
+    permutation: np.ndarray
+    sizes: np.ndarray
+
+    @property
+    def neurons(self) -> int:
+        """Neurons of the layer, D."""
+        return len(self.permutation)
+
+    def inverse(self, parts: int = 1) -> np.ndarray:
+        """What brings `parts` sets of neurons back into the source's order. [parts * D] int32."""
+        return invert(repeat(self.permutation, parts))
+
+    def is_whole(self) -> bool:
+        """Whether every neuron stands in one expert, and no expert is empty."""
+        filled = (self.sizes > 0).all() and self.sizes.sum() == self.neurons
+        return bool(is_permutation(self.permutation) and filled)
+
+    def is_canonical(self) -> bool:
+        """Whether this is what `canonical_permutation` gives for these experts."""
+        labels = np.empty(self.neurons, dtype=np.int64)
+        labels[self.permutation] = np.repeat(np.arange(len(self.sizes)), self.sizes)
+        again = canonical_permutation(labels)
+        same = np.array_equal(again.permutation, self.permutation)
+        return same and np.array_equal(again.sizes, self.sizes)
+
+
+def canonical_permutation(labels: np.ndarray) -> ExpertOrder:
+    """Order neurons by expert: clusters contiguous, ordered by their smallest neuron, each in the
+    original order. Relabelling the clusters changes nothing.
+
+    labels: [D] int, any numbering.
     """
     _, first, cluster = np.unique(labels, return_index=True, return_inverse=True)
     rank = np.empty(len(first), dtype=np.int64)
     rank[np.argsort(first)] = np.arange(len(first))
     expert = rank[cluster]
-    return np.argsort(expert, kind="stable").astype(np.int32), np.bincount(expert).astype(np.int32)
+    permutation = np.argsort(expert, kind="stable").astype(np.int32)
+    return ExpertOrder(permutation, np.bincount(expert).astype(np.int32))
 
 
 def invert(permutation: np.ndarray) -> np.ndarray:
@@ -27,23 +62,12 @@ def invert(permutation: np.ndarray) -> np.ndarray:
 
 
 def repeat(permutation: np.ndarray, parts: int) -> np.ndarray:
-    """The same permutation in each of `parts` sets of neurons that lie one behind the other. [parts * D] int32."""
-    return np.concatenate([permutation + part * len(permutation) for part in range(parts)], dtype=permutation.dtype)
-
-
-def apply(tensor: np.ndarray, axis: int, permutation: np.ndarray) -> np.ndarray:
-    """`tensor` with its entries along `axis` in the permutation's order; a new array, the same bits."""
-    return np.take(tensor, permutation, axis=axis)
+    """The same permutation in each of `parts` sets of neurons, one behind the other. [parts * D]."""
+    sets = [permutation + part * len(permutation) for part in range(parts)]
+    return np.concatenate(sets, dtype=permutation.dtype)
 
 
 def is_permutation(permutation: np.ndarray) -> bool:
     """Whether every index below its length occurs once."""
-    return permutation.ndim == 1 and np.array_equal(np.sort(permutation), np.arange(len(permutation)))
-
-
-def is_canonical(permutation: np.ndarray, sizes: np.ndarray) -> bool:
-    """Whether these are what `canonical_permutation` gives for their experts."""
-    labels = np.empty(len(permutation), dtype=np.int64)
-    labels[permutation] = np.repeat(np.arange(len(sizes)), sizes)
-    again = canonical_permutation(labels)
-    return np.array_equal(again[0], permutation) and np.array_equal(again[1], sizes)
+    in_order = np.arange(len(permutation))
+    return permutation.ndim == 1 and np.array_equal(np.sort(permutation), in_order)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..converted.opened import Converted
+from ..modeling.memory_settings import MemorySettings
 from ..options import ConvertOptions
 from .reading import shown
 
@@ -22,7 +23,7 @@ def describe(converted: Converted, quality: Sequence[Quality] | None = None, pro
     """Family, sizes, expert sizes per layer and the memory's parameters; with them also the experts' quality, as
     `layers[i]["quality"]`, and what a text set off, as `"probe"`."""
     layers = [
-        {"layer": i, "experts": len(sizes), "sizes": _sizes(sizes.tolist())} for i, (_, sizes) in enumerate(converted.layers)
+        {"layer": i, "experts": len(sizes), "sizes": _sizes(sizes.tolist())} for i, (_, sizes) in enumerate(converted.orders)
     ]
     for layer, found in zip(layers, quality or ()):
         layer["quality"] = asdict(found)
@@ -33,9 +34,12 @@ def describe(converted: Converted, quality: Sequence[Quality] | None = None, pro
         "format_version": converted.pace.get("version"),
         "tensors": len(converted.files.tensors),
         "bytes": converted.files.nbytes,
-        "intermediate_size": len(converted.layers[0][0]),
+        "intermediate_size": converted.intermediate_size,
         "experts": converted.pace.get("experts"),
-        "memory": {**ConvertOptions().memory_config(()), **converted.pace["memory"]},  # what is not set has its default
+        "memory": {
+            **ConvertOptions().memory_config(()),  # what is not set has its default
+            **MemorySettings.as_written(converted.pace["memory"]),
+        },
         "tuned": converted.pace.get("tuned"),
         "layers": layers,
     }

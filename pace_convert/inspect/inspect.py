@@ -6,15 +6,21 @@ from pathlib import Path
 
 from ..converted.opened import Converted
 from ..progress import Progress
+from ..writing import write_whole
 from .describe import describe
-from .page import check_page, render, write
+from .page import check_page, render
 from .reading import read_text, tokenise
 
 
 def inspect(
-    converted: Converted, progress: Progress, quality: bool = False, text: str | None = None, page: Path | None = None,
-    trust: bool = False,
-) -> dict:  # fmt: skip
+    converted: Converted,
+    progress: Progress,
+    *,
+    quality: bool = False,
+    text: str | None = None,
+    page: Path | None = None,
+    trust_remote_code: bool = False,
+) -> dict:
     """What is in a converted folder; see `describe`. Without `quality`, `text` and `page` no weights are read.
 
     text: a file or a text to read. page: where to write it as HTML, which measures quality too.
@@ -27,12 +33,12 @@ def inspect(
     if tokens is not None:
         from .probe import probe
 
-        probed = probe(converted, tokens, progress, trust)
+        probed = probe(converted, tokens, progress, trust_remote_code)
     if quality or page is not None:
         from .quality import measure
 
         measured = measure(converted, progress)
     facts = describe(converted, measured, probed)
     if page is not None:
-        write(page, render(converted, facts))
+        write_whole(page, render(converted, facts))
     return facts

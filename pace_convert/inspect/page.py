@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
-from .. import __version__
 from ..converted.opened import Converted
 from ..errors import CallError
+from ..version import __version__
 from .charts import Chart, columns, heat_map, permutation_map
 from .reading import shown
 from .tracks import PAINTED, painted, tracks
@@ -61,13 +61,6 @@ def render(converted: Converted, facts: dict) -> str:
     )
 
 
-def write(path: Path, page: str) -> None:
-    """Whole or not at all."""
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(page, encoding="utf-8")
-    unfinished.replace(path)
-
-
 def _averages(layers: list[dict]) -> dict[str, dict[str, float | None]]:
     """Each number of quality, averaged over the layers that have it."""
 
@@ -113,7 +106,7 @@ def _busy_chart(facts: dict) -> Chart:
 
 def _layer(converted: Converted, facts: dict, i: int) -> dict:
     """What the page shows of one layer."""
-    permutation, sizes = converted.layers[i]
+    permutation, sizes = converted.orders[i]
     quality = facts["layers"][i]["quality"]
     view = {**facts["layers"][i], "memory": i in facts["memory"]["layers"], "experts_chart": None, "activation": None}
     view["map"] = heat_map(permutation_map(permutation, sizes))

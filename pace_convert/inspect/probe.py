@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..converted.load import edited_code, refuse_edited
+from ..converted.activations import listening
+from ..converted.load import load_model
 from ..converted.opened import Converted
 from ..errors import PaceError
-from ..modeling.memory_bank import MemorySettings
+from ..modeling.memory_settings import MemorySettings
 from ..progress import Progress
 from .reading import Text
 from .trace import MemoryTrace
@@ -39,18 +38,17 @@ class Probe:
     hits: dict[int, list[int]]
 
 
-def probe(converted: Converted, text: Text, progress: Progress, trust: bool = False) -> Probe:
+def probe(converted: Converted, text: Text, progress: Progress, trust_remote_code: bool = False) -> Probe:
     """One sequence, in calls of at most 256 tokens that end where a block does; fp32 below 4 GB of weights.
 
-    OUT's modeling files run only if they are the ones this version ships, or with `trust`.
+    OUT's modeling files run only if they are the ones this version ships, or with `trust_remote_code`.
     Raises CallError for edited ones, PaceError where the model does not load or has no such token.
     """
-    refuse_edited(edited_code(converted), trust)
-    model = _load(converted)
+    model = load_model(converted, head=False, trust_remote_code=trust_remote_code)
     known = model.get_input_embeddings().weight.shape[0]
     if max(text.ids) >= known:
         raise PaceError(f"the tokenizer has token {max(text.ids)}, the model only {known}", "give the model its own tokenizer")
-    shares = _Shares([sizes for _, sizes in converted.layers], len(text.ids))
+    shares = _Shares([sizes for _, sizes in converted.orders], len(text.ids))
     traces = _traces(converted)
     cache = _run(model, converted, text.ids, shares, traces, progress)
     summary = model.memory_summary(cache) if traces else {}
@@ -59,7 +57,7 @@ def probe(converted: Converted, text: Text, progress: Progress, trust: bool = Fa
 
 
 def _traces(converted: Converted) -> dict[int, MemoryTrace]:
-    if not converted.remote:
+    if not converted.needs_code:
         return {}
     settings = MemorySettings.from_config(converted.pace)
     return {layer: MemoryTrace(settings) for layer in settings.layers if settings.enabled}
@@ -86,21 +84,6 @@ class _Shares:
         return [sums / np.diff(self.bounds)[:, None] for sums in self.sums]
 
 
-def _load(converted: Converted) -> Any:
-    """The decoder without its vocabulary head."""
-    from transformers import AutoModel
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()  # it names the head's weights as unused
-    folder, dtype = converted.files.folder, torch.float32 if converted.files.nbytes < 4e9 else "auto"
-    try:
-        return AutoModel.from_pretrained(folder, dtype=dtype, trust_remote_code=converted.remote).eval()
-    except Exception as error:  # edited files fail in their own ways
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise PaceError(f"{folder} does not load: {reason[0]}", "`pace verify` says what differs from the source") from error
-
-
 @torch.no_grad()
 def _run(
     model: Any, converted: Converted, ids: list[int], shares: _Shares, traces: dict[int, MemoryTrace], progress: Progress
@@ -123,26 +106,7 @@ def _run(
             stop = min(len(ids), first + _CALL, *((first // u + 1) * u for u in blocks))
             model(input_ids=torch.tensor([ids[first:stop]]), past_key_values=cache, use_cache=True)
             for layer, trace in traces.items():
-                trace.see(seen[layer][None], cache.layers[-1].memories[layer].state.bank)
+                trace.see(seen[layer][None], model.memory_of(cache).bank(layer))
             bar.update(stop - first)
             first = stop
     return cache
-
-
-@contextmanager
-def listening(model: nn.Module, converted: Converted, take: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """take(layer, h) gets the raw activations [S, D] of each call, as they are before the memory's own hook."""
-    family, hooks = converted.family, []
-    prefix = f"{family.stack}." if family.stack else ""
-    for layer in range(len(converted.layers)):
-
-        def hook(module: nn.Module, args: tuple, layer: int = layer) -> None:
-            take(layer, args[0].reshape(-1, args[0].shape[-1]))
-
-        path = prefix + family.projection.format(layer)
-        hooks.append(model.get_submodule(path).register_forward_pre_hook(hook, prepend=True))
-    try:
-        yield
-    finally:
-        for handle in hooks:
-            handle.remove()

@@ -49,8 +49,8 @@ class Quality:
 def measure(converted: Converted, progress: Progress, seed: int = 0) -> list[Quality]:
     """The quality of every layer; memory for one layer's rows in fp32. Raises DamagedSourceError."""
     qualities = []
-    with progress.step("measuring experts", len(converted.layers), "layer") as bar:
-        for layer, (_, sizes) in enumerate(converted.layers):
+    with progress.step("measuring experts", converted.layers, "layer") as bar:
+        for layer, (_, sizes) in enumerate(converted.orders):
             qualities.append(layer_quality(_features(converted, layer), sizes, seed))
             bar.update(1)
     return qualities
@@ -144,8 +144,8 @@ def _features(converted: Converted, layer: int) -> np.ndarray:
     """The rows that were clustered, [D, H] float32, in OUT's order."""
     import torch
 
-    files, neurons = converted.files, len(converted.layers[layer][0])
-    tensors = converted.family.ffn_tensors(len(converted.layers), files.tensors)
+    files, neurons = converted.files, len(converted.orders[layer].permutation)
+    tensors = converted.family.ffn_tensors(converted.layers, files.tensors)
     clustered = next(tensor for tensor in tensors if tensor.layer == layer)  # each layer's first is the gate or fc1
     info = files.tensors.get(clustered.name)
     if info is None or len(info.shape) != 2 or info.shape[clustered.axis] < neurons:

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..modeling.memory_bank import KEEP, MIX, REUSE, Bank, MemorySettings, find
-from ..modeling.memory_draft import Draft, absorb
+from ..modeling.memory_bank import KEEP, MIX, REUSE, Bank
+from ..modeling.memory_draft import Block, Draft
+from ..modeling.memory_settings import MemorySettings
 
 
 class MemoryTrace:
@@ -34,20 +35,20 @@ class MemoryTrace:
         self.block = np.full(settings.slots, -1)
         self.merged = np.zeros(settings.slots, dtype=int)
         self.replaced = 0
-        self._draft: Draft | None = None
+        self._block: Block | None = None
 
     @torch.no_grad()
     def see(self, h: Tensor, bank: Bank) -> None:
         """The next tokens, all of one block. h: [1, S, D], raw activations. bank: the one they read."""
-        found, first = find(h, bank, self.settings), len(self.made)
+        block = self._block or Block.begin(bank, self.settings, number=len(self.filled))
+        found = block.find(h)
         made = torch.stack([(found.decision == state).sum(-1) for state in (KEEP, MIX, REUSE)], -1)
         self.made += made[0].tolist()
         self.similarity += [None if math.isinf(x) else x for x in found.best[0].tolist()]
-        draft = Draft.empty(bank) if self._draft is None else self._draft
-        self._draft = absorb(draft, h, found, first, bank, self.settings)
-        if len(self.made) % self.settings.update_interval == 0:
-            self._end_block(self._draft)
-            self._draft = None
+        self._block = block.absorb(h, found)
+        if self._block.is_full:
+            self._end_block(self._block.draft)
+            self._block = None
 
     def _end_block(self, draft: Draft) -> None:
         taken, number = draft.taken[0].numpy(force=True), draft.number[0].numpy(force=True)

@@ -1,4 +1,4 @@
-"""`pace demo`: convert the reference model and ask both models the same needle questions."""
+"""What `pace demo` does: convert the reference model and ask both models the same needle questions."""
 
 from __future__ import annotations
 
@@ -9,17 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from ..checkpoint.checkpoint import open_folder
-from ..cli.text import verification_text
-from ..conversion import convert as conversion
+from ..conversion.convert import Prepared, carry_out, prepare
 from ..converted.opened import open_converted
-from ..converted.verify import verify
+from ..converted.verify import Verification, verify
 from ..errors import PaceError
 from ..options import ConvertOptions
 from ..progress import Progress
+from ..writing import write_whole
 from . import reference_model
 from .task import make_story
 
@@ -45,21 +43,12 @@ class Cell:
     reused: int
 
 
-def run_demo(out: Path, progress: Progress) -> None:
-    """Convert into `out`, verify, ask, print; writes the picture `OUT-needle.png` beside it."""
+def convert_reference(out: Path, progress: Progress) -> tuple[Prepared, Verification]:
+    """Convert the embedded model into `out`, where an earlier one may lie, and verify it."""
     source = open_folder(reference_model(), "the reference model")
-    plan = conversion.prepare(source, out, OPTIONS, overwrite=True)
-    conversion.convert(source, out, plan, progress, overwrite=True)
-    print(f"Converted the reference model ({source.nbytes / 1e6:.1f} MB) into {out}:")
-    print(f"  {OPTIONS.experts} experts a layer, memory in layers {', '.join(map(str, plan.memory_layers))} of {plan.layers},")
-    print(f"  {OPTIONS.slots} slots, updated every {OPTIONS.update_interval} tokens\n")
-    print(verification_text(verify(open_converted(out), source, progress)) + "\n")
-
-    cells = ask_both(reference_model(), out, progress)
-    print_tables(cells)
-    picture = out.with_name(out.name + "-needle.png")
-    plot(cells, picture)
-    print(f"The table as a picture: {picture}")
+    prepared = prepare(source, out, OPTIONS, overwrite=True)
+    carry_out(prepared, progress)
+    return prepared, verify(open_converted(out), source, progress)
 
 
 def ask_both(base: Path, pace: Path, progress: Progress) -> list[Cell]:
@@ -88,32 +77,6 @@ def ask_both(base: Path, pace: Path, progress: Progress) -> list[Cell]:
     return cells
 
 
-def print_tables(cells: list[Cell]) -> None:
-    """Right answers by length and depth, and the memory's doings by length."""
-    console = Console(width=100)
-    table = Table(title=f"right answers, base / PaceLLM ({STORIES} held-out questions each, {FACTS} facts)")
-    table.add_column("words", justify="right")
-    for depth in DEPTHS:
-        table.add_column(f"depth {depth:.0%}", justify="right")
-    for length in LENGTHS:
-        row = [cell for cell in cells if cell.length == length]
-        table.add_row(str(length), *(f"{cell.base:.0%} / {cell.pace:.0%}" for cell in row))
-    console.print(table)
-
-    table = Table(title="what the memory did")
-    for column in ("words", "slots filled, by layer", "kept", "mixed", "reused"):
-        table.add_column(column, justify="right")
-    for length in LENGTHS:
-        row = [cell for cell in cells if cell.length == length]
-        filled = "  ".join(f"{layer}: {np.mean([cell.filled[layer] for cell in row]):.0f}" for layer in row[0].filled)
-        counts = [sum(getattr(cell, name) for cell in row) for name in ("kept", "mixed", "reused")]
-        table.add_row(str(length), filled, *(f"{count / sum(counts):.1%}" for count in counts))
-    console.print(table)
-    base, pace = (sum(round(STORIES * getattr(cell, name)) for cell in cells) for name in ("base", "pace"))
-    asked = STORIES * len(cells)
-    console.print(f"Right answers to all {asked} questions: base {base}, PaceLLM {pace} (a difference of {pace - base:+d}).")
-
-
 def plot(cells: list[Cell], path: Path) -> None:
     """Both models' right answers as heatmaps, side by side."""
     import matplotlib
@@ -133,7 +96,7 @@ def plot(cells: list[Cell], path: Path) -> None:
             axis.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=9, color="white" if dark else "black")
     axes[0].set_ylabel("depth of the facts")
     figure.colorbar(image, ax=axes, label="right answers")
-    figure.savefig(path, dpi=110)
+    write_whole(path, lambda part: figure.savefig(part, dpi=110, format="png"))
 
 
 def _stories(length: int, depth: float) -> list:

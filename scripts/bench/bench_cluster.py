@@ -1,4 +1,4 @@
-"""What clustering costs, and how good the clusters are, beside k-means-constrained and the paper's code.
+"""What clustering costs, and how good the clusters are, beside k-means-constrained and the released code.
 
     python scripts/bench/bench_cluster.py --released-code ~/PaceLLM --out docs/bench_cluster.json    # twenty minutes or more
     python scripts/bench/bench_cluster.py --shapes 0.5b --skip library-10
@@ -60,7 +60,7 @@ def competitor(case: str, rows: torch.Tensor, experts: int, released: Path | Non
 
 def _released(rows: torch.Tensor, experts: int, folder: Path | None) -> Callable[[int], Clustering]:
     sys.path.insert(0, str(folder))
-    from pacellm.cortical_expert_clustering import CorticalClusteringConfig, balanced_cluster_neurons  # the paper's code
+    from pacellm.cortical_expert_clustering import CorticalClusteringConfig, balanced_cluster_neurons  # the released code
 
     def run(seed: int) -> Clustering:
         config = CorticalClusteringConfig(n_experts=experts, seed=seed, backend="torch")
@@ -161,7 +161,7 @@ def machine() -> dict:
 
 @click.command(help=__doc__)
 @click.option(
-    "--released-code", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A clone of the paper's code."
+    "--released-code", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A clone of the released code."
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Put the results here, as JSON, beside those of other cases.")
 @click.option("--shapes", default=",".join(SHAPES), show_default=True, help="Layer shapes.")

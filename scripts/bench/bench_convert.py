@@ -5,8 +5,8 @@
 Checkpoints are synthetic, of real shapes (scripts/bench/synthetic.py); each is made once in the folder --work. A plain
 copy (`cp`, then a flush to the disk) and conversions with one and two processes run in turn, each in a process of its
 own, --repeats times; medians count. One more conversion inside this process says where the time goes, and `pace verify`
-compares the output with its source. Results of other cases stay in the JSON file; `scripts/readme_tables.py` puts them
-into the README.
+compares the output with its source. Results of other cases stay in the JSON file; `scripts/docs_tables.py` puts them
+into docs/performance.md.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def copy(source: Path, out: Path) -> float:
 def phases(source: Path, out: Path) -> dict[str, float]:
     """Seconds of one conversion in this process, by what they were spent on."""
     from pace_convert.checkpoint.checkpoint import open_source
-    from pace_convert.conversion import convert, tasks
+    from pace_convert.conversion import convert as conversion
+    from pace_convert.conversion import tasks
     from pace_convert.experts import cluster
     from pace_convert.options import ConvertOptions, RunOptions
     from pace_convert.progress import Progress
@@ -105,8 +106,8 @@ def phases(source: Path, out: Path) -> dict[str, float]:
         for name, (owner, attribute) in places.items():
             setattr(owner, attribute, timed(name, before[name]))
         opened = open_source(str(source))
-        plan = convert.prepare(opened, out, ConvertOptions(), RunOptions(device="cpu", jobs=1))
-        convert.convert(opened, out, plan, Progress(quiet=True))
+        prepared = conversion.prepare(opened, out, ConvertOptions(), RunOptions(device="cpu", jobs=1))
+        conversion.carry_out(prepared, Progress(quiet=True))
     finally:
         for name, (owner, attribute) in places.items():
             setattr(owner, attribute, before[name])

@@ -1,11 +1,11 @@
 """What the memory costs: one FFN with and without it, and whole models, in one interleaved run.
 
     python scripts/bench/bench_memory.py --out docs/bench_memory.json
-    python scripts/bench/bench_memory.py --released-code ~/PaceLLM    # beside the paper's code
+    python scripts/bench/bench_memory.py --released-code ~/PaceLLM    # beside the released code
 
 Weights are synthetic, of real layer shapes; activations come in clusters, so that tokens are reused, mixed,
 kept and stored. Every number is a ratio to the plain computation: both run in turn, and the median of the
-ratios counts. `scripts/readme_tables.py` puts the result into the README.
+ratios counts. `scripts/docs_tables.py` puts the result into docs/performance.md.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 from pace_convert.evaluation.cost.curves import machine
 from pace_convert.evaluation.cost.shapes import SHAPES, random_model
 from pace_convert.evaluation.cost.walk import peak, tensor_bytes
-from pace_convert.modeling.memory_bank import MemorySettings
 from pace_convert.modeling.memory_cache import MemoryEntry
+from pace_convert.modeling.memory_settings import MemorySettings
 
 MODELS = ("Qwen2-7B", "Qwen2-1.5B", "Qwen2-0.5B")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -69,7 +69,7 @@ class Ffn:
 
 def _released_ffn(folder: Path, mlp: nn.Module) -> nn.Module:
     sys.path.insert(0, str(folder))
-    from pacellm.activation_memory_bank import ActivationMemoryConfig, AMBFeedForward  # the paper's code
+    from pacellm.activation_memory_bank import ActivationMemoryConfig, AMBFeedForward  # the released code
 
     # In blocks of 256 tokens instead of 1024: the work for a token is the same, and it fits into 24 GB.
     config = ActivationMemoryConfig(chunk_size=256)
@@ -189,7 +189,7 @@ def _print_peak(shape: str, dtype: str, variant: str, released: Path | None) -> 
 
 @click.command(help=__doc__)
 @click.option(
-    "--released-code", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A clone of the paper's repository."
+    "--released-code", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A clone of the released code."
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Put the results here, as JSON, beside those of other shapes.")
 @click.option("--shape", "shapes", multiple=True, type=click.Choice(MODELS), default=MODELS, help="Layer shapes.")

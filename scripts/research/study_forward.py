@@ -6,10 +6,8 @@ forces them: at `ask` [B, Q], the positions before the answers, the right earlie
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +15,6 @@ from torch import Tensor
 from transformers import Qwen2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
-sys.path.append(str(Path(__file__).parents[2]))  # `modeling`, which is not installed, for what is imported after this
 Memory = Callable[[Tensor], Tensor]
 
 

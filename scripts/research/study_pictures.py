@@ -1,38 +1,17 @@
-"""Draw the pictures of docs/study/ from the numbers of study_attempts.py.
-
-python scripts/research/study_pictures.py docs/study/attempts.json docs/study
-"""
+"""The pictures of docs/study.md."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-import click
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-LABELS = {  # of the confirmed attempts
-    "base": "base model",
-    "layers 1,2 (plain)": "plain memory",
-    "word, most novel firsts kept": "B2: word, first occurrences",
-    "own, blend 0.5, layer 2": "A: own activation",
-    "residual, weight 4, layer 3": "C: residual",
-}
-KEYS = {"key two back, layer 0's h": ", key: layer 0's h two back", "key two back, embedding": ", key: embedding two back"}
-TITLES = {"single": "1 fact", "multi4": "4 facts", "multi8": "8 facts", "two_hop": "two-hop (chance: 25 %)"}
 
-
-def _label(group: str, name: str) -> str:
-    word = "B: word" if "layer 0" in group else "D: word"
-    return LABELS.get(name, word) + KEYS.get(group, "")
-
-
-def look_up(data: dict, path: Path) -> None:
+def look_up(rows: list[dict], path: Path) -> None:
     """Accuracy and attention by distance; accuracy by length."""
-    rows = [r for r in data["why"] if r["part"] == "look-up"]
     by_distance, by_length = ([r for r in rows if r["table"] == t] for t in ("distance", "length"))
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4.2), layout="constrained")
     middle = [(r["low"] + r["high"]) / 2 for r in by_distance]
@@ -67,9 +46,8 @@ def look_up(data: dict, path: Path) -> None:
     figure.savefig(path / "why_look_up.png", dpi=100)
 
 
-def oracles(data: dict, path: Path) -> None:
+def oracles(rows: list[dict], path: Path) -> None:
     """What the right fact's value would do if it were always found, by layer."""
-    rows = [r for r in data["why"] if r["part"] == "oracle"]
     base = next(r["accuracy"] for r in rows if r["value"] == "base")
     shown = (
         ("own", 0.2, "own activation, blend 0.2 (the plain method)"),
@@ -94,63 +72,7 @@ def oracles(data: dict, path: Path) -> None:
     figure.savefig(path / "why_oracle.png", dpi=100)
 
 
-def selection(data: dict, path: Path) -> None:
-    """Every attempt: inside the training length against beyond it."""
-    cells: dict[tuple, dict[int, float]] = {}
-    for r in data["selection"]:
-        cells.setdefault((r["group"], r["name"]), {})[r["length"]] = r["accuracy"]
-    figure, axis = plt.subplots(figsize=(9, 5.2), layout="constrained")
-    groups = list(dict.fromkeys(group for group, _ in cells if group != "base"))
-    for i, group in enumerate(groups):
-        points = [c for (g, _), c in cells.items() if g == group]
-        shape = "o" if "two back" in group else "^" if group.startswith(("one", "key")) else "x"
-        axis.scatter(
-            [c[512] for c in points], [c[2048] for c in points], marker=shape, s=34, label=group, color=f"C{i % 10}", alpha=0.8
-        )
-    base = cells["base", "base"]
-    axis.axhline(base[2048], color="0.5", linewidth=0.8)
-    axis.axvline(base[512], color="0.5", linewidth=0.8)
-    axis.annotate("base model", (0.02, base[2048] + 0.012), xycoords="data", color="0.4", fontsize=8)
-    axis.set(xlabel="answers right, 512 words (inside the training length)", ylabel="answers right, 2048 words (beyond it)")
-    axis.set(xlim=(0, 1.03), ylim=(0, 1.03), title="Every attempt, 8 facts, seeds for choosing")
-    axis.legend(fontsize=8, loc="lower right")
-    figure.savefig(path / "attempts_selection.png", dpi=100)
-
-
-def confirmation(data: dict, path: Path) -> None:
-    """The confirmed attempts by length, one panel a task."""
-    figure, axes = plt.subplots(2, 2, figsize=(9, 6.6), sharex=True, sharey=True, layout="constrained")
-    rows = data["confirmation"]
-    for axis, (task, title) in zip(axes.flat, TITLES.items()):
-        names = dict.fromkeys((r["group"], r["name"]) for r in rows if r["task"] == task)
-        for i, (group, name) in enumerate(names):
-            found = sorted(
-                (r["length"], r["accuracy"]) for r in rows if (r["task"], r["group"], r["name"]) == (task, group, name)
-            )
-            style = {"base": "k-", "placement": "C1:"}.get(group, f"C{i}--" if i % 2 else f"C{i}-")
-            axis.plot(*zip(*found), style, marker="os^dv"[i % 5], markersize=4, label=_label(group, name))
-        axis.axvline(1024, color="0.7", linewidth=1)
-        axis.axhline(0.8, color="0.7", linewidth=1, linestyle=":")
-        axis.set(title=title, xscale="log", ylim=(-0.03, 1.05))
-        axis.set_xticks([512, 1024, 2048, 4096, 8192], ["512", "1024", "2048", "4096", "8192"])
-        axis.minorticks_off()
-    for axis in axes[1]:
-        axis.set_xlabel("length of the text (words)")
-    for axis in axes[:, 0]:
-        axis.set_ylabel("answers right")
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
-    figure.savefig(path / "attempts_lengths.png", dpi=100)
-
-
-@click.command(help=__doc__.split("\n\n")[0])
-@click.argument("numbers", type=click.Path(exists=True, path_type=Path))
-@click.argument("folder", type=click.Path(path_type=Path))
-def main(numbers: Path, folder: Path) -> None:
-    data = json.loads(numbers.read_text())
-    folder.mkdir(parents=True, exist_ok=True)
-    for draw in (look_up, oracles, selection, confirmation):
-        draw(data, folder)
-
-
-if __name__ == "__main__":
-    main()
+def draw(rows: list[dict], folder: Path) -> None:
+    """Both pictures, from the records of `study_why`."""
+    look_up([row for row in rows if row["part"] == "look-up"], folder)
+    oracles([row for row in rows if row["part"] == "oracle"], folder)

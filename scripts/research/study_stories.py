@@ -14,7 +14,7 @@ from train_reference import TASKS, encode
 from pace_convert.reference.task import Story, make_story
 from pace_convert.reference.words import ASSISTANT, CODES, NAMES
 
-SELECTION_SEED, CONFIRMATION_SEED = 10_000, 20_000
+SELECTION_SEED = 10_000
 TOKENS = 16_384  # a batch
 KINDS = ("filler", "fact name", "fact code", "rest of fact", "question name", "<assistant>", "rest of question")
 

@@ -1,4 +1,4 @@
-"""Why the plain memory is neutral: where the base model fails, what the memory holds and moves, what an oracle could do."""
+"""Why a fusion of activations moves no answer: where the base fails, what the memory does, what an oracle could do."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from train_reference import encode
 from transformers import Qwen2ForCausalLM
 
-from modeling.memory_bank import MemorySettings
+from pace_convert.modeling.memory_settings import MemorySettings
 from pace_convert.reference import reference_model
 
 LOOK_UP_LAYER, LOOK_UP_HEAD, CAP, NEAR = 2, 0, 800, 600

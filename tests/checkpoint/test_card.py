@@ -10,8 +10,9 @@ from huggingface_hub import ModelCard
 
 from pace_convert.checkpoint.checkpoint import HubAddress, open_source
 from pace_convert.conversion.convert import prepare
+from pace_convert.conversion.new_card import inherited_metadata, model_card
 from pace_convert.conversion.plan import make_plan
-from pace_convert.converted.card import inherited_metadata, is_untouched, model_card, pinned_commit, published
+from pace_convert.converted.card import is_untouched, pinned_commit, published
 from pace_convert.converted.verify import Verification
 from pace_convert.errors import CallError
 from pace_convert.options import ConvertOptions
@@ -135,7 +136,7 @@ def test_without_memory(source):
     text = new_card(source, no_memory=True)
     assert "trust_remote_code" not in text and "runs wherever its source runs" in text and "memory_disabled" not in text
     assert metadata_errors(text) == []
-    pushed = published(text, "acme/x", "2" * 40, remote=False, verification=None)
+    pushed = published(text, "acme/x", "2" * 40, needs_code=False, compared=None)
     assert "from_pretrained(name, revision=revision)" in pushed and "Python files" not in pushed
 
 
@@ -148,14 +149,14 @@ def test_the_same_bytes_each_time_and_nothing_of_this_machine(source, out, tmp_p
 def test_published_loads_by_name_at_a_commit_and_says_what_was_measured(out):
     text, commit = card_of(out)[1], "2" * 40
     measured = Verification(tensors=51, permuted=12, nbytes=192640, different=(), edited_files=(), same_tokens=True)
-    pushed = published(text, "acme/x", commit, remote=True, verification=measured)
+    pushed = published(text, "acme/x", commit, needs_code=True, compared=measured.sentence())
     assert pinned_commit(text) is None and pinned_commit(pushed) == commit
     assert f'name = "acme/x"\nrevision = "{commit}"\n' in pushed
     assert "from_pretrained(name, revision=revision, trust_remote_code=True)" in pushed
     assert "all 51 tensors (192,640 bytes)" in pushed and "12 of them" in pushed and "tokenizer reads" in pushed
     assert 'name = "."' not in pushed and "Nothing had been compared" not in pushed
     assert is_untouched(pushed.encode()) and metadata_errors(pushed) == []
-    again = published(pushed, "acme/y", "3" * 40, remote=True, verification=None)
+    again = published(pushed, "acme/y", "3" * 40, needs_code=True, compared=None)
     assert pinned_commit(again) == "3" * 40 and "all 51 tensors" in again and "acme/x" not in again
 
 
@@ -165,9 +166,9 @@ def test_an_edited_card_is_told_from_ours_and_keeps_its_words(out):
     for edited in (ours.replace(b"PaceLLM", b"Pace", 1), ours + b"more", ours.replace(b"\n", b"\r\n"), b"my own", b"\xff", b""):
         assert not is_untouched(edited)
     mine = ours.decode().replace("## Citation", "## My own words\n\n## Citation")
-    pushed = published(mine, "acme/x", "2" * 40, remote=True, verification=None)
+    pushed = published(mine, "acme/x", "2" * 40, needs_code=True, compared=None)
     assert "## My own words" in pushed and pinned_commit(pushed) == "2" * 40 and not is_untouched(pushed.encode())
-    assert published("no blocks", "acme/x", "2" * 40, remote=True, verification=None) == "no blocks"
+    assert published("no blocks", "acme/x", "2" * 40, needs_code=True, compared=None) == "no blocks"
 
 
 def test_overwrite_does_not_touch_an_edited_card(source, out, tmp_path):

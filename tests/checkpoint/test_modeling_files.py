@@ -9,8 +9,9 @@ import shutil
 import pytest
 
 from pace_convert.checkpoint.checkpoint import open_source
-from pace_convert.converted.format import modeling_files
+from pace_convert.converted.format import MODELING
 from pace_convert.converted.opened import open_converted
+from pace_convert.converted.shipped import modeling_files
 from pace_convert.converted.verify import verify
 from pace_convert.errors import CallError
 from pace_convert.families import FAMILIES
@@ -81,6 +82,26 @@ def test_nothing_is_allowed_that_is_not_used(shipped):
     modules = {module for tree in trees for module, _ in imported(tree)[0]}
     names = {node.id for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Name)}
     assert modules == STANDARD | TORCH | TRANSFORMERS and names >= BUILTINS
+
+
+def test_nothing_points_to_what_is_not_there(shipped):
+    """A checkpoint has no DESIGN, and its README is the model card."""
+    assert [name for name, text in shipped if re.search("DESIGN|README", text)] == []
+
+
+def test_modeling_pace_lists_the_files_in_reading_order():
+    """All of them and no other; each needs only those before it."""
+    for family in FAMILIES.values():
+        files = modeling_files(family)
+        listed = re.findall(r"^    (\w+\.py) +\w", ast.get_docstring(ast.parse(files[MODELING]), clean=False), re.M)
+        assert sorted(listed) == sorted(files) and len(listed) == len(files)
+        for place, name in enumerate(listed):
+            needed = {f"{module}.py" for _, module in imported(ast.parse(files[name]))[1]}
+            assert needed <= set(listed[:place]), name
+
+
+def test_lines_are_short(shipped):
+    assert [(name, line) for name, text in shipped for line in text.splitlines() if len(line) > 100] == []
 
 
 @pytest.mark.parametrize(

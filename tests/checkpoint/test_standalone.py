@@ -8,15 +8,17 @@ import torch
 from helpers import FAMILY_CONFIGS, SMALL, convert_folder, family_of, load, load_alone, random_ids, run_alone
 from safetensors import safe_open
 
-from pace_convert.conversion.places import SEAL
+from pace_convert.converted.format import SEAL
 
 SHIPPED = [
     "memory_bank.py",
-    "memory_blocks.py",
+    "memory_clock.py",
     "memory_cache.py",
     "memory_draft.py",
     "memory_layer.py",
     "memory_session.py",
+    "memory_settings.py",
+    "memory_stack.py",
     "modeling_pace.py",
     "pace_memory.py",
 ]

@@ -8,7 +8,6 @@ import struct
 import subprocess
 import sys
 import termios
-from pathlib import Path
 
 import pytest
 from helpers import pace_convert
@@ -72,12 +71,11 @@ def test_inspect_names_what_was_converted(qwen2_pair):
         assert words in text
 
 
-def test_families_and_the_readme_list_the_table():
+def test_families_lists_the_table():
     text = pace_convert(command=("families",)).stdout
     rows = json.loads(pace_convert("--json", command=("families",)).stdout)
     assert [row["model_type"] for row in rows] == list(FAMILIES) == sorted(FAMILIES)
     assert [line.split()[0] for line in text.splitlines()] == ["model_type", *FAMILIES]
-    assert text in (Path(__file__).parents[2] / "README.md").read_text(), "put the output of `pace families` into README.md"
 
 
 def test_options_reach_the_config(make_source, tmp_path):
@@ -85,15 +83,22 @@ def test_options_reach_the_config(make_source, tmp_path):
     values = {
         "experts": 4, "seed": 3, "memory_layers": "0,3", "slots": 9, "theta_high": 0.6, "theta_low": -0.5, "top_k": 3,
         "bottom_k": 0, "fusion_weight": 0.3, "reuse_weight": 0.9, "mix_weight": 0.4, "noise_weight": 0.05, "momentum": 0.7,
-        "update_interval": 77, "cluster_method": "exact", "exact_restarts": 2, "granularity": "expert",
+        "update_interval": 77, "cluster_method": "exact", "exact_restarts": 2, "granularity": "expert", "outlier_norm": 3.5,
     }  # fmt: skip
-    assert set(values) == set(ConvertOptions.model_fields) - {"no_memory"}
+    assert {*values, "match_norm"} == set(ConvertOptions.model_fields) - {"no_memory", "preset"}
     arguments = [part for name, value in values.items() for part in (option_name(name), value)]
-    assert pace_convert(source, tmp_path / "out", *arguments).returncode == 0
+    assert pace_convert(source, tmp_path / "out", *arguments, "--no-match-norm").returncode == 0
+    values["match_norm"] = False
     pace = json.loads((tmp_path / "out" / "config.json").read_text())["pace"]
     assert pace["experts"] == {"count": 4, "method": "exact", "seed": 3, "restarts": 2}
     memory = {name: value for name, value in values.items() if name not in (*EXPERT_OPTIONS, "memory_layers")}
     assert pace["memory"] == {"enabled": True, "layers": [0, 3], **memory}
+
+
+def test_help_shows_examples():
+    text = pace_convert("--help", command=()).stdout
+    for command in ("convert", "verify", "inspect", "eval", "push", "undo"):
+        assert f"  pace {command} " in text[: text.index("Options:")]
 
 
 def test_help_groups_the_methods_options():

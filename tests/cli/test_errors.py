@@ -234,14 +234,14 @@ def test_out_that_can_not_be_made(source, tmp_path):
 
 def convert_in_process(source, out, overwrite=False, between=lambda: None):
     from pace_convert.checkpoint.checkpoint import open_source
-    from pace_convert.conversion.convert import convert, prepare
+    from pace_convert.conversion.convert import carry_out, prepare
     from pace_convert.options import ConvertOptions
     from pace_convert.progress import Progress
 
     opened = open_source(str(source))
-    plan = prepare(opened, out, ConvertOptions(experts=8), overwrite)
+    prepared = prepare(opened, out, ConvertOptions(experts=8), overwrite=overwrite)
     between()
-    convert(opened, out, plan, Progress(quiet=True), overwrite)
+    carry_out(prepared, Progress(quiet=True))
 
 
 def test_overwrite_keeps_its_hands_off_foreign_files(source, tmp_path):

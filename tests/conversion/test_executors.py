@@ -12,7 +12,7 @@ import psutil
 import pytest
 from helpers import hashes, pace_convert, refuse
 
-from pace_convert.conversion.places import UNFINISHED
+from pace_convert.converted.format import UNFINISHED
 
 # Slow enough to be caught in the middle: half a second a layer and more.
 OPTIONS = ("--experts", "16", "--cluster-method", "exact", "--exact-restarts", "1")

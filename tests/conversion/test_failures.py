@@ -11,8 +11,8 @@ from helpers import ACTIVE, hashes
 
 from pace_convert.checkpoint.checkpoint import open_source
 from pace_convert.conversion import tasks
-from pace_convert.conversion.convert import convert, prepare
-from pace_convert.conversion.places import UNFINISHED
+from pace_convert.conversion.convert import carry_out, prepare
+from pace_convert.converted.format import UNFINISHED
 from pace_convert.errors import DamagedSourceError, PaceError, Stopped
 from pace_convert.options import ConvertOptions, RunOptions
 from pace_convert.progress import Progress
@@ -29,9 +29,9 @@ def source(make_source, tmp_path) -> Path:
 
 def run(source, out, between=lambda: None, overwrite=False, resume=False) -> None:
     opened = open_source(str(source))
-    plan = prepare(opened, out, OPTIONS, RunOptions(device="cpu"), overwrite, resume)
+    prepared = prepare(opened, out, OPTIONS, RunOptions(device="cpu"), overwrite=overwrite, resume=resume)
     between()
-    convert(opened, out, plan, Progress(quiet=True), overwrite, resume)
+    carry_out(prepared, Progress(quiet=True))
 
 
 def fail_at(monkeypatch, error: BaseException, count: int):

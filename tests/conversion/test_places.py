@@ -9,7 +9,8 @@ import forked
 import pytest
 from helpers import hashes, pace_convert, refuse
 
-from pace_convert.conversion.places import MOVE, SEAL, UNFINISHED
+from pace_convert.conversion.output_checks import MOVE
+from pace_convert.converted.format import SEAL, UNFINISHED
 
 OPTIONS = ("--experts", 8, "-j", 1)
 
@@ -141,9 +142,9 @@ def test_files_that_appear_while_it_works_are_kept(source, tmp_path, monkeypatch
 
     monkeypatch.setattr(job, "_write_files", meanwhile)
     opened = open_source(str(source))
-    plan = job.prepare(opened, out, ConvertOptions(experts=8), RunOptions(device="cpu", jobs=1))
+    prepared = job.prepare(opened, out, ConvertOptions(experts=8), RunOptions(device="cpu", jobs=1))
     with pytest.raises(CallError, match="is not empty"):
-        job.convert(opened, out, plan, Progress(quiet=True))
+        job.carry_out(prepared, Progress(quiet=True))
     assert (out / "README.md").read_text() == "my own words"
     (out / "README.md").unlink()
     assert pace_convert(source, out, *OPTIONS, "--resume", "--device", "cpu").returncode == 0

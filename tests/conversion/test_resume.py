@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import hashes
 
-from pace_convert.conversion.places import UNFINISHED
+from pace_convert.converted.format import UNFINISHED
 from pace_convert.errors import CallError
 from pace_convert.reference.tokenizer import build_tokenizer
 

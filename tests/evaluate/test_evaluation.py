@@ -7,6 +7,14 @@ import forked
 import pytest
 from helpers import pace_convert, refuse
 
+from pace_convert.cli.evaluate import evaluation
+from pace_convert.evaluation.benchmarks.infinitebench import InfiniteBench
+from pace_convert.evaluation.benchmarks.longbench import HUB, LongBench
+from pace_convert.evaluation.benchmarks.needle import NeedleTest
+from pace_convert.evaluation.benchmarks.qa import QuestionAnswering
+from pace_convert.evaluation.benchmarks.ruler import Ruler
+from pace_convert.evaluation.benchmarks.text_loss import TextLoss
+from pace_convert.evaluation.folder import CHANGED, difference
 from pace_convert.reference import reference_model
 
 ARGUMENTS = (
@@ -118,16 +126,73 @@ def test_what_cannot_be_is_refused_before_any_work(reference, tmp_path, make_sou
 
 
 def test_a_folder_of_something_else_is_refused(reference, tmp_path):
-    assert needle(reference, "--arms", "base", "--out", tmp_path / "n").returncode == 0
-    other = pace_convert(
-        reference, "--out", tmp_path / "n", "--seeds", 5, "-q", command=("eval", "needle")
+    text = tmp_path / "story.txt"
+    text.write_text("The river is old. The town is new. The bridge is long. " * 20)
+    out = ("--out", tmp_path / "n", "--lengths", "96", "--depths", "0", "--arms", "base", "-q")
+
+    def other(*arguments):
+        return pace_convert(reference, *out, *arguments, command=("eval", "needle"))
+
+    assert other("--haystack", text, "--needles", 2, "--seeds", 1).returncode == 0
+    holds = "holds another evaluation: "
+    refuse(
+        other("--haystack", text, "--needles", 2, "--seeds", 5),
+        2,
+        holds + "--seeds was 1 and is 5",
+        "or another --out",
     )
-    refuse(other, 2, "the unfinished evaluation can't go on", "--seeds was 2 and is 5")
+    refuse(
+        other("--haystack", text, "--needles", 2, "--seeds", 1, "--ask", 1),
+        2,
+        holds + "--ask was 2 and is 1",
+    )
+    text.write_text(text.read_text() + "The end is near. ")
+    refuse(
+        other("--haystack", text, "--needles", 2, "--seeds", 1),
+        2,
+        holds + "what --haystack gives has changed",
+    )
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.png").write_text("x")
     refuse(needle(reference, "--out", tmp_path / "photos"), 2, "not empty and holds no evaluation")
     (tmp_path / "file").write_text("x")
     refuse(needle(reference, "--out", tmp_path / "file"), 2, "is a file")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"version": "9"}, "pace-convert 1 began it, this is 9"),
+        ({"command": "pace eval ruler"}, "of pace eval needle, and this is pace eval ruler"),
+        ({"limit": 5}, "--limit was left out and is 5"),
+        ({"max_length": None}, "--max-length was 64 and is left out"),
+        ({"plain": True}, "--plain was left out and is given"),
+        ({"lengths": [1, 2]}, "--lengths was left out and is 1,2"),
+        ({"data": "x"}, "what --data gives has changed"),
+        ({"asks": 2}, "this version asks in another way"),
+    ],
+)
+def test_what_differs_is_said_by_the_names_that_a_person_gives(changes, words):
+    before = {
+        "version": "1",
+        "command": "pace eval needle",
+        "limit": None,
+        "max_length": 64,
+        "data": "d",
+        "asks": 1,
+    }
+    assert difference(before, {**before, **changes}) == words
+    assert difference([], before).startswith("pace-convert None")
+
+
+def test_every_part_of_an_identity_is_an_option_or_known_by_what_it_gives():
+    """So no option is named that does not exist."""
+    options = {
+        parameter.name for command in evaluation.commands.values() for parameter in command.params
+    }
+    kinds = (NeedleTest((), ()), LongBench((), HUB), InfiniteBench((), HUB), Ruler((), ()))
+    for test in (*kinds, TextLoss((), (), 1), QuestionAnswering((), ())):
+        assert set(test.identity()) <= options | set(CHANGED), test.name
 
 
 def test_a_model_without_tokenizer_says_so(make_source, tmp_path):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pace_convert.evaluation.intervals import difference, mean_of
+from pace_convert.evaluation.intervals import difference, mean_of, ratio, ratio_difference
 
 
 def test_covers_the_truth_about_as_often_as_it_says():
@@ -36,3 +36,34 @@ def test_differences_are_paired():
         difference([[1.0]], [[1.0, 0.0]])
     with pytest.raises(ValueError, match="no scores"):
         mean_of([])
+
+
+def test_a_ratio_is_of_sums_and_resamples_whole_clusters():
+    made = ratio([2.0, 6.0], [1.0, 3.0])
+    assert made.mean == made.low == made.high == 2 and made.count == 4
+    rng = np.random.default_rng(1)
+    inside = 0
+    for trial in range(200):
+        counts = rng.integers(1, 50, 60).astype(float)
+        totals = counts * rng.normal(3, 1, 60)  # what belongs to a cluster moves together
+        found = ratio(totals.tolist(), counts.tolist(), seed=trial)
+        inside += found.low <= 3 <= found.high
+    assert 0.89 <= inside / 200 <= 0.99
+
+
+def test_a_difference_of_ratios_is_paired():
+    rng = np.random.default_rng(2)
+    counts = rng.integers(1, 9, 40).astype(float)
+    base = (counts * rng.normal(3, 1, 40)).tolist()
+    better = [total + count / 4 for total, count in zip(base, counts)]
+    made = ratio_difference((better, counts.tolist()), (base, counts.tolist()))
+    assert (
+        made.low == pytest.approx(0.25)
+        and made.high == pytest.approx(0.25)
+        and made.count == counts.sum()
+    )
+    with pytest.raises(ValueError, match="nothing was counted"):
+        ratio([1.0], [0.0])
+    with pytest.raises(ValueError, match="nothing was counted"):
+        ratio([], [])
+    assert ratio([1.0, 0.0], [2.0, 0.0]).mean == 0.5  # a cluster without any does not count

@@ -80,3 +80,59 @@ def test_a_model_without_a_chat_template_gets_the_text(reader, monkeypatch):
     assert reader.chat("hi") == "<user> hi<assistant>"
     monkeypatch.setattr(reader.tokenizer, "chat_template", None)
     assert reader.chat("hi") == "hi"
+
+
+def test_a_common_beginning_is_read_once_and_changes_nothing(reader, prompts, monkeypatch):
+    start = prompts[0][2]
+    rows = [start + row[:9] for row in prompts[0][:3]]
+    continuations = [row[9:20] for row in prompts[0][:3]]
+    expected, answers = reader.log_likelihood(rows, continuations), reader.answer(rows, 4)
+    monkeypatch.setattr(module, "CHUNK", 50)
+    read = []
+    handle = reader.model.get_input_embeddings().register_forward_pre_hook(
+        lambda m, a: read.append(a[0].shape[1])
+    )
+    prefix = reader.read_common(rows)
+    assert sum(read) == prefix.length >= len(start)
+    assert reader.log_likelihood_each(rows, continuations, prefix) == pytest.approx(
+        expected, rel=1e-5
+    )
+    assert reader.answer_each(rows, 4, prefix=prefix) == answers
+    assert sum(read) < prefix.length + 3 * 50  # each row's own tokens, twice
+    handle.remove()
+    for text in (rows[0][:1], rows[0][:40]):  # nothing before the last token; one row alone
+        alone = reader.read_common([text])
+        assert alone.length == len(text) - 1
+        assert reader.log_likelihood_each([text], [[5, 6]], alone) == pytest.approx(
+            reader.log_likelihood([text], [[5, 6]]), rel=1e-5
+        )
+
+
+@torch.no_grad()
+def test_log_probs_are_the_models_at_each_token(reader, prompts, monkeypatch):
+    row = prompts[0][2]
+    expected = (
+        reader.model(torch.tensor([row]))
+        .logits.log_softmax(-1)[0, :-1]
+        .gather(-1, torch.tensor(row)[1:, None])
+    )
+    most = []
+    handle = reader.model.register_forward_hook(lambda m, a, made: most.append(made.logits.numel()))
+    monkeypatch.setattr(module, "LOGIT_VALUES", 30 * reader.model.config.vocab_size)
+    assert reader.log_probs(row) == pytest.approx(expected[:, 0].tolist(), rel=1e-3, abs=1e-5)
+    assert max(most) <= module.LOGIT_VALUES
+    handle.remove()
+    assert reader.log_probs(row[:1]) == []
+
+
+def test_what_a_text_opens_with(reader):
+    from copy import deepcopy
+
+    from tokenizers.processors import TemplateProcessing
+
+    bare = module.Reader(reader.model, deepcopy(reader.tokenizer))
+    assert bare.opening == []
+    bare.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        "<user> $A <end>", None, [("<user>", 1), ("<end>", 2)]
+    )
+    assert bare.opening == [1]

@@ -16,14 +16,14 @@ from helpers import convert_folder, hashes, pace_convert, refuse
 from pace_convert.checkpoint.checkpoint import open_source
 from pace_convert.conversion.convert import is_finished
 from pace_convert.conversion.plan import make_plan
+from pace_convert.converted.format import Difference, Tuned
 from pace_convert.converted.opened import open_converted
 from pace_convert.converted.retune import write_memory
-from pace_convert.converted.tuned import Difference, Tuned
 from pace_convert.evaluation.subjects import Subject, load
 from pace_convert.evaluation.tune.data import LIKELIHOOD, DataRequest, read_data
 from pace_convert.evaluation.tune.search import PARTS, SearchSpace, best, repair, search
 from pace_convert.evaluation.tune.similarity import LEVELS, LayerSimilarity, similarities
-from pace_convert.modeling.memory_bank import MemorySettings
+from pace_convert.modeling.memory_settings import MemorySettings
 from pace_convert.options import ConvertOptions
 from pace_convert.progress import Progress
 from pace_convert.reference import reference_model
@@ -170,7 +170,7 @@ def test_a_written_winner_verifies_loads_and_undoes(out, tmp_path):
         changed == {"config.json", "README.md", ".pace-conversion.json"}
         and hashes(folder).keys() == hashes(out).keys()
     )
-    assert load(Subject(str(folder)), "cpu").model._stack_memory.settings.layers == (0, 3)
+    assert load(Subject(str(folder)), "cpu").model.memory_settings.layers == (0, 3)
     done = pace_convert(folder, "--source", reference_model(), command=("verify",))
     assert done.returncode == 0 and done.stdout.endswith("verified\n"), done.stdout
     done = pace_convert(folder, command=("inspect",))
@@ -232,7 +232,12 @@ def test_where_the_base_wins_nothing_is_written(out, tmp_path, text):
     again = pace_convert(*arguments, command=("tune",))
     assert json.loads(again.stdout) == facts
     assert (tmp_path / "tune" / "similarity.png").stat().st_size > 5000
-    refuse(pace_convert(*arguments, "--seed", "1", command=("tune",)), 2, "something else", "--out")
+    refuse(
+        pace_convert(*arguments, "--seed", "1", command=("tune",)),
+        2,
+        "holds another search: --seed was 0 and is 1",
+        "--out",
+    )
 
 
 def test_bad_calls(out, tmp_path, text):

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from slow_memory import SlowMemory
 
-from modeling.memory_bank import MemorySettings
-from modeling.memory_blocks import Rhythm
 from modeling.memory_cache import MemoryEntry
+from modeling.memory_clock import Rhythm
+from modeling.memory_settings import MemorySettings
 
 D = 6
 
@@ -27,6 +27,8 @@ def memory_settings(draw):
         top_k=draw(st.integers(1, 9)),
         bottom_k=draw(st.integers(0, 4)),
         fusion_weight=draw(st.sampled_from([0.0, 0.2, 1.0])),
+        match_norm=draw(st.booleans()),
+        outlier_norm=draw(st.sampled_from([0.0, 1.1, 2.0, 8.0])),
         momentum=draw(st.sampled_from([0.0, 0.5, 1.0])),
         update_interval=draw(st.integers(1, 9)),
         **draw(st.sampled_from([{}, {"granularity": "expert", "experts": 3}])),
@@ -35,7 +37,8 @@ def memory_settings(draw):
 
 @st.composite
 def activations(draw, config):
-    """One sequence: clustered vectors, so that every decision occurs, and perhaps a zero among them.
+    """One sequence: clustered vectors, so that every decision occurs, some with enormous norms, and perhaps a zero among
+    them.
 
     Zeros make keys that are parallel: two of them, once the same tokens merge with both; one, without momentum. That is
     a tie that rounding breaks one way or the other.
@@ -45,6 +48,8 @@ def activations(draw, config):
     centres = rng.normal(size=(draw(st.integers(1, 5)), D))
     noise = draw(st.sampled_from([0.05, 0.4, 2.0]))
     h = centres[rng.integers(len(centres), size=length)] + noise * rng.normal(size=(length, D))
+    if draw(st.booleans()):
+        h[rng.random(length) < draw(st.sampled_from([0.1, 0.6]))] *= 1000.0
     if config.momentum and draw(st.booleans()):
         h[draw(st.integers(0, length - 1))] = 0.0
     return h

@@ -1,5 +1,7 @@
 """Parameters switched at run time are those of a fresh conversion, and a running sequence keeps its own."""
 
+import copy
+
 import pytest
 import torch
 from helpers import ACTIVE, convert_folder, load, random_ids
@@ -44,15 +46,25 @@ def test_a_running_sequence_keeps_its_own(qwen2_pair):
     [
         ({"slots": 0}, "at least 1"), ({"theta_low": 0.9}, "theta_low"), ({"layers": (9,)}, "no such layer"),
         ({"nonsense": 1}, "nonsense"), ({"granularity": "neuron"}, "granularity"),
+        ({"fusion_weight": 5, "momentum": -3}, "fusion_weight is 5"), ({"slots": 4, "momentum": -3}, "momentum is -3"),
+        ({"theta_high": float("nan")}, "theta_high"), ({"noise_weight": float("inf")}, "noise_weight"),
+        ({"slots": True}, "slots"), ({"enabled": "no"}, "enabled"), ({"layers": 1}, "layers"), ({"layers": (True,)}, "layers"),
     ],
 )  # fmt: skip
 @torch.no_grad()
 def test_what_cannot_be_changes_nothing(qwen2_pair, changes, words):
     model, ids = load(qwen2_pair[1]), random_ids(1, 40)
-    before = model(ids).logits
+    before, config, enabled = model(ids).logits, copy.deepcopy(model.config.pace), model.memory_enabled
     with pytest.raises(ValueError, match=words):
         model.set_memory(**changes)
     assert torch.equal(model(ids).logits, before)
+    assert model.config.pace == config and model.memory_enabled == enabled
+
+
+def test_experts_of_unequal_size_are_refused(make_source, tmp_path):
+    convert_folder(make_source("qwen2"), tmp_path / "out", **{**ACTIVE, "experts": 5})  # of 72 neurons
+    with pytest.raises(ValueError, match="5 does not divide 72"):
+        load(tmp_path / "out").set_memory(granularity="expert")
 
 
 @torch.no_grad()

@@ -8,7 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 IMPORTS = """
-from pace_convert.modeling.memory_bank import Bank, MemorySettings
+from pace_convert.modeling.memory_bank import Bank
+from pace_convert.modeling.memory_settings import MemorySettings
 from pace_convert.options import ConvertOptions
 """
 
@@ -24,7 +25,8 @@ def findings(tmp_path_factory):
     lines = [line.split(":", 2)[1:] for line in done.stdout.splitlines() if "planted.py:" in line and ": error:" in line]
     assert lines, done.stdout + done.stderr
     found = {int(number): text for number, text in lines}
-    return [found.get(i) for i in range(4, 4 + len(wrong) + 1)]
+    first = IMPORTS.count("\n") + 1
+    return [found.get(i) for i in range(first, first + len(wrong) + 1)]
 
 
 @pytest.mark.parametrize(("place", "named"), [(0, "layerz"), (1, "emptee"), (2, "slotz"), (3, "experts")])

@@ -19,5 +19,7 @@ def test_demo(tmp_path):
         "Right answers to all 400 questions",
     ):
         assert words in done.stdout
+    ours = ("converted 4 layers, ", "comparing tensors: ", "asking 400 questions of each model")
+    assert [line for line in done.stderr.splitlines() if not line.startswith(ours)] == [], "a library talks to newcomers"
     assert (tmp_path / "demo-needle.png").read_bytes().startswith(b"\x89PNG")
     assert open_converted(out).pace["memory"]["enabled"]

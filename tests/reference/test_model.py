@@ -9,7 +9,7 @@ from helpers import load, load_alone
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Qwen2ForCausalLM
 
 from pace_convert.checkpoint.checkpoint import open_source
-from pace_convert.conversion.convert import convert, prepare
+from pace_convert.conversion.convert import carry_out, prepare
 from pace_convert.converted.opened import open_converted
 from pace_convert.converted.verify import verify
 from pace_convert.errors import CallError
@@ -28,8 +28,8 @@ def report():
 def converted(tmp_path_factory):
     out = tmp_path_factory.mktemp("reference") / "out"
     source = open_source(str(reference_model()))
-    plan = prepare(source, out, ConvertOptions(experts=16, update_interval=32, theta_high=0.6, theta_low=0.2))
-    convert(source, out, plan, Progress(quiet=True))
+    options = ConvertOptions(experts=16, update_interval=32, theta_high=0.6, theta_low=0.2)
+    carry_out(prepare(source, out, options), Progress(quiet=True))
     return out
 
 

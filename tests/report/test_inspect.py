@@ -144,7 +144,7 @@ def test_texts_that_cannot_be_read(folder, tmp_path):
 
 def test_folders_that_cannot_be_probed(folder, qwen2_pair, tmp_path):
     def probe(out, trust=False):
-        return job.inspect(open_converted(out), QUIET, text="a text", trust=trust)
+        return job.inspect(open_converted(out), QUIET, text="a text", trust_remote_code=trust)
 
     with pytest.raises(PaceError, match="no tokenizer"):
         probe(qwen2_pair[1])

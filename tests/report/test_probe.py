@@ -69,7 +69,7 @@ def test_slots_hold_the_tokens_they_are_said_to_come_from(found, whole):
     activations, cache, _ = whole
     replaced = 0
     for layer, trace in found.traces.items():
-        keys = cache.layers[-1].memories[layer].state.bank.keys[0]
+        keys = cache.layers[-1].bank(layer).keys[0]
         for slot, token in enumerate(trace.origin):
             key, h = keys[slot], activations[layer][token]
             same = torch.allclose(key, h, rtol=1e-4, atol=1e-5)

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from pace_convert.checkpoint.checkpoint import Source, open_source
-from pace_convert.conversion.convert import convert, prepare
+from pace_convert.conversion.convert import carry_out, prepare
 from pace_convert.conversion.undo import undo
 from pace_convert.converted.integrity import check_integrity
 from pace_convert.converted.opened import open_converted
@@ -243,7 +243,7 @@ def try_source(files: Files, links: dict[str, str]) -> bool:
         put(source, files, links)
         try:
             opened = open_source(str(source))
-            convert(opened, out, prepare(opened, out, OPTIONS, HERE), QUIET)
+            carry_out(prepare(opened, out, OPTIONS, HERE), QUIET)
         except PaceError as error:
             assert is_clean(error) and not out.exists()
             return False
@@ -313,6 +313,6 @@ def test_conversions_damaged_at_random(bases, cases, tmp_path):
         put(source, files, {})
         opened = open_source(str(source))
         options = OPTIONS.model_copy(update={"no_memory": bool(number % 2)})
-        convert(opened, out, prepare(opened, out, options, HERE), QUIET)
+        carry_out(prepare(opened, out, options, HERE), QUIET)
         converted.append({str(path.relative_to(out)): path.read_bytes() for path in out.iterdir()})
     fuzz(converted, cases, partial(try_converted, open_source(str(tmp_path / "0"))))

@@ -12,9 +12,8 @@ from damage import INDEX, SINGLE, edit_json
 from helpers import ACTIVE, convert_folder, hashes, pace_convert, refuse
 from safetensors.numpy import load_file, save_file
 
-from pace_convert.conversion.places import UNFINISHED
 from pace_convert.conversion.undo import undo
-from pace_convert.converted.format import PERMUTATION
+from pace_convert.converted.format import PERMUTATION, UNFINISHED
 from pace_convert.converted.opened import open_converted
 from pace_convert.progress import Progress
 from pace_convert.reference.tokenizer import build_tokenizer

@@ -136,7 +136,7 @@ def test_a_seed_decides_and_its_labels_do_not_depend_on_what_came_before():
 
 LABELS_HASH = """
 import hashlib, sys, torch
-from pace_convert.cluster import cluster_neurons
+from pace_convert.experts.cluster import cluster_neurons
 torch.set_num_threads(int(sys.argv[1]))
 rows = torch.randn(3000, 256, generator=torch.Generator().manual_seed(0)) + 0.3
 print(hashlib.sha256(cluster_neurons(rows.bfloat16(), 24).labels.tobytes()).hexdigest(), torch.get_num_threads())

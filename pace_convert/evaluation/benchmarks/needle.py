@@ -89,8 +89,8 @@ class NeedleTest:
         text = (
             "" if self.haystack in (PROSE, REFERENCE) else _digest(split_sentences(self.haystack))
         )
-        facts = {**asdict(self.needles), "needles": self.needles.count}
-        facts.pop("count")
+        facts = asdict(self.needles)
+        facts |= {"needles": facts.pop("count"), "ask": facts.pop("asked")}
         return {
             "seeds": self.seeds,
             "first_seed": self.first_seed,

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ...units import tokens_text
+from ...writing import write_whole
 from ..runner import Results
 from .needle import measurable_context
 
@@ -30,7 +32,7 @@ def plot_needle(results: Results, threshold: float, path: Path) -> None:
     for place, name in enumerate(names):
         above = axes[each * (place // columns)][place % columns]
         reach = measurable_context(results, name, threshold)
-        title = f"{name}\nmean {grids[name].mean():.1%}, measurable context {_tokens(reach)}"
+        title = f"{name}\nmean {grids[name].mean():.1%}, measurable context {tokens_text(reach)}"
         score = _heat(above, grids[name], lengths, depths, title, "RdYlGn", (0, 1))
         shown.add(above)
         if place:
@@ -50,7 +52,7 @@ def plot_needle(results: Results, threshold: float, path: Path) -> None:
     )
     if each == 2:
         figure.colorbar(delta, ax=axes[1], label="difference", format=lambda x, _: f"{x:+.0%}")
-    figure.savefig(path, dpi=110, format="png")
+    write_whole(path, lambda part: figure.savefig(part, dpi=110, format="png"))
     plt.close(figure)
 
 
@@ -84,7 +86,7 @@ def _heat(
     axis.set_ylabel("depth of the needle")
     axis.set_xticks(
         range(len(lengths)),
-        [_tokens(int(n)) for n in lengths],
+        [tokens_text(int(n)) for n in lengths],
         rotation=45 if len(lengths) > 6 else 0,
     )
     axis.set_yticks(range(len(depths)), [f"{float(d):.0%}" for d in depths])
@@ -99,7 +101,3 @@ def _heat(
                 x, y, text, ha="center", va="center", fontsize=7, color="white" if dark else "black"
             )
     return image
-
-
-def _tokens(count: int) -> str:
-    return f"{count / 1024:g}K" if count >= 1024 and count % 128 == 0 else f"{count}"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from ...errors import CallError
-from . import infinitebench, longbench, needle, ruler
+from . import infinitebench, longbench, needle, qa, ruler, text_loss
 from .records import RecordOptions
 
 if TYPE_CHECKING:
@@ -73,6 +73,38 @@ ROWS = (
         needs=("rouge_score",),
         facts=needle.needle_facts,
         show=needle.show_needle,
+    ),
+    Benchmark(
+        "text",
+        text_loss.TextOptions,
+        text_loss.text_test,
+        """Prediction of real long texts: nats a token by position, and bits a byte.
+
+        \b
+        pace eval text ./out --on book.txt --on ./essays
+        pace eval text ./out --on texts.jsonl --length 8k --with update_interval=64 --with update_interval=256
+
+        Each document is read from its beginning, with an empty memory. Intervals are of resampled documents. Writes
+        results.json and text.png into --out.
+        """,
+        facts=text_loss.text_facts,
+        show=text_loss.show_text,
+    ),
+    Benchmark(
+        "qa",
+        qa.QAOptions,
+        qa.qa_test,
+        """Questions on your own long contexts: F1, ROUGE-L, exact match, and the log-likelihood of the reference answer.
+
+        \b
+        pace eval qa ./out --on questions.jsonl
+        pace eval qa ./out --on questions.jsonl --no-generate --with update_interval=64 --with fusion_weight=0.05
+
+        Each context is read once for all its questions. Intervals are of resampled contexts. Writes results.json into --out.
+        """,
+        needs=("lm_eval", "rouge"),
+        facts=qa.qa_facts,
+        show=qa.show_qa,
     ),
     Benchmark(
         "longbench",

@@ -9,17 +9,18 @@ from pathlib import Path
 import torch
 from transformers import CONFIG_MAPPING
 
-from ...cli.text import size
-from ...conversion.estimate import PROCESS_BYTES, free_memory
 from ...conversion.plan import resolve_layers
+from ...conversion.resources import PROCESS_BYTES
 from ...converted.load import edited_code, refuse_edited
 from ...converted.opened import open_converted
+from ...device import free_memory, is_widened, resolve_device
 from ...errors import CallError
-from ...modeling.memory_bank import MemorySettings
-from ...modeling.memory_blocks import BATCH
+from ...modeling.memory_clock import BATCH
+from ...modeling.memory_settings import MemorySettings
+from ...units import size, tokens_text
 from .counted import Dimensions, MemoryCost
 from .shapes import SHAPES
-from .walk import AGAIN, BASE, CHUNK, PACE, SHALLOW, Arm, Wanted, tokens_text
+from .walk import AGAIN, BASE, CHUNK, PACE, SHALLOW, Arm, Wanted
 
 DEPTH = 2  # layers of a shape that are measured: a layer's time is the difference to a depth of 1
 LAST = BATCH + 1  # tokens of a decode round, at most
@@ -107,8 +108,7 @@ def chosen_cases(model: str | None, shapes: Sequence[str], device: str, trust: b
     unknown = [shape for shape in shapes if shape.lower() not in names]
     if unknown:
         raise CallError(f"--shape: there is no {unknown[0]!r}", f"choose from {', '.join(names)}")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = resolve_device(device)
     cases = [
         _shape_case(name, device)
         for name in dict.fromkeys(names[shape.lower()] for shape in shapes)
@@ -119,20 +119,19 @@ def chosen_cases(model: str | None, shapes: Sequence[str], device: str, trust: b
 def _folder_case(model: str, device: str, trust: bool) -> Case:
     opened = open_converted(Path(model))
     refuse_edited(edited_code(opened), trust)
-    if not opened.remote or not opened.pace["memory"]["enabled"]:
+    if not opened.needs_code or not opened.pace["memory"]["enabled"]:
         raise CallError(
             f"{model} has no memory, which is what costs", "convert it again without --no-memory"
         )
     files, family = opened.files, opened.family
     config = CONFIG_MAPPING[family.model_type].from_dict(dict(files.config))
     stored = files.tensors[opened.ffn()[0].name].dtype
-    small = device == "cpu" and files.nbytes < 4e9
-    heads = config.num_attention_heads
+    widened, heads = is_widened(files.nbytes, device), config.num_attention_heads
     d = Dimensions(
-        hidden=config.hidden_size, neurons=opened.pace["intermediate_size"], layers=len(opened.layers), heads=heads,
+        hidden=config.hidden_size, neurons=opened.pace["intermediate_size"], layers=opened.layers, heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_size=getattr(config, "head_dim", None) or config.hidden_size // heads, vocabulary=config.vocab_size,
-        ffn_matrices=3 if family.ffn.kind.startswith("gated") else 2, itemsize=4 if small or stored == "F32" else 2,
+        ffn_matrices=3 if family.ffn.kind.startswith("gated") else 2, itemsize=4 if widened or stored == "F32" else 2,
         tied=bool(config.tie_word_embeddings),
     )  # fmt: skip
     settings = MemorySettings.from_config(opened.pace)

@@ -2,7 +2,7 @@
 
 Counted is what transformers' classes and `modeling/` do, for one sequence: FLOPs of matrix products (2 for a
 multiply-add), FLOPs of everything else, and bytes that tensors are read and written with, each operation
-by itself. The memory's events come from its own clock (`memory_blocks.Rhythm`), so what is compared twice
+by itself. The memory's events come from its own clock (`memory_clock.Rhythm`), so what is compared twice
 is counted twice.
 
 H hidden size, D neurons, M slots, E experts compared separately (1 with granularity "token"), n tokens of a
@@ -15,8 +15,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from ...modeling.memory_bank import MemorySettings
-from ...modeling.memory_blocks import Finish, Progress, Read, Rhythm, Settle
+from ...modeling.memory_clock import Finish, Position, Read, Rhythm, Settle
+from ...modeling.memory_settings import MemorySettings
 
 Calls = list[tuple[int, int]]  # tokens before a call, and in it
 
@@ -189,7 +189,7 @@ class MemoryCost:
         """n activations written where they are kept."""
         return Work(0, 0, 2 * n * self.neurons * self.itemsize)
 
-    def call(self, at: Progress, tokens: int) -> tuple[dict[str, Work], Progress]:
+    def call(self, at: Position, tokens: int) -> tuple[dict[str, Work], Position]:
         """A call of several tokens, by what is done, and where the row stands after it."""
         events, after = Rhythm.of(self.settings.update_interval).call(at, tokens)
         done = self._events(list(events), at.seen)
@@ -198,7 +198,7 @@ class MemoryCost:
 
     def prefill(self, calls: Calls) -> dict[str, Work]:
         """A prompt in these calls."""
-        parts, at = [], Progress()
+        parts, at = [], Position()
         for _, tokens in calls:
             if tokens == 1:
                 step, at = self.step(at)
@@ -207,7 +207,7 @@ class MemoryCost:
             parts += list(step.items())
         return _total(parts)
 
-    def step(self, at: Progress) -> tuple[dict[str, Work], Progress]:
+    def step(self, at: Position) -> tuple[dict[str, Work], Position]:
         """One token, and what is due before it."""
         events, at = Rhythm.of(self.settings.update_interval).due(at)
         done = self._events(events, at.seen)
@@ -218,7 +218,7 @@ class MemoryCost:
     def decode(self, context: int) -> dict[str, Work]:
         """A token after `context` tokens, on the average of the U tokens from there on."""
         interval = self.settings.update_interval
-        _, at = Rhythm.of(interval).call(Progress(), context)
+        _, at = Rhythm.of(interval).call(Position(), context)
         parts: list[tuple[str, Work]] = []
         for _ in range(interval):
             step, at = self.step(at)
@@ -228,20 +228,21 @@ class MemoryCost:
     def state_bytes(self, undoable: bool = False) -> int:
         """Bytes of the layer's state.
 
-        Bank: keys and values 2 M D b, norms M E w, 17 M for flags, ages and hits. Draft: M D b, means' weights E M^2 w,
-        counts E M w, M w + 17 M for the new tokens. Ring: (R + 1) D b. 48 bytes of counts. undoable: just after a block,
-        while it can be taken back, the bank before it is held too.
+        Bank: keys and values 2 M D b, their norms 2 M E w, the outliers' limit w, 17 M for flags,
+        ages and hits. Draft: M D b, means' weights E M^2 w, counts E M w, M w + 17 M for the new
+        tokens. Ring: (R + 1) D b. 48 bytes of counts. undoable: just after a block, while it can be
+        taken back, the bank before it is held too.
         """
         slots, experts, w = self.settings.slots, self.settings.experts, self.wide
         vectors = slots * self.neurons * self.itemsize
-        bank = 2 * vectors + slots * (experts * w + 17)
+        bank = 2 * vectors + slots * (2 * experts * w + 17) + w
         draft = vectors + experts * slots * (slots + 1) * w + slots * (w + 17)
         ring = (Rhythm.of(self.settings.update_interval).ring + 1) * self.neurons * self.itemsize
         return (2 if undoable else 1) * bank + draft + ring + 48
 
     def state_after(self, calls: Calls) -> int:
         """Bytes of the layer's state after a prompt in these calls."""
-        rhythm, at = Rhythm.of(self.settings.update_interval), Progress()
+        rhythm, at = Rhythm.of(self.settings.update_interval), Position()
         for _, tokens in calls:
             _, at = rhythm.call(at, tokens)
         return self.state_bytes(undoable=at.settled < at.finished * rhythm.interval)

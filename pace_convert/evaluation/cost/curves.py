@@ -14,8 +14,8 @@ import torch
 
 from ...errors import CallError
 from ...progress import Progress
+from ...writing import write_json
 from ..grid import KILO, parse_grid
-from ..runner import write_json
 from .cases import Case, chosen_cases
 from .fit import KINDS, Counts, Machine, counted_lengths, fit
 from .on_paper import on_paper

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...conversion.plan import resolve_layers
-from ...modeling.memory_bank import MemorySettings
+from ...modeling.memory_settings import MemorySettings
 from .counted import Dimensions, MemoryCost, base_call, calls_of, prefill, whole
 from .fit import Machine, Sample
 from .shapes import SHAPES

@@ -7,8 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ...units import tokens_text
+from ...writing import write_whole
 from .on_paper import PAPER
-from .walk import tokens_text
 
 _STYLES = {"prefill": ("o", "-"), "decode": ("s", "--")}
 
@@ -38,10 +39,8 @@ def plot_cost(results: dict, path: Path) -> None:
     )
     for panel, axis in zip(panels, axes.flat):
         panel(axis)
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, dpi=110, format="png")
+    write_whole(path, lambda part: figure.savefig(part, dpi=110, format="png"))
     plt.close(figure)
-    part.replace(path)
 
 
 def _time(axis: Any, curves: list[dict], colours: dict[str, str]) -> None:

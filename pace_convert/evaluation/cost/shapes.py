@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import transformers
 
-from ...converted.format import auto_map, modeling_files
+from ...converted.shipped import auto_map, modeling_files
 from ...families import FAMILIES
-from ...modeling.memory_bank import MemorySettings
+from ...modeling.memory_settings import MemorySettings
 from .counted import Dimensions
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from ...cli.text import size
+from ...units import size, tokens_text
 from ..tables import console
 from .on_paper import PAPER
-from .walk import tokens_text
 
 _WORDS = {"prefill": "prompt", "decode": "a token after it"}
 

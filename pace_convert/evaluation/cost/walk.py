@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from ...errors import PaceError
-from ...modeling.memory_bank import MemorySettings
-from ...modeling.memory_blocks import Rhythm
+from ...modeling.memory_clock import Rhythm
+from ...modeling.memory_settings import MemorySettings
 from ..subjects import Subject, load
 from .counted import calls_of
 from .shapes import SHAPES, ModelShape, random_model
@@ -106,7 +106,7 @@ def walk(
 
 def round_tokens(model: Any) -> int:
     """Tokens of a decode round: so many that the memory settles the tokens of its ring exactly once."""
-    rhythm = Rhythm.of(model._stack_memory.settings.update_interval)
+    rhythm = Rhythm.of(model.memory_settings.update_interval)
     return rhythm.ring - rhythm.window
 
 
@@ -194,7 +194,7 @@ class Wanted:
     def load(self) -> Any:
         """The model. Raises PaceError where a folder does not load."""
         if not self.shape:
-            return load(Subject(self.folder, trust=self.trust), self.device).model
+            return load(Subject(self.folder, trust_remote_code=self.trust), self.device).model
         return self._random(SHAPES[self.shape])
 
     def small(self) -> Any | None:
@@ -257,7 +257,7 @@ def _measure_here(wanted: Wanted, enabled: bool, lengths: list[int]) -> tuple[in
         model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         if past + tokens not in lengths:
             continue
-        entry = cache.layers[-1] if enabled else None
+        entry = model.memory_of(cache)
         if entry is not None:
             entry.catch_up()
         held = [layer for layer in cache.layers if layer is not entry]
@@ -300,11 +300,6 @@ def peak(device: torch.device) -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def tokens_text(count: int) -> str:
-    """1K for 1024."""
-    return f"{count / 1024:g}K" if count >= 1024 and count % 128 == 0 else f"{count}"
 
 
 if __name__ == "__main__":

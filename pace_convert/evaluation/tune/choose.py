@@ -10,21 +10,22 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 
-from ... import __version__
 from ...checkpoint.checkpoint import open_source
+from ...converted.format import Tuned
 from ...converted.load import edited_code, refuse_edited
 from ...converted.opened import Converted, open_converted
 from ...converted.retune import check_writable, write_memory
-from ...converted.tuned import Tuned
 from ...errors import CallError
 from ...options import ConvertOptions
 from ...progress import Progress
+from ...version import __version__
+from ...writing import write_json
+from ..folder import RESULTS
 from ..grid import KILO, parse_grid
 from ..reader import Reader
-from ..runner import RESULTS, write_json
 from .data import Data, DataRequest, check_data, read_data
 from .finalists import HeldIn, judged, reader_of
-from .folder import JOURNAL, search_folder
+from .folder import TRIALS, search_folder
 from .options import TuneOptions
 from .report import PLOT, difference_of, plot_statistics
 from .search import SearchSpace, Trial, kept, open_study, search
@@ -67,7 +68,7 @@ def _searched(
     progress: Progress,
 ) -> dict:
     """What the journal in `out` has already, and the rest."""
-    study = open_study(out / JOURNAL, options.seed)
+    study = open_study(out / TRIALS, options.seed)
     found = kept(
         study,
         "statistics",
@@ -84,7 +85,7 @@ def _searched(
         HeldIn(options, data, tuple(base)),
     )
     trials = search(
-        out / JOURNAL, space, score, options.trials, options.seed, options.jobs, progress
+        out / TRIALS, space, score, options.trials, options.seed, options.jobs, progress
     )
     return {
         "model": options.model,
@@ -107,7 +108,7 @@ def _opened(options: TuneOptions) -> Converted:
             "download it, or give --dry-run",
         )
     converted = open_converted(open_source(options.model).fetch().folder)
-    if not converted.remote:
+    if not converted.needs_code:
         raise CallError(
             f"{options.model} was converted with --no-memory", "convert again without it"
         )
@@ -145,7 +146,7 @@ def _request(
 def _measured(
     options: TuneOptions, converted: Converted, data: Data, memory: dict, progress: Progress
 ) -> list[LayerSimilarity]:
-    with progress.step("similarities", len(converted.layers), "layer") as bar:
+    with progress.step("similarities", converted.layers, "layer") as bar:
         interval = options.update_interval or memory["update_interval"]
         layers = measure_similarity(
             reader_of(options, None),
@@ -177,7 +178,7 @@ def _space(
         )
         intervals = tuple(dict.fromkeys(choices))
     count = converted.pace["experts"]["count"]
-    granularities = ("token",) if len(converted.layers[0][0]) % count else ("token", "expert")
+    granularities = ("token",) if converted.intermediate_size % count else ("token", "expert")
     candidates = candidate_layers(layers, memory["layers"], MOST_LAYERS)
     return SearchSpace(memory, tuple(layers), tuple(candidates), intervals, granularities)
 

@@ -40,7 +40,10 @@ def reader_of(options: TuneOptions, memory: dict | None) -> Reader:
         (name, tuple(v) if name == "layers" else v) for name, v in (memory or {}).items()
     )
     arm, trust = "ce+pa" if on else "ce", options.trust_remote_code
-    return load(Subject(options.model, arm, parameters if on else (), trust=trust), options.device)
+    return load(
+        Subject(options.model, arm, parameters if on else (), trust_remote_code=trust),
+        options.device,
+    )
 
 
 def judged(

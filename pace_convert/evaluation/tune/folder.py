@@ -1,4 +1,4 @@
-"""The folder of a search: what it holds, on what, and by which process alone."""
+"""The folder of a search: what it is on, and the memory parameters with which it began."""
 
 from __future__ import annotations
 
@@ -7,18 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
-from ... import __version__
-from ...conversion.places import SEAL
-from ...converted.format import CARD
+from ...converted.format import CARD, SEAL
 from ...converted.opened import Converted
 from ...errors import CallError
-from ..runner import LOCK, RESULTS, write_json
+from ..folder import RESULTS, results_folder
 from .options import TuneOptions
 from .search import repair
 
-JOURNAL, IDENTITY = "trials.log", "search.json"
+TRIALS = "trials.log"
+BEFORE = "before"  # in the journal: the memory parameters with which the search began
+OWN = ("config.json", CARD, SEAL)  # files that a search itself may change
 
 
 @contextmanager
@@ -26,57 +24,34 @@ def search_folder(
     out: Path, options: TuneOptions, converted: Converted, memory: dict
 ) -> Iterator[dict]:
     """`out`, held by this process alone; yields the memory parameters with which the search began."""
-    if out.exists() and not out.is_dir():
-        raise CallError(f"{out} is a file", "give another --out")
-    if (
-        out.is_dir()
-        and not (out / IDENTITY).exists()
-        and any(path.name != LOCK for path in out.iterdir())
-    ):
-        raise CallError(f"{out} is not empty and holds no search", "give another --out")
-    out.mkdir(parents=True, exist_ok=True)
     states = {
-        name: list(state)
-        for name, state in converted.files.states.items()
-        if name not in ("config.json", CARD, SEAL)
+        name: list(state) for name, state in converted.files.states.items() if name not in OWN
     }
-    asked = {
-        name: getattr(options, name)
-        for name in ("on", "length", "lengths", "items", "update_interval", "seed")
-    }
-    identity = json.loads(
-        json.dumps({"version": __version__, **asked, "data": _state(options.on), "model": states})
+    asked = options.model_dump(
+        include={"on", "length", "lengths", "items", "update_interval", "seed"}
     )
-    try:
-        with FileLock(out / LOCK, timeout=0):
-            if not (out / IDENTITY).exists():
-                write_json(out / IDENTITY, {"identity": identity, "memory": memory})
-            before = json.loads((out / IDENTITY).read_text())
-            written = (
-                json.loads((out / RESULTS).read_text())["winner"]
-                if (out / RESULTS).exists()
-                else None
+    identity = {**asked, "files": _state(options.on), "model": states}
+    with results_folder(out, "search", "pace tune", identity) as journal:
+        if BEFORE not in journal.done:
+            journal.add(BEFORE, {"memory": memory})
+        before, results = journal.done[BEFORE]["memory"], out / RESULTS
+        written = json.loads(results.read_text())["winner"] if results.exists() else None
+        if memory not in (before, written):
+            raise CallError(
+                f"the memory of {options.model} has changed since",
+                f"give another --out, or delete {out}",
             )
-            if before["identity"] != identity or memory not in (before["memory"], written):
-                raise CallError(
-                    f"{out} holds a search on something else",
-                    f"give another --out, or delete {out}",
-                )
-            repair(out / JOURNAL)
-            try:
-                yield before["memory"]
-            finally:
-                if not (
-                    out / JOURNAL
-                ).exists():  # it failed before anything was done: another call may have the folder
-                    (out / IDENTITY).unlink()
-    except Timeout as error:
-        raise CallError(
-            f"another search is writing to {out}", "wait for it, or give another --out"
-        ) from error
+        repair(out / TRIALS)
+        try:
+            yield before
+        finally:
+            # it failed before anything was done: another call may have the folder
+            if not (out / TRIALS).exists():
+                journal.path.unlink()
 
 
 def _state(on: str) -> list:
+    """Name, bytes and time of change of each file of DATA."""
     path = Path(on)
     files = sorted(path.rglob("*.txt")) if path.is_dir() else [path] if path.is_file() else []
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-from ...converted.format import CARD
-from ...converted.tuned import Difference
-from ..runner import RESULTS
+from ...converted.format import CARD, Difference
+from ...writing import write_whole
+from ..folder import RESULTS
 from ..tables import console
 from .options import TuneOptions
 from .similarity import LEVELS, LayerSimilarity
@@ -107,7 +107,7 @@ def plot_statistics(layers: list[LayerSimilarity], memory: dict, path: Path) -> 
         axis.set_xlim(-0.6, len(layers) - 0.4)
         axis.xaxis.get_major_locator().set_params(integer=True)
     axes[0].set_ylabel("cosine to the most similar slot\nbands: 1-99, 5-95, 25-75 %")
-    figure.savefig(path, dpi=120, format="png")
+    write_whole(path, lambda part: figure.savefig(part, dpi=120, format="png"))
     plt.close(figure)
 
 
@@ -117,9 +117,10 @@ def verdict(facts: dict, options: TuneOptions) -> str:
     numbers = str(difference_of(first))
     if facts["winner"] is None:
         return (
-            f"Nothing beats the base beyond noise: the best of held-in is {numbers} on held-out. Recommended: the base, memory "
-            f"off. {options.model} stays as it is.\nmodel.set_memory_enabled(False) switches it off for a loaded model; for good, "
-            'set "enabled": false under pace.memory in its config.json.'
+            f"Nothing beats the base beyond noise: the best of held-in is {numbers} on held-out. "
+            f"Recommended: the base, memory off. {options.model} stays as it is.\n"
+            "model.set_memory_enabled(False) switches it off for a loaded model; for good, set "
+            '"enabled": false under pace.memory in its config.json.'
         )
     if not facts["written"]:
         return f"The finalist beats the base beyond noise: {numbers} on held-out. Nothing was written (--dry-run)."

@@ -20,7 +20,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from ...conversion.executors import run_here
+from ...jobs import run_here
 from ...progress import Progress
 from .similarity import LayerSimilarity
 

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...converted.activations import listening
 from ...converted.opened import Converted
-from ...inspect.probe import listening
-from ...modeling.memory_bank import Bank, MemorySettings, find
-from ...modeling.memory_draft import Draft, absorb, finish
+from ...modeling.memory_bank import Bank
+from ...modeling.memory_draft import Block
+from ...modeling.memory_settings import MemorySettings
 from ..reader import Reader
 from .data import Item
 
@@ -53,7 +54,7 @@ def measure_similarity(
 ) -> list[LayerSimilarity]:
     """Each layer's distribution of s_max. reader: of the base, or with the memory off. memory: `pace.memory`."""
     chosen = items[:: -(-sum(len(item.prompt) + len(item.target) for item in items) // TOKENS)]
-    layers = range(len(converted.layers))
+    layers = range(converted.layers)
     seen: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {layer: [] for layer in layers}
     for item in chosen:
         for layer, found in similarities(
@@ -86,7 +87,7 @@ def similarities(
     first = 0
 
     def take(layer: int, h: Tensor) -> None:
-        follow.setdefault(layer, _Follower(settings, by_expert)).see(h[None], first)
+        follow.setdefault(layer, _Follower(settings, by_expert)).see(h[None])
 
     cache = DynamicCache(config=reader.model.config)
     with listening(reader.model.base_model, converted, take):
@@ -104,22 +105,19 @@ class _Follower:
 
     def __init__(self, settings: MemorySettings, by_expert: MemorySettings) -> None:
         self.settings, self.by_expert = settings, by_expert
-        self.bank: Bank | None = None
-        self.draft: Draft | None = None
+        self.block: Block | None = None
         self.best: list[Tensor] = []
         self.parts: list[Tensor] = []
 
-    def see(self, h: Tensor, first: int) -> None:
-        """h: [1, S, D], raw activations of tokens of one block, the first of them number `first`."""
-        bank = Bank.empty(1, self.settings, h) if self.bank is None else self.bank
-        draft = Draft.empty(bank) if self.draft is None else self.draft
-        found, interval = find(h, bank, self.settings), self.settings.update_interval
-        if first >= interval:
+    def see(self, h: Tensor) -> None:
+        """h: [1, S, D], raw activations of the next tokens, all of one block."""
+        block = self.block or Block.begin(Bank.empty(1, self.settings, h), self.settings)
+        found = block.find(h)
+        if block.number:
             self.best.append(found.best[0].float().cpu())
-            self.parts.append(best_by_expert(h[0], bank, self.by_expert.experts).cpu())
-        self.draft, self.bank = absorb(draft, h, found, first, bank, self.settings), bank
-        if (first + h.shape[1]) % interval == 0:
-            self.bank, self.draft = finish(bank, self.draft, first // interval, self.settings), None
+            self.parts.append(best_by_expert(h[0], block.bank, self.by_expert.experts).cpu())
+        block = block.absorb(h, found)
+        self.block = block.next() if block.is_full else block
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
         return torch.cat(self.best).numpy(), torch.cat(self.parts).flatten().numpy()

@@ -1,0 +1,150 @@
+"""The parameters of the memory: what each is, its default, and what it may be.
+
+Everything that takes or shows a parameter has it from here. Only the standard library is needed to
+read it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+Granularity = Literal["token", "expert"]
+BEFORE = {"match_norm": False, "outlier_norm": 0.0}  # what held before there were these parameters
+
+_LARGEST = math.nextafter(math.inf, 0.0)  # of all floats; whole numbers beyond it are none
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a numeric parameter may be.
+
+    kind: int; or float, for which whole numbers do too, but NaN and infinities don't. low, high:
+    the smallest and the largest value allowed; None: no bound on that side.
+    """
+
+    kind: type[int] | type[float]
+    low: float | None = None
+    high: float | None = None
+
+    def admit(self, value: object) -> bool:
+        """Whether a parameter may have this value. True and False are no numbers."""
+        if isinstance(value, bool) or not isinstance(value, int | self.kind):
+            return False
+        if self.kind is float and not -_LARGEST <= value <= _LARGEST:
+            return False
+        above = self.low is None or value >= self.low
+        return above and (self.high is None or value <= self.high)
+
+    def __str__(self) -> str:
+        number = "a whole number" if self.kind is int else "a finite number"
+        if self.low is None or self.high is None:
+            return number if self.low is None else f"{number} of at least {self.low}"
+        return f"{number} from {self.low} to {self.high}"
+
+
+def _whole(default: int, low: int) -> Any:
+    return field(default=default, metadata={"bounds": Bounds(int, low)})
+
+
+def _real(default: float, low: float | None = None, high: float | None = None) -> Any:
+    return field(default=default, metadata={"bounds": Bounds(float, low, high)})
+
+
+@dataclass(frozen=True)
+class MemorySettings:
+    """The parameters of the memory, named as in config.json's `pace.memory`.
+
+    enabled: whether a loaded model begins with the memory on. layers: 0-based decoder layers with
+    memory.
+    slots: M. theta_high, theta_low: cosine similarities above which a token is reused, or mixed.
+    top_k,
+    bottom_k: k and k', how many of the most and of the least similar slots are fused.
+    fusion_weight: lambda.
+    reuse_weight, mix_weight, noise_weight: weights of the k when reusing, of the k when mixing, and
+    of the k'. match_norm: whether each value is scaled to the norm of the token that reads it.
+    outlier_norm: a token whose norm is above so many times the median norm of the keys takes no
+    part in the memory; 0: none is. momentum: the old slot's share when tokens merge with it.
+    update_interval: U, tokens a block.
+    granularity: "token" compares and fuses whole activations, "expert" each expert's block of them
+    on its own. experts: E, how many blocks that makes, 1 with "token"; not in `pace.memory`, it
+    follows from `pace.experts`.
+
+    Defaults are those of the paper authors' released code (github.com/KangcongLi/PaceLLM), as the
+    paper leaves most values open, but for match_norm and outlier_norm, which it does not have, and
+    fusion_weight, there 0.2: as released, it harms real models. Raises ValueError, naming
+    parameter, value and bounds, for what can't be.
+    """
+
+    enabled: bool = True
+    layers: tuple[int, ...] = ()
+    slots: int = _whole(100, low=1)
+    theta_high: float = _real(0.75, low=-1, high=1)
+    theta_low: float = _real(0.25, low=-1, high=1)
+    top_k: int = _whole(5, low=1)
+    bottom_k: int = _whole(2, low=0)
+    fusion_weight: float = _real(0.2, low=0, high=1)
+    reuse_weight: float = _real(1.0)
+    mix_weight: float = _real(0.5)
+    noise_weight: float = _real(0.1)
+    match_norm: bool = True
+    outlier_norm: float = _real(8.0, low=0)
+    momentum: float = _real(0.5, low=0, high=1)
+    update_interval: int = _whole(1024, low=1)
+    granularity: Granularity = "token"
+    experts: int = _whole(1, low=1)
+
+    @classmethod
+    def parameters(cls) -> list[str]:
+        """Names of the parameters that a conversion is asked for, in order."""
+        own = ("enabled", "layers", "experts")
+        return [parameter.name for parameter in fields(cls) if parameter.name not in own]
+
+    @classmethod
+    def as_written(cls, memory: dict) -> dict:
+        """`pace.memory` with the parameters that did not exist when it was written, as they were in
+        effect then. Only an empty one has all defaults.
+        """
+        return {**BEFORE, **memory} if memory else {}
+
+    @classmethod
+    def from_config(cls, pace: dict) -> MemorySettings:
+        """From config.json's `pace` object.
+
+        What was written before a parameter existed means what it meant then. Raises ValueError,
+        also for a parameter that this version does not know.
+        """
+        values = cls.as_written(pace.get("memory") or {})
+        known = {parameter.name for parameter in fields(cls)} - {"experts"}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"memory: unknown parameter {', '.join(unknown)}")
+        if isinstance(values.get("layers"), list):
+            values["layers"] = tuple(values["layers"])
+        experts: Any = 1
+        if values.get("granularity") == "expert":
+            experts = (pace.get("experts") or {}).get("count")
+        return cls(**values, experts=experts)
+
+    def __post_init__(self) -> None:
+        for parameter in fields(self):
+            value = getattr(self, parameter.name)
+            bounds = parameter.metadata.get("bounds")
+            if bounds is not None and not bounds.admit(value):
+                raise ValueError(f"memory: {parameter.name} is {value!r}, not {bounds}")
+            if isinstance(parameter.default, bool) and not isinstance(value, bool):
+                raise ValueError(f"memory: {parameter.name} is {value!r}, neither true nor false")
+        layer = Bounds(int, 0)
+        if not isinstance(self.layers, tuple) or not all(
+            layer.admit(number) for number in self.layers
+        ):
+            raise ValueError(
+                f"memory: layers is {self.layers!r}, not a list of 0-based layer numbers"
+            )
+        if self.theta_low > self.theta_high:
+            raise ValueError(
+                f"memory: theta_low {self.theta_low} is above theta_high {self.theta_high}"
+            )
+        if self.granularity not in get_args(Granularity):
+            raise ValueError(f"memory: granularity is {self.granularity!r}, not token or expert")

@@ -1,0 +1,211 @@
+"""Attaches the memory to a decoder stack, for any model class.
+
+The memory acts where the FFN's output projection receives its input h. Hooks on the stack open and
+close a *session* for each call; a hook on the projections of the chosen layers fuses h. The session
+travels in a `threading.local`: threads don't meet, and torch.compile can trace it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+
+from .memory_cache import Call, MemoryEntry, find_entry, memory_entry
+from .memory_session import OFF, Replay, Session, current, replay, replay_checkpoints
+from .memory_settings import MemorySettings
+
+_binding = threading.Lock()
+
+
+@dataclass(eq=False)
+class StackMemory:
+    """The memory of one decoder stack.
+
+    projection: the path of the FFN's output projection below the stack, `{}` standing for the
+    layer.
+    """
+
+    stack: nn.Module
+    settings: MemorySettings
+    projection: str
+    intermediate_size: int
+    bound: dict[int, tuple[nn.Module, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.enabled = self.settings.enabled
+        self.names = list(inspect.signature(self.stack.forward).parameters)
+        self.stack.register_forward_pre_hook(self._open, with_kwargs=True)
+        self.stack.register_forward_hook(self._close, always_call=True)
+
+    @property
+    def acts(self) -> bool:
+        """Whether this call uses the memory."""
+        enabled = self.enabled if current.enabled is None else current.enabled
+        return enabled and bool(self.settings.layers)
+
+    @torch.compiler.disable(
+        reason="a compiled decode step takes the inputs that model.prepare_inputs_for_generation() "
+        "makes; generate() does that"
+    )
+    def announce(self, inputs: dict) -> MemoryEntry | None:
+        """On the host, before a call: find or make its memory and do all that is due.
+
+        inputs: of the stack, the attention mask 2D or None; gets a cache where one has to be made.
+        """
+        tokens = _tokens(inputs)
+        if tokens is None:
+            return None  # the stack itself says what is wrong
+        self._bind()
+        entry = self._entry(inputs)
+        real = _real_columns(inputs, entry.columns, tokens.shape[1])
+        entry.announce(tokens.shape[0], tokens.shape[1], real, tokens.device)
+        return entry
+
+    def configure(self, settings: MemorySettings) -> None:
+        """Other parameters, for the sequences that begin from now on."""
+        with _binding:
+            for layer in set(self.bound) - set(settings.layers):
+                self.bound.pop(layer)[1].remove()
+            self.settings = settings
+
+    def _bind(self) -> None:
+        """Hook the projections, and again those that a quantiser or an adapter has replaced."""
+        for layer in self.settings.layers:
+            module = self.stack.get_submodule(self.projection.format(layer))
+            if layer in self.bound and self.bound[layer][0] is module:
+                continue
+            with _binding:  # threads may make a model's first call together
+                old = self.bound.get(layer)
+                if old is not None and old[0] is not module:
+                    old[1].remove()
+                if old is None or old[0] is not module:
+                    hook = module.register_forward_pre_hook(_Fuse(self, layer))
+                    self.bound[layer] = (module, hook)
+
+    def _open(self, stack: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        kwargs = {**dict(zip(self.names, args)), **kwargs}
+        entry = find_entry(kwargs.get("past_key_values"))
+        if not self.acts:
+            if entry is not None:  # its cache goes on without it
+                entry.stale = True
+            current.session = OFF
+            return (), kwargs
+        if entry is None or entry.announced is None or not _fits(entry.announced, kwargs):
+            entry = self.announce(kwargs)
+        if entry is not None:
+            training = stack.training and torch.is_grad_enabled()
+            if training:
+                replay_checkpoints(stack, self.settings.layers, self.projection)
+            current.session = Session(entry, entry.begin(), {} if training else None)
+        return (), kwargs
+
+    def _close(self, stack: nn.Module, args: tuple, output: object) -> None:
+        session = current.session
+        current.session = None
+        if isinstance(session, Session) and session.entry is not None and session.call is not None:
+            if output is None:  # the call failed
+                session.entry.fail()
+            else:
+                session.entry.end(session.call)
+
+    def _entry(self, kwargs: dict) -> MemoryEntry:
+        """The memory of this call's cache; of the call alone where there is no cache."""
+        config: Any = self.stack.config
+        use_cache = kwargs.get("use_cache")
+        use_cache = config.use_cache if use_cache is None else use_cache
+        cache = kwargs.get("past_key_values")
+        if cache is None and use_cache and not self.stack.training:
+            cache = kwargs["past_key_values"] = DynamicCache(config=config)
+        if cache is None:
+            return MemoryEntry(self.settings)
+        if not isinstance(cache, Cache):
+            raise TypeError(
+                f"past_key_values must be a transformers Cache, not {type(cache).__name__}"
+            )
+        return memory_entry(cache, self.settings, config.num_hidden_layers)
+
+
+@dataclass(frozen=True)
+class _Fuse:
+    """The hook of one projection: h becomes h'."""
+
+    memory: StackMemory
+    layer: int
+
+    def __call__(self, module: nn.Module, args: tuple) -> tuple | None:
+        session = current.session
+        if session is OFF or (session is None and not self.memory.acts):
+            return None
+        if session is None:
+            raise RuntimeError(
+                f"layer {self.layer} of a PaceLLM ran outside its decoder stack, where it has no "
+                "memory; call the model, or switch the memory off with "
+                "model.set_memory_enabled(False)"
+            )
+        h = args[0]
+        size = self.memory.intermediate_size
+        if h.shape[-1] != size:
+            raise RuntimeError(
+                "the memory needs whole FFN activations: tensor parallelism is not supported"
+            )
+        assert session.call is not None
+        tokens = h.reshape(session.call.rows, session.call.length, size)
+        return (self._fuse(session, tokens).reshape(h.shape), *args[1:])
+
+    def _fuse(self, session: Session | Replay, h: Tensor) -> Tensor:
+        if isinstance(session, Replay):
+            return replay(h, session.tapes.get(self.layer, []), self.memory.settings)
+        assert session.entry is not None and session.call is not None
+        tape = None if session.tapes is None else session.tapes.setdefault(self.layer, [])
+        return session.entry.fuse(self.layer, h, session.call, tape)
+
+
+def _fits(call: Call, kwargs: dict) -> bool:
+    """Whether an announced call is the one that comes."""
+    tokens = _tokens(kwargs)
+    return tokens is not None and tokens.shape[0] == call.rows and tokens.shape[1] == call.length
+
+
+def _tokens(kwargs: dict) -> Tensor | None:
+    """[B, L] or [B, L, H], what the stack is called with."""
+    ids = kwargs.get("input_ids")
+    return kwargs.get("inputs_embeds") if ids is None else ids
+
+
+def _real_columns(kwargs: dict, past: int, length: int) -> Tensor | None:
+    """Which of the call's columns are tokens and not padding, [B, length] bool; None means all.
+
+    past: columns in the cache before this call; the mask begins with them, and may go on behind the
+    call. Raises ValueError where rows of the input hold several sequences, or the mask does not
+    say.
+    """
+    mask = kwargs.get("attention_mask")
+    positions = kwargs.get("position_ids")
+    packed = kwargs.get("cu_seq_lens_q") is not None
+    if mask is None and positions is not None and length > 1:
+        # Positions that do not go up by one are transformers' own sign of packing.
+        packed = packed or bool((positions.diff(dim=-1) != 1).any())
+    if packed:
+        raise ValueError(
+            "packed inputs (several sequences in one row) are not supported by the memory; "
+            "pad instead"
+        )
+    if isinstance(mask, dict) or (mask is not None and mask.dim() != 2):
+        if length == 1:
+            return None  # one column is never padding where a 4D mask was made for it
+        raise ValueError(
+            "the memory needs the 2D attention mask, which generate() and "
+            "prepare_inputs_for_generation() take"
+        )
+    if mask is not None and mask.shape[1] < past + length:
+        raise ValueError(
+            f"the attention mask has {mask.shape[1]} columns for {past} cached and {length} new "
+            "ones"
+        )
+    return None if mask is None else mask[:, past : past + length].bool()

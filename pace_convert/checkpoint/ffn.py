@@ -1,0 +1,71 @@
+"""The FFN of a checkpoint: how many layers and neurons its config states, and the tensors that hold them."""
+
+from __future__ import annotations
+
+from ..errors import CallError, DamagedSourceError
+from ..families import FamilySpec, FfnTensor
+from .shards import FLOAT_DTYPES, TensorInfo
+
+
+def count_layers(family: FamilySpec, config: dict) -> int:
+    """Decoder layers, as config.json states them. Raises CallError."""
+    return _positive(config, family.layer_keys)
+
+
+def count_neurons(family: FamilySpec, config: dict) -> int:
+    """Neurons of a layer's FFN, as config.json states them. Raises CallError."""
+    if family.width_keys and not any(config.get(key) is not None for key in family.size_keys):
+        return 4 * _positive(config, family.width_keys)
+    return _positive(config, family.size_keys)
+
+
+def _positive(config: dict, keys: tuple[str, ...]) -> int:
+    """The first of these keys that is set."""
+    key = next((key for key in keys if config.get(key) is not None), keys[0])
+    value = config.get(key)
+    if type(value) is not int or value < 1:
+        raise CallError(f"config.json: {key} is {value!r}", "give a checkpoint whose config states it")
+    return value
+
+
+def check_ffn(family: FamilySpec, layers: int, neurons: int, tensors: dict[str, TensorInfo]) -> tuple[FfnTensor, ...]:
+    """The tensors of all layers' FFNs, which must be there in the shapes that config.json states.
+
+    Raises DamagedSourceError, and CallError for quantised ones.
+    """
+    if layers > len(tensors):
+        raise DamagedSourceError(
+            f"config.json speaks of {layers} layers, the weights have {len(tensors)} tensors",
+            "config.json and weights do not belong together",
+        )
+    ffn = tuple(family.ffn_tensors(layers, tensors))
+    width = None
+    for tensor in ffn:
+        info = _check_tensor(tensors, tensor, neurons)
+        if len(info.shape) == 2:
+            width = width or info.shape[1 - tensor.axis]
+            if info.shape[1 - tensor.axis] != width or not width:
+                raise DamagedSourceError(
+                    f"{tensor.name} has shape {list(info.shape)}; the other FFN tensors have a hidden size of {width}",
+                    "get an undamaged copy of the model",
+                )
+    return ffn
+
+
+def _check_tensor(tensors: dict[str, TensorInfo], tensor: FfnTensor, neurons: int) -> TensorInfo:
+    name, expected = tensor.name, neurons * tensor.parts
+    info = tensors.get(name)
+    if info is None:
+        raise DamagedSourceError(f"the source lacks the tensor {name}", "check that all its shards are there")
+    if info.dtype not in FLOAT_DTYPES:
+        raise CallError(
+            f"{name} is {info.dtype}, not a float type: the source is quantised", "convert the full-precision model"
+        )
+    dimensions = 1 if name.endswith(".bias") else 2
+    if len(info.shape) != dimensions or info.shape[tensor.axis] != expected:
+        times = f"{tensor.parts} times " if tensor.parts > 1 else ""
+        raise DamagedSourceError(
+            f"{name} has shape {list(info.shape)}; axis {tensor.axis} should be {times}the model's {neurons} neurons",
+            "config.json and weights do not belong together",
+        )
+    return info

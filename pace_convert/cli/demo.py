@@ -1,0 +1,67 @@
+"""`pace demo`: what it shows on the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from ..progress import Progress
+from ..reference import reference_model
+from ..reference.demo import (
+    DEPTHS,
+    FACTS,
+    LENGTHS,
+    OPTIONS,
+    STORIES,
+    Cell,
+    ask_both,
+    convert_reference,
+    plot,
+)
+from ..units import size
+from .text import verification_text
+
+
+def run_demo(out: Path, progress: Progress) -> None:
+    """Convert into `out`, verify, ask, print; writes the picture `OUT-needle.png` beside it."""
+    prepared, verification = convert_reference(out, progress)
+    plan = prepared.plan
+    print(f"Converted the reference model ({size(prepared.source.nbytes)}) into {out}:")
+    print(f"  {OPTIONS.experts} experts a layer, memory in layers {', '.join(map(str, plan.memory_layers))} of {plan.layers},")
+    print(f"  {OPTIONS.slots} slots, updated every {OPTIONS.update_interval} tokens\n")
+    print(verification_text(verification) + "\n")
+
+    cells = ask_both(reference_model(), out, progress)
+    print_tables(cells)
+    picture = out.with_name(out.name + "-needle.png")
+    plot(cells, picture)
+    print(f"The table as a picture: {picture}")
+
+
+def print_tables(cells: list[Cell]) -> None:
+    """Right answers by length and depth, and the memory's doings by length."""
+    console = Console(width=100)
+    table = Table(title=f"right answers, base / PaceLLM ({STORIES} held-out questions each, {FACTS} facts)")
+    table.add_column("words", justify="right")
+    for depth in DEPTHS:
+        table.add_column(f"depth {depth:.0%}", justify="right")
+    for length in LENGTHS:
+        row = [cell for cell in cells if cell.length == length]
+        table.add_row(str(length), *(f"{cell.base:.0%} / {cell.pace:.0%}" for cell in row))
+    console.print(table)
+
+    table = Table(title="what the memory did")
+    for column in ("words", "slots filled, by layer", "kept", "mixed", "reused"):
+        table.add_column(column, justify="right")
+    for length in LENGTHS:
+        row = [cell for cell in cells if cell.length == length]
+        filled = "  ".join(f"{layer}: {np.mean([cell.filled[layer] for cell in row]):.0f}" for layer in row[0].filled)
+        counts = [sum(getattr(cell, name) for cell in row) for name in ("kept", "mixed", "reused")]
+        table.add_row(str(length), filled, *(f"{count / sum(counts):.1%}" for count in counts))
+    console.print(table)
+    base, pace = (sum(round(STORIES * getattr(cell, name)) for cell in cells) for name in ("base", "pace"))
+    asked = STORIES * len(cells)
+    console.print(f"Right answers to all {asked} questions: base {base}, PaceLLM {pace} (a difference of {pace - base:+d}).")

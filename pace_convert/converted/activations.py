@@ -1,0 +1,29 @@
+"""Listening to the FFN activations of a converted model while it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from .opened import Converted
+
+
+@contextmanager
+def listening(model: nn.Module, converted: Converted, take: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """take(layer, h) gets the raw activations [S, D] of each call, as they are before the memory's own hook."""
+    family, hooks = converted.family, []
+    prefix = f"{family.stack}." if family.stack else ""
+    for layer in range(converted.layers):
+
+        def hook(module: nn.Module, args: tuple, layer: int = layer) -> None:
+            take(layer, args[0].reshape(-1, args[0].shape[-1]))
+
+        path = prefix + family.projection.format(layer)
+        hooks.append(model.get_submodule(path).register_forward_pre_hook(hook, prepend=True))
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()

@@ -1,0 +1,65 @@
+"""The Python files that a converted folder ships, and the classes of them that config.json names."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+
+from jinja2 import Environment, StrictUndefined
+
+from ..families import FamilySpec
+from .format import KEPT, MODELING, PERMUTATION
+
+
+def modeling_files(family: FamilySpec) -> dict[str, str]:
+    """Name -> text of every Python file that a checkpoint of this family ships."""
+    sources = _modeling_sources()
+    text = render("modeling_pace.py.jinja", family=family)
+    return {**sources, MODELING: text}
+
+
+def shipped_names() -> list[str]:
+    """Names that a conversion adds to a repository; a source must not have them."""
+    return [MODELING, PERMUTATION, *KEPT.values(), *_modeling_sources()]
+
+
+def converted_config(source: dict, family: FamilySpec, pace: dict) -> dict:
+    """config.json of a PaceLLM: the source's, with a model_type and classes of its own.
+
+    source: its config.json. pace: as `pace_object` makes it.
+    """
+    return {
+        **source,
+        "pace": pace,
+        "model_type": f"pace_{family.model_type}",
+        "architectures": [f"Pace{family.causal_lm_class}"],
+        "auto_map": auto_map(source, family),
+    }
+
+
+def auto_map(source: dict, family: FamilySpec) -> dict[str, str]:
+    """Which class of which file transformers loads: the source's own, and ours. source: its config."""
+    module = MODELING.removesuffix(".py")
+    return {
+        **(source.get("auto_map") or {}),
+        "AutoConfig": f"{module}.Pace{family.config_class}",
+        "AutoModel": f"{module}.Pace{family.model_class}",
+        "AutoModelForCausalLM": f"{module}.Pace{family.causal_lm_class}",
+    }
+
+
+def render(template: str, **values: object) -> str:
+    """One of `templates/`, filled in."""
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    environment.filters["json"] = lambda value: json.dumps(value, ensure_ascii=False)
+    text = files("pace_convert.templates").joinpath(template).read_text(encoding="utf-8")
+    return environment.from_string(text).render(**values)
+
+
+def _modeling_sources() -> dict[str, str]:
+    folder = files("pace_convert.modeling")
+    return {
+        entry.name: entry.read_text(encoding="utf-8")
+        for entry in sorted(folder.iterdir(), key=lambda entry: entry.name)
+        if entry.name.endswith(".py") and entry.name != "__init__.py"
+    }

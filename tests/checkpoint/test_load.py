@@ -1,0 +1,85 @@
+"""One loader for every command: what of a folder runs, in which dtype it is, and what is said where it does not load."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from helpers import convert_folder
+
+from pace_convert.checkpoint.checkpoint import open_folder
+from pace_convert.converted.load import load_model
+from pace_convert.converted.opened import open_converted
+from pace_convert.errors import CallError, PaceError
+
+MARK = "from pathlib import Path\nPath({marker!r}).touch()\ndef generate(*_, **__): ...\n"
+
+
+@pytest.fixture(scope="module")
+def folders(make_source, tmp_path_factory):
+    """A source whose Python leaves a mark where it runs, its conversions, and where the mark would be."""
+    base = tmp_path_factory.mktemp("load")
+    source, marker = shutil.copytree(make_source("qwen2"), base / "source"), base / "marker"
+    (source / "custom_generate").mkdir()
+    for name in ("evil.py", "custom_generate/generate.py"):
+        (source / name).write_text(MARK.format(marker=str(marker)))
+    config = json.loads((source / "config.json").read_text())
+    config["auto_map"] = {"AutoModel": "evil.Evil", "AutoModelForCausalLM": "evil.Evil", "AutoConfig": "evil.Evil"}
+    (source / "config.json").write_text(json.dumps(config))
+    convert_folder(source, base / "out")
+    convert_folder(source, base / "plain", no_memory=True)
+    return {"source": source, "out": base / "out", "plain": base / "plain"}, marker
+
+
+def opened(folder):
+    return open_folder(folder) if folder.name == "source" else open_converted(folder)
+
+
+@pytest.mark.parametrize("name", ["source", "out", "plain"])
+@pytest.mark.parametrize("head", [True, False])
+def test_nothing_that_came_with_the_source_runs(folders, name, head):
+    paths, marker = folders
+    model = load_model(opened(paths[name]), head=head)
+    assert type(model).__name__ == ("Pace" if name == "out" else "") + ("Qwen2ForCausalLM" if head else "Qwen2Model")
+    assert not marker.exists() and not model.training and model.dtype == torch.float32
+    assert hasattr(model, "set_memory_enabled") == (name == "out")
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_what_auto_map_names_does_not_run_even_with_trust(folders, tmp_path, head):
+    """Trust is in the modeling files: a folder whose config.json names other classes is refused, or they are passed by."""
+    paths, marker = folders
+    copy = shutil.copytree(paths["out"], tmp_path / "out")
+    config = json.loads((copy / "config.json").read_text())
+    config["auto_map"] |= {"AutoModel": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CallError, match=r"config\.json \(auto_map\) is not as this version ships it"):
+        load_model(open_converted(copy), head=head)
+    load_model(open_converted(copy), head=head, trust_remote_code=True)
+    assert not marker.exists()
+
+
+def test_what_does_not_load_is_said_in_a_line(folders, tmp_path, make_source):
+    paths, _ = folders
+    copy = shutil.copytree(paths["out"], tmp_path / "out")
+    with (copy / "memory_bank.py").open("a") as file:
+        file.write("raise RuntimeError('edited code ran\\nand more')\n")
+    with pytest.raises(CallError, match=r"memory_bank\.py is not as this version ships it"):
+        load_model(open_converted(copy))
+    with pytest.raises(PaceError, match=r"out does not load: edited code ran$") as error:
+        load_model(open_converted(copy), trust_remote_code=True)
+    assert "pace verify" in error.value.hint
+    source = shutil.copytree(make_source("qwen2"), tmp_path / "wide")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "hidden_size": 8}))
+    with pytest.raises(PaceError, match="wide does not load: "):
+        load_model(open_folder(source))
+
+
+def test_a_device_that_is_full_is_said_too(folders, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(torch.nn.Module, "to", full)
+    with pytest.raises(PaceError, match="does not load: CUDA out of memory"):
+        load_model(opened(folders[0]["source"]))
