@@ -18,6 +18,7 @@ PRELOAD = """
     forked torch pace_convert.conversion.convert pace_convert.experts.cluster transformers.models.auto.tokenization_auto
     pace_convert.evaluation.benchmarks.needle_plot pace_convert.evaluation.cost.curves
     pace_convert.evaluation.tables pace_convert.evaluation.tune.choose
+    pace_convert.evaluation.benchmarks.qa pace_convert.evaluation.benchmarks.text_plot
     matplotlib.pyplot
     transformers.models.qwen2.modeling_qwen2 transformers.generation
 """
@@ -30,29 +31,19 @@ def run(arguments: Sequence[object], cwd: Path | None = None) -> subprocess.Comp
         outputs = Path(folder, "stdout"), Path(folder, "stderr")
         process = start(arguments, *outputs, cwd=cwd)
         process.join()
-        return subprocess.CompletedProcess(
-            arguments, process.exitcode, *(path.read_text() for path in outputs)
-        )
+        return subprocess.CompletedProcess(arguments, process.exitcode, *(path.read_text() for path in outputs))
 
 
 def start(
-    arguments: Sequence[object],
-    stdout: Path,
-    stderr: Path,
-    cwd: Path | None = None,
-    kill_at: int | None = None,
+    arguments: Sequence[object], stdout: Path, stderr: Path, cwd: Path | None = None, kill_at: int | None = None
 ) -> ForkServerProcess:
     """`pace ARGUMENTS`, its output in files; it kills itself at its kill_at-th change of a file."""
-    process = _context.Process(
-        target=_run, args=([str(part) for part in arguments], stdout, stderr, cwd, kill_at)
-    )
+    process = _context.Process(target=_run, args=([str(part) for part in arguments], stdout, stderr, cwd, kill_at))
     process.start()
     return process
 
 
-def _run(
-    arguments: list[str], stdout: Path, stderr: Path, cwd: Path | None, kill_at: int | None
-) -> None:
+def _run(arguments: list[str], stdout: Path, stderr: Path, cwd: Path | None, kill_at: int | None) -> None:
     import torch
     import transformers.dynamic_module_utils as dynamic
 
@@ -63,12 +54,7 @@ def _run(
     dynamic.HF_MODULES_CACHE = str(stderr.with_name("hf-modules"))
     sys.path[:] = [path for path in sys.path if not Path(path, "transformers_modules").is_dir()]
     os.chdir(cwd or ".")
-    with (
-        stdout.open("w") as out,
-        stderr.open("w") as err,
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-    ):
+    with stdout.open("w") as out, stderr.open("w") as err, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         sys.argv[0] = "pace"
         if kill_at is not None:
             _kill_self_at(kill_at)
@@ -77,26 +63,12 @@ def _run(
 
 def _kill_self_at(count: int) -> None:
     """kill -9 right before this process opens for writing, renames, removes or truncates for the count-th time."""
-    changes = {
-        "os.rename",
-        "os.remove",
-        "os.rmdir",
-        "os.mkdir",
-        "os.truncate",
-        "shutil.copyfile",
-        "shutil.rmtree",
-    }
+    changes = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.copyfile", "shutil.rmtree"}
 
     def hook(event: str, arguments: tuple) -> None:
         nonlocal count
-        writes = (
-            event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wa+")
-        )
-        if (
-            writes
-            or event in changes
-            or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR))
-        ):
+        writes = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wa+")
+        if writes or event in changes or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)):
             count -= 1
             if count == 0:
                 os.kill(os.getpid(), signal.SIGKILL)

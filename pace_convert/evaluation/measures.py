@@ -100,10 +100,9 @@ def plain(made: Mean, digits: int) -> str:
 
 
 def _gain(results: Results, measure: Measure, name: str, base: str, clusters: int) -> str:
-    """+0.012 (-0.003 to +0.027), with a star where the interval leaves zero out."""
-    made = measure.gain(results, name, base)
-    star = " *" if made.beyond_noise and clusters > 1 else ""
-    digits = measure.digits
+    """+0.012 (-0.003 to +0.027), with a star where the interval leaves zero out and the gain is more than rounding."""
+    made, digits = measure.gain(results, name, base), measure.digits
+    star = " *" if made.beyond_noise and clusters > 1 and round(made.mean, digits) else ""
     return f"{made.mean:+.{digits}f} ({made.low:+.{digits}f} to {made.high:+.{digits}f}){star}"
 
 

@@ -3,16 +3,23 @@
 import json
 import math
 import signal
+from typing import get_args
 
 import forked
 import numpy as np
 import pytest
 from helpers import pace_convert, refuse
-from pace_convert.evaluate.qa import PROMPT, Prompt, QuestionAnswering, read_contexts, scores
 
-from pace_convert.cli.evaluate import QA_PROMPTS
 from pace_convert.errors import CallError, DamagedSourceError
 from pace_convert.evaluation.benchmarks.longbench import CATEGORIES, official_prompt
+from pace_convert.evaluation.benchmarks.qa import (
+    PROMPT,
+    Prompt,
+    QAOptions,
+    QuestionAnswering,
+    read_contexts,
+    scores,
+)
 from pace_convert.evaluation.subjects import Subject, load
 from pace_convert.reference.task import make_story
 
@@ -105,12 +112,13 @@ def test_without_a_limit_the_model_and_its_answer_are_it(reader, file, monkeypat
     monkeypatch.setattr(reader.model.config, "max_position_embeddings", 256)
     context = read_contexts(file)[0]
     for generate, room in ((True, official_prompt(PROMPT)[1]), (False, 10)):
-        prompts = asked(file, generate=generate)._fitted(reader, context)
-        assert (
-            256 - room - 12
-            <= max(len(prompt.ids) for prompt in prompts)
-            <= 256 - (room if generate else 1)
-        )
+        for longest in (None, 256):  # a prompt that fits leaves no room for the answer
+            prompts = asked(file, generate=generate, max_length=longest)._fitted(reader, context)
+            assert (
+                256 - room - 12
+                <= max(len(prompt.ids) for prompt in prompts)
+                <= 256 - (room if generate else 1)
+            )
 
 
 def test_an_answer_that_merges_with_the_prompt_keeps_the_prompt():
@@ -133,8 +141,9 @@ def test_scores():
     assert scores("A River.\nmore", ["river"]) == {"score": 1, "exact": 1, "rouge_l": 0.0}
     assert scores("", ["river"]) == {"score": 0, "exact": 0, "rouge_l": 0}
     assert (
-        set(QA_PROMPTS) == {*CATEGORIES["Single-Doc QA"], *CATEGORIES["Multi-Doc QA"]}
-        and QA_PROMPTS[0] == PROMPT
+        set(get_args(QAOptions.model_fields["prompt"].annotation))
+        == {*CATEGORIES["Single-Doc QA"], *CATEGORIES["Multi-Doc QA"]}
+        and get_args(QAOptions.model_fields["prompt"].annotation)[0] == PROMPT
     )
 
 

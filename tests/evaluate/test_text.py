@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from helpers import pace_convert, refuse
-from pace_convert.evaluate import text_loss
-from pace_convert.evaluate.documents import digest, found_files, read_texts
-from pace_convert.evaluate.text_loss import TextLoss, bands
 from tokenizers.processors import TemplateProcessing
 
 from pace_convert.errors import CallError, DamagedSourceError
+from pace_convert.evaluation.benchmarks import text_loss
+from pace_convert.evaluation.benchmarks.documents import digest, found_files, read_texts
+from pace_convert.evaluation.benchmarks.text_loss import TextLoss, bands
 from pace_convert.evaluation.reader import Reader
 from pace_convert.evaluation.subjects import Subject, load
 from pace_convert.reference.task import make_story

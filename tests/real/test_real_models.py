@@ -61,7 +61,7 @@ def chatter(pace_smollm2):
     """SmolLM2 in float64, its memory updated often, and its tokenizer, both from the converted folder."""
     model = load(pace_smollm2)
     model.set_memory(update_interval=32)
-    return model, AutoTokenizer.from_pretrained(pace_smollm2, padding_side="left")
+    return model, AutoTokenizer.from_pretrained(pace_smollm2, padding_side="left", trust_remote_code=True)
 
 
 def answer(model, tokenizer, prompts: list[str], tokens: int = 12) -> list[str]:
@@ -78,11 +78,12 @@ def chat(tokenizer, question: str) -> str:
 def test_chats(chatter):
     """In the template, its memory as converted: nothing can be recalled within a first block."""
     model, tokenizer = chatter
+    prompt = chat(tokenizer, "What is the capital of Italy, and what is it known for?")
     with model.memory_disabled():
-        expected = answer(model, tokenizer, [chat(tokenizer, "What is the capital of Italy?")])
+        expected = answer(model, tokenizer, [prompt])
     model.set_memory(update_interval=1024)
     try:
-        found = answer(model, tokenizer, [chat(tokenizer, "What is the capital of Italy?")])
+        found = answer(model, tokenizer, [prompt])
     finally:
         model.set_memory(update_interval=32)
     assert found == expected and "Rome" in found[0]

@@ -181,14 +181,13 @@ def needle_facts(results: Results, options: NeedleOptions, folder: Path) -> dict
     """What results.json holds; draws needle.png into the folder."""
     from .needle_plot import plot_needle
 
-    plot_needle(results, options.threshold, folder / "needle.png")
     names = [subject.name for subject in results.subjects]
+    reach = {name: measurable_context(results, name, options.threshold) for name in names}
+    plot_needle(results, reach, folder / "needle.png")
     return {
         **results.as_dict(),
         "threshold": options.threshold,
-        "measurable_context": {
-            name: measurable_context(results, name, options.threshold) for name in names
-        },
+        "measurable_context": reach,
         "rouge_l_recall": {name: results.mean(name, field="rouge").as_dict() for name in names},
     }
 

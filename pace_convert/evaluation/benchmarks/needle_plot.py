@@ -9,13 +9,15 @@ import numpy as np
 from ...units import tokens_text
 from ...writing import write_whole
 from ..runner import Results
-from .needle import measurable_context
 
 ABREAST = 3
 
 
-def plot_needle(results: Results, threshold: float, path: Path) -> None:
-    """One heat map a subject side by side, three in a row, and below each but the first its difference to the first."""
+def plot_needle(results: Results, reach: dict[str, int], path: Path) -> None:
+    """One heat map a subject side by side, three in a row, and below each but the first its difference to the first.
+
+    reach: measurable context of each, tokens.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -31,8 +33,9 @@ def plot_needle(results: Results, threshold: float, path: Path) -> None:
     shown = set()
     for place, name in enumerate(names):
         above = axes[each * (place // columns)][place % columns]
-        reach = measurable_context(results, name, threshold)
-        title = f"{name}\nmean {grids[name].mean():.1%}, measurable context {tokens_text(reach)}"
+        title = (
+            f"{name}\nmean {grids[name].mean():.1%}, measurable context {tokens_text(reach[name])}"
+        )
         score = _heat(above, grids[name], lengths, depths, title, "RdYlGn", (0, 1))
         shown.add(above)
         if place:

@@ -149,7 +149,7 @@ class QuestionAnswering:
         )
         kept, longest = len(ids), max(len(prompt.ids) for prompt in prompts)
         room = max(tokens, *(len(right) for prompt in prompts for right in prompt.answers))
-        limit = self.max_length or (reader.context or 10**9) - room
+        limit = min(self.max_length or 10**9, (reader.context or 10**9) - room)
         while longest > limit:
             kept -= longest - limit  # again where the text that is left splits into more tokens
             if kept < 2:

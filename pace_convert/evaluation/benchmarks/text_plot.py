@@ -10,6 +10,8 @@ from ..intervals import Mean
 from ..measures import Measure
 from ..runner import Results
 
+LEAST_RANGE = 0.005  # nats a token; so that nothing does not look like much
+
 
 def plot_text(results: Results, measures: Sequence[Measure], path: Path) -> None:
     """By band of positions: what the first subject needs, and the others' gains over it, nats a token, 95 % intervals."""
@@ -37,6 +39,8 @@ def plot_text(results: Results, measures: Sequence[Measure], path: Path) -> None
         )
     if others:
         axes[0][1].axhline(0, color="0.5", linewidth=1)
+        bottom, top = axes[0][1].get_ylim()
+        axes[0][1].set_ylim(min(bottom, -LEAST_RANGE), max(top, LEAST_RANGE))
         axes[0][1].set_title(f"gain over {first}, nats a token (above 0: better)", fontsize=10)
         axes[0][1].legend(fontsize=8)
     for axis in axes[0]:
