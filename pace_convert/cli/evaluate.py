@@ -22,7 +22,9 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
 class BenchmarkGroup(click.Group):
-    """Commands of its own, and one for each row of the table of benchmarks, which is read when it is first needed."""
+    """Commands of its own, and one for each row of the table of benchmarks, which is read when it
+    is first needed.
+    """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """All names, sorted."""
@@ -42,13 +44,16 @@ class BenchmarkGroup(click.Group):
 def evaluation() -> None:
     """Measure whether it helps: converted models beside their base.
 
-    MODEL is a folder that pace-convert wrote, a Hub id, or any other causal language model. All commands but cost
-    keep a journal in --out: run again after a kill they go on, run with more models or more cells they reuse what is there.
+    MODEL is a folder that pace-convert wrote, a Hub id, or any other causal language model. All
+    commands but cost keep a journal in --out: run again after a kill they go on, run with more
+    models or more cells they reuse what is there.
     """
 
 
 def benchmark_command(row: Benchmark) -> click.Command:
-    """The command of a row: what is compared, how it is run and printed, and the row's own options."""
+    """The command of a row: what is compared, how it is run and printed, and the row's own
+    options.
+    """
 
     @click.argument("model")
     @click.argument("bases", nargs=-1, metavar="[BASE]...")
@@ -79,13 +84,15 @@ def benchmark_command(row: Benchmark) -> click.Command:
 def sweep(
     model: str, rest: tuple[str, ...], on: tuple[str, ...], as_json: bool, quiet: bool, **given: Any
 ) -> None:
-    """A grid of memory parameters, on any evaluation. They are switched at run time: nothing is converted again.
+    """A grid of memory parameters, on any evaluation. They are switched at run time: nothing is
+    converted again.
 
     \b
-    pace eval sweep ./out --on needle --vary theta-high=0.6,0.75,0.9 --vary theta-low=0.1,0.25 --lengths 4k,16k
+    pace eval sweep ./out --on needle --vary theta-high=0.6,0.75,0.9 --vary slots=50,100
     pace eval sweep ./out --on longbench --vary layers=single --limit 50 --tasks hotpotqa
 
-    Options that it does not know itself are the evaluation's. Writes results.json and sweep.png into --out.
+    Options that it does not know itself are the evaluation's. Writes results.json and sweep.png
+    into --out.
     """
     from ..evaluation.evaluate import sweep as job
     from ..evaluation.tables import print_levels, show_results
@@ -132,8 +139,9 @@ def cost(as_json: bool, quiet: bool, **given: Any) -> None:
     pace eval cost ./out --lengths 1k,4k,16k
     pace eval cost --shape qwen2-0.5b --shape qwen2-7b --lengths 1k,2k,4k
 
-    Measured on this machine, in turn in one process, beside what was counted on paper for it, and for 7B and 70B at
-    up to 200K tokens. Writes cost.json and cost.png into --out, beside other models' that are there.
+    Measured on this machine, in turn in one process, beside what was counted on paper for it, and
+    for 7B and 70B at up to 200K tokens. Writes cost.json and cost.png into --out, beside other
+    models' that are there.
     """
     from ..evaluation.cost.curves import COSTS, measure_costs
     from ..evaluation.cost.tables import print_cost

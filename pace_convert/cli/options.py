@@ -1,4 +1,6 @@
-"""Options of the command line from pydantic models: one for each field, with its description, bounds and default."""
+"""Options of the command line from pydantic models: one for each field, with its description,
+bounds and default.
+"""
 
 from __future__ import annotations
 

@@ -19,14 +19,15 @@ from .options import model_options
 @output_options
 @friendly
 def tune(as_json: bool, quiet: bool, **given: Any) -> None:
-    """Choose layers, thresholds and lambda of MODEL's memory by a text of yours, and write them into its config.json.
+    """Choose layers, thresholds and lambda of MODEL's memory by a text of yours, and write them
+    into its config.json.
 
     \b
     pace tune ./out --on my_texts/
     pace tune ./out --on questions.jsonl --trials 100 -j 2
 
-    Nothing is written unless the best configuration of one half of DATA beats the base, beyond noise, on the other half.
-    Keeps a journal in --out: the same command goes on after a kill.
+    Nothing is written unless the best configuration of one half of DATA beats the base, beyond
+    noise, on the other half. Keeps a journal in --out: the same command goes on after a kill.
     """
     require_extra(["optuna"])
     from ..evaluation.tune.choose import tune as job

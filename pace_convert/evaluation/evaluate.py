@@ -1,4 +1,6 @@
-"""A benchmark on models side by side, and a grid of memory parameters on a benchmark: what Python and command line call."""
+"""A benchmark on models side by side, and a grid of memory parameters on a benchmark: what Python
+and command line call.
+"""
 
 from __future__ import annotations
 
@@ -36,15 +38,16 @@ def evaluate(
 ) -> Results:
     """Run a benchmark on models side by side; the same as `pace eval NAME MODEL [BASE]...`.
 
-    name: needle, longbench, ... (`benchmarks.table`). model: a folder or a Hub id. bases: other models
-    that it is compared with. arms: of the model, see `subjects.ARMS`; by default the benchmark's own
-    or, with bases, the model as it is. variants: like "update_interval=64,slots=50", each one arm more,
-    the model with these memory parameters. options: the benchmark's, named as on the command line, with
-    underscores. progress: quiet if left out.
+    name: needle, longbench, ... (`benchmarks.table`). model: a folder or a Hub id. bases: other
+    models that it is compared with. arms: of the model, see `subjects.ARMS`; by default the
+    benchmark's own or, with bases, the model as it is. variants: like
+    "update_interval=64,slots=50", each one arm more, the model with these memory parameters.
+    options: the benchmark's, named as on the command line, with underscores. progress: quiet if
+    left out.
 
-    `out` (pace-NAME) keeps a journal, so that the same call goes on after a kill, results.json and the
-    benchmark's pictures. Raises CallError for what can't be before any model is loaded, PaceError
-    where something fails.
+    `out` (pace-NAME) keeps a journal, so that the same call goes on after a kill, results.json and
+    the benchmark's pictures. Raises CallError for what can't be before any model is loaded,
+    PaceError where something fails.
     """
     command, row = f"eval {name}", benchmark(name)
     job = validated(
@@ -82,16 +85,18 @@ def sweep(
     progress: Progress | None = None,
     **options: Any,
 ) -> tuple[Results, list[Level]]:
-    """A benchmark on every combination of memory parameters; the same as `pace eval sweep MODEL --on NAME`.
+    """A benchmark on every combination of memory parameters; the same as `pace eval sweep MODEL
+    --on NAME`.
 
-    vary: like "slots=50,100", see `sweep.parse_factor`. The others as for `evaluate`; `out` is pace-sweep and holds
-    sweep.png. Returns the results, and what each value of each parameter does.
+    vary: like "slots=50,100", see `sweep.parse_factor`. The others as for `evaluate`; `out` is
+    pace-sweep and holds sweep.png. Returns the results, and what each value of each parameter does.
     """
     progress, row = progress or Progress(quiet=True), benchmark(name)
     job = validated(
         SweepOptions,
         {
-            "model": str(model), "on": (name,), "vary": tuple(vary), "trust_remote_code": trust_remote_code,
+            "model": str(model), "on": (name,), "vary": tuple(vary),
+            "trust_remote_code": trust_remote_code,
             "out": out, "device": device, "jobs": jobs,
         },
         "eval sweep",

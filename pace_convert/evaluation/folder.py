@@ -1,4 +1,6 @@
-"""The folder of results of a command, held by one process, and the journal in it; and which command it is of."""
+"""The folder of results of a command, held by one process, and the journal in it; and which command
+it is of.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,9 @@ CHANGED = {
 def results_folder(out: Path, kind: str, command: str, identity: dict) -> Iterator[Journal]:
     """`out`, locked, and its journal, begun or taken up.
 
-    kind: what the folder holds, "evaluation" or "search", for people. identity: what the results of this command depend
-    on, options by their names; JSON. Raises CallError where the folder holds something else or another process has it.
+    kind: what the folder holds, "evaluation" or "search", for people. identity: what the results of
+    this command depend on, options by their names; JSON. Raises CallError where the folder holds
+    something else or another process has it.
     """
     if out.exists() and not out.is_dir():
         raise CallError(f"{out} is a file", "give another --out")
@@ -61,7 +64,9 @@ def results_folder(out: Path, kind: str, command: str, identity: dict) -> Iterat
 
 
 def difference(before: Any, now: dict) -> str:
-    """The first thing in which two identities differ, in words: the version, the command, an option, or what it gives."""
+    """The first thing in which two identities differ, in words: the version, the command, an
+    option, or what it gives.
+    """
     before = before if isinstance(before, dict) else {}
     name = next(name for name in {**now, **before} if now.get(name) != before.get(name))
     old, new = before.get(name), now.get(name)

@@ -10,7 +10,9 @@ KILO = 1024
 
 
 def parse_grid(text: str, unit: int = 1) -> tuple[int, ...]:
-    """'1k,4k' or '1k..200k' (ten even steps) or '1k..200k:5'; k stands for `unit`. Raises CallError."""
+    """'1k,4k' or '1k..200k' (ten even steps) or '1k..200k:5'; k stands for `unit`. Raises
+    CallError.
+    """
     numbers: list[int] = []
     for part in text.lower().split(","):
         match = re.fullmatch(r"\s*(\d+)(k?)(?:\.\.(\d+)(k?)(?::(\d+))?)?\s*", part)

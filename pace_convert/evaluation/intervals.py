@@ -33,9 +33,9 @@ class Mean:
 def mean_of(cells: list[list[float]], seed: int = 0) -> Mean:
     """The mean of the cells' means, and its percentile bootstrap interval (Efron 1979).
 
-    Scores are resampled within their cell. Where a cell has less than 20 that says little (ten right answers of ten
-    leave nothing to resample), and all are taken as one sample: the interval then holds what differs between cells
-    too, and is wider. Raises ValueError without scores.
+    Scores are resampled within their cell. Where a cell has less than 20 that says little (ten
+    right answers of ten leave nothing to resample), and all are taken as one sample: the interval
+    then holds what differs between cells too, and is wider. Raises ValueError without scores.
     """
     mean = float(np.mean([np.mean(cell) for cell in cells])) if cells and all(cells) else None
     if mean is None:
@@ -54,7 +54,9 @@ def mean_of(cells: list[list[float]], seed: int = 0) -> Mean:
 
 
 def difference(cells: list[list[float]], base: list[list[float]]) -> Mean:
-    """Of the means, with the interval of paired scores: both lists hold the same questions in the same order."""
+    """Of the means, with the interval of paired scores: both lists hold the same questions in the
+    same order.
+    """
     return mean_of(
         [
             [a - b for a, b in zip(mine, theirs, strict=True)]
@@ -64,10 +66,12 @@ def difference(cells: list[list[float]], base: list[list[float]]) -> Mean:
 
 
 def ratio(totals: list[float], counts: list[float], seed: int = 0) -> Mean:
-    """Sum of `totals` over sum of `counts`, one of each a cluster (a document, a context), whole clusters resampled.
+    """Sum of `totals` over sum of `counts`, one of each a cluster (a document, a context), whole
+    clusters resampled.
 
-    What depends on one another stays together: the tokens of a document, the questions to a context. One cluster
-    leaves nothing to resample, and the interval is then the value alone. Raises ValueError where nothing was counted.
+    What depends on one another stays together: the tokens of a document, the questions to a
+    context. One cluster leaves nothing to resample, and the interval is then the value alone.
+    Raises ValueError where nothing was counted.
     """
     return ratio_difference((totals, counts), ([0.0] * len(totals), [1.0] * len(totals)), seed)
 
@@ -75,7 +79,9 @@ def ratio(totals: list[float], counts: list[float], seed: int = 0) -> Mean:
 def ratio_difference(
     mine: tuple[list[float], list[float]], base: tuple[list[float], list[float]], seed: int = 0
 ) -> Mean:
-    """Of two `ratio`s over the same clusters in the same order, with the interval of paired clusters."""
+    """Of two `ratio`s over the same clusters in the same order, with the interval of paired
+    clusters.
+    """
     values = np.asarray([*mine, *base], dtype=float)  # [4, clusters]
     if not values.size or values[1].sum() == 0 or values[3].sum() == 0:
         raise ValueError("nothing was counted")

@@ -1,4 +1,6 @@
-"""Numbers of an evaluation whose cells are clusters (a document, a context): means and gains, as table and as JSON."""
+"""Numbers of an evaluation whose cells are clusters (a document, a context): means and gains, as
+table and as JSON.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Measure:
-    """A row of the table: the sum of `total` over the sum of `count`, over the records of all cells of `group`.
+    """A row of the table: the sum of `total` over the sum of `count`, over the records of all cells
+    of `group`.
 
     group: None for all. sign: 1 where more is better, -1 where less is. digits: behind the point.
     """
@@ -100,7 +103,9 @@ def plain(made: Mean, digits: int) -> str:
 
 
 def _gain(results: Results, measure: Measure, name: str, base: str, clusters: int) -> str:
-    """+0.012 (-0.003 to +0.027), with a star where the interval leaves zero out and the gain is more than rounding."""
+    """+0.012 (-0.003 to +0.027), with a star where the interval leaves zero out and the gain is
+    more than rounding.
+    """
     made, digits = measure.gain(results, name, base), measure.digits
     star = " *" if made.beyond_noise and clusters > 1 and round(made.mean, digits) else ""
     return f"{made.mean:+.{digits}f} ({made.low:+.{digits}f} to {made.high:+.{digits}f}){star}"

@@ -1,4 +1,6 @@
-"""Options that evaluations share, declared once: the command line and the Python API take them from here."""
+"""Options that evaluations share, declared once: the command line and the Python API take them from
+here.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ Device = Annotated[str, AfterValidator(resolve_device)]
 
 
 class EvaluationOptions(BaseModel):
-    """What every set of options does: refuses names and types that it does not know, never changes."""
+    """What every set of options does: refuses names and types that it does not know, never
+    changes.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -77,7 +81,8 @@ class ComparisonOptions(JobOptions):
     bases: tuple[str, ...] = Field((), description="Models that it is compared with.")
     arms: CommaSeparated | None = Field(
         None,
-        description="Arms of MODEL, from its folder alone: pace (as it is), base, ce, pa, pa-expert, "
+        description="Arms of MODEL, from its folder alone: pace (as it is), base, ce, pa, "
+        "pa-expert, "
         "ce+pa, ce+pa-expert.  [default: pace beside BASE; base and pace without]",
     )
     variants: tuple[str, ...] = Field(
@@ -93,7 +98,8 @@ class SweepOptions(JobOptions):
 
     on: tuple[str, ...] = Field(
         min_length=1,
-        description="The evaluation: any command of pace eval but cost and sweep; then what it takes "
+        description="The evaluation: any command of pace eval but cost and sweep; then what it "
+        "takes "
         "as --on itself.",
     )
     vary: tuple[str, ...] = Field(

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 BATCH_TOKENS = 8192  # prompt tokens of the rows that are read together
-CHUNK = 2048  # tokens of one prefill call of one row: longer prompts come in several, so that their masks stay small
+# tokens of one prefill call of one row: longer prompts come in several, so that their masks stay
+# small
+CHUNK = 2048
 LOGITS = (
     512  # positions whose logits are made at once, fewer where that were more than so many numbers:
 )
@@ -20,14 +22,18 @@ LOGIT_VALUES = 2**25
 
 @dataclass(frozen=True)
 class Prefix:
-    """What prompts begin with, read: the cache after its `length` tokens. Whoever goes on reading takes a copy."""
+    """What prompts begin with, read: the cache after its `length` tokens. Whoever goes on reading
+    takes a copy.
+    """
 
     length: int
     cache: Any
 
 
 class Reader:
-    """A model and its tokenizer. A row's result does not depend on the rows beside it (promise 1)."""
+    """A model and its tokenizer. A row's result does not depend on the rows beside it (promise
+    1).
+    """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
@@ -51,7 +57,9 @@ class Reader:
 
     @property
     def opening(self) -> list[int]:
-        """The special tokens that the tokenizer puts before a text: the begin-of-text token, or nothing."""
+        """The special tokens that the tokenizer puts before a text: the begin-of-text token, or
+        nothing.
+        """
         whole, bare = self.encode("a"), self.encode("a", special=False)
         return whole[: next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)]
 
@@ -65,7 +73,9 @@ class Reader:
         return bool(getattr(self.tokenizer, "chat_template", None))
 
     def chat(self, text: str) -> str:
-        """One user turn in the chat template, up to where the answer begins; the text itself where there is none."""
+        """One user turn in the chat template, up to where the answer begins; the text itself where
+        there is none.
+        """
         if not self.chats:
             return text
         turn = [{"role": "user", "content": text}]
@@ -93,9 +103,11 @@ class Reader:
         stop: tuple[str, ...] = (),
         prefix: Prefix | None = None,
     ) -> list[str]:
-        """As `answer`, for prompts that begin alike: what they have in common is read once, and its cache copied.
+        """As `answer`, for prompts that begin alike: what they have in common is read once, and its
+        cache copied.
 
-        prefix: of `read_common`; without, it is read where that saves at least half of the shortest prompt.
+        prefix: of `read_common`; without, it is read where that saves at least half of the shortest
+        prompt.
         """
         if prefix is None:
             if len(prompts) < 2 or _common(prompts) < min(map(len, prompts)) // 2:
@@ -112,7 +124,9 @@ class Reader:
 
     @torch.no_grad()
     def read_common(self, prompts: list[list[int]]) -> Prefix:
-        """What all prompts begin with, but for the last token of the shortest: something must be left to read."""
+        """What all prompts begin with, but for the last token of the shortest: something must be
+        left to read.
+        """
         from transformers import DynamicCache
 
         length = min(_common(prompts), min(map(len, prompts)) - 1)
@@ -138,15 +152,18 @@ class Reader:
         if ids.shape[1] > CHUNK and "past_key_values" not in more:
             more |= {"prefill_chunk_size": CHUNK}
         made = self.model.generate(
-            ids.to(self.device), attention_mask=mask.to(self.device), max_new_tokens=max_new_tokens, do_sample=False,
-            num_beams=1, temperature=None, top_p=None, top_k=None, repetition_penalty=1.0, pad_token_id=self._padding, **more,
+            ids.to(self.device), attention_mask=mask.to(self.device), max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1, temperature=None, top_p=None, top_k=None, repetition_penalty=1.0,
+            pad_token_id=self._padding, **more,
         )  # fmt: skip
         return [_cut(self.decode(row), stop) for row in made[:, ids.shape[1] :].tolist()]
 
     def log_likelihood(
         self, prompts: list[list[int]], continuations: list[list[int]]
     ) -> list[float]:
-        """Sum of the natural logs of the continuation's token probabilities, each given all before it.
+        """Sum of the natural logs of the continuation's token probabilities, each given all before
+        it.
 
         Rows of equal lengths are read together. Neither prompts nor continuations may be empty.
         """
@@ -169,14 +186,18 @@ class Reader:
         ]
 
     def log_probs(self, ids: list[int]) -> list[float]:
-        """Natural logs of the probabilities of the second to the last token, each given all before it."""
+        """Natural logs of the probabilities of the second to the last token, each given all before
+        it.
+        """
         return self._log_probs(torch.tensor([ids]), 1)[0].tolist()
 
     @torch.no_grad()
     def _log_probs(
         self, ids: torch.Tensor, start: int, prefix: Prefix | None = None
     ) -> torch.Tensor:
-        """ids: [B, L], start: 1 or more -> [B, L - start] in float64, for the tokens from `start` on."""
+        """ids: [B, L], start: 1 or more -> [B, L - start] in float64, for the tokens from `start`
+        on.
+        """
         from transformers import DynamicCache
 
         ids = ids.to(self.device)

@@ -1,7 +1,7 @@
 """Subjects x cells: what an evaluation is, running it with a journal, and what came out.
 
-A *cell* is the smallest piece that is done or not done. Its key says which weights, parameters and cell it is, so
-the same command goes on after a kill, and a larger one reuses what is there.
+A *cell* is the smallest piece that is done or not done. Its key says which weights, parameters and
+cell it is, so the same command goes on after a kill, and a larger one reuses what is there.
 """
 
 from __future__ import annotations
@@ -32,13 +32,17 @@ class Evaluation(Protocol):
     def metric(self) -> str: ...
 
     def identity(self) -> dict:
-        """What the records of a cell depend on, but for model and cell: options by their names with _ for -; JSON."""
+        """What the records of a cell depend on, but for model and cell: options by their names with
+        _ for -; JSON.
+        """
 
     def cells(self) -> list[str]:
         """Names of the cells, in the table's order."""
 
     def run(self, reader: Reader, cell: str) -> list[dict]:
-        """One record a question, in an order that is always the same, with at least `score`, 0 to 1."""
+        """One record a question, in an order that is always the same, with at least `score`, 0 to
+        1.
+        """
 
     def group(self, cell: str) -> str:
         """The row of the table that the cell belongs to."""
@@ -65,7 +69,9 @@ class CellTask:
 
 @dataclass(frozen=True)
 class Results:
-    """records: [subject][cell] -> one record a question. facts: what results.json holds, once written."""
+    """records: [subject][cell] -> one record a question. facts: what results.json holds, once
+    written.
+    """
 
     evaluation: Evaluation
     subjects: list[Subject]
@@ -148,7 +154,8 @@ def run_cells(
     jobs: int = 1,
     device: str = "auto",
 ) -> Results:
-    """Every cell of every subject, in `jobs` processes; `out` keeps the journal, so a stopped run goes on.
+    """Every cell of every subject, in `jobs` processes; `out` keeps the journal, so a stopped run
+    goes on.
 
     Raises CallError where `out` holds something else, PaceError where a model does not load.
     """

@@ -23,7 +23,8 @@ from ..device import resolve_device
 from ..errors import CallError, PaceError
 from .reader import Reader
 
-# Whether the FFN's neurons are in the experts' order, and the granularity of the memory, None where it is off.
+# Whether the FFN's neurons are in the experts' order, and the granularity of the memory, None
+# where it is off.
 ARMS: dict[str, tuple[bool, str | None]] = {
     "base": (False, None),
     "ce": (True, None),
@@ -46,8 +47,9 @@ TABLE_ARMS = (
 class Subject:
     """One column of a table.
 
-    model: folder or Hub id. arm: `pace`, the model as it is; or of ARMS, all made from the converted folder alone.
-    memory: parameters switched at run time, (name, value) pairs as in config.json's `pace.memory`.
+    model: folder or Hub id. arm: `pace`, the model as it is; or of ARMS, all made from the
+    converted folder alone. memory: parameters switched at run time, (name, value) pairs as in
+    config.json's `pace.memory`.
     """
 
     model: str
@@ -78,7 +80,9 @@ class Subject:
 def subjects_of(
     model: str, bases: Sequence[str], arms: Sequence[str], trust_remote_code: bool = False
 ) -> list[Subject]:
-    """`bases` first, then the arms of `model`; checked. Raises CallError for what can't be loaded."""
+    """`bases` first, then the arms of `model`; checked. Raises CallError for what can't be
+    loaded.
+    """
     for name in (*bases, model):
         opened = _open(name)
         if isinstance(opened, Converted):
@@ -160,9 +164,11 @@ class Loaded:
 
 
 def load(subject: Subject, device: str = "auto") -> Reader:
-    """The subject, ready to read; the weights of the last one are kept, so that switching parameters loads nothing.
+    """The subject, ready to read; the weights of the last one are kept, so that switching
+    parameters loads nothing.
 
-    fp32 on a CPU below 4 GB of weights, else the stored type. Raises PaceError where it does not load.
+    fp32 on a CPU below 4 GB of weights, else the stored type. Raises PaceError where it does not
+    load.
     """
     granularity = ARMS.get(subject.arm, (True, None))[1]
     loaded = _load(*subject.weights, resolve_device(device), subject.trust_remote_code)

@@ -1,4 +1,6 @@
-"""A grid of memory parameters on any evaluation: which combinations there are, and what each factor does."""
+"""A grid of memory parameters on any evaluation: which combinations there are, and what each factor
+does.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ PARAMETERS = (LAYERS, *MEMORY_PARAMETERS)
 
 @dataclass(frozen=True)
 class Level:
-    """What one value of one factor does: the mean difference to the base over all combinations that have it."""
+    """What one value of one factor does: the mean difference to the base over all combinations that
+    have it.
+    """
 
     factor: str
     value: Any
@@ -44,7 +48,8 @@ class Level:
 def parse_factor(text: str, layers: int, option: str = "--vary") -> tuple[str, list[Any]]:
     """'slots=50,100' or 'layers=single,1+2,all': a parameter's name and the values it shall take.
 
-    layers: of the model. option: that errors name. Raises CallError for an unknown name or a value that can't be.
+    layers: of the model. option: that errors name. Raises CallError for an unknown name or a value
+    that can't be.
     """
     name, _, values = text.partition("=")
     name = name.strip().removeprefix("--").replace("-", "_")
@@ -64,7 +69,9 @@ def parse_factor(text: str, layers: int, option: str = "--vary") -> tuple[str, l
 def combinations(
     model: str, factors: Sequence[tuple[str, list[Any]]], option: str = "--vary"
 ) -> tuple[list[Subject], list[str]]:
-    """One subject for each combination that can be, and what can't be in words. Raises CallError if none can."""
+    """One subject for each combination that can be, and what can't be in words. Raises CallError if
+    none can.
+    """
     names = [name for name, _ in factors]
     if len(set(names)) < len(names):
         raise CallError(f"{option} names a parameter twice", "give it once")
@@ -100,7 +107,8 @@ def levels(results: Results, factors: Sequence[tuple[str, list[Any]]]) -> list[L
         for value in values:
             having = [s.name for s in results.subjects if dict(s.memory).get(name) == value]
             if having:
-                # Combinations answer the same questions: their mean at each question is one score, not several.
+                # Combinations answer the same questions: their mean at each question is one score,
+                # not several.
                 cells = zip(*(results.scores(subject) for subject in having))
                 mine = [[sum(scores) / len(having) for scores in zip(*cell)] for cell in cells]
                 made.append(Level(name, value, difference(mine, base), len(having)))

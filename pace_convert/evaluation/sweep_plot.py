@@ -11,7 +11,9 @@ LEAST_RANGE = 2.0  # % points; so that nothing does not look like much
 
 
 def plot_levels(levels: list[Level], title: str, path: Path) -> None:
-    """One panel a factor: the mean difference to the base at each value, in per cent points with 95 % intervals."""
+    """One panel a factor: the mean difference to the base at each value, in per cent points with 95
+    % intervals.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

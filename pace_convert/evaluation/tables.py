@@ -25,7 +25,9 @@ def show_results(results: Results, folder: Path) -> None:
 
 
 def print_results(results: Results) -> None:
-    """Mean scores in per cent with their 95 % intervals, by row and subject, and the difference to the first subject."""
+    """Mean scores in per cent with their 95 % intervals, by row and subject, and the difference to
+    the first subject.
+    """
     names = [subject.name for subject in results.subjects]
     title = f"{results.evaluation.name}: {results.evaluation.metric}, % (95 % interval)"
     groups = results.groups()

@@ -1,4 +1,6 @@
-"""A converted model with other memory parameters, switched at run time: nothing is converted again."""
+"""A converted model with other memory parameters, switched at run time: nothing is converted
+again.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""LongBench, InfiniteBench and RULER end to end, from files in the official formats; nothing is asked of the net."""
+"""LongBench, InfiniteBench and RULER end to end, from files in the official formats; nothing is
+asked of the net.
+"""
 
 import json
 
@@ -122,8 +124,10 @@ def test_every_prompt_is_there():
 
 def test_line_breaks_are_the_official_ones():
     """dataset2prompt.json; lm-evaluation-harness has one less in each of these."""
-    ends = {"triviaqa": "C\n\nQ", "samsum": "C\n\nQ", "trec": "C\nQ", "lcc": "CNext line of code:\n",
-            "repobench-p": "CQNext line of code:\n", "hotpotqa": "Question: Q\nAnswer:"}  # fmt: skip
+    ends = {"triviaqa": "C\n\nQ", "samsum": "C\n\nQ", "trec": "C\nQ",
+    "lcc": "CNext line of code:\n",
+            "repobench-p": "CQNext line of code:\n",
+            "hotpotqa": "Question: Q\nAnswer:"}  # fmt: skip
     for task, end in ends.items():
         assert longbench.official_prompt(task)[0].render(context="C", question="Q").endswith(end), (
             task
@@ -163,7 +167,8 @@ def test_names_of_tasks():
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("{", "line 2 is not valid JSON"), ("[1]", "line 2 is not an object"), ('{"input": "x"}', "line 2 has no 'context'"),
+        ("{", "line 2 is not valid JSON"), ("[1]", "line 2 is not an object"), ('{"input": "x"}',
+        "line 2 has no 'context'"),
         ('{"input": "x", "context": null, "answers": ["y"]}', "line 2: 'context' is no text"),
         ('{"input": "x", "context": "z", "answers": "y"}', "line 2: 'answers' is no list of texts"),
     ],

@@ -34,7 +34,9 @@ def cost(*args):
 
 
 def test_what_it_measures_is_what_it_counts(folder, tmp_path):
-    """Bytes of the memory and of the KV cache from the tensors themselves; files whole; every number there."""
+    """Bytes of the memory and of the KV cache from the tensors themselves; files whole; every
+    number there.
+    """
     out = tmp_path / "costs"
     done = cost(
         folder, "--lengths", "40,90", "--repeats", 2, "--threads", 1, "--out", out, "--json", "-q"
@@ -117,7 +119,8 @@ def test_a_shape_stands_for_all_its_layers():
 
 def test_an_interrupted_run_leaves_nothing(folder, tmp_path, monkeypatch):
     def interrupted(*args):
-        raise KeyboardInterrupt  # what Ctrl-C becomes; the signal itself may be ignored where the tests run
+        # what Ctrl-C becomes; the signal itself may be ignored where the tests run
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(
         job,

@@ -1,4 +1,6 @@
-"""The cost model counts what the code does: products to the FLOP, state to the byte, traffic nearly so."""
+"""The cost model counts what the code does: products to the FLOP, state to the byte, traffic nearly
+so.
+"""
 
 import math
 
@@ -40,7 +42,9 @@ MEMORIES = st.builds(
 
 
 class Traffic(TorchDispatchMode):
-    """Bytes that operators read and write, each by itself. Views are free; of a table, rows taken."""
+    """Bytes that operators read and write, each by itself. Views are free; of a table, rows
+    taken.
+    """
 
     def __init__(self):
         super().__init__()
@@ -105,7 +109,9 @@ def counted(cost, lengths):
 @settings(max_examples=20, deadline=None)
 @given(MEMORIES, CALLS, st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
 def test_a_memorys_products_and_state_are_counted_exactly(memory, lengths, dtype):
-    """However a sequence is split, whatever the sizes; the state also while a block can be undone."""
+    """However a sequence is split, whatever the sizes; the state also while a block can be
+    undone.
+    """
     entry, flops = run(memory, lengths, dtype)
     cost, layer = MemoryCost(memory, NEURONS, dtype.itemsize), entry.memories[0]
     total, at = counted(cost, lengths)
@@ -117,7 +123,9 @@ def test_a_memorys_products_and_state_are_counted_exactly(memory, lengths, dtype
 @pytest.mark.parametrize("experts", [1, 16])
 @pytest.mark.parametrize("interval", [64, 256])
 def test_a_memorys_traffic_is_counted_within_an_eighth(experts, interval):
-    """Of calls after the first, which makes the state: prompts that end blocks, steps, alone and in sum."""
+    """Of calls after the first, which makes the state: prompts that end blocks, steps, alone and in
+    sum.
+    """
     neurons, lengths = 4096, [interval + 40, 300, 300, *[1] * 60]
     memory = MemorySettings(layers=(0,), slots=100, update_interval=interval, experts=experts)
     entry, cost, at, found = MemoryEntry(memory), MemoryCost(memory, neurons, 4), Position(), []
@@ -175,7 +183,9 @@ def test_a_models_products_are_counted_to_the_flop():
 
 
 def test_the_memory_does_not_grow_with_the_context():
-    """Promise 5: a token costs the same after 4 blocks and after 200 thousand tokens, as the state."""
+    """Promise 5: a token costs the same after 4 blocks and after 200 thousand tokens, as the
+    state.
+    """
     cost = MemoryCost(MemorySettings(layers=(0,)), 18944)
     assert whole(cost.decode(4096)) == whole(cost.decode(200 * 1024))
     early, late = (

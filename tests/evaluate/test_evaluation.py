@@ -1,4 +1,6 @@
-"""An evaluation that was killed goes on to the same results; nothing is asked twice, nothing of another is mixed in."""
+"""An evaluation that was killed goes on to the same results; nothing is asked twice, nothing of
+another is mixed in.
+"""
 
 import json
 import signal

@@ -1,4 +1,6 @@
-"""A PaceLLM and a benchmark that are on the Hub, through the unmodified client and a server on loopback."""
+"""A PaceLLM and a benchmark that are on the Hub, through the unmodified client and a server on
+loopback.
+"""
 
 import json
 import os

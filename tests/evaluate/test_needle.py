@@ -1,4 +1,6 @@
-"""Needles lie where they should, answers score as they should, and the grid is what was asked for."""
+"""Needles lie where they should, answers score as they should, and the grid is what was asked
+for.
+"""
 
 import pytest
 from hypothesis import given, settings
@@ -29,7 +31,8 @@ def words(texts):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    length=st.integers(150, 3000), depth=st.sampled_from([0, 0.25, 0.5, 0.9, 1]), seed=st.integers(0, 99),
+    length=st.integers(150, 3000), depth=st.sampled_from([0, 0.25, 0.5, 0.9, 1]),
+    seed=st.integers(0, 99),
     count=st.integers(1, 4), hops=st.integers(1, 2), values=st.sampled_from(["words", "numbers"]),
 )  # fmt: skip
 def test_prose(length, depth, seed, count, hops, values):
@@ -96,7 +99,8 @@ def test_what_does_not_fit_is_refused():
 @pytest.mark.parametrize(
     ("answer", "score"),
     [
-        ("river", 1), (" River.", 1), ("The code of Ada is river.", 1), ("rivers", 0), ("", 0), ("stone", 0),
+        ("river", 1), (" River.", 1), ("The code of Ada is river.", 1), ("rivers", 0), ("", 0),
+        ("stone", 0),
         ("river or stone", 0), ("It is stone, not river", 0), ("river moon", 1),
     ],
 )  # fmt: skip

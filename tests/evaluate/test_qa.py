@@ -1,4 +1,6 @@
-"""`pace eval qa`: each context is read once, the likelihoods and answers are those of the whole prompts."""
+"""`pace eval qa`: each context is read once, the likelihoods and answers are those of the whole
+prompts.
+"""
 
 import json
 import math
@@ -39,7 +41,8 @@ def file(tmp_path_factory):
         context = " ".join(story.words[1 : story.questions[0].position - 8])
         for question in story.questions:
             asked = f"what is the code of {question.name} ?"
-            lines.append({"input": asked, "context": context, "answers": [question.answer, f"{question.answer} ."],
+            lines.append({"input": asked, "context": context, "answers": [question.answer,
+            f"{question.answer} ."],
                           "length": 160, "_id": f"{number}-{question.name}"})  # fmt: skip
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return path

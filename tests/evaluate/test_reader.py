@@ -1,4 +1,6 @@
-"""A reader answers as `generate` does, for any batch and in any chunks; its log-likelihoods are the model's."""
+"""A reader answers as `generate` does, for any batch and in any chunks; its log-likelihoods are the
+model's.
+"""
 
 import numpy as np
 import pytest

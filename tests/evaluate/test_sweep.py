@@ -29,10 +29,12 @@ def test_factors():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("slot=5", "no such parameter"), ("slots", "no value"), ("slots=", "no value"), ("slots=many", "'many' is no int"),
+        ("slot=5", "no such parameter"), ("slots", "no value"), ("slots=", "no value"),
+        ("slots=many", "'many' is no int"),
         ("slots=0", "greater than or equal to 1"), ("theta_high=1.5", "less than or equal to 1"), 
         ("layers=9", "can't read '9'"),
-        ("layers=1.5", "can't read"), ("granularity=neuron", "'token' or 'expert'"), ("experts=8", "no such parameter"),
+        ("layers=1.5", "can't read"), ("granularity=neuron", "'token' or 'expert'"), ("experts=8",
+        "no such parameter"),
     ],
 )  # fmt: skip
 def test_wrong_factors(text, words):
@@ -45,7 +47,8 @@ def test_combinations_that_cannot_be_are_left_out(reference):
     factors = [("theta_high", [0.2, 0.5]), ("theta_low", [0.1, 0.4])]
     grid, refused = combinations(str(reference), factors)
     assert [dict(subject.memory) for subject in grid] == [
-        {"theta_high": 0.2, "theta_low": 0.1}, {"theta_high": 0.5, "theta_low": 0.1}, {"theta_high": 0.5, "theta_low": 0.4},
+        {"theta_high": 0.2, "theta_low": 0.1}, {"theta_high": 0.5, "theta_low": 0.1},
+        {"theta_high": 0.5, "theta_low": 0.4},
     ]  # fmt: skip
     assert len(refused) == 1 and "theta_high=0.2 theta_low=0.4" in refused[0]
     with pytest.raises(CallError, match="no combination can be"):

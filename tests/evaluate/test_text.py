@@ -1,4 +1,6 @@
-"""`pace eval text`: nats are the model's own at each position, and what was done is not done again."""
+"""`pace eval text`: nats are the model's own at each position, and what was done is not done
+again.
+"""
 
 import json
 import math

@@ -1,4 +1,6 @@
-"""pace tune: what it measures is what it says, it finds what is there to find, and writes only what has won."""
+"""pace tune: what it measures is what it says, it finds what is there to find, and writes only what
+has won.
+"""
 
 import json
 import multiprocessing
@@ -31,8 +33,10 @@ from pace_convert.reference import reference_model
 QUIET = Progress(quiet=True)
 MEMORY = {**ConvertOptions(update_interval=64).memory_config((1, 2))}
 TUNED = Tuned(
-    data="book.txt", sha256="0" * 64, metric=LIKELIHOOD, trials=3, seed=0, held_in_items=20, held_out_items=20,
-    held_in=Difference(mean=0.2, low=0.1, high=0.3), held_out=Difference(mean=0.1, low=0.05, high=0.15),
+    data="book.txt", sha256="0" * 64, metric=LIKELIHOOD, trials=3, seed=0, held_in_items=20,
+    held_out_items=20,
+    held_in=Difference(mean=0.2, low=0.1, high=0.3), held_out=Difference(mean=0.1, low=0.05,
+    high=0.15),
     date="2026-01-01", version="0",
 )  # fmt: skip
 
@@ -55,7 +59,9 @@ def text(tmp_path):
 
 
 def test_statistics_agree_with_a_direct_computation(out):
-    """The slots by hand: with nothing merged, the bank after a block holds its M most novel tokens."""
+    """The slots by hand: with nothing merged, the bank after a block holds its M most novel
+    tokens.
+    """
     reader, converted = load(Subject(str(out), "ce"), "cpu"), open_converted(out)
     memory = {**converted.pace["memory"], "slots": 4, "update_interval": 4}
     ids = torch.randint(5, 1000, (12,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -111,7 +117,9 @@ def test_the_halves_share_nothing(out, tmp_path, documents):
 
 @dataclass(frozen=True)
 class Planted:
-    """Best with layer 2 alone and a fusion weight of 0.4; everything else is noise. slow: seconds a call."""
+    """Best with layer 2 alone and a fusion weight of 0.4; everything else is noise. slow: seconds a
+    call.
+    """
 
     slow: float = 0.0
 
@@ -206,7 +214,9 @@ def test_a_damaged_record_is_refused(out, tmp_path):
 
 
 def test_where_the_base_wins_nothing_is_written(out, tmp_path, text):
-    """Words in random order: there is nothing to remember. The same command again changes nothing either."""
+    """Words in random order: there is nothing to remember. The same command again changes nothing
+    either.
+    """
     before = hashes(out)
     arguments = [
         out,

@@ -12,7 +12,9 @@ from .records import Records
 
 
 def found_files(paths: Sequence[Path], ending: str) -> list[Path]:
-    """Files as they are, folders' files with that ending by name. Raises CallError for what is not there."""
+    """Files as they are, folders' files with that ending by name. Raises CallError for what is not
+    there.
+    """
     found: list[Path] = []
     for path in paths:
         inside = sorted(path.glob(f"*{ending}")) if path.is_dir() else [path]
@@ -27,7 +29,8 @@ def found_files(paths: Sequence[Path], ending: str) -> list[Path]:
 
 @lru_cache(maxsize=4)
 def read_texts(file: Path) -> list[str]:
-    """The `text` of each line of a .jsonl file; any other file is one text. Those of blanks alone are left out.
+    """The `text` of each line of a .jsonl file; any other file is one text. Those of blanks alone
+    are left out.
 
     Raises DamagedSourceError for what is not UTF-8, no JSON or has no `text`.
     """

@@ -1,4 +1,5 @@
-"""InfiniteBench (Zhang et al. 2024, arXiv 2402.13718): 100K tokens and more, scored as its official script does.
+"""InfiniteBench (Zhang et al. 2024, arXiv 2402.13718): 100K tokens and more, scored as its official
+script does.
 
 What is too long is cut in the middle, as the official scripts do.
 """
@@ -33,8 +34,10 @@ CATEGORIES = {  # names of the official table
     "Math.Find": ("math_find",),
 }
 NEW_TOKENS = {  # eval_utils.py
-    "passkey": 6, "number_string": 12, "kv_retrieval": 50, "longbook_sum_eng": 1200, "longbook_choice_eng": 40,
-    "longbook_qa_eng": 40, "longbook_qa_chn": 40, "longdialogue_qa_eng": 40, "math_find": 3, "math_calc": 30000, "code_run": 5,
+    "passkey": 6, "number_string": 12, "kv_retrieval": 50, "longbook_sum_eng": 1200,
+    "longbook_choice_eng": 40,
+    "longbook_qa_eng": 40, "longbook_qa_chn": 40, "longdialogue_qa_eng": 40, "math_find": 3,
+    "math_calc": 30000, "code_run": 5,
     "code_debug": 5,
 }  # fmt: skip
 CHOICES = ("longbook_choice_eng", "code_debug")
@@ -64,7 +67,9 @@ class InfiniteBench(FromRecords):
 
 
 def label_of(task: str, question: dict) -> Any:
-    """What an answer is scored against; for choices [text, letter], as the official get_answer gives it."""
+    """What an answer is scored against; for choices [text, letter], as the official get_answer
+    gives it.
+    """
     answer = question["answer"]
     if task not in CHOICES:
         return answer

@@ -1,9 +1,11 @@
-"""LongBench (Bai et al. 2023, arXiv 2308.14508): the English data sets, in the categories of the PaceLLM paper.
+"""LongBench (Bai et al. 2023, arXiv 2308.14508): the English data sets, in the categories of the
+PaceLLM paper.
 
-Prompts and answer lengths come from lm-evaluation-harness, with the line breaks of the official dataset2prompt.json that
-it lacks in four of them. Ours, because the harness does otherwise: what is too long is cut in the middle and not on the
-left, and no answer ends at a line break, as the official pred.py does it (but for samsum, where it ends at one; only its
-first line is scored in either case).
+Prompts and answer lengths come from lm-evaluation-harness, with the line breaks of the official
+dataset2prompt.json that it lacks in four of them. Ours, because the harness does otherwise: what is
+too long is cut in the middle and not on the left, and no answer ends at a line break, as the
+official pred.py does it (but for samsum, where it ends at one; only its first line is scored in
+either case).
 """
 
 from __future__ import annotations
@@ -77,7 +79,8 @@ class LongBench(FromRecords):
 def fitted(
     reader: Reader, text: str, new_tokens: int, max_length: int | None, chat: bool
 ) -> list[int]:
-    """Token ids of a prompt: cut in the middle, decoded, put into the chat template and encoded again.
+    """Token ids of a prompt: cut in the middle, decoded, put into the chat template and encoded
+    again.
 
     Raises CallError where nothing of it would fit.
     """
@@ -98,7 +101,9 @@ def fitted(
 
 @lru_cache(maxsize=32)
 def official_prompt(task: str) -> tuple[Template, int]:
-    """The template over context and question, and the answer's length in tokens, as the official configuration has them."""
+    """The template over context and question, and the answer's length in tokens, as the official
+    configuration has them.
+    """
     config = task_config("longbench", task)
     text = config["doc_to_text"].rstrip("\n").replace(*LINE_BREAKS.get(task, ("", "")))
     return template_of(text), config["generation_kwargs"]["max_gen_toks"]

@@ -38,7 +38,8 @@ class NeedleOptions(EvaluationOptions):
 
     lengths: CommaSeparated | None = Field(
         None,
-        description="Context in tokens: 1k,4k,16k or 1k..200k (ten even steps) or 1k..200k:5; k is 1024.  "
+        description="Context in tokens: 1k,4k,16k or 1k..200k (ten even steps) or 1k..200k:5; k is "
+        "1024.  "
         "[default: ten steps up to what the model was made for]",
     )
     depths: CommaSeparated = Field(
@@ -68,10 +69,11 @@ class NeedleOptions(EvaluationOptions):
 
 @dataclass(frozen=True)
 class NeedleTest:
-    """A grid of lengths (tokens) and depths (0 beginning, 1 end), with `seeds` haystacks a cell, from first_seed on.
+    """A grid of lengths (tokens) and depths (0 beginning, 1 end), with `seeds` haystacks a cell,
+    from first_seed on.
 
-    Score: 1 if the answer has the hidden value, as whole words, and no other hidden value; `rouge` is ROUGE-L recall
-    (Lin 2004; rouge_score).
+    Score: 1 if the answer has the hidden value, as whole words, and no other hidden value; `rouge`
+    is ROUGE-L recall (Lin 2004; rouge_score).
     """
 
     lengths: tuple[int, ...]
@@ -126,7 +128,8 @@ class NeedleTest:
                 )
             ]
         return [
-            {"score": found(answer, prompt), "rouge": rouge_recall(answer, prompt.answer), "value": prompt.answer,
+            {"score": found(answer, prompt), "rouge": rouge_recall(answer, prompt.answer),
+            "value": prompt.answer,
              "answer": answer, "tokens": len(row)}
             for prompt, row, answer in zip(prompts, rows, answers)
         ]  # fmt: skip
@@ -210,7 +213,9 @@ def show_needle(results: Results, folder: Path) -> None:
 
 
 def measurable_context(results: Results, subject: str, threshold: float) -> int:
-    """The largest length tested up to which, at it and all shorter ones, the mean score is at least `threshold`; or 0."""
+    """The largest length tested up to which, at it and all shorter ones, the mean score is at least
+    `threshold`; or 0.
+    """
     longest = 0
     for group in sorted(results.groups(), key=int):
         if results.mean(subject, group).mean < threshold:

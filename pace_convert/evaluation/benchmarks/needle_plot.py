@@ -1,4 +1,6 @@
-"""The needle test as the field draws it: lengths from left to right, depths from top to bottom, red to green."""
+"""The needle test as the field draws it: lengths from left to right, depths from top to bottom, red
+to green.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ ABREAST = 3
 
 
 def plot_needle(results: Results, reach: dict[str, int], path: Path) -> None:
-    """One heat map a subject side by side, three in a row, and below each but the first its difference to the first.
+    """One heat map a subject side by side, three in a row, and below each but the first its
+    difference to the first.
 
     reach: measurable context of each, tokens.
     """

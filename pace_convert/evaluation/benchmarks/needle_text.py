@@ -1,8 +1,8 @@
 """What a needle test reads: facts hidden in a haystack at a depth, and the question at the end.
 
-Two kinds of text: the reference model's own task (`reference`, held-out facts), and prose: generated sentences
-(`prose`), or texts of yours. In prose the needle is "The code of Ada is river." or, with numbers, "... is 4820951.";
-it always stands between sentences.
+Two kinds of text: the reference model's own task (`reference`, held-out facts), and prose:
+generated sentences (`prose`), or texts of yours. In prose the needle is "The code of Ada is river."
+or, with numbers, "... is 4820951."; it always stands between sentences.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ Count = Callable[[list[str]], list[int]]  # tokens of each text
 
 @dataclass(frozen=True)
 class Needles:
-    """How many facts are hidden, how many are asked for (each in a prompt of its own), over how many hops; the values."""
+    """How many facts are hidden, how many are asked for (each in a prompt of its own), over how
+    many hops; the values.
+    """
 
     count: int = 1
     asked: int = 1
@@ -38,7 +40,8 @@ class Needles:
 class Prompt:
     """text: up to the question's end. lead: begins the answer where no chat template does.
 
-    chat: `text` is one user turn; otherwise it is the whole prompt. hidden: all hidden values, of which one is right.
+    chat: `text` is one user turn; otherwise it is the whole prompt. hidden: all hidden values, of
+    which one is right.
     """
 
     text: str
@@ -77,10 +80,11 @@ def _ask(story: Story, question: Question) -> Prompt:
 def prose_prompts(
     haystack: str, needles: Needles, length: int, depth: float, seed: int, count: Count
 ) -> list[Prompt]:
-    """Prompts of at most `length` tokens, less by one sentence at most. haystack: `prose` or a path.
+    """Prompts of at most `length` tokens, less by one sentence at most. haystack: `prose` or a
+    path.
 
-    The first needle stands at `depth`, further ones evenly from there to the end. Raises CallError where a needle
-    and its question do not fit.
+    The first needle stands at `depth`, further ones evenly from there to the end. Raises CallError
+    where a needle and its question do not fit.
     """
     rng = _rng(needles, length, depth, seed)
     facts, asked = _facts(rng, needles)
@@ -131,7 +135,9 @@ def _facts(rng: np.random.Generator, needles: Needles) -> tuple[list[str], list[
 
 
 def _sentences(haystack: str, room: int, rng: np.random.Generator, count: Count) -> list[str]:
-    """As many whole sentences as fit into `room` tokens, from a random one on; a short text is read over again."""
+    """As many whole sentences as fit into `room` tokens, from a random one on; a short text is read
+    over again.
+    """
     text = () if haystack == PROSE else split_sentences(haystack)
     at = int(rng.integers(len(text))) if text else 0
     chosen: list[str] = []
@@ -150,7 +156,9 @@ def _filler(rng: np.random.Generator) -> str:
 
 @lru_cache(maxsize=2)
 def split_sentences(path: str) -> tuple[str, ...]:
-    """Of a text file, or of all *.txt in a folder. Raises CallError for what is neither, or empty."""
+    """Of a text file, or of all *.txt in a folder. Raises CallError for what is neither, or
+    empty.
+    """
     place = Path(path)
     files = sorted(place.rglob("*.txt")) if place.is_dir() else [place]
     if not files or not all(file.is_file() for file in files):

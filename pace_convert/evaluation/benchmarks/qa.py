@@ -1,7 +1,9 @@
-"""Questions on people's own long contexts, in LongBench's format and scored as LongBench scores answers.
+"""Questions on people's own long contexts, in LongBench's format and scored as LongBench scores
+answers.
 
-The log-likelihood of the reference answer stands beside the scores: it moves where a small model's answers, right or
-wrong, do not yet. All questions to a context share its prompt, so it is read once.
+The log-likelihood of the reference answer stands beside the scores: it moves where a small model's
+answers, right or wrong, do not yet. All questions to a context share its prompt, so it is read
+once.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ class QAOptions(EvaluationOptions):
 
     on: Paths = Field(
         min_length=1,
-        description=".jsonl files in LongBench's format (input, context, answers), or folders of them; "
+        description=".jsonl files in LongBench's format (input, context, answers), or folders of "
+        "them; "
         "repeatable.",
     )
     prompt: Literal[
@@ -48,7 +51,8 @@ class QAOptions(EvaluationOptions):
     max_length: int | None = Field(
         None,
         ge=2,
-        description="Tokens of a prompt; of longer contexts the middle is left out.  [default: what the "
+        description="Tokens of a prompt; of longer contexts the middle is left out.  [default: "
+        "what the "
         "model was made for, less answer]",
     )
     plain: bool = Field(False, description="No chat template.")
@@ -77,9 +81,10 @@ class Context:
 class QuestionAnswering:
     """One cell a context, one record a question.
 
-    contexts: (file, number in it, mark), what is asked of `files`. prompt: LongBench's, of which of its data sets.
-    max_length: tokens of a prompt, of longer contexts the middle is left out, the same for all questions; None: what
-    the model was made for, less the answer. plain: no chat template. generate: answers too, not their likelihood alone.
+    contexts: (file, number in it, mark), what is asked of `files`. prompt: LongBench's, of which of
+    its data sets. max_length: tokens of a prompt, of longer contexts the middle is left out, the
+    same for all questions; None: what the model was made for, less the answer. plain: no chat
+    template. generate: answers too, not their likelihood alone.
     """
 
     files: tuple[Path, ...]
@@ -101,7 +106,8 @@ class QuestionAnswering:
     def identity(self) -> dict:
         """Contexts are known by their cells' names, so that more of them reuse what is there."""
         return {
-            "prompt": self.prompt, "max_length": self.max_length, "plain": self.plain, "no_generate": not self.generate,
+            "prompt": self.prompt, "max_length": self.max_length, "plain": self.plain,
+            "no_generate": not self.generate,
         }  # fmt: skip
 
     def cells(self) -> list[str]:
@@ -115,7 +121,9 @@ class QuestionAnswering:
         return cell.rsplit(":", 2)[0]
 
     def run(self, reader: Reader, cell: str) -> list[dict]:
-        """Records hold the answer, its scores and the log-likelihood of the best right answer, nats a token."""
+        """Records hold the answer, its scores and the log-likelihood of the best right answer, nats
+        a token.
+        """
         file, number, mark = self.contexts[self.cells().index(cell)]
         context = read_contexts(self.files[file])[number]
         if context.mark != mark:
@@ -180,7 +188,9 @@ class Prompt:
 
     @classmethod
     def of(cls, reader: Reader, text: str, answers: Sequence[str], chat: bool) -> Prompt:
-        """chat: `text` is a whole chat turn, special tokens included; without, a space stands before the answer."""
+        """chat: `text` is a whole chat turn, special tokens included; without, a space stands
+        before the answer.
+        """
         ids, gap = reader.encode(text, special=not chat), "" if chat else " "
         behind = []
         for answer in answers:
@@ -203,8 +213,8 @@ class Prompt:
 def scores(answer: str, right: Sequence[str]) -> dict:
     """F1 of words (`score`), ROUGE-L and exact match, each the best over all right answers, 0 to 1.
 
-    Of an answer its first line counts, as LongBench has it where answers may run on. Exact: the same words, as SQuAD
-    normalises them.
+    Of an answer its first line counts, as LongBench has it where answers may run on. Exact: the
+    same words, as SQuAD normalises them.
     """
     line = answer.lstrip("\n").split("\n")[0]
     return {
@@ -216,7 +226,8 @@ def scores(answer: str, right: Sequence[str]) -> dict:
 
 @lru_cache(maxsize=4)
 def read_contexts(file: Path) -> list[Context]:
-    """The contexts of a .jsonl file in LongBench's format, each with all its questions, in the file's order.
+    """The contexts of a .jsonl file in LongBench's format, each with all its questions, in the
+    file's order.
 
     Raises DamagedSourceError for a line that is no question or has no answer.
     """
@@ -273,7 +284,9 @@ def show_qa(results: Results, folder: Path) -> None:
 
 
 def qa_measures(results: Results) -> list[Measure]:
-    """By file and, where there are several, over all: F1, ROUGE-L, exact match in per cent, and the log-likelihood."""
+    """By file and, where there are several, over all: F1, ROUGE-L, exact match in per cent, and the
+    log-likelihood.
+    """
     groups: list[str | None] = list(results.groups())
     fields = [("F1, %", "score"), ("ROUGE-L, %", "rouge_l"), ("exact, %", "exact")]
     generated = (

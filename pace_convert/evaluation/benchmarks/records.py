@@ -1,4 +1,6 @@
-"""Questions of the benchmarks, one JSON object a line in the official files: from a folder, or downloaded from the Hub."""
+"""Questions of the benchmarks, one JSON object a line in the official files: from a folder, or
+downloaded from the Hub.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,8 @@ class RecordOptions(EvaluationOptions):
     max_length: int | None = Field(
         None,
         ge=2,
-        description="Tokens of a prompt; of longer ones the middle is left out.  [default: what the "
+        description="Tokens of a prompt; of longer ones the middle is left out.  [default: what "
+        "the "
         "model was made for, less answer]",
     )
 
@@ -47,8 +50,8 @@ class RecordOptions(EvaluationOptions):
 class Records:
     """Where a benchmark's files are.
 
-    repo_id: of the official data set on the Hub. archive: the zip in it that holds the files; "" where they lie free.
-    folder: of files on this machine instead; "" for the Hub.
+    repo_id: of the official data set on the Hub. archive: the zip in it that holds the files; ""
+    where they lie free. folder: of files on this machine instead; "" for the Hub.
     """
 
     repo_id: str
@@ -56,7 +59,9 @@ class Records:
     folder: str = ""
 
     def read(self, name: str, fields: tuple[str, ...], limit: int | None) -> list[dict]:
-        """The first `limit` questions of NAME.jsonl. Raises CallError where it is missing, DamagedSourceError for bad lines."""
+        """The first `limit` questions of NAME.jsonl. Raises CallError where it is missing,
+        DamagedSourceError for bad lines.
+        """
         with self._open(f"{name}.jsonl") as file:
             lines = (
                 (number, line)
@@ -72,7 +77,9 @@ class Records:
         return questions
 
     def local(self, folder: Path | None, names: list[str]) -> Records:
-        """The same files in a folder of this machine, or these. Raises CallError where one is missing."""
+        """The same files in a folder of this machine, or these. Raises CallError where one is
+        missing.
+        """
         if folder is None:
             return self
         if not folder.is_dir():
@@ -98,7 +105,9 @@ class Records:
             )
 
     def identity(self) -> str:
-        """The same for the same files: by name, size and time of change in a folder, by repository on the Hub."""
+        """The same for the same files: by name, size and time of change in a folder, by repository
+        on the Hub.
+        """
         if not self.folder:
             return self.repo_id
         states = [
@@ -127,9 +136,10 @@ class Records:
 class FromRecords:
     """An evaluation on such files, one cell a file.
 
-    limit: questions of each; None: all. max_length: tokens of a prompt before the chat template, the middle of longer
-    ones is left out; None: what the model was made for, less answer and template. categories: the table's rows.
-    asks: another number for other prompts or scores, so that an older journal is not taken up.
+    limit: questions of each; None: all. max_length: tokens of a prompt before the chat template,
+    the middle of longer ones is left out; None: what the model was made for, less answer and
+    template. categories: the table's rows. asks: another number for other prompts or scores, so
+    that an older journal is not taken up.
     """
 
     tasks: tuple[str, ...]
@@ -203,7 +213,9 @@ def _question(line: str, where: str, fields: tuple[str, ...]) -> dict:
 
 
 def choose(asked: str | None, categories: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
-    """Data sets that --tasks names, by their own names or their categories'; all without. Raises CallError."""
+    """Data sets that --tasks names, by their own names or their categories'; all without. Raises
+    CallError.
+    """
     known: dict[str, tuple[str, ...]] = {
         name: (name,) for names in categories.values() for name in names
     }
@@ -230,7 +242,9 @@ def _meant(name: str, known: dict) -> str:
 
 
 def middle_cut(ids: list[int], limit: int) -> Iterator[list[int]]:
-    """Token ids as they are, or, where they are more than `limit`, their first and their last half of it."""
+    """Token ids as they are, or, where they are more than `limit`, their first and their last half
+    of it.
+    """
     if len(ids) <= limit:
         yield ids
     else:

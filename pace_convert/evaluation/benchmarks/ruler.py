@@ -1,4 +1,6 @@
-"""RULER (Hsieh et al. 2024, arXiv 2404.06654), made and scored by lm-evaluation-harness, answered by our reader."""
+"""RULER (Hsieh et al. 2024, arXiv 2404.06654), made and scored by lm-evaluation-harness, answered
+by our reader.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
 
 CATEGORIES = {
     "Retrieval": (
-        "niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3",
+        "niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2",
+        "niah_multikey_3",
         "niah_multivalue", "niah_multiquery",
     ),
     "Tracing": ("ruler_vt",),
@@ -54,7 +57,9 @@ class RulerOptions(EvaluationOptions):
 
 @dataclass(frozen=True)
 class Ruler:
-    """One cell a task and length. lengths: tokens, answer included. limit: questions of each, at most 500."""
+    """One cell a task and length. lengths: tokens, answer included. limit: questions of each, at
+    most 500.
+    """
 
     tasks: tuple[str, ...]
     lengths: tuple[int, ...]

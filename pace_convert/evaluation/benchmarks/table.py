@@ -1,8 +1,10 @@
-"""The benchmarks, one row each: what `pace eval NAME`, `pace eval sweep --on NAME` and `evaluate(NAME)` know of them.
+"""The benchmarks, one row each: what `pace eval NAME`, `pace eval sweep --on NAME` and
+`evaluate(NAME)` know of them.
 
-A new benchmark is a file beside this one and a row here. The file holds its options, a pydantic model whose
-descriptions, bounds and defaults the command line shows, and a function that makes the evaluation of
-them (`runner.Evaluation`); it imports torch only where something runs, so that help stays fast.
+A new benchmark is a file beside this one and a row here. The file holds its options, a pydantic
+model whose descriptions, bounds and defaults the command line shows, and a function that makes the
+evaluation of them (`runner.Evaluation`); it imports torch only where something runs, so that help
+stays fast.
 """
 
 from __future__ import annotations
@@ -39,11 +41,11 @@ def _show(results: Results, folder: Path) -> None:
 class Benchmark:
     """A row.
 
-    options: what can be chosen. make: a model's name and valid options -> what is run; raises CallError
-    for what can't be, before any model is loaded. arms: those that are compared where neither arms
-    nor other models are given. needs: packages of the extra `eval`.
-    facts: results, options and the folder of the results -> what results.json holds; draws the
-    pictures into the folder. show: the results and that folder, on the terminal.
+    options: what can be chosen. make: a model's name and valid options -> what is run; raises
+    CallError for what can't be, before any model is loaded. arms: those that are compared where
+    neither arms nor other models are given. needs: packages of the extra `eval`. facts: results,
+    options and the folder of the results -> what results.json holds; draws the pictures into the
+    folder. show: the results and that folder, on the terminal.
     """
 
     name: str
@@ -82,9 +84,10 @@ ROWS = (
 
         \b
         pace eval text ./out --on book.txt --on ./essays
-        pace eval text ./out --on texts.jsonl --length 8k --with update_interval=64 --with update_interval=256
+        pace eval text ./out --on texts.jsonl --with update_interval=64 --with update_interval=256
 
-        Each document is read from its beginning, with an empty memory. Intervals are of resampled documents. Writes
+        Each document is read from its beginning,
+        with an empty memory. Intervals are of resampled documents. Writes
         results.json and text.png into --out.
         """,
         facts=text_loss.text_facts,
@@ -94,13 +97,15 @@ ROWS = (
         "qa",
         qa.QAOptions,
         qa.qa_test,
-        """Questions on your own long contexts: F1, ROUGE-L, exact match, and the log-likelihood of the reference answer.
+        """Questions on your own long contexts: F1, ROUGE-L, exact match, and the log-likelihood of
+        the reference answer.
 
         \b
         pace eval qa ./out --on questions.jsonl
-        pace eval qa ./out --on questions.jsonl --no-generate --with update_interval=64 --with fusion_weight=0.05
+        pace eval qa ./out --on questions.jsonl --no-generate --with fusion_weight=0.05
 
-        Each context is read once for all its questions. Intervals are of resampled contexts. Writes results.json into --out.
+        Each context is read once for all its questions. Intervals are of resampled contexts.
+        Writes results.json into --out.
         """,
         needs=("lm_eval", "rouge"),
         facts=qa.qa_facts,
@@ -114,9 +119,10 @@ ROWS = (
 
         \b
         pace eval longbench ./out
-        pace eval longbench ./out Qwen/Qwen2-7B-Instruct --tasks multi-doc\\ qa --limit 50 --data ./longbench
+        pace eval longbench ./out Qwen/Qwen2-7B-Instruct --tasks hotpotqa --limit 50 --data ./data
 
-        Without BASE and --arms it compares base, ce, pa, ce+pa and ce+pa-expert. Writes results.json into --out.
+        Without BASE and --arms it compares base, ce, pa,
+        ce+pa and ce+pa-expert. Writes results.json into --out.
         """,
         ABLATION,
         needs=("lm_eval", "rouge"),
@@ -130,7 +136,8 @@ ROWS = (
         \b
         pace eval infinitebench ./out --tasks En.MC,Code.Debug,Math.Find
 
-        Without BASE and --arms it compares base, ce, pa, ce+pa and ce+pa-expert. Writes results.json into --out.
+        Without BASE and --arms it compares base, ce, pa,
+        ce+pa and ce+pa-expert. Writes results.json into --out.
         """,
         ABLATION,
         needs=("lm_eval", "rouge"),
@@ -139,13 +146,15 @@ ROWS = (
         "ruler",
         ruler.RulerOptions,
         ruler.ruler_test,
-        """RULER: retrieval, tracing, aggregation and questions at any length; made and scored by lm-evaluation-harness.
+        """RULER: retrieval, tracing, aggregation and questions at any length; made and scored by
+        lm-evaluation-harness.
 
         \b
         pace eval ruler ./out --lengths 4k,32k,128k
         pace eval ruler ./out --tasks niah_single_1,ruler_fwe --limit 20
 
-        The essays and the questions are downloaded. Without BASE and --arms it compares base, ce, pa, ce+pa and ce+pa-expert.
+        The essays and the questions are downloaded. Without BASE and --arms it compares base, ce,
+        pa, ce+pa and ce+pa-expert.
         """,
         ABLATION,
         needs=("lm_eval", "wonderwords", "nltk"),

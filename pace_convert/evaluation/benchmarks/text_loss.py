@@ -30,12 +30,14 @@ class TextOptions(EvaluationOptions):
 
     on: Paths = Field(
         min_length=1,
-        description="Text files, folders of .txt files, or .jsonl files with a `text` a line; may be "
+        description="Text files, folders of .txt files, or .jsonl files with a `text` a line; may "
+        "be "
         "repeated.",
     )
     length: CommaSeparated | None = Field(
         None,
-        description="Tokens of a piece: 4k or 512.  [default: what the model was made for, at most 4k]",
+        description="Tokens of a piece: 4k or 512.  [default: what the model was made for, at most "
+        "4k]",
     )
     pieces: int = Field(1, ge=1, description="Pieces of each document.")
     limit: int | None = Field(None, ge=1, description="Documents of all.  [default: all]")
@@ -43,10 +45,12 @@ class TextOptions(EvaluationOptions):
 
 @dataclass(frozen=True)
 class TextLoss:
-    """Each document's first `pieces` pieces of `length` tokens, each read from an empty cache; one cell a document.
+    """Each document's first `pieces` pieces of `length` tokens, each read from an empty cache; one
+    cell a document.
 
-    files: as `read_texts` takes them. documents: (file, number in it, digest of the text), what is read of them.
-    A piece begins with what the tokenizer puts before a text; positions count that too.
+    files: as `read_texts` takes them. documents: (file, number in it, digest of the text), what is
+    read of them. A piece begins with what the tokenizer puts before a text; positions count that
+    too.
     """
 
     files: tuple[Path, ...]
@@ -106,7 +110,8 @@ def text_test(model: str, options: TextOptions) -> TextLoss:
     lengths = parse_grid(options.length, KILO) if options.length else (min(LONGEST, most),)
     if len(lengths) > 1 or not 2 <= lengths[0] <= most:
         raise CallError(
-            f"--length {options.length}: give one length from 2 to {most}, what {model} was made for",
+            f"--length {options.length}: give one length from 2 to {most}, what {model} was made "
+            "for",
             "like 4k",
         )
     files = found_files(options.on, ".txt")
@@ -146,7 +151,9 @@ def bands(length: int) -> list[tuple[int, int]]:
 
 
 def text_measures(results: Results) -> list[Measure]:
-    """Nats a token by position and over all, and bits a byte. Raises CallError where nothing was predicted."""
+    """Nats a token by position and over all, and bits a byte. Raises CallError where nothing was
+    predicted.
+    """
     test = results.evaluation
     assert isinstance(test, TextLoss)
     measures = [
@@ -169,7 +176,9 @@ def text_measures(results: Results) -> list[Measure]:
 
 
 def other_tokens(results: Results) -> list[str]:
-    """Subjects that split the texts into other tokens than the first: only their bits a byte can be compared."""
+    """Subjects that split the texts into other tokens than the first: only their bits a byte can be
+    compared.
+    """
     counts = {
         subject.name: [
             record["tokens"] for rows in results.records[subject.name].values() for record in rows

@@ -14,7 +14,9 @@ LEAST_RANGE = 0.005  # nats a token; so that nothing does not look like much
 
 
 def plot_text(results: Results, measures: Sequence[Measure], path: Path) -> None:
-    """By band of positions: what the first subject needs, and the others' gains over it, nats a token, 95 % intervals."""
+    """By band of positions: what the first subject needs, and the others' gains over it, nats a
+    token, 95 % intervals.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

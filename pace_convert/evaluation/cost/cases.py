@@ -1,4 +1,6 @@
-"""What is measured: a converted folder, or a public model's shape with random weights; checked before anything runs."""
+"""What is measured: a converted folder, or a public model's shape with random weights; checked
+before anything runs.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,9 @@ LAST = BATCH + 1  # tokens of a decode round, at most
 class Case:
     """A model to measure.
 
-    d: what is run; of: the whole model that it stands for (the same for a folder). memory_layers, of_memory_layers:
-    layers with memory in both. positions: how many there are, where they were learned.
+    d: what is run; of: the whole model that it stands for (the same for a folder). memory_layers,
+    of_memory_layers: layers with memory in both. positions: how many there are, where they were
+    learned.
     """
 
     name: str
@@ -49,7 +52,9 @@ class Case:
         return [BASE, AGAIN, PACE, *([SHALLOW] if self.wanted.shape else [])]
 
     def whole(self, one: dict[str, float]) -> dict[str, float]:
-        """Seconds or operators of all layers, base and PaceLLM, from those of the arms: linear in the layers."""
+        """Seconds or operators of all layers, base and PaceLLM, from those of the arms: linear in
+        the layers.
+        """
         if not self.wanted.shape:
             return {name: one[name] for name in ("base", "pace")}
         layer = (one["base"] - one["shallow"]) / (self.d.layers - 1)
@@ -78,17 +83,23 @@ class Case:
         )
 
     def check(self, lengths: Sequence[int]) -> None:
-        """Raises CallError where the longest prompt does not fit into memory, or has more positions than were learned."""
+        """Raises CallError where the longest prompt does not fit into memory, or has more positions
+        than were learned.
+        """
         if self.positions is not None and lengths[-1] + LAST > self.positions:
             raise CallError(
-                f"{self.name} has {self.positions} positions, too few for {tokens_text(lengths[-1])} tokens and {LAST} more",
+                f"{self.name} has {self.positions} positions, too few for "
+                f"{tokens_text(lengths[-1])} tokens and {LAST} more",
                 f"give --lengths up to {self.positions - LAST}",
             )
         device = torch.device(self.wanted.device)
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
         fitting = [length for length in lengths if self.needs(length) <= free]
         if len(fitting) < len(lengths):
-            what = f"{self.name} with {tokens_text(lengths[-1])} tokens needs about {size(self.needs(lengths[-1]))}"
+            what = (
+                f"{self.name} with {tokens_text(lengths[-1])} tokens needs about "
+                f"{size(self.needs(lengths[-1]))}"
+            )
             hint = (
                 f"the longest of these that fits is {tokens_text(fitting[-1])}"
                 if fitting
@@ -128,10 +139,13 @@ def _folder_case(model: str, device: str, trust: bool) -> Case:
     stored = files.tensors[opened.ffn()[0].name].dtype
     widened, heads = is_widened(files.nbytes, device), config.num_attention_heads
     d = Dimensions(
-        hidden=config.hidden_size, neurons=opened.pace["intermediate_size"], layers=opened.layers, heads=heads,
+        hidden=config.hidden_size, neurons=opened.pace["intermediate_size"], layers=opened.layers,
+        heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_size=getattr(config, "head_dim", None) or config.hidden_size // heads, vocabulary=config.vocab_size,
-        ffn_matrices=3 if family.ffn.kind.startswith("gated") else 2, itemsize=4 if widened or stored == "F32" else 2,
+        head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        vocabulary=config.vocab_size,
+        ffn_matrices=3 if family.ffn.kind.startswith("gated") else 2,
+        itemsize=4 if widened or stored == "F32" else 2,
         tied=bool(config.tie_word_embeddings),
     )  # fmt: skip
     settings = MemorySettings.from_config(opened.pace)

@@ -1,12 +1,13 @@
 """What a model and its memory compute and move, counted. Pure.
 
-Counted is what transformers' classes and `modeling/` do, for one sequence: FLOPs of matrix products (2 for a
-multiply-add), FLOPs of everything else, and bytes that tensors are read and written with, each operation
-by itself. The memory's events come from its own clock (`memory_clock.Rhythm`), so what is compared twice
-is counted twice.
+Counted is what transformers' classes and `modeling/` do, for one sequence: FLOPs of matrix products
+(2 for a multiply-add), FLOPs of everything else, and bytes that tensors are read and written with,
+each operation by itself. The memory's events come from its own clock (`memory_clock.Rhythm`), so
+what is compared twice is counted twice.
 
-H hidden size, D neurons, M slots, E experts compared separately (1 with granularity "token"), n tokens of a
-call, b bytes of an activation, w = max(b, 4) of a similarity or norm, U tokens of a block, R of the ring.
+H hidden size, D neurons, M slots, E experts compared separately (1 with granularity "token"), n
+tokens of a call, b bytes of an activation, w = max(b, 4) of a similarity or norm, U tokens of a
+block, R of the ring.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ Calls = list[tuple[int, int]]  # tokens before a call, and in it
 
 @dataclass(frozen=True)
 class Work:
-    """products: FLOPs of matrix products; other: FLOPs of the rest; moved: bytes read and written."""
+    """products: FLOPs of matrix products; other: FLOPs of the rest; moved: bytes read and
+    written.
+    """
 
     products: float = 0.0
     other: float = 0.0
@@ -43,7 +46,8 @@ class Work:
 
 @dataclass(frozen=True)
 class Dimensions:
-    """A decoder's sizes. ffn_matrices: 3 for a gated FFN, 2 for a plain one. itemsize: bytes of a weight or activation.
+    """A decoder's sizes. ffn_matrices: 3 for a gated FFN, 2 for a plain one. itemsize: bytes of a
+    weight or activation.
 
     Every layer attends to the whole context.
     """
@@ -61,7 +65,9 @@ class Dimensions:
 
     @property
     def layer_weights(self) -> int:
-        """Elements of a layer's matrices: q and o [H, heads x size], k and v [H, kv_heads x size], the FFN's [H, D]."""
+        """Elements of a layer's matrices: q and o [H, heads x size], k and v [H, kv_heads x size],
+        the FFN's [H, D].
+        """
         attention = 2 * self.hidden * self.head_size * (self.heads + self.kv_heads)
         return attention + self.ffn_matrices * self.hidden * self.neurons
 
@@ -81,11 +87,12 @@ class Dimensions:
 def base_call(d: Dimensions, past: int, tokens: int, copies: bool = True) -> Work:
     """The base model on `tokens` tokens after `past`, with the logits of the last one.
 
-    products: 2 n x (a layer's weights) + 4 n (past + n) x heads x size for scores and weighted values, a layer (masked
-    scores are computed too); 2 H V for the head. moved: every weight once a call; a token's activations, about 16 H + 8 D
-    a layer; the KV cache once. copies: also what `DynamicCache` and `repeat_kv` add to the cache's traffic: `cat` reads
-    and writes it, and for a call of several tokens keys and values are repeated for each of heads / kv_heads groups.
-    Other: about 8 H + 3 D a token and layer, and 5 a score.
+    products: 2 n x (a layer's weights) + 4 n (past + n) x heads x size for scores and weighted
+    values, a layer (masked scores are computed too); 2 H V for the head. moved: every weight once a
+    call; a token's activations, about 16 H + 8 D a layer; the KV cache once. copies: also what
+    `DynamicCache` and `repeat_kv` add to the cache's traffic: `cat` reads and writes it, and for a
+    call of several tokens keys and values are repeated for each of heads / kv_heads groups. Other:
+    about 8 H + 3 D a token and layer, and 5 a score.
     """
     context, b = past + tokens, d.itemsize
     scores = tokens * context * d.heads
@@ -133,8 +140,9 @@ class MemoryCost:
     def find(self, n: int) -> Work:
         """Compare n tokens with all slots.
 
-        products: 2 M D a token. other: 2 D for norms, 3 for scaling and log2 M for sorting each of a token's (E + 1) M
-        cosines, of which E = 1 has M. moved: h twice and the keys once; a cosine about 10 times, and its place, 8 bytes.
+        products: 2 M D a token. other: 2 D for norms, 3 for scaling and log2 M for sorting each of
+        a token's (E + 1) M cosines, of which E = 1 has M. moved: h twice and the keys once; a
+        cosine about 10 times, and its place, 8 bytes.
         """
         slots, columns = self.settings.slots, self._columns
         other = 2 * self.neurons + columns * (3 + math.log2(slots))
@@ -144,8 +152,8 @@ class MemoryCost:
     def fuse(self, n: int) -> Work:
         """h' of n tokens: the sum of k + k' slots' values, then (1 - lambda) h + lambda r.
 
-        other: 2 (k + k') + 3 for each of D. moved: k + k' values, the sum written and read, h and h'; with experts also
-        the share of each neuron, written and read.
+        other: 2 (k + k') + 3 for each of D. moved: k + k' values, the sum written and read, h and
+        h'; with experts also the share of each neuron, written and read.
         """
         fused = min(self.settings.top_k, self.settings.slots) + min(
             self.settings.bottom_k, self.settings.slots
@@ -158,9 +166,9 @@ class MemoryCost:
     def absorb(self, n: int) -> Work:
         """n compared tokens go into the draft of their block.
 
-        products: 2 M^2 D for the draft's own places, 2 M D a token for the new ones, and 2 E M^2 a token for the weights
-        over the slots. moved: h once, the draft's M D six times, with experts its two sums copied too, about 10 arrays
-        [E, M, n] and 8 of [E, M, M].
+        products: 2 M^2 D for the draft's own places, 2 M D a token for the new ones, and 2 E M^2 a
+        token for the weights over the slots. moved: h once, the draft's M D six times, with experts
+        its two sums copied too, about 10 arrays [E, M, n] and 8 of [E, M, M].
         """
         slots, experts = self.settings.slots, self.settings.experts
         products = 2 * slots * (slots + n) * self.neurons + 2 * experts * slots * slots * n
@@ -170,10 +178,11 @@ class MemoryCost:
         return Work(products, arrays, moved)
 
     def finish(self) -> Work:
-        """A block ends: the draft's M places are compared with the bank, fused (2 M^2 D) and written.
+        """A block ends: the draft's M places are compared with the bank, fused (2 M^2 D) and
+        written.
 
-        moved: beside the comparison about 13 arrays [M, D] and 4 of [E, M, M]; with experts also the copied sum, and
-        for each of three mixtures the share of each neuron, written and read.
+        moved: beside the comparison about 13 arrays [M, D] and 4 of [E, M, M]; with experts also
+        the copied sum, and for each of three mixtures the share of each neuron, written and read.
         """
         slots, experts = self.settings.slots, self.settings.experts
         passes = 13 + (8 if experts > 1 else 0)
@@ -254,7 +263,9 @@ class MemoryCost:
         return self.settings.slots * (experts + (experts > 1))
 
     def _events(self, events: list, begin: int) -> list[tuple[str, Work]]:
-        """What a call that began at token `begin` does at these events (as `memory_layer` does it)."""
+        """What a call that began at token `begin` does at these events (as `memory_layer` does
+        it).
+        """
         done: list[tuple[str, Work]] = []
         compared = range(0)  # tokens of this call whose comparison is at hand
         for event in events:

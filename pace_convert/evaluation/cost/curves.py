@@ -1,4 +1,6 @@
-"""What a PaceLLM costs beside its base: measured here, counted on paper, and the two side by side."""
+"""What a PaceLLM costs beside its base: measured here, counted on paper, and the two side by
+side.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ COSTS = "cost.json"
 
 
 def measure_costs(options: CostOptions, progress: Progress) -> dict:
-    """Everything, as it then stands in cost.json, with cost.png beside it. Raises CallError before any long work."""
+    """Everything, as it then stands in cost.json, with cost.png beside it. Raises CallError before
+    any long work.
+    """
     if options.threads:
         torch.set_num_threads(options.threads)
     cases = chosen_cases(options.model, options.shape, options.device, options.trust_remote_code)
@@ -57,7 +61,9 @@ def measure_costs(options: CostOptions, progress: Progress) -> dict:
 def curves_of(
     cases: Sequence[Case], lengths: Sequence[int], repeats: int, progress: Progress
 ) -> dict:
-    """Cases measured and counted. lengths: in tokens, rising. Raises CallError where they don't fit into memory."""
+    """Cases measured and counted. lengths: in tokens, rising. Raises CallError where they don't fit
+    into memory.
+    """
     if lengths[0] < 2:
         raise CallError("a prompt has at least 2 tokens", "give --lengths like 1k,4k,16k")
     for case in cases:
@@ -72,7 +78,9 @@ def curves_of(
 
 
 def beside(folder: Path, cases: Sequence[Case]) -> list[dict]:
-    """Curves of other models that an earlier run left in `folder`. Raises CallError where they are of another machine."""
+    """Curves of other models that an earlier run left in `folder`. Raises CallError where they are
+    of another machine.
+    """
     if not (folder / COSTS).is_file():
         return []
     try:

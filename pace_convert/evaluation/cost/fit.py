@@ -1,7 +1,7 @@
 """From counted work to seconds: three constants of the machine, found on base models alone.
 
-What torch's operators take whatever their size is measured on a tiny model, where it is all there is; the other two
-are fitted to the base.
+What torch's operators take whatever their size is measured on a tiny model, where it is all there
+is; the other two are fitted to the base.
 """
 
 from __future__ import annotations
@@ -62,14 +62,18 @@ def fit(samples: Sequence[Sample], an_operation: float) -> Machine:
 
 
 def counted_lengths(lengths: Sequence[int]) -> list[int]:
-    """Lengths at which operators are counted: of longer prompts every further call is like the second."""
+    """Lengths at which operators are counted: of longer prompts every further call is like the
+    second.
+    """
     more = [CHUNK, 2 * CHUNK] if lengths[-1] > 2 * CHUNK else []
     return sorted({*more, *(length for length in lengths if length <= 2 * CHUNK)})
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What the arms of a case do on their way through the lengths. operators: as counted by a walk."""
+    """What the arms of a case do on their way through the lengths. operators: as counted by a
+    walk.
+    """
 
     case: Case
     lengths: Sequence[int]

@@ -12,12 +12,15 @@ MODELS = ("Qwen2-7B", "Llama-3-70B", "Qwen2-72B")
 LENGTHS = tuple(k << 10 for k in (1, 8, 32, 128, 200))
 CALL = 8192  # tokens of a prefill call
 PAPER = (1.32, 1.37)  # what the paper reports for its whole model's time
-# A GPU at its data sheet's best (H100 SXM: 989 TFLOP/s in bf16, 3.35 TB/s), with nothing overlapped or waited for.
+# A GPU at its data sheet's best (H100 SXM: 989 TFLOP/s in bf16, 3.35 TB/s), with nothing
+# overlapped or waited for.
 GPU = Machine(a_flop=1 / 989e12, a_byte=1 / 3.35e12, an_operation=0.0)
 
 
 def on_paper() -> list[dict]:
-    """A row a model and length: bf16, default parameters, the default layers, and a cache that is read in place."""
+    """A row a model and length: bf16, default parameters, the default layers, and a cache that is
+    read in place.
+    """
     return [_row(name, SHAPES[name].dimensions(), length) for name in MODELS for length in LENGTHS]
 
 

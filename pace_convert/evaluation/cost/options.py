@@ -15,7 +15,8 @@ class CostOptions(EvaluationOptions):
     model: str | None = Field(None, description="A folder that pace-convert wrote.")
     shape: tuple[str, ...] = Field(
         (),
-        description="Also a public model's shape, with random weights: two layers, scaled to all; may be "
+        description="Also a public model's shape, with random weights: two layers, scaled to all; "
+        "may be "
         "repeated.",
         json_schema_extra={"metavar": "NAME"},
     )

@@ -1,4 +1,6 @@
-"""The costs as a picture: time against length, memory against length, time against the model's size."""
+"""The costs as a picture: time against length, memory against length, time against the model's
+size.
+"""
 
 from __future__ import annotations
 
@@ -75,11 +77,15 @@ def _time(axis: Any, curves: list[dict], colours: dict[str, str]) -> None:
     )
     _lengths(axis, curves)
     shape = curves[0]["measured"]["random_weights"]
-    title = f"time with the memory, {'two layers of a shape, both with memory' if shape else 'as converted'}"
+    title = (
+        "time with the memory, "
+        f"{'two layers of a shape, both with memory' if shape else 'as converted'}"
+    )
     axis.set(title=title, ylabel="ratio to the base")
     _legend(
         axis,
-        "points: measured, median and range; lines: counted work,\nconstants fitted to the base; grey: the base against itself",
+        "points: measured, median and range; lines: counted work,\nconstants fitted to the base; "
+        "grey: the base against itself",
     )
 
 

@@ -47,7 +47,8 @@ class ModelShape:
     def dimensions(self, itemsize: int = 2) -> Dimensions:
         """For the cost model."""
         return Dimensions(
-            self.hidden, self.neurons, self.layers, self.heads, self.kv_heads, self.hidden // self.heads, self.vocabulary,
+            self.hidden, self.neurons, self.layers, self.heads, self.kv_heads,
+            self.hidden // self.heads, self.vocabulary,
             itemsize=itemsize, tied=self.tied,
         )  # fmt: skip
 
@@ -69,7 +70,9 @@ def random_model(
     dtype: torch.dtype,
     device: str = "cpu",
 ) -> Any:
-    """A PaceLLM of this shape with random weights and so many layers, from the files that a checkpoint ships."""
+    """A PaceLLM of this shape with random weights and so many layers, from the files that a
+    checkpoint ships.
+    """
     config = shape.config(layers).to_dict()
     family = FAMILIES[config["model_type"]]
     memory = {name: value for name, value in asdict(settings).items() if name != "experts"}

@@ -12,13 +12,17 @@ _WORDS = {"prefill": "prompt", "decode": "a token after it"}
 
 
 def print_cost(results: dict) -> None:
-    """A table a model, one of whole models where shapes were run, and what is on paper. results: as in cost.json."""
+    """A table a model, one of whole models where shapes were run, and what is on paper. results: as
+    in cost.json.
+    """
     for curve in results["curves"]:
         _print(_times(curve))
         fit = curve["fit"]
         print(
-            "Counted work, with two constants fitted to the base and one measured on a tiny model, predicts the base within "
-            f"{fit['base_error']['median']:.1%} (median; largest {fit['base_error']['largest']:.1%}), PaceLLM within "
+            "Counted work, with two constants fitted to the base and one measured on a tiny model, "
+            "predicts the base within "
+            f"{fit['base_error']['median']:.1%} (median; largest "
+            f"{fit['base_error']['largest']:.1%}), PaceLLM within "
             f"{fit['pace_error']['median']:.1%} ({fit['pace_error']['largest']:.1%}).\n"
         )
     shapes = [curve for curve in results["curves"] if curve["measured"]["random_weights"]]
@@ -30,7 +34,8 @@ def print_cost(results: dict) -> None:
 def _times(curve: dict) -> Table:
     measured, memory = curve["measured"], curve["memory"]
     title = (
-        f"{curve['name']}, {curve['dtype']}, {measured['layers']} layers, memory in {measured['memory_layers']} of them, "
+        f"{curve['name']}, {curve['dtype']}, {measured['layers']} layers, memory in "
+        f"{measured['memory_layers']} of them, "
         f"U = {memory['update_interval']}; medians of {curve['repeats']} (range)"
     )
     table = Table(title=title)
@@ -58,8 +63,10 @@ def _times(curve: dict) -> Table:
         for kind, words in _WORDS.items():
             row = point[kind]
             table.add_row(
-                tokens_text(point["length"]) if kind == "prefill" else "", words, _time(row["base_seconds"]),
-                _time(row["pace_seconds"]), _range(row["ratio"]), _range(row["floor"]), f"{row['predicted_ratio']:.3f}",
+                tokens_text(point["length"]) if kind == "prefill" else "", words,
+                _time(row["base_seconds"]),
+                _time(row["pace_seconds"]), _range(row["ratio"]), _range(row["floor"]),
+                f"{row['predicted_ratio']:.3f}",
                 *(held if kind == "prefill" else [""] * 3), end_section=kind == "decode",
             )  # fmt: skip
     return table
@@ -72,7 +79,10 @@ def _wholes(curves: list[dict]) -> Table:
     ):
         table.add_column(name, justify="right" if i else "left")
     for curve in curves:
-        name = f"{curve['name']}, {curve['whole']['memory_layers']} of {curve['whole']['layers']} layers with memory"
+        name = (
+            f"{curve['name']}, {curve['whole']['memory_layers']} of {curve['whole']['layers']} "
+            "layers with memory"
+        )
         for point in curve["points"]:
             cells = []
             for kind in _WORDS:
@@ -92,11 +102,13 @@ def _wholes(curves: list[dict]) -> Table:
 def _paper(rows: list[dict]) -> Table:
     low, high = PAPER
     table = Table(
-        title="On paper: arithmetic, nothing run. What the memory adds to FLOPs, to bytes moved and, at an H100's\n"
+        title="On paper: arithmetic, nothing run. What the memory adds to FLOPs, to bytes moved "
+        "and, at an H100's\n"
         f"data sheet, to time (the paper reports {low} to {high} x for its whole model's time)"
     )
     names = (
-        "", "tokens", "prompt: FLOPs", "bytes", "time", "a token: FLOPs", "bytes", "time", "memory", "KV cache", "weights",
+        "", "tokens", "prompt: FLOPs", "bytes", "time", "a token: FLOPs", "bytes", "time", "memory",
+        "KV cache", "weights",
     )  # fmt: skip
     for i, name in enumerate(names):
         table.add_column(name, justify="right" if i else "left")

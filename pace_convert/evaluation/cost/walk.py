@@ -1,8 +1,8 @@
 """Time and memory of a model with its memory on and off, in one process and in turn.
 
-A *walk* takes every arm through the same prompt, chunk by chunk: the same chunk with the memory off, off once more,
-and on, so that what else the machine does falls on all of them. At each of the lengths asked for, copies of the
-caches go on token by token, again in turn.
+A *walk* takes every arm through the same prompt, chunk by chunk: the same chunk with the memory
+off, off once more, and on, so that what else the machine does falls on all of them. At each of the
+lengths asked for, copies of the caches go on token by token, again in turn.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ Meter = Callable[[Any, Any], float]  # runs a call it is given; what it took
 
 @dataclass(frozen=True)
 class Taken:
-    """Seconds (or operations) by arm: of a prompt of `length` tokens, and of a token after it (the mean of a round)."""
+    """Seconds (or operations) by arm: of a prompt of `length` tokens, and of a token after it (the
+    mean of a round).
+    """
 
     length: int
     prefill: dict[str, float]
@@ -66,7 +68,9 @@ def walk(
     tick: Callable[[int], object],
     meter: Meter | None = None,
 ) -> Iterator[Taken]:
-    """One repetition, with random tokens. tick: called with the tokens that all arms have done. meter: by default a clock."""
+    """One repetition, with random tokens. tick: called with the tokens that all arms have done.
+    meter: by default a clock.
+    """
     depth = model.config.num_hidden_layers
     ids = torch.randint(model.config.vocab_size, (1, lengths[-1]), device=model.device)
     meter = meter or seconds
@@ -105,7 +109,9 @@ def walk(
 
 
 def round_tokens(model: Any) -> int:
-    """Tokens of a decode round: so many that the memory settles the tokens of its ring exactly once."""
+    """Tokens of a decode round: so many that the memory settles the tokens of its ring exactly
+    once.
+    """
     rhythm = Rhythm.of(model.memory_settings.update_interval)
     return rhythm.ring - rhythm.window
 
@@ -116,7 +122,9 @@ def _in_turn(arms: list[Arm], turn: int) -> list[Arm]:
 
 
 def clock(device: torch.device) -> Callable[[], float]:
-    """One thread's own time where there is one: what other processes take does not count. Else the time that passes."""
+    """One thread's own time where there is one: what other processes take does not count. Else the
+    time that passes.
+    """
     return (
         time.thread_time
         if device.type == "cpu" and torch.get_num_threads() == 1
@@ -142,7 +150,9 @@ def operations(device: torch.device, call: Callable[[], object]) -> float:
 
 
 def operator_seconds(device: str) -> float:
-    """What one of torch's operators takes whatever its size: in a tiny model's decode steps there is nothing else."""
+    """What one of torch's operators takes whatever its size: in a tiny model's decode steps there
+    is nothing else.
+    """
     model = random_model(
         ModelShape("Qwen2", 64, 128, 2, 2, 1, 128), 2, MemorySettings(), torch.float32, device
     )
@@ -170,7 +180,9 @@ def _wait(device: torch.device) -> None:
 
 
 def tensor_bytes(*objects: object) -> int:
-    """Bytes of the storages of all tensors in these objects and what they hold; shared ones once."""
+    """Bytes of the storages of all tensors in these objects and what they hold; shared ones
+    once.
+    """
     storages, todo = {}, list(objects)
     while todo:
         item = todo.pop()
@@ -183,7 +195,9 @@ def tensor_bytes(*objects: object) -> int:
 
 @dataclass(frozen=True)
 class Wanted:
-    """The model to load: a converted folder, or a shape with so many layers, all of them with memory."""
+    """The model to load: a converted folder, or a shape with so many layers, all of them with
+    memory.
+    """
 
     folder: str = ""
     shape: str = ""
@@ -211,7 +225,9 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes at a length. peak: of the process (CPU) or the device, above what it held when the model was loaded."""
+    """Bytes at a length. peak: of the process (CPU) or the device, above what it held when the
+    model was loaded.
+    """
 
     peak: int
     cache: int

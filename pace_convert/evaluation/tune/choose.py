@@ -1,7 +1,9 @@
-"""The story of `pace tune`: statistics, search on held-in items, one finalist judged on held-out ones, config.json.
+"""The story of `pace tune`: statistics, search on held-in items, one finalist judged on held-out
+ones, config.json.
 
-Which configuration is judged is settled by the held-in items alone, so that its interval on the held-out ones needs no
-correction for having chosen; the others that are shown beside it are for information.
+Which configuration is judged is settled by the held-in items alone, so that its interval on the
+held-out ones needs no correction for having chosen; the others that are shown beside it are for
+information.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ SHORTEST = 16  # update interval that is tried
 
 
 def tune(options: TuneOptions, progress: Progress) -> dict:
-    """All that was found, as it stands in results.json. Raises CallError before any long work, PaceError."""
+    """All that was found, as it stands in results.json. Raises CallError before any long work,
+    PaceError.
+    """
     converted, out = _opened(options), options.folder("tune")
     window, lengths = _tokens(options.length), _tokens(options.lengths)
     check_data(options.on)
@@ -130,14 +134,17 @@ def _request(
     reader: Reader,
     memory: dict,
 ) -> DataRequest:
-    """window, lengths: tokens that were asked for, if any. Raises CallError where the memory would never act."""
+    """window, lengths: tokens that were asked for, if any. Raises CallError where the memory would
+    never act.
+    """
     interval = options.update_interval or memory["update_interval"]
     context = reader.context or 4 * interval
     length = window[0] if window else min(context, 4 * interval)
     lengths = lengths or window[:1] or (context,)
     if min(length, *lengths) <= interval + 1:
         raise CallError(
-            f"{min(length, *lengths)} tokens are not more than the update interval of {interval}: the memory would never act",
+            f"{min(length, *lengths)} tokens are not more than the update interval of {interval}: "
+            "the memory would never act",
             "give a smaller --update-interval, or a longer --length",
         )
     return DataRequest(options.on, interval, length, lengths, options.items, options.seed)
@@ -187,8 +194,10 @@ def _record(options: TuneOptions, data: Data, facts: dict) -> Tuned:
     first = facts["finalists"][0]
     held_in, held_out = difference_of(first["held_in"]), difference_of(first["held_out"])
     return Tuned(
-        data=data.name, sha256=data.sha256, metric=data.metric, trials=len(facts["trials"]), seed=options.seed,
-        held_in_items=len(data.held_in), held_in=held_in, held_out_items=len(data.held_out), held_out=held_out,
+        data=data.name, sha256=data.sha256, metric=data.metric, trials=len(facts["trials"]),
+        seed=options.seed,
+        held_in_items=len(data.held_in), held_in=held_in, held_out_items=len(data.held_out),
+        held_out=held_out,
         date=datetime.now(timezone.utc).date().isoformat(), version=__version__,
     )  # fmt: skip
 

@@ -1,4 +1,6 @@
-"""What `pace tune` measures on: DATA as items, each a prompt and what follows it, split into held-in and held-out."""
+"""What `pace tune` measures on: DATA as items, each a prompt and what follows it, split into
+held-in and held-out.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ TEXTS = "give a UTF-8 text, a folder of .txt files, a .jsonl of prompts and answ
 
 @dataclass(frozen=True)
 class Item:
-    """Token ids: the model reads `prompt` and is scored on `target`. unit: the document, which is never split."""
+    """Token ids: the model reads `prompt` and is scored on `target`. unit: the document, which is
+    never split.
+    """
 
     unit: str
     prompt: tuple[int, ...]
@@ -85,8 +89,9 @@ class Data:
 
 @dataclass(frozen=True)
 class DataRequest:
-    """What of DATA is taken. interval: tokens before the memory acts. length, lengths: tokens of a window, of the
-    reference task's prompts. items: at most so many, drawn with `seed`."""
+    """What of DATA is taken. interval: tokens before the memory acts. length, lengths: tokens of a
+    window, of the reference task's prompts. items: at most so many, drawn with `seed`.
+    """
 
     on: str
     interval: int
@@ -103,7 +108,9 @@ def check_data(on: str) -> None:
 
 
 def read_data(request: DataRequest, reader: Reader) -> Data:
-    """Raises CallError for what can't be read, for too little of it, and where the memory would never act."""
+    """Raises CallError for what can't be read, for too little of it, and where the memory would
+    never act.
+    """
     path = Path(request.on)
     if request.on == REFERENCE:
         metric, items = ANSWERS, _reference(request, reader)
@@ -117,7 +124,8 @@ def read_data(request: DataRequest, reader: Reader) -> Data:
     long = [item for item in items if len(item.prompt) + len(item.target) > request.interval + 1]
     if items and not long:
         raise CallError(
-            f"no prompt in {request.on} is longer than the update interval of {request.interval} tokens: the memory never acts",
+            f"no prompt in {request.on} is longer than the update interval of {request.interval} "
+            "tokens: the memory never acts",
             "give longer prompts, or a smaller --update-interval",
         )
     held_in, held_out = _split(long, request)
@@ -224,10 +232,13 @@ def _answers(path: Path) -> list[tuple[int, str, str]]:
 
 
 def _reference(request: DataRequest, reader: Reader) -> list[Item]:
-    """Four facts in a story, one asked for; the same number of stories of each length, the facts at five depths."""
+    """Four facts in a story, one asked for; the same number of stories of each length, the facts at
+    five depths.
+    """
     if len(reader.encode(ASSISTANT, special=False)) != 1:
         raise CallError(
-            "reference is the reference model's own task, which this model's tokenizer does not know",
+            "reference is the reference model's own task, which this model's tokenizer does not "
+            "know",
             TEXTS,
         )
     items = []
@@ -244,7 +255,9 @@ def _reference(request: DataRequest, reader: Reader) -> list[Item]:
 
 
 def _digest(path: Path) -> str:
-    """SHA-256 of a file's bytes; of a folder, of its files' names and SHA-256 as sha256sum prints them."""
+    """SHA-256 of a file's bytes; of a folder, of its files' names and SHA-256 as sha256sum prints
+    them.
+    """
     if path.is_file():
         return hashlib.sha256(path.read_bytes()).hexdigest()
     lines = [f"{_digest(file)}  {file.relative_to(path)}\n" for file in sorted(path.rglob("*.txt"))]

@@ -23,7 +23,9 @@ OWN = ("config.json", CARD, SEAL)  # files that a search itself may change
 def search_folder(
     out: Path, options: TuneOptions, converted: Converted, memory: dict
 ) -> Iterator[dict]:
-    """`out`, held by this process alone; yields the memory parameters with which the search began."""
+    """`out`, held by this process alone; yields the memory parameters with which the search
+    began.
+    """
     states = {
         name: list(state) for name, state in converted.files.states.items() if name not in OWN
     }

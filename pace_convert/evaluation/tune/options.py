@@ -11,12 +11,14 @@ class TuneOptions(JobOptions):
     """DATA, how much of it, and how long to search. None: left to the model and the data."""
 
     on: str = Field(
-        description='A UTF-8 text, a folder of .txt files, a .jsonl of {"prompt", "answer"}, or reference.',
+        description="A UTF-8 text, a folder of .txt files, "
+        'a .jsonl of {"prompt", "answer"}, or reference.',
         json_schema_extra={"metavar": "DATA"},
     )
     length: CommaSeparated | None = Field(
         None,
-        description="Tokens of a window of text.  [default: the context or 4 update intervals, the smaller]",
+        description="Tokens of a window of text.  [default: the context or 4 update intervals, the "
+        "smaller]",
     )
     lengths: CommaSeparated | None = Field(
         None,

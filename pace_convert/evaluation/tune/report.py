@@ -1,4 +1,6 @@
-"""What `pace tune` found, for people: tables, the verdict, and a plot of where anything can be reused."""
+"""What `pace tune` found, for people: tables, the verdict, and a plot of where anything can be
+reused.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +77,9 @@ def _share(value: float | None) -> str:
 
 
 def plot_statistics(layers: list[LayerSimilarity], memory: dict, path: Path) -> None:
-    """Bands between quantiles by layer, of whole activations and of experts' blocks; the thresholds as lines."""
+    """Bands between quantiles by layer, of whole activations and of experts' blocks; the thresholds
+    as lines.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -123,9 +127,15 @@ def verdict(facts: dict, options: TuneOptions) -> str:
             '"enabled": false under pace.memory in its config.json.'
         )
     if not facts["written"]:
-        return f"The finalist beats the base beyond noise: {numbers} on held-out. Nothing was written (--dry-run)."
+        return (
+            f"The finalist beats the base beyond noise: {numbers} on held-out. Nothing was "
+            "written (--dry-run)."
+        )
     card = "" if facts["card"] else f" {CARD} was edited, so it stays as it is."
-    return f"The finalist beats the base beyond noise: {numbers} on held-out. Wrote {options.model}/config.json.{card}"
+    return (
+        f"The finalist beats the base beyond noise: {numbers} on held-out. Wrote "
+        f"{options.model}/config.json.{card}"
+    )
 
 
 def difference_of(row: dict) -> Difference:

@@ -1,7 +1,8 @@
-"""The search for parameters: optuna's TPE over layers, thresholds and weights, with its journal in a file.
+"""The search for parameters: optuna's TPE over layers, thresholds and weights, with its journal in
+a file.
 
-Each trial is a task of its own whose sampler is seeded by the trial's number: with one process the same search comes
-out whether or not it was killed in between.
+Each trial is a task of its own whose sampler is seeded by the trial's number: with one process the
+same search comes out whether or not it was killed in between.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class Score(Protocol):
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """What is tried. memory: the current `pace.memory`. candidates: layers. intervals, granularities: the choices.
+    """What is tried. memory: the current `pace.memory`. candidates: layers. intervals,
+    granularities: the choices.
 
     Thresholds are quantiles of s_max, averaged over the layers chosen, or the current ones.
     """
@@ -130,8 +132,9 @@ class SearchSpace:
 
 @dataclass(frozen=True)
 class Trial:
-    """What is known of one. difference: to the base, mean over the items it has seen. scores: of each item, in the
-    order of parts; all of them unless it was pruned."""
+    """What is known of one. difference: to the base, mean over the items it has seen. scores: of
+    each item, in the order of parts; all of them unless it was pruned.
+    """
 
     memory: dict
     difference: float
@@ -195,7 +198,9 @@ def search(
     jobs: int,
     progress: Progress,
 ) -> list[Trial]:
-    """All trials that were finished, the current configuration among them. Called again after a kill it goes on."""
+    """All trials that were finished, the current configuration among them. Called again after a
+    kill it goes on.
+    """
     study = open_study(journal, seed)
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING)):
         study.tell(trial.number, state=TrialState.FAIL)  # a killed process had it
@@ -215,7 +220,9 @@ def search(
 
 
 def repair(journal: Path) -> None:
-    """What a kill may leave: a line that was cut off, which nothing can follow, and optuna's lock, which it waits for."""
+    """What a kill may leave: a line that was cut off, which nothing can follow, and optuna's lock,
+    which it waits for.
+    """
     journal.with_name(journal.name + ".lock").unlink(missing_ok=True)
     if journal.exists():
         whole = journal.read_bytes().rfind(b"\n") + 1
