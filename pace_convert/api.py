@@ -87,7 +87,9 @@ def prepare(
     from .conversion.convert import prepare as check
     from .converted.push import Target
 
-    opened = open_source(str(source), revision, token, None if cache_dir is None else Path(cache_dir))
+    opened = open_source(
+        str(source), revision, token, None if cache_dir is None else Path(cache_dir)
+    )
     return check(
         opened,
         Path(out),
@@ -145,7 +147,9 @@ def verify(
     from .checkpoint.checkpoint import open_source
     from .converted.verify import verify as compare
 
-    opened = open_source(str(source), revision, token, None if cache_dir is None else Path(cache_dir))
+    opened = open_source(
+        str(source), revision, token, None if cache_dir is None else Path(cache_dir)
+    )
     return compare(
         converted,
         opened,
@@ -210,15 +214,42 @@ def evaluate(
     model: str | Path,
     *,
     bases: Sequence[str | Path] = (),
-    arms: Sequence[str] | None = None,
+    arms: str | Sequence[str] | None = None,
+    variants: Sequence[str] = (),
+    trust_remote_code: bool = False,
     out: str | Path | None = None,
     device: str = "auto",
     jobs: int = 1,
-    trust_remote_code: bool = False,
     progress: Callback | Progress | None = None,
     **options: Any,
 ) -> Results:
-    raise NotImplementedError
+    """Run a benchmark on models side by side; the same as `pace eval NAME MODEL [BASE]...`.
+
+    name: needle, text, qa, longbench, infinitebench or ruler. model: a folder or a Hub id. bases:
+    other models that it is compared with. arms: of the model (base, ce, pa, ce+pa, ...); by default
+    the benchmark's own or, with bases, the model as it is. variants: like "update_interval=64",
+    each one arm more, the model with these memory parameters. options: the benchmark's, named as on
+    the command line, with underscores.
+
+    `out` (pace-NAME) keeps a journal, so that the same call goes on after a kill, results.json and
+    the benchmark's pictures. Raises CallError for what can't be before any model is loaded,
+    PaceError where something fails.
+    """
+    from .evaluation.evaluate import evaluate as job
+
+    return job(
+        name,
+        model,
+        bases=bases,
+        arms=arms,
+        variants=variants,
+        trust_remote_code=trust_remote_code,
+        out=out,
+        device=device,
+        jobs=jobs,
+        progress=as_progress(progress),
+        **options,
+    )
 
 
 def as_progress(progress: Callback | Progress | None) -> Progress:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 import click
 
 from .. import api
 from ..errors import CallError
-from ..options import EXPERT_OPTIONS, ConvertOptions, RunOptions, load_options, option_name
+from ..options import EXPERT_OPTIONS, ConvertOptions, RunOptions, load_options
 from ..progress import Progress
 from ..units import size
 from ..version import __version__
 from . import text
 from .command import as_json_text, friendly, hub_options, output_options
 from .evaluate import evaluation
+from .options import model_options
 from .tune import tune
 
 GROUPS = {
@@ -41,24 +41,6 @@ class GroupedCommand(click.Command):
                 formatter.write_dl(records)
 
 
-def method_options(command: Callable) -> Callable:
-    """One click option for each field of RunOptions and ConvertOptions; what is not given stays out of the call."""
-    fields = {**RunOptions.model_fields, **ConvertOptions.model_fields}
-    for name, field in reversed(fields.items()):
-        default = field.default is not None and field.default is not False
-        help_text = f"{field.description}  [default: {field.default}]" if default else f"{field.description}"
-        annotation = next((kind for kind in get_args(field.annotation) if kind in (int, str)), field.annotation)
-        kind: Any = {int: click.INT, float: click.FLOAT, bool: click.BOOL}.get(annotation, click.STRING)  # type: ignore[arg-type]
-        if get_origin(field.annotation) is Literal:
-            kind = click.Choice(get_args(field.annotation))
-        names = ("-j", option_name(name)) if name == "jobs" else (option_name(name),)
-        if field.default is True:
-            names = (f"{option_name(name)}/--no-{option_name(name)[2:]}",)
-        flag = field.annotation is bool
-        command = click.option(*names, name, type=kind, is_flag=flag, default=None, help=help_text)(command)
-    return command
-
-
 @click.command(cls=GroupedCommand, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.argument("source")
 @click.argument("out", type=click.Path(path_type=Path))
@@ -71,7 +53,7 @@ def method_options(command: Callable) -> Callable:
 @click.option("--private", is_flag=True, help="Create that repository as a private one.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 @click.option("--json", "as_json", is_flag=True, help="Print plan, progress and result as JSON, one event a line.")
-@method_options
+@model_options(RunOptions, ConvertOptions, only_given=True)
 @click.version_option(__version__)
 @friendly
 def pace_convert(

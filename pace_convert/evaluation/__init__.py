@@ -1,1 +1,3 @@
-"""Does it help? Evaluations of converted models beside their base; everything they need comes with `pace-convert[eval]`."""
+"""Does it help? Evaluations of converted models beside their base; everything they need comes with
+`pace-convert[eval]`.
+"""

@@ -1,4 +1,6 @@
-"""The folder of results of a command, held by one process, and the journal in it; and which command it is of."""
+"""The folder of results of a command, held by one process, and the journal in it; and which command
+it is of.
+"""
 
 from __future__ import annotations
 
@@ -29,18 +31,26 @@ CHANGED = {
 def results_folder(out: Path, kind: str, command: str, identity: dict) -> Iterator[Journal]:
     """`out`, locked, and its journal, begun or taken up.
 
-    kind: what the folder holds, "evaluation" or "search", for people. identity: what the results of this command depend
-    on, options by their names; JSON. Raises CallError where the folder holds something else or another process has it.
+    kind: what the folder holds, "evaluation" or "search", for people. identity: what the results of
+    this command depend on, options by their names; JSON. Raises CallError where the folder holds
+    something else or another process has it.
     """
     if out.exists() and not out.is_dir():
         raise CallError(f"{out} is a file", "give another --out")
-    if out.is_dir() and not (out / NAME).exists() and any(path.name not in (LOCK, PART) for path in out.iterdir()):
+    if (
+        out.is_dir()
+        and not (out / NAME).exists()
+        and any(path.name not in (LOCK, PART) for path in out.iterdir())
+    ):
         raise CallError(f"{out} is not empty and holds no {kind}", "give another --out")
     out.mkdir(parents=True, exist_ok=True)
     anew = f"give another --out, or delete {out}"
 
     def other(before: Any, now: dict) -> CallError:
-        return CallError(f"{out} holds another {kind}: {difference(before, now)}", f"give the same options, or {anew[5:]}")
+        return CallError(
+            f"{out} holds another {kind}: {difference(before, now)}",
+            f"give the same options, or {anew[5:]}",
+        )
 
     journal = Journal(out, anew)
     try:
@@ -48,11 +58,15 @@ def results_folder(out: Path, kind: str, command: str, identity: dict) -> Iterat
             journal.open({"version": __version__, "command": command, **identity}, other)
             yield journal
     except Timeout as error:
-        raise CallError(f"another {kind} is writing to {out}", "wait for it, or give another --out") from error
+        raise CallError(
+            f"another {kind} is writing to {out}", "wait for it, or give another --out"
+        ) from error
 
 
 def difference(before: Any, now: dict) -> str:
-    """The first thing in which two identities differ, in words: the version, the command, an option, or what it gives."""
+    """The first thing in which two identities differ, in words: the version, the command, an
+    option, or what it gives.
+    """
     before = before if isinstance(before, dict) else {}
     name = next(name for name in {**now, **before} if now.get(name) != before.get(name))
     old, new = before.get(name), now.get(name)

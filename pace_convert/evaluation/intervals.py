@@ -12,7 +12,7 @@ STRATUM = 20  # scores of a cell that can be resampled alone
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Mean:
     """A mean of `count` scores with its 95 % interval, all in the scores' unit."""
 
     mean: float
@@ -30,17 +30,19 @@ class Estimate:
         return {"mean": self.mean, "low": self.low, "high": self.high, "count": self.count}
 
 
-def estimate(cells: list[list[float]], seed: int = 0) -> Estimate:
+def mean_of(cells: list[list[float]], seed: int = 0) -> Mean:
     """The mean of the cells' means, and its percentile bootstrap interval (Efron 1979).
 
-    Scores are resampled within their cell. Where a cell has less than 20 that says little (ten right answers of ten
-    leave nothing to resample), and all are taken as one sample: the interval then holds what differs between cells
-    too, and is wider. Raises ValueError without scores.
+    Scores are resampled within their cell. Where a cell has less than 20 that says little (ten
+    right answers of ten leave nothing to resample), and all are taken as one sample: the interval
+    then holds what differs between cells too, and is wider. Raises ValueError without scores.
     """
     mean = float(np.mean([np.mean(cell) for cell in cells])) if cells and all(cells) else None
     if mean is None:
         raise ValueError("no scores")
-    strata = [[score for cell in cells for score in cell]] if min(map(len, cells)) < STRATUM else cells
+    strata = (
+        [[score for cell in cells for score in cell]] if min(map(len, cells)) < STRATUM else cells
+    )
     rng = np.random.default_rng(seed)
     drawn = np.zeros(RESAMPLES)
     for stratum in strata:
@@ -48,34 +50,49 @@ def estimate(cells: list[list[float]], seed: int = 0) -> Estimate:
         drawn += values[rng.integers(len(values), size=(RESAMPLES, len(values)))].mean(1)
     tail = 50 * (1 - LEVEL)
     low, high = np.percentile(drawn / len(strata), [tail, 100 - tail])
-    return Estimate(mean, float(low), float(high), sum(map(len, cells)))
+    return Mean(mean, float(low), float(high), sum(map(len, cells)))
 
 
-def difference(cells: list[list[float]], base: list[list[float]]) -> Estimate:
-    """Of the means, with the interval of paired scores: both lists hold the same questions in the same order."""
-    return estimate([[a - b for a, b in zip(mine, theirs, strict=True)] for mine, theirs in zip(cells, base, strict=True)])
+def difference(cells: list[list[float]], base: list[list[float]]) -> Mean:
+    """Of the means, with the interval of paired scores: both lists hold the same questions in the
+    same order.
+    """
+    return mean_of(
+        [
+            [a - b for a, b in zip(mine, theirs, strict=True)]
+            for mine, theirs in zip(cells, base, strict=True)
+        ]
+    )
 
 
-def ratio(totals: list[float], counts: list[float], seed: int = 0) -> Estimate:
-    """Sum of `totals` over sum of `counts`, one of each a cluster (a document, a context), whole clusters resampled.
+def ratio(totals: list[float], counts: list[float], seed: int = 0) -> Mean:
+    """Sum of `totals` over sum of `counts`, one of each a cluster (a document, a context), whole
+    clusters resampled.
 
-    What depends on one another stays together: the tokens of a document, the questions to a context. One cluster
-    leaves nothing to resample, and the interval is then the value alone. Raises ValueError where nothing was counted.
+    What depends on one another stays together: the tokens of a document, the questions to a
+    context. One cluster leaves nothing to resample, and the interval is then the value alone.
+    Raises ValueError where nothing was counted.
     """
     return ratio_difference((totals, counts), ([0.0] * len(totals), [1.0] * len(totals)), seed)
 
 
-def ratio_difference(mine: tuple[list[float], list[float]], base: tuple[list[float], list[float]], seed: int = 0) -> Estimate:
-    """Of two `ratio`s over the same clusters in the same order, with the interval of paired clusters."""
+def ratio_difference(
+    mine: tuple[list[float], list[float]], base: tuple[list[float], list[float]], seed: int = 0
+) -> Mean:
+    """Of two `ratio`s over the same clusters in the same order, with the interval of paired
+    clusters.
+    """
     values = np.asarray([*mine, *base], dtype=float)  # [4, clusters]
     if not values.size or values[1].sum() == 0 or values[3].sum() == 0:
         raise ValueError("nothing was counted")
     rng = np.random.default_rng(seed)
     drawn = values[:, rng.integers(values.shape[1], size=(RESAMPLES, values.shape[1]))].sum(2)
-    counted = (drawn[1] > 0) & (drawn[3] > 0)  # a draw of clusters in which nothing was counted has no ratio
+    counted = (drawn[1] > 0) & (
+        drawn[3] > 0
+    )  # a draw of clusters in which nothing was counted has no ratio
     ratios = drawn[0, counted] / drawn[1, counted] - drawn[2, counted] / drawn[3, counted]
     tail = 50 * (1 - LEVEL)
     low, high = np.percentile(ratios, [tail, 100 - tail])
     total = values.sum(1)
     mean = float(total[0] / total[1] - total[2] / total[3])
-    return Estimate(mean, float(low), float(high), int(total[1]))
+    return Mean(mean, float(low), float(high), int(total[1]))

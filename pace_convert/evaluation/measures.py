@@ -1,20 +1,26 @@
-"""Numbers of an evaluation whose cells are clusters (a document, a context): means and gains, as table and as JSON."""
+"""Numbers of an evaluation whose cells are clusters (a document, a context): means and gains, as
+table and as JSON.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from .intervals import Estimate, ratio, ratio_difference
-from .runner import Results
+from .intervals import Mean, ratio, ratio_difference
 from .tables import MOST_COLUMNS, console
+
+if TYPE_CHECKING:
+    from .runner import Results
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A row of the table: the sum of `total` over the sum of `count`, over the records of all cells of `group`.
+    """A row of the table: the sum of `total` over the sum of `count`, over the records of all cells
+    of `group`.
 
     group: None for all. sign: 1 where more is better, -1 where less is. digits: behind the point.
     """
@@ -26,19 +32,23 @@ class Measure:
     sign: int = 1
     digits: int = 3
 
-    def value(self, results: Results, subject: str) -> Estimate:
+    def value(self, results: Results, subject: str) -> Mean:
         """Of one subject, with the interval of resampled cells."""
         return ratio(*self._sums(results, subject))
 
-    def gain(self, results: Results, subject: str, base: str) -> Estimate:
+    def gain(self, results: Results, subject: str, base: str) -> Mean:
         """By how much the subject is better than the base (below zero: worse), cells paired."""
         pair = self._sums(results, subject), self._sums(results, base)
         return ratio_difference(*(pair if self.sign > 0 else pair[::-1]))
 
     def _sums(self, results: Results, subject: str) -> tuple[list[float], list[float]]:
         cells = results.records[subject].items()
-        chosen = [rows for cell, rows in cells if self.group in (None, results.evaluation.group(cell))]
-        return [sum(map(self.total, rows)) for rows in chosen], [sum(map(self.count, rows)) for rows in chosen]
+        chosen = [
+            rows for cell, rows in cells if self.group in (None, results.evaluation.group(cell))
+        ]
+        return [sum(map(self.total, rows)) for rows in chosen], [
+            sum(map(self.count, rows)) for rows in chosen
+        ]
 
 
 def facts(results: Results, measures: Sequence[Measure]) -> dict:
@@ -75,7 +85,9 @@ def print_measures(results: Results, measures: Sequence[Measure], title: str) ->
         for column in ("", "", first, "gain"):
             table.add_column(column, justify="right" if column else "left")
         for measure in measures:
-            table.add_row(_label(measure), first, plain(measure.value(results, first), measure.digits), "")
+            table.add_row(
+                _label(measure), first, plain(measure.value(results, first), measure.digits), ""
+            )
             for name in others:
                 gain = _gain(results, measure, name, first, clusters)
                 table.add_row("", name, plain(measure.value(results, name), measure.digits), gain)
@@ -85,13 +97,15 @@ def print_measures(results: Results, measures: Sequence[Measure], title: str) ->
         shown.print("There is but one cell to resample: the intervals say nothing.")
 
 
-def plain(made: Estimate, digits: int) -> str:
+def plain(made: Mean, digits: int) -> str:
     """2.345 (2.300 to 2.400)"""
     return f"{made.mean:.{digits}f} ({made.low:.{digits}f} to {made.high:.{digits}f})"
 
 
 def _gain(results: Results, measure: Measure, name: str, base: str, clusters: int) -> str:
-    """+0.012 (-0.003 to +0.027), with a star where the interval leaves zero out and the gain is more than rounding."""
+    """+0.012 (-0.003 to +0.027), with a star where the interval leaves zero out and the gain is
+    more than rounding.
+    """
     made, digits = measure.gain(results, name, base), measure.digits
     star = " *" if made.beyond_noise and clusters > 1 and round(made.mean, digits) else ""
     return f"{made.mean:+.{digits}f} ({made.low:+.{digits}f} to {made.high:+.{digits}f}){star}"

@@ -11,21 +11,29 @@ from typing import Any
 import torch
 
 BATCH_TOKENS = 8192  # prompt tokens of the rows that are read together
-CHUNK = 2048  # tokens of one prefill call of one row: longer prompts come in several, so that their masks stay small
-LOGITS = 512  # positions whose logits are made at once, fewer where that were more than so many numbers:
+# tokens of one prefill call of one row: longer prompts come in several, so that their masks stay
+# small
+CHUNK = 2048
+LOGITS = (
+    512  # positions whose logits are made at once, fewer where that were more than so many numbers:
+)
 LOGIT_VALUES = 2**25
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """What prompts begin with, read: the cache after its `length` tokens. Whoever goes on reading takes a copy."""
+    """What prompts begin with, read: the cache after its `length` tokens. Whoever goes on reading
+    takes a copy.
+    """
 
     length: int
     cache: Any
 
 
 class Reader:
-    """A model and its tokenizer. A row's result does not depend on the rows beside it (promise 1)."""
+    """A model and its tokenizer. A row's result does not depend on the rows beside it (promise
+    1).
+    """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
@@ -39,7 +47,9 @@ class Reader:
     def context(self) -> int | None:
         """Tokens that the model was made for, as its config says."""
         config = self.model.config
-        return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        return getattr(config, "max_position_embeddings", None) or getattr(
+            config, "n_positions", None
+        )
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids; special: with those that the tokenizer puts around a text."""
@@ -47,7 +57,9 @@ class Reader:
 
     @property
     def opening(self) -> list[int]:
-        """The special tokens that the tokenizer puts before a text: the begin-of-text token, or nothing."""
+        """The special tokens that the tokenizer puts before a text: the begin-of-text token, or
+        nothing.
+        """
         whole, bare = self.encode("a"), self.encode("a", special=False)
         return whole[: next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)]
 
@@ -61,14 +73,18 @@ class Reader:
         return bool(getattr(self.tokenizer, "chat_template", None))
 
     def chat(self, text: str) -> str:
-        """One user turn in the chat template, up to where the answer begins; the text itself where there is none."""
+        """One user turn in the chat template, up to where the answer begins; the text itself where
+        there is none.
+        """
         if not self.chats:
             return text
         turn = [{"role": "user", "content": text}]
         return self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
 
     @torch.no_grad()
-    def answer(self, prompts: list[list[int]], max_new_tokens: int, stop: tuple[str, ...] = ()) -> list[str]:
+    def answer(
+        self, prompts: list[list[int]], max_new_tokens: int, stop: tuple[str, ...] = ()
+    ) -> list[str]:
         """Greedy answers, cut before the first `stop`. prompts: token ids, none empty."""
         answers: list[str] = []
         for rows in _batches(prompts):
@@ -81,11 +97,17 @@ class Reader:
         return answers
 
     def answer_each(
-        self, prompts: list[list[int]], max_new_tokens: int, stop: tuple[str, ...] = (), prefix: Prefix | None = None
+        self,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        stop: tuple[str, ...] = (),
+        prefix: Prefix | None = None,
     ) -> list[str]:
-        """As `answer`, for prompts that begin alike: what they have in common is read once, and its cache copied.
+        """As `answer`, for prompts that begin alike: what they have in common is read once, and its
+        cache copied.
 
-        prefix: of `read_common`; without, it is read where that saves at least half of the shortest prompt.
+        prefix: of `read_common`; without, it is read where that saves at least half of the shortest
+        prompt.
         """
         if prefix is None:
             if len(prompts) < 2 or _common(prompts) < min(map(len, prompts)) // 2:
@@ -95,23 +117,34 @@ class Reader:
         for row in prompts:
             ids = torch.tensor([row])
             cache = deepcopy(prefix.cache)
-            answers += self._generate(ids, torch.ones_like(ids), max_new_tokens, stop, past_key_values=cache)
+            answers += self._generate(
+                ids, torch.ones_like(ids), max_new_tokens, stop, past_key_values=cache
+            )
         return answers
 
     @torch.no_grad()
     def read_common(self, prompts: list[list[int]]) -> Prefix:
-        """What all prompts begin with, but for the last token of the shortest: something must be left to read."""
+        """What all prompts begin with, but for the last token of the shortest: something must be
+        left to read.
+        """
         from transformers import DynamicCache
 
         length = min(_common(prompts), min(map(len, prompts)) - 1)
         cache = DynamicCache(config=self.model.config)
-        for part in torch.tensor([prompts[0][:length]], dtype=torch.long, device=self.device).split(CHUNK, 1):
+        for part in torch.tensor([prompts[0][:length]], dtype=torch.long, device=self.device).split(
+            CHUNK, 1
+        ):
             if length:
                 self.model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return Prefix(length, cache)
 
     def _generate(
-        self, ids: torch.Tensor, mask: torch.Tensor, max_new_tokens: int, stop: tuple[str, ...], **more: Any
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        max_new_tokens: int,
+        stop: tuple[str, ...],
+        **more: Any,
     ) -> list[str]:
         """ids, mask: [B, L]. Sampling parameters that a checkpoint brings along are set aside."""
         if stop:
@@ -119,13 +152,18 @@ class Reader:
         if ids.shape[1] > CHUNK and "past_key_values" not in more:
             more |= {"prefill_chunk_size": CHUNK}
         made = self.model.generate(
-            ids.to(self.device), attention_mask=mask.to(self.device), max_new_tokens=max_new_tokens, do_sample=False,
-            num_beams=1, temperature=None, top_p=None, top_k=None, repetition_penalty=1.0, pad_token_id=self._padding, **more,
+            ids.to(self.device), attention_mask=mask.to(self.device), max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1, temperature=None, top_p=None, top_k=None, repetition_penalty=1.0,
+            pad_token_id=self._padding, **more,
         )  # fmt: skip
         return [_cut(self.decode(row), stop) for row in made[:, ids.shape[1] :].tolist()]
 
-    def log_likelihood(self, prompts: list[list[int]], continuations: list[list[int]]) -> list[float]:
-        """Sum of the natural logs of the continuation's token probabilities, each given all before it.
+    def log_likelihood(
+        self, prompts: list[list[int]], continuations: list[list[int]]
+    ) -> list[float]:
+        """Sum of the natural logs of the continuation's token probabilities, each given all before
+        it.
 
         Rows of equal lengths are read together. Neither prompts nor continuations may be empty.
         """
@@ -138,29 +176,49 @@ class Reader:
                     found[order.pop(0)] = value
         return found
 
-    def log_likelihood_each(self, prompts: list[list[int]], continuations: list[list[int]], prefix: Prefix) -> list[float]:
+    def log_likelihood_each(
+        self, prompts: list[list[int]], continuations: list[list[int]], prefix: Prefix
+    ) -> list[float]:
         """As `log_likelihood`, for prompts that begin alike; prefix: of `read_common`."""
         pairs = zip(prompts, continuations, strict=True)
-        return [self._log_probs(torch.tensor([a + b]), len(a), prefix).sum().item() for a, b in pairs]
+        return [
+            self._log_probs(torch.tensor([a + b]), len(a), prefix).sum().item() for a, b in pairs
+        ]
 
     def log_probs(self, ids: list[int]) -> list[float]:
-        """Natural logs of the probabilities of the second to the last token, each given all before it."""
+        """Natural logs of the probabilities of the second to the last token, each given all before
+        it.
+        """
         return self._log_probs(torch.tensor([ids]), 1)[0].tolist()
 
     @torch.no_grad()
-    def _log_probs(self, ids: torch.Tensor, start: int, prefix: Prefix | None = None) -> torch.Tensor:
-        """ids: [B, L], start: 1 or more -> [B, L - start] in float64, for the tokens from `start` on."""
+    def _log_probs(
+        self, ids: torch.Tensor, start: int, prefix: Prefix | None = None
+    ) -> torch.Tensor:
+        """ids: [B, L], start: 1 or more -> [B, L - start] in float64, for the tokens from `start`
+        on.
+        """
         from transformers import DynamicCache
 
         ids = ids.to(self.device)
         cache = deepcopy(prefix.cache) if prefix else DynamicCache(config=self.model.config)
-        first, last = prefix.length if prefix else 0, ids.shape[1] - 1  # the last token predicts nothing that counts
-        at_once = max(1, min(LOGITS, LOGIT_VALUES // (len(ids) * self.model.config.get_text_config().vocab_size)))
+        first, last = (
+            prefix.length if prefix else 0,
+            ids.shape[1] - 1,
+        )  # the last token predicts nothing that counts
+        at_once = max(
+            1,
+            min(
+                LOGITS, LOGIT_VALUES // (len(ids) * self.model.config.get_text_config().vocab_size)
+            ),
+        )
         found = [torch.zeros(len(ids), 0, dtype=torch.float64, device=self.device)]
         while first < last:
             stop = min(last, first + CHUNK, start - 1 if first < start - 1 else first + at_once)
             keep = 1 if stop < start else stop - first
-            logits = self.model(ids[:, first:stop], past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
+            logits = self.model(
+                ids[:, first:stop], past_key_values=cache, use_cache=True, logits_to_keep=keep
+            ).logits
             if stop >= start:
                 logits = logits.float()
                 chosen = logits.gather(-1, ids[:, first + 1 : stop + 1, None])[..., 0]

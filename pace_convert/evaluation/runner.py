@@ -1,7 +1,7 @@
 """Subjects x cells: what an evaluation is, running it with a journal, and what came out.
 
-A *cell* is the smallest piece that is done or not done. Its key says which weights, parameters and cell it is, so
-the same command goes on after a kill, and a larger one reuses what is there.
+A *cell* is the smallest piece that is done or not done. Its key says which weights, parameters and
+cell it is, so the same command goes on after a kill, and a larger one reuses what is there.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Protocol
 from ..jobs import run_here
 from ..progress import Progress
 from .folder import results_folder
-from .intervals import Estimate, difference, estimate
+from .intervals import Mean, difference, mean_of
 from .reader import Reader
 from .subjects import Subject, load
 
@@ -32,13 +32,17 @@ class Evaluation(Protocol):
     def metric(self) -> str: ...
 
     def identity(self) -> dict:
-        """What the records of a cell depend on, but for model and cell: options by their names with _ for -; JSON."""
+        """What the records of a cell depend on, but for model and cell: options by their names with
+        _ for -; JSON.
+        """
 
     def cells(self) -> list[str]:
         """Names of the cells, in the table's order."""
 
     def run(self, reader: Reader, cell: str) -> list[dict]:
-        """One record a question, in an order that is always the same, with at least `score`, 0 to 1."""
+        """One record a question, in an order that is always the same, with at least `score`, 0 to
+        1.
+        """
 
     def group(self, cell: str) -> str:
         """The row of the table that the cell belongs to."""
@@ -65,27 +69,36 @@ class CellTask:
 
 @dataclass(frozen=True)
 class Results:
-    """records: [subject][cell] -> one record a question."""
+    """records: [subject][cell] -> one record a question. facts: what results.json holds, once
+    written.
+    """
 
     evaluation: Evaluation
     subjects: list[Subject]
     records: dict[str, dict[str, list[dict]]] = field(default_factory=dict)
+    facts: dict = field(default_factory=dict)
 
     def groups(self) -> list[str]:
         """Rows of the table, in order."""
         return list(dict.fromkeys(self.evaluation.group(cell) for cell in self.evaluation.cells()))
 
-    def scores(self, subject: str, group: str | None = None, field: str = "score") -> list[list[float]]:
+    def scores(
+        self, subject: str, group: str | None = None, field: str = "score"
+    ) -> list[list[float]]:
         """By cell, of a row or of all."""
         cells = self.records[subject].items()
-        found = [[record[field] for record in rows] for cell, rows in cells if group in (None, self.evaluation.group(cell))]
+        found = [
+            [record[field] for record in rows]
+            for cell, rows in cells
+            if group in (None, self.evaluation.group(cell))
+        ]
         return [cell for cell in found if cell]
 
-    def mean(self, subject: str, group: str | None = None, field: str = "score") -> Estimate:
+    def mean(self, subject: str, group: str | None = None, field: str = "score") -> Mean:
         """Mean with its interval, of the score or another number of the records."""
-        return estimate(self.scores(subject, group, field))
+        return mean_of(self.scores(subject, group, field))
 
-    def against(self, subject: str, base: str, group: str | None = None) -> Estimate:
+    def against(self, subject: str, base: str, group: str | None = None) -> Mean:
         """Difference to another subject on the same questions."""
         return difference(self.scores(subject, group), self.scores(base, group))
 
@@ -95,12 +108,24 @@ class Results:
         table = []
         for group in [*self.groups(), None]:
             for name in names:
-                row: dict = {"group": "all" if group is None else group, "subject": name, **self.mean(name, group).as_dict()}
+                row: dict = {
+                    "group": "all" if group is None else group,
+                    "subject": name,
+                    **self.mean(name, group).as_dict(),
+                }
                 if name != names[0]:
-                    row["against"] = {"subject": names[0], **self.against(name, names[0], group).as_dict()}
+                    row["against"] = {
+                        "subject": names[0],
+                        **self.against(name, names[0], group).as_dict(),
+                    }
                 table.append(row)
         cells = [
-            {"cell": cell, "subject": name, "score": sum(r["score"] for r in rows) / len(rows), "questions": len(rows)}
+            {
+                "cell": cell,
+                "subject": name,
+                "score": sum(r["score"] for r in rows) / len(rows),
+                "questions": len(rows),
+            }
             for name in names
             for cell, rows in self.records[name].items()
             if rows
@@ -109,12 +134,19 @@ class Results:
 
     def asked(self) -> dict:
         """For JSON: what was asked of whom."""
-        subjects = [{"name": s.name, "model": s.model, "arm": s.arm, "memory": dict(s.memory)} for s in self.subjects]
-        evaluation = {"name": self.evaluation.name, "metric": self.evaluation.metric, **self.evaluation.identity()}
+        subjects = [
+            {"name": s.name, "model": s.model, "arm": s.arm, "memory": dict(s.memory)}
+            for s in self.subjects
+        ]
+        evaluation = {
+            "name": self.evaluation.name,
+            "metric": self.evaluation.metric,
+            **self.evaluation.identity(),
+        }
         return {"evaluation": evaluation, "subjects": subjects}
 
 
-def evaluate(
+def run_cells(
     evaluation: Evaluation,
     subjects: Sequence[Subject],
     out: Path,
@@ -123,20 +155,32 @@ def evaluate(
     jobs: int = 1,
     device: str = "auto",
 ) -> Results:
-    """Every cell of every subject, in `jobs` processes; `out` keeps the journal.
+    """Every cell of every subject, in `jobs` processes; `out` keeps the journal, so a stopped run
+    goes on.
 
     Raises CallError where `out` holds something else, PaceError where a model does not load.
     """
-    tasks = [CellTask(evaluation, subject, cell, device) for subject in subjects for cell in evaluation.cells()]
+    tasks = [
+        CellTask(evaluation, subject, cell, device)
+        for subject in subjects
+        for cell in evaluation.cells()
+    ]
     command = f"pace eval {evaluation.name}"
     with results_folder(out, "evaluation", command, evaluation.identity()) as journal:
-        todo = sorted((task for task in tasks if task.key not in journal.done), key=lambda task: task.subject.weights)
+        todo = sorted(
+            (task for task in tasks if task.key not in journal.done),
+            key=lambda task: task.subject.weights,
+        )
         if len(todo) < len(tasks):
             progress.say(f"{out} has {len(tasks) - len(todo)} of {len(tasks)} cells already")
-        with progress.step(evaluation.name, len(todo), "cell") as bar:
-            for task, made in run_here(todo, jobs):
-                journal.add(task.key, made)
-                bar.update(1)
+        try:
+            with progress.step(evaluation.name, len(todo), "cell") as bar:
+                for task, made in run_here(todo, jobs):
+                    journal.add(task.key, made)
+                    bar.update(1)
+        except KeyboardInterrupt:
+            progress.say(f"what is done is in {out}; run the same command again to go on")
+            raise
         records: dict[str, dict[str, list[dict]]] = {subject.name: {} for subject in subjects}
         for task in tasks:
             records[task.subject.name][task.cell] = journal.done[task.key]["records"]

@@ -23,7 +23,8 @@ from ..device import resolve_device
 from ..errors import CallError, PaceError
 from .reader import Reader
 
-# Whether the FFN's neurons are in the experts' order, and the granularity of the memory, None where it is off.
+# Whether the FFN's neurons are in the experts' order, and the granularity of the memory, None
+# where it is off.
 ARMS: dict[str, tuple[bool, str | None]] = {
     "base": (False, None),
     "ce": (True, None),
@@ -33,15 +34,22 @@ ARMS: dict[str, tuple[bool, str | None]] = {
     "ce+pa-expert": (True, "expert"),
 }
 AS_IT_IS = "pace"
-TABLE_ARMS = ("base", "ce", "pa", "ce+pa", "ce+pa-expert")  # the columns of the paper's ablation, and ours
+TABLE_ARMS = (
+    "base",
+    "ce",
+    "pa",
+    "ce+pa",
+    "ce+pa-expert",
+)  # the columns of the paper's ablation, and ours
 
 
 @dataclass(frozen=True)
 class Subject:
     """One column of a table.
 
-    model: folder or Hub id. arm: `pace`, the model as it is; or of ARMS, all made from the converted folder alone.
-    memory: parameters switched at run time, (name, value) pairs as in config.json's `pace.memory`.
+    model: folder or Hub id. arm: `pace`, the model as it is; or of ARMS, all made from the
+    converted folder alone. memory: parameters switched at run time, (name, value) pairs as in
+    config.json's `pace.memory`.
     """
 
     model: str
@@ -64,23 +72,40 @@ class Subject:
     def key(self) -> str:
         """The same for what must score the same: the files' state, the arm and the parameters."""
         arm = [self.arm, [list(pair) for pair in self.memory]]
-        return hashlib.sha256(json.dumps([_state(self.model), arm], sort_keys=True, default=list).encode()).hexdigest()[:16]
+        return hashlib.sha256(
+            json.dumps([_state(self.model), arm], sort_keys=True, default=list).encode()
+        ).hexdigest()[:16]
 
 
-def subjects_of(model: str, bases: Sequence[str], arms: Sequence[str], trust_remote_code: bool = False) -> list[Subject]:
-    """`bases` first, then the arms of `model`; checked. Raises CallError for what can't be loaded."""
+def subjects_of(
+    model: str, bases: Sequence[str], arms: Sequence[str], trust_remote_code: bool = False
+) -> list[Subject]:
+    """`bases` first, then the arms of `model`; checked. Raises CallError for what can't be
+    loaded.
+    """
     for name in (*bases, model):
         opened = _open(name)
         if isinstance(opened, Converted):
             refuse_edited(edited_code(opened), trust_remote_code)
-    subjects = [Subject(base, label=_last_part(base), trust_remote_code=trust_remote_code) for base in bases]
+    subjects = [
+        Subject(base, label=_last_part(base), trust_remote_code=trust_remote_code) for base in bases
+    ]
     for arm in arms:
         check_arm(model, arm)
         named = len(arms) == 1 and arm == AS_IT_IS
-        subjects.append(Subject(model, arm, label=_last_part(model) if named else arm, trust_remote_code=trust_remote_code))
+        subjects.append(
+            Subject(
+                model,
+                arm,
+                label=_last_part(model) if named else arm,
+                trust_remote_code=trust_remote_code,
+            )
+        )
     names = [subject.name for subject in subjects]
     if len(set(names)) < len(names):
-        raise CallError(f"two models are called {_twice(names)}", "give folders with different names")
+        raise CallError(
+            f"two models are called {_twice(names)}", "give folders with different names"
+        )
     return subjects
 
 
@@ -90,15 +115,23 @@ def check_arm(model: str, arm: str) -> None:
     if arm == AS_IT_IS:
         return
     if not isinstance(opened, Converted):
-        raise CallError(f"{model} is not a PaceLLM, so it has no arm {arm}", "give a folder that pace-convert wrote")
+        raise CallError(
+            f"{model} is not a PaceLLM, so it has no arm {arm}",
+            "give a folder that pace-convert wrote",
+        )
     if ARMS[arm][1] and not memory_parameters(model):
-        raise CallError(f"{model} was converted without memory, so it has no arm {arm}", "give base or ce, or convert again")
+        raise CallError(
+            f"{model} was converted without memory, so it has no arm {arm}",
+            "give base or ce, or convert again",
+        )
 
 
 def memory_parameters(model: str) -> dict:
     """config.json's `pace.memory` of a converted folder; empty where there is no memory."""
     opened = _open(model)
-    return dict(opened.pace["memory"]) if isinstance(opened, Converted) and opened.needs_code else {}
+    return (
+        dict(opened.pace["memory"]) if isinstance(opened, Converted) and opened.needs_code else {}
+    )
 
 
 def is_pace(model: str) -> bool:
@@ -131,9 +164,11 @@ class Loaded:
 
 
 def load(subject: Subject, device: str = "auto") -> Reader:
-    """The subject, ready to read; the weights of the last one are kept, so that switching parameters loads nothing.
+    """The subject, ready to read; the weights of the last one are kept, so that switching
+    parameters loads nothing.
 
-    fp32 on a CPU below 4 GB of weights, else the stored type. Raises PaceError where it does not load.
+    fp32 on a CPU below 4 GB of weights, else the stored type. Raises PaceError where it does not
+    load.
     """
     granularity = ARMS.get(subject.arm, (True, None))[1]
     loaded = _load(*subject.weights, resolve_device(device), subject.trust_remote_code)
@@ -143,10 +178,16 @@ def load(subject: Subject, device: str = "auto") -> Reader:
         try:
             model.set_memory(**{**loaded.memory, **arm, **dict(subject.memory)})
         except (ValueError, TypeError) as error:
-            raise CallError(f"{subject.name}: {error}", "see the memory options in pace-convert --help") from error
-        model.set_memory_enabled(granularity is not None if subject.arm in ARMS else loaded.memory["enabled"])
+            raise CallError(
+                f"{subject.name}: {error}", "see the memory options in pace-convert --help"
+            ) from error
+        model.set_memory_enabled(
+            granularity is not None if subject.arm in ARMS else loaded.memory["enabled"]
+        )
     elif subject.memory:
-        raise CallError(f"{subject.model} has no memory whose parameters could be switched", "give a PaceLLM")
+        raise CallError(
+            f"{subject.model} has no memory whose parameters could be switched", "give a PaceLLM"
+        )
     return Reader(model, loaded.tokenizer)
 
 
@@ -159,7 +200,9 @@ def _load(model: str, clustered: bool, device: str, trust_remote_code: bool) -> 
         _restore_order(loaded, files)
     tokenizer = load_tokenizer(files.files.folder if isinstance(files, Converted) else files.folder)
     if tokenizer is None:
-        raise PaceError(f"{model} has no tokenizer that loads", "copy the source's tokenizer files there")
+        raise PaceError(
+            f"{model} has no tokenizer that loads", "copy the source's tokenizer files there"
+        )
     return Loaded(loaded, tokenizer, memory_parameters(model))
 
 
@@ -180,8 +223,16 @@ def _open(model: str) -> Converted | Source:
         return source
     if source.hub:
         hub = source.hub
-        with hub_errors(hub.repo_id, READING):  # `fetch` takes only the weights that the index names
-            hf_hub_download(hub.repo_id, PERMUTATION, revision=hub.commit, token=hub.token, cache_dir=hub.cache_dir)
+        with hub_errors(
+            hub.repo_id, READING
+        ):  # `fetch` takes only the weights that the index names
+            hf_hub_download(
+                hub.repo_id,
+                PERMUTATION,
+                revision=hub.commit,
+                token=hub.token,
+                cache_dir=hub.cache_dir,
+            )
     return open_converted(source.fetch().folder)
 
 
@@ -189,7 +240,11 @@ def _open(model: str) -> Converted | Source:
 def _state(model: str) -> Any:
     opened = _open(model)
     files = opened.files if isinstance(opened, Converted) else opened
-    return files.hub.commit if files.hub else {name: list(state) for name, state in files.states.items()}
+    return (
+        files.hub.commit
+        if files.hub
+        else {name: list(state) for name, state in files.states.items()}
+    )
 
 
 def _last_part(model: str) -> str:

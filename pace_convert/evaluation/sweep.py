@@ -1,4 +1,6 @@
-"""A grid of memory parameters on any evaluation: which combinations there are, and what each factor does."""
+"""A grid of memory parameters on any evaluation: which combinations there are, and what each factor
+does.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from pydantic import ValidationError
 from ..errors import CallError
 from ..modeling.memory_settings import MemorySettings
 from ..options import MEMORY_PARAMETERS, ConvertOptions
-from .intervals import Estimate, difference
+from .intervals import Mean, difference
 from .runner import Results
 from .subjects import Subject, check_arm, memory_parameters
 
@@ -29,11 +31,13 @@ PARAMETERS = (LAYERS, *MEMORY_PARAMETERS)
 
 @dataclass(frozen=True)
 class Level:
-    """What one value of one factor does: the mean difference to the base over all combinations that have it."""
+    """What one value of one factor does: the mean difference to the base over all combinations that
+    have it.
+    """
 
     factor: str
     value: Any
-    change: Estimate
+    change: Mean
     combinations: int
 
     def as_dict(self) -> dict:
@@ -44,13 +48,15 @@ class Level:
 def parse_factor(text: str, layers: int, option: str = "--vary") -> tuple[str, list[Any]]:
     """'slots=50,100' or 'layers=single,1+2,all': a parameter's name and the values it shall take.
 
-    layers: of the model. option: that errors name. Raises CallError for an unknown name or a value that can't be.
+    layers: of the model. option: that errors name. Raises CallError for an unknown name or a value
+    that can't be.
     """
     name, _, values = text.partition("=")
     name = name.strip().removeprefix("--").replace("-", "_")
     if name not in PARAMETERS or not values.strip():
         raise CallError(
-            f"{option} {text}: no such parameter or no value", f"give NAME=VALUE with one of {', '.join(PARAMETERS)}"
+            f"{option} {text}: no such parameter or no value",
+            f"give NAME=VALUE with one of {', '.join(PARAMETERS)}",
         )
     parts = [part.strip() for part in values.split(",")]
     if name == LAYERS:
@@ -63,7 +69,9 @@ def parse_factor(text: str, layers: int, option: str = "--vary") -> tuple[str, l
 def combinations(
     model: str, factors: Sequence[tuple[str, list[Any]]], option: str = "--vary"
 ) -> tuple[list[Subject], list[str]]:
-    """One subject for each combination that can be, and what can't be in words. Raises CallError if none can."""
+    """One subject for each combination that can be, and what can't be in words. Raises CallError if
+    none can.
+    """
     names = [name for name, _ in factors]
     if len(set(names)) < len(names):
         raise CallError(f"{option} names a parameter twice", "give it once")
@@ -85,7 +93,10 @@ def swept_subjects(model: str, grid: list[Subject], trust: bool) -> list[Subject
     """The base, the model as it is, and the combinations."""
     for arm in ("base", "ce+pa"):
         check_arm(model, arm)
-    return [replace(subject, trust_remote_code=trust) for subject in (Subject(model, "base"), Subject(model), *grid)]
+    return [
+        replace(subject, trust_remote_code=trust)
+        for subject in (Subject(model, "base"), Subject(model), *grid)
+    ]
 
 
 def levels(results: Results, factors: Sequence[tuple[str, list[Any]]]) -> list[Level]:
@@ -96,14 +107,15 @@ def levels(results: Results, factors: Sequence[tuple[str, list[Any]]]) -> list[L
         for value in values:
             having = [s.name for s in results.subjects if dict(s.memory).get(name) == value]
             if having:
-                # Combinations answer the same questions: their mean at each question is one score, not several.
+                # Combinations answer the same questions: their mean at each question is one score,
+                # not several.
                 cells = zip(*(results.scores(subject) for subject in having))
                 mine = [[sum(scores) / len(having) for scores in zip(*cell)] for cell in cells]
                 made.append(Level(name, value, difference(mine, base), len(having)))
     return made
 
 
-def ranked(results: Results) -> list[tuple[str, Estimate, Estimate]]:
+def ranked(results: Results) -> list[tuple[str, Mean, Mean]]:
     """Subjects by falling mean: name, mean, difference to the base."""
     base = results.subjects[0].name
     rows = [(s.name, results.mean(s.name), results.against(s.name, base)) for s in results.subjects]
@@ -123,7 +135,8 @@ def _layers(part: str, count: int, option: str) -> list[tuple[int, ...]]:
     if not all(number.isascii() and number.isdigit() and int(number) < count for number in numbers):
         words = ", ".join(LAYER_WORDS)
         raise CallError(
-            f"{option} layers: can't read {part!r} for {count} layers", f"give {words}, or 0-based numbers like 1+2"
+            f"{option} layers: can't read {part!r} for {count} layers",
+            f"give {words}, or 0-based numbers like 1+2",
         )
     return [tuple(sorted({int(number) for number in numbers}))]
 
@@ -131,10 +144,16 @@ def _layers(part: str, count: int, option: str) -> list[tuple[int, ...]]:
 def _value(name: str, part: str, option: str) -> Any:
     kind: Any = ConvertOptions.model_fields[name].annotation
     try:
-        value = kind(part) if kind in (int, float) else SWITCH.get(part, part) if kind is bool else part
+        value = (
+            kind(part) if kind in (int, float) else SWITCH.get(part, part) if kind is bool else part
+        )
         ConvertOptions.model_validate({"theta_high": 1.0, "theta_low": -1.0, name: value})
     except ValidationError as error:
-        raise CallError(f"{option} {name}={part}: {error.errors()[0]['msg']}", "see pace-convert --help") from error
+        raise CallError(
+            f"{option} {name}={part}: {error.errors()[0]['msg']}", "see pace-convert --help"
+        ) from error
     except ValueError as error:
-        raise CallError(f"{option} {name}: {part!r} is no {kind.__name__}", "give numbers like 0.5,0.75") from error
+        raise CallError(
+            f"{option} {name}: {part!r} is no {kind.__name__}", "give numbers like 0.5,0.75"
+        ) from error
     return value

@@ -11,7 +11,9 @@ LEAST_RANGE = 2.0  # % points; so that nothing does not look like much
 
 
 def plot_levels(levels: list[Level], title: str, path: Path) -> None:
-    """One panel a factor: the mean difference to the base at each value, in per cent points with 95 % intervals."""
+    """One panel a factor: the mean difference to the base at each value, in per cent points with 95
+    % intervals.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -21,7 +23,12 @@ def plot_levels(levels: list[Level], title: str, path: Path) -> None:
     columns = min(3, len(factors))
     rows = -(-len(factors) // columns)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(4.2 * columns, 3.2 * rows), layout="constrained", squeeze=False, sharey=True
+        rows,
+        columns,
+        figsize=(4.2 * columns, 3.2 * rows),
+        layout="constrained",
+        squeeze=False,
+        sharey=True,
     )
     for axis, factor in zip(axes.flat, factors):
         mine = [level for level in levels if level.factor == factor]
@@ -31,7 +38,9 @@ def plot_levels(levels: list[Level], title: str, path: Path) -> None:
         axis.axhline(0, color="0.6", linewidth=1)
         axis.errorbar(range(len(mine)), means, yerr=errors, fmt="o-", capsize=3, color="#3b5bdb")
         labels = [_label(level.value) for level in mine]
-        axis.set_xticks(range(len(mine)), labels, rotation=45 if max(map(len, labels)) * len(labels) > 28 else 0)
+        axis.set_xticks(
+            range(len(mine)), labels, rotation=45 if max(map(len, labels)) * len(labels) > 28 else 0
+        )
         axis.set_title(factor, fontsize=10)
         axis.grid(axis="y", alpha=0.3)
     bottom, top = axes[0][0].get_ylim()  # shared by all

@@ -1,4 +1,6 @@
-"""A converted model with other memory parameters, switched at run time: nothing is converted again."""
+"""A converted model with other memory parameters, switched at run time: nothing is converted
+again.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +24,8 @@ def variants(model: str, texts: Sequence[str], trust: bool) -> list[Subject]:
         factors = [parse_factor(part, layer_count(model), OPTION) for part in text.split(",")]
         several = [name for name, values in factors if len(values) > 1]
         if several:
-            raise CallError(f"{OPTION} {text}: several values of {several[0]}", f"give {OPTION} once for each")
+            raise CallError(
+                f"{OPTION} {text}: several values of {several[0]}", f"give {OPTION} once for each"
+            )
         subjects += combinations(model, factors, OPTION)[0]
     return [replace(subject, trust_remote_code=trust) for subject in dict.fromkeys(subjects)]

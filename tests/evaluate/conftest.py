@@ -10,7 +10,16 @@ from pace_convert.reference import reference_model
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory):
     out = tmp_path_factory.mktemp("evaluate") / "ref"
-    convert_folder(reference_model(), out, experts=16, slots=100, update_interval=64, theta_low=0.25, theta_high=0.75, top_k=5)
+    convert_folder(
+        reference_model(),
+        out,
+        experts=16,
+        slots=100,
+        update_interval=64,
+        theta_low=0.25,
+        theta_high=0.75,
+        top_k=5,
+    )
     return out
 
 

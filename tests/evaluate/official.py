@@ -13,7 +13,9 @@ FACT = "the code of ada is river . the old farmer saw a lamp . the code of ben i
 
 def write(folder: Path, name: str, questions: list[dict]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions), encoding="utf-8")
+    (folder / f"{name}.jsonl").write_text(
+        "".join(json.dumps(q) + "\n" for q in questions), encoding="utf-8"
+    )
 
 
 def longbench_files(folder: Path, count: int = 3) -> Path:
@@ -48,10 +50,16 @@ INFINITE = {
     "longbook_choice_eng": {"answer": ["stone"], "options": ["river", "stone", "lamp", "cat"]},
     "longdialogue_qa_eng": {"answer": ["ADA"]},
     "longbook_qa_chn": {"answer": ["河流"]},
-    "code_debug": {"answer": ["pkg.two"], "options": ["pkg.one", "pkg.two", "pkg.three", "pkg.four"]},
+    "code_debug": {
+        "answer": ["pkg.two"],
+        "options": ["pkg.one", "pkg.two", "pkg.three", "pkg.four"],
+    },
     "code_run": {"answer": [-7], "input": "Please give me the value of func_3(12)."},
     "math_calc": {"answer": [1, 4, 8], "input": ""},
-    "math_find": {"answer": [42], "input": "You should answer with only one number. The largest number of the list is"},
+    "math_find": {
+        "answer": [42],
+        "input": "You should answer with only one number. The largest number of the list is",
+    },
 }
 
 

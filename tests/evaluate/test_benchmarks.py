@@ -1,4 +1,6 @@
-"""LongBench, InfiniteBench and RULER end to end, from files in the official formats; nothing is asked of the net."""
+"""LongBench, InfiniteBench and RULER end to end, from files in the official formats; nothing is
+asked of the net.
+"""
 
 import json
 
@@ -33,7 +35,13 @@ def test_longbench_end_to_end(reference, tmp_path):
         assert words in done.stdout
     made = json.loads((tmp_path / "o" / "results.json").read_text())
     assert [s["arm"] for s in made["subjects"]] == ["base", "ce", "pa", "ce+pa", "ce+pa-expert"]
-    assert {cell["cell"] for cell in made["cells"]} == {"hotpotqa", "2wikimqa", "musique", "trec", "lcc"}
+    assert {cell["cell"] for cell in made["cells"]} == {
+        "hotpotqa",
+        "2wikimqa",
+        "musique",
+        "trec",
+        "lcc",
+    }
 
 
 class Knowing:
@@ -58,18 +66,38 @@ def test_right_answers_score_and_wrong_ones_do_not(tmp_path):
     right = [question["answers"][0] for question in questions]
     for task in (task for tasks in longbench.CATEGORIES.values() for task in tasks):
         test = LongBench((task,), records)
-        assert [record["score"] for record in test.run(Knowing(right), task)] == pytest.approx([1, 1], abs=1e-6)
+        assert [record["score"] for record in test.run(Knowing(right), task)] == pytest.approx(
+            [1, 1], abs=1e-6
+        )
         assert max(record["score"] for record in test.run(Knowing(["zzz", "qqq"]), task)) < 0.3
         assert test.group(task) in longbench.CATEGORIES
 
 
 def test_infinitebench_end_to_end(reference, tmp_path):
     data = official.infinitebench_files(tmp_path / "data")
-    tasks = ",".join(set(official.INFINITE) - {"math_calc", "longbook_sum_eng"})  # whose answers are long
-    arguments = ("--arms", "base", "--data", data, "--tasks", tasks, "-q", "--json", "--out", tmp_path / "o")
+    tasks = ",".join(
+        set(official.INFINITE) - {"math_calc", "longbook_sum_eng"}
+    )  # whose answers are long
+    arguments = (
+        "--arms",
+        "base",
+        "--data",
+        data,
+        "--tasks",
+        tasks,
+        "-q",
+        "--json",
+        "--out",
+        tmp_path / "o",
+    )
     done = evaluate("infinitebench", reference, *arguments)
     assert done.returncode == 0, done.stderr
-    assert {row["group"] for row in json.loads(done.stdout)["table"]} > {"En.MC", "Zh.QA", "Code.Debug", "Retrieve.KV"}
+    assert {row["group"] for row in json.loads(done.stdout)["table"]} > {
+        "En.MC",
+        "Zh.QA",
+        "Code.Debug",
+        "Retrieve.KV",
+    }
 
 
 def test_every_prompt_is_there():
@@ -78,7 +106,12 @@ def test_every_prompt_is_there():
             template, tokens = longbench.official_prompt(task)
             text = template.render(context="CONTEXT", question="QUESTION")
             asks = task not in ("gov_report", "multi_news", "lcc")
-            assert "CONTEXT" in text and ("QUESTION" in text) == asks and "{{" not in text and 32 <= tokens <= 512
+            assert (
+                "CONTEXT" in text
+                and ("QUESTION" in text) == asks
+                and "{{" not in text
+                and 32 <= tokens <= 512
+            )
     for task, fields in official.INFINITE.items():
         question = {"context": "CONTEXT", "input": "what is it ?", "options": [], **fields}
         for chat in (True, False):
@@ -91,10 +124,14 @@ def test_every_prompt_is_there():
 
 def test_line_breaks_are_the_official_ones():
     """dataset2prompt.json; lm-evaluation-harness has one less in each of these."""
-    ends = {"triviaqa": "C\n\nQ", "samsum": "C\n\nQ", "trec": "C\nQ", "lcc": "CNext line of code:\n",
-            "repobench-p": "CQNext line of code:\n", "hotpotqa": "Question: Q\nAnswer:"}  # fmt: skip
+    ends = {"triviaqa": "C\n\nQ", "samsum": "C\n\nQ", "trec": "C\nQ",
+    "lcc": "CNext line of code:\n",
+            "repobench-p": "CQNext line of code:\n",
+            "hotpotqa": "Question: Q\nAnswer:"}  # fmt: skip
     for task, end in ends.items():
-        assert longbench.official_prompt(task)[0].render(context="C", question="Q").endswith(end), task
+        assert longbench.official_prompt(task)[0].render(context="C", question="Q").endswith(end), (
+            task
+        )
 
 
 def test_what_is_too_long_is_cut_in_the_middle(reader):
@@ -103,16 +140,24 @@ def test_what_is_too_long_is_cut_in_the_middle(reader):
     text = " ".join(f"the code of ada is river . a{i}" for i in range(50))
     whole = reader.encode(text)
     cut = fitted(reader, text, 10, 40, chat=False)
-    assert reader.decode(cut).split() == (reader.decode(whole[:20]) + reader.decode(whole[-20:])).split()
+    assert (
+        reader.decode(cut).split()
+        == (reader.decode(whole[:20]) + reader.decode(whole[-20:])).split()
+    )
     chat = fitted(reader, text, 10, 40, chat=True)
-    assert reader.tokenizer.decode(chat).startswith("<user>") and reader.tokenizer.decode(chat).endswith("<assistant>")
+    assert reader.tokenizer.decode(chat).startswith("<user>") and reader.tokenizer.decode(
+        chat
+    ).endswith("<assistant>")
     assert len(fitted(reader, text * 40, 10, None, chat=True)) <= reader.context - 10
     with pytest.raises(CallError, match="the answer alone"):
         fitted(reader, text, reader.context, None, chat=False)
 
 
 def test_names_of_tasks():
-    assert choose(None, longbench.CATEGORIES)[0] == "narrativeqa" and len(choose(None, longbench.CATEGORIES)) == 14
+    assert (
+        choose(None, longbench.CATEGORIES)[0] == "narrativeqa"
+        and len(choose(None, longbench.CATEGORIES)) == 14
+    )
     assert choose("code, trec,lcc", longbench.CATEGORIES) == ("lcc", "repobench-p", "trec")
     assert choose("en.mc", infinitebench.CATEGORIES) == ("longbook_choice_eng",)
     with pytest.raises(CallError, match="did you mean hotpotqa"):
@@ -122,7 +167,8 @@ def test_names_of_tasks():
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("{", "line 2 is not valid JSON"), ("[1]", "line 2 is not an object"), ('{"input": "x"}', "line 2 has no 'context'"),
+        ("{", "line 2 is not valid JSON"), ("[1]", "line 2 is not an object"), ('{"input": "x"}',
+        "line 2 has no 'context'"),
         ('{"input": "x", "context": null, "answers": ["y"]}', "line 2: 'context' is no text"),
         ('{"input": "x", "context": "z", "answers": "y"}', "line 2: 'answers' is no list of texts"),
     ],
@@ -147,12 +193,44 @@ def test_blank_lines_are_no_questions_and_other_encodings_are_refused(tmp_path):
 def test_wrong_calls(reference, tmp_path):
     data, none = official.longbench_files(tmp_path / "data", count=1), tmp_path / "none"
     (data / "lcc.jsonl").unlink()
-    refuse(evaluate("longbench", reference, "--data", data, "--out", none), 2, "has no lcc.jsonl", "--tasks", out=none)
-    refuse(evaluate("longbench", reference, "--data", tmp_path / "x", "--out", none), 2, "is no folder", out=none)
-    refuse(evaluate("longbench", reference, "--tasks", "lc", "--out", none), 2, "did you mean lcc?", out=none)
-    refuse(evaluate("ruler", reference, "--lengths", "4q", "--out", none), 2, "can't read '4q'", out=none)
+    refuse(
+        evaluate("longbench", reference, "--data", data, "--out", none),
+        2,
+        "has no lcc.jsonl",
+        "--tasks",
+        out=none,
+    )
+    refuse(
+        evaluate("longbench", reference, "--data", tmp_path / "x", "--out", none),
+        2,
+        "is no folder",
+        out=none,
+    )
+    refuse(
+        evaluate("longbench", reference, "--tasks", "lc", "--out", none),
+        2,
+        "did you mean lcc?",
+        out=none,
+    )
+    refuse(
+        evaluate("ruler", reference, "--lengths", "4q", "--out", none),
+        2,
+        "can't read '4q'",
+        out=none,
+    )
     (data / "trec.jsonl").write_text("")
-    empty = evaluate("longbench", reference, "--data", data, "--tasks", "trec", "--arms", "base", "--out", tmp_path / "o")
+    empty = evaluate(
+        "longbench",
+        reference,
+        "--data",
+        data,
+        "--tasks",
+        "trec",
+        "--arms",
+        "base",
+        "--out",
+        tmp_path / "o",
+    )
     refuse(empty, 1, "trec.jsonl is empty")
 
 
@@ -160,7 +238,11 @@ def test_ruler_is_made_and_scored_by_the_harness(reader):
     pytest.importorskip("wonderwords")
     test = Ruler(("niah_single_1",), (512,), limit=3)
     records = test.run(reader, "niah_single_1/512")
-    assert [record["score"] for record in records] == [0, 0, 0]  # its words are not the reference model's
+    assert [record["score"] for record in records] == [
+        0,
+        0,
+        0,
+    ]  # its words are not the reference model's
 
     class Finder:
         """A reader that finds what is asked for."""
@@ -185,7 +267,20 @@ def test_what_the_harness_cannot_make(reader):
 
 def test_a_sweep_of_a_benchmark(reference, tmp_path):
     data = official.longbench_files(tmp_path / "data", count=2)
-    rest = ("--data", data, "--tasks", "trec", "--limit", 2, "--out", tmp_path / "s", "-q", "--json")
-    done = evaluate("sweep", reference, "--on", "longbench", "--vary", "fusion-weight=0.1,0.5", *rest)
+    rest = (
+        "--data",
+        data,
+        "--tasks",
+        "trec",
+        "--limit",
+        2,
+        "--out",
+        tmp_path / "s",
+        "-q",
+        "--json",
+    )
+    done = evaluate(
+        "sweep", reference, "--on", "longbench", "--vary", "fusion-weight=0.1,0.5", *rest
+    )
     assert done.returncode == 0, done.stderr
     assert [level["value"] for level in json.loads(done.stdout)["levels"]] == [0.1, 0.5]

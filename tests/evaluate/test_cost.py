@@ -16,7 +16,7 @@ from pace_convert.evaluation.cost.cases import chosen_cases
 from pace_convert.evaluation.cost.counted import Work
 from pace_convert.evaluation.cost.curves import beside
 from pace_convert.evaluation.cost.fit import Machine, Sample, fit
-from pace_convert.evaluation.cost.walk import AGAIN, BASE, PACE, SHALLOW, Space, walk
+from pace_convert.evaluation.cost.walk import AGAIN, BASE, PACE, SHALLOW, Footprint, walk
 from pace_convert.reference.tokenizer import build_tokenizer
 
 
@@ -34,9 +34,13 @@ def cost(*args):
 
 
 def test_what_it_measures_is_what_it_counts(folder, tmp_path):
-    """Bytes of the memory and of the KV cache from the tensors themselves; files whole; every number there."""
+    """Bytes of the memory and of the KV cache from the tensors themselves; files whole; every
+    number there.
+    """
     out = tmp_path / "costs"
-    done = cost(folder, "--lengths", "40,90", "--repeats", 2, "--threads", 1, "--out", out, "--json", "-q")
+    done = cost(
+        folder, "--lengths", "40,90", "--repeats", 2, "--threads", 1, "--out", out, "--json", "-q"
+    )
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
     assert results == json.loads((out / "cost.json").read_text())
@@ -44,7 +48,11 @@ def test_what_it_measures_is_what_it_counts(folder, tmp_path):
     assert sorted(path.name for path in out.iterdir()) == ["cost.json", "cost.png"]
     assert results["machine"]["threads"] == 1 and results["machine"]["seconds"] == "thread_time"
     (curve,) = results["curves"]
-    assert curve["name"] == "small" and curve["measured"] == {"layers": 4, "memory_layers": 2, "random_weights": False}
+    assert curve["name"] == "small" and curve["measured"] == {
+        "layers": 4,
+        "memory_layers": 2,
+        "random_weights": False,
+    }
     assert [point["length"] for point in curve["points"]] == [40, 90]
     before, after = (point["space"]["state"] for point in curve["points"])
     assert after > before  # the block that has just ended can still be taken back
@@ -58,7 +66,9 @@ def test_what_it_measures_is_what_it_counts(folder, tmp_path):
             assert row["whole"]["ratio"] == row["ratio"]  # a folder stands for itself
             assert row["predicted_pace_seconds"] > row["predicted_base_seconds"] > 0
     assert curve["operators_a_step"]["pace"] > curve["operators_a_step"]["base"] > 0
-    (tmp_path / "costs" / "cost.json").write_text(json.dumps({**results, "curves": [{"name": "small"}, {"name": "another"}]}))
+    (tmp_path / "costs" / "cost.json").write_text(
+        json.dumps({**results, "curves": [{"name": "small"}, {"name": "another"}]})
+    )
     (case,) = chosen_cases(str(folder), [], "cpu", False)
     torch.set_num_threads(1)
     assert beside(out, [case]) == [{"name": "another"}]
@@ -87,8 +97,14 @@ def test_a_walk_leaves_the_model_as_it_was(folder):
 def test_the_machines_constants_are_found_again(constants, count):
     """From runs that differ in what they do."""
     machine = Machine(*(x * scale for x, scale in zip(constants, (1e-11, 1e-10, 1e-5))))
-    runs = [(Work(1e9 * (i * i + 1), 0, 1e8 * (i % 3 + 1)), 100.0 * (7 * i % 5 + 1)) for i in range(count)]
-    samples = [Sample(work, operations, machine.predict(Sample(work, operations))) for work, operations in runs]
+    runs = [
+        (Work(1e9 * (i * i + 1), 0, 1e8 * (i % 3 + 1)), 100.0 * (7 * i % 5 + 1))
+        for i in range(count)
+    ]
+    samples = [
+        Sample(work, operations, machine.predict(Sample(work, operations)))
+        for work, operations in runs
+    ]
     found = fit(samples, machine.an_operation)
     assert found.errors(samples)["largest"] < 1e-6
     assert found.a_flop == pytest.approx(machine.a_flop, rel=1e-4)
@@ -103,12 +119,19 @@ def test_a_shape_stands_for_all_its_layers():
 
 def test_an_interrupted_run_leaves_nothing(folder, tmp_path, monkeypatch):
     def interrupted(*args):
-        raise KeyboardInterrupt  # what Ctrl-C becomes; the signal itself may be ignored where the tests run
+        # what Ctrl-C becomes; the signal itself may be ignored where the tests run
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(job, "measure_space", lambda wanted, enabled, lengths: (0, [Space(0, 0, 0)] * len(lengths)))
+    monkeypatch.setattr(
+        job,
+        "measure_footprint",
+        lambda wanted, enabled, lengths: (0, [Footprint(0, 0, 0)] * len(lengths)),
+    )
     monkeypatch.setattr(job, "walk", interrupted)
     out = tmp_path / "costs"
-    done = CliRunner().invoke(pace, ["eval", "cost", str(folder), "--lengths", "40", "--out", str(out)])
+    done = CliRunner().invoke(
+        pace, ["eval", "cost", str(folder), "--lengths", "40", "--out", str(out)]
+    )
     assert done.exit_code == 130
     assert not out.exists()
 
@@ -124,11 +147,20 @@ def test_calls_that_can_not_be_carried_out(folder, make_source, tmp_path):
     refuse(cost(plain, "--out", out), 2, "has no memory", "without --no-memory", out=out)
     refuse(cost(folder, "--lengths", "1k,many", "--out", out), 2, "'many'", "1k,4k,16k", out=out)
     refuse(cost(folder, "--lengths", "0", "--out", out), 2, "at least 2 tokens", out=out)
-    refuse(cost(folder, "--lengths", "1k,900000k", "--out", out), 2, "900000K tokens needs", "fits is 1K", out=out)
+    refuse(
+        cost(folder, "--lengths", "1k,900000k", "--out", out),
+        2,
+        "900000K tokens needs",
+        "fits is 1K",
+        out=out,
+    )
     refuse(cost("--shape", "qwen2-8b", "--out", out), 2, "no 'qwen2-8b'", "qwen2-7b", out=out)
     refuse(cost(folder, "--device", "gpu", "--out", out), 2, "--device 'gpu'", out=out)
     refuse(cost(folder, "--out", tmp_path / "file"), 2, "is a file")
-    for text, words in (("[]", "not a file of this command"), ('{"machine": {"threads": 99}, "curves": []}', "threads 99")):
+    for text, words in (
+        ("[]", "not a file of this command"),
+        ('{"machine": {"threads": 99}, "curves": []}', "threads 99"),
+    ):
         (tmp_path / "cost.json").write_text(text)
         refuse(cost(folder, "--out", tmp_path), 2, words, "another --out")
         assert (tmp_path / "cost.json").read_text() == text
@@ -137,4 +169,10 @@ def test_calls_that_can_not_be_carried_out(folder, make_source, tmp_path):
 def test_a_model_with_learned_positions_has_an_end(make_source, tmp_path):
     source, out = make_source("gpt2"), tmp_path / "gpt2"
     convert_folder(source, out, experts=8)
-    refuse(cost(out, "--lengths", "400,512", "--out", tmp_path / "out"), 2, "512 tokens", "--lengths", out=tmp_path / "out")
+    refuse(
+        cost(out, "--lengths", "400,512", "--out", tmp_path / "out"),
+        2,
+        "512 tokens",
+        "--lengths",
+        out=tmp_path / "out",
+    )

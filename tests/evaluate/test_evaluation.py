@@ -1,4 +1,6 @@
-"""An evaluation that was killed goes on to the same results; nothing is asked twice, nothing of another is mixed in."""
+"""An evaluation that was killed goes on to the same results; nothing is asked twice, nothing of
+another is mixed in.
+"""
 
 import json
 import signal
@@ -17,7 +19,17 @@ from pace_convert.evaluation.benchmarks.text_loss import TextLoss
 from pace_convert.evaluation.folder import CHANGED, difference
 from pace_convert.reference import reference_model
 
-ARGUMENTS = ("--haystack", "reference", "--lengths", "96,200", "--depths", "0,100", "--seeds", 2, "-q")
+ARGUMENTS = (
+    "--haystack",
+    "reference",
+    "--lengths",
+    "96,200",
+    "--depths",
+    "0,100",
+    "--seeds",
+    2,
+    "-q",
+)
 
 
 def needle(*arguments):
@@ -27,10 +39,17 @@ def needle(*arguments):
 def test_needle_prints_and_writes_what_it_found(reference, tmp_path):
     done = needle(reference, "--arms", "base,ce+pa", "--out", tmp_path / "n")
     assert done.returncode == 0, done.stderr
-    assert "Measurable context" in done.stdout and "ce+pa: 200" in done.stdout and "all, less base" in done.stdout
+    assert (
+        "Measurable context" in done.stdout
+        and "ce+pa: 200" in done.stdout
+        and "all, less base" in done.stdout
+    )
     assert (tmp_path / "n" / "needle.png").read_bytes().startswith(b"\x89PNG")
     made = json.loads((tmp_path / "n" / "results.json").read_text())
-    assert "ROUGE-L recall of the values: base 100.0%" in done.stdout and made["rouge_l_recall"]["base"]["mean"] == 1
+    assert (
+        "ROUGE-L recall of the values: base 100.0%" in done.stdout
+        and made["rouge_l_recall"]["base"]["mean"] == 1
+    )
     assert made["measurable_context"] == {"base": 200, "ce+pa": 200} and len(made["cells"]) == 8
     rows = {(row["group"], row["subject"]): row for row in made["table"]}
     assert rows["all", "base"]["mean"] == 1 and rows["all", "base"]["count"] == 8
@@ -40,7 +59,10 @@ def test_needle_prints_and_writes_what_it_found(reference, tmp_path):
 def test_other_models_stand_beside(reference, tmp_path):
     done = needle(reference, reference_model(), "--out", tmp_path / "n", "--json")
     made = json.loads(done.stdout)
-    assert [(s["name"], s["arm"]) for s in made["subjects"]] == [("model", "pace"), ("ref", "pace")], done.stderr
+    assert [(s["name"], s["arm"]) for s in made["subjects"]] == [
+        ("model", "pace"),
+        ("ref", "pace"),
+    ], done.stderr
     base, pace = (row for row in made["table"] if row["group"] == "all")
     assert base["mean"] == 1 and pace["against"]["subject"] == "model"
 
@@ -77,7 +99,9 @@ def test_processes_change_nothing(reference, tmp_path):
 
 def test_what_cannot_be_is_refused_before_any_work(reference, tmp_path, make_source):
     def wrong(*arguments):
-        return pace_convert(*arguments, "--out", tmp_path / "none", "-q", command=("eval", "needle"))
+        return pace_convert(
+            *arguments, "--out", tmp_path / "none", "-q", command=("eval", "needle")
+        )
 
     none = tmp_path / "none"
     refuse(wrong(tmp_path / "nowhere"), 2, "no such folder", out=none)
@@ -85,9 +109,19 @@ def test_what_cannot_be_is_refused_before_any_work(reference, tmp_path, make_sou
     refuse(wrong(reference, "--lengths", "4k..1k"), 2, "'4k..1k' is no range", out=none)
     refuse(wrong(reference, "--lengths", "many"), 2, "can't read 'many'", out=none)
     refuse(wrong(reference, "--depths", "0,120"), 2, "at most 100", out=none)
-    refuse(wrong(reference, "--needles", 2, "--ask", 3), 2, "--ask 3 is more than --needles 2", out=none)
+    refuse(
+        wrong(reference, "--needles", 2, "--ask", 3),
+        2,
+        "--ask 3 is more than --needles 2",
+        out=none,
+    )
     refuse(wrong(reference, "--haystack", tmp_path / "x.txt"), 2, "no text in", out=none)
-    refuse(wrong(reference, "--haystack", "reference", "--values", "numbers"), 2, "no numbers", out=none)
+    refuse(
+        wrong(reference, "--haystack", "reference", "--values", "numbers"),
+        2,
+        "no numbers",
+        out=none,
+    )
     refuse(wrong(reference, "--device", "cuda:7"), 2, "no such GPU", out=none)
     refuse(wrong(reference, "--device", "tpu"), 2, "not auto, cpu, cuda or cuda:N", out=none)
     refuse(wrong(make_source("qwen2"), "--arms", "ce"), 2, "is not a PaceLLM", out=none)
@@ -103,10 +137,23 @@ def test_a_folder_of_something_else_is_refused(reference, tmp_path):
 
     assert other("--haystack", text, "--needles", 2, "--seeds", 1).returncode == 0
     holds = "holds another evaluation: "
-    refuse(other("--haystack", text, "--needles", 2, "--seeds", 5), 2, holds + "--seeds was 1 and is 5", "or another --out")
-    refuse(other("--haystack", text, "--needles", 2, "--seeds", 1, "--ask", 1), 2, holds + "--ask was 2 and is 1")
+    refuse(
+        other("--haystack", text, "--needles", 2, "--seeds", 5),
+        2,
+        holds + "--seeds was 1 and is 5",
+        "or another --out",
+    )
+    refuse(
+        other("--haystack", text, "--needles", 2, "--seeds", 1, "--ask", 1),
+        2,
+        holds + "--ask was 2 and is 1",
+    )
     text.write_text(text.read_text() + "The end is near. ")
-    refuse(other("--haystack", text, "--needles", 2, "--seeds", 1), 2, holds + "what --haystack gives has changed")
+    refuse(
+        other("--haystack", text, "--needles", 2, "--seeds", 1),
+        2,
+        holds + "what --haystack gives has changed",
+    )
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.png").write_text("x")
     refuse(needle(reference, "--out", tmp_path / "photos"), 2, "not empty and holds no evaluation")
@@ -128,14 +175,23 @@ def test_a_folder_of_something_else_is_refused(reference, tmp_path):
     ],
 )
 def test_what_differs_is_said_by_the_names_that_a_person_gives(changes, words):
-    before = {"version": "1", "command": "pace eval needle", "limit": None, "max_length": 64, "data": "d", "asks": 1}
+    before = {
+        "version": "1",
+        "command": "pace eval needle",
+        "limit": None,
+        "max_length": 64,
+        "data": "d",
+        "asks": 1,
+    }
     assert difference(before, {**before, **changes}) == words
     assert difference([], before).startswith("pace-convert None")
 
 
 def test_every_part_of_an_identity_is_an_option_or_known_by_what_it_gives():
     """So no option is named that does not exist."""
-    options = {parameter.name for command in evaluation.commands.values() for parameter in command.params}
+    options = {
+        parameter.name for command in evaluation.commands.values() for parameter in command.params
+    }
     kinds = (NeedleTest((), ()), LongBench((), HUB), InfiniteBench((), HUB), Ruler((), ()))
     for test in (*kinds, TextLoss((), (), 1), QuestionAnswering((), ())):
         assert set(test.identity()) <= options | set(CHANGED), test.name

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pace_convert.evaluation.intervals import difference, estimate, ratio, ratio_difference
+from pace_convert.evaluation.intervals import difference, mean_of, ratio, ratio_difference
 
 
 def test_covers_the_truth_about_as_often_as_it_says():
@@ -11,18 +11,18 @@ def test_covers_the_truth_about_as_often_as_it_says():
     inside = 0
     for trial in range(300):
         cells = [(rng.random(60) < share).astype(float).tolist() for share in (0.3, 0.8)]
-        made = estimate(cells, seed=trial)
+        made = mean_of(cells, seed=trial)
         inside += made.low <= 0.55 <= made.high
     assert 0.90 <= inside / 300 <= 0.99
 
 
 def test_the_mean_of_cells_counts_each_cell_once():
-    made = estimate([[1.0] * 30, [0.0] * 90])
+    made = mean_of([[1.0] * 30, [0.0] * 90])
     assert made.mean == 0.5 and made.count == 120 and made.low == made.high == 0.5
 
 
 def test_small_cells_are_one_sample():
-    made = estimate([[1.0] * 5, [0.0] * 5])
+    made = mean_of([[1.0] * 5, [0.0] * 5])
     assert made.mean == 0.5 and made.low < 0.3 and made.high > 0.7
 
 
@@ -35,7 +35,7 @@ def test_differences_are_paired():
     with pytest.raises(ValueError):
         difference([[1.0]], [[1.0, 0.0]])
     with pytest.raises(ValueError, match="no scores"):
-        estimate([])
+        mean_of([])
 
 
 def test_a_ratio_is_of_sums_and_resamples_whole_clusters():
@@ -57,7 +57,11 @@ def test_a_difference_of_ratios_is_paired():
     base = (counts * rng.normal(3, 1, 40)).tolist()
     better = [total + count / 4 for total, count in zip(base, counts)]
     made = ratio_difference((better, counts.tolist()), (base, counts.tolist()))
-    assert made.low == pytest.approx(0.25) and made.high == pytest.approx(0.25) and made.count == counts.sum()
+    assert (
+        made.low == pytest.approx(0.25)
+        and made.high == pytest.approx(0.25)
+        and made.count == counts.sum()
+    )
     with pytest.raises(ValueError, match="nothing was counted"):
         ratio([1.0], [0.0])
     with pytest.raises(ValueError, match="nothing was counted"):

@@ -63,7 +63,10 @@ def test_rouge_l():
     ],
 )  # fmt: skip
 def test_classification(answer, expected):
-    assert classification(answer, "Other location", ["Other location", "location", "City", "State"]) == expected
+    assert (
+        classification(answer, "Other location", ["Other location", "location", "City", "State"])
+        == expected
+    )
 
 
 def test_classes_that_are_parts_of_the_right_one():
@@ -76,13 +79,18 @@ def test_classes_that_are_parts_of_the_right_one():
 def test_similarity_of_code():
     assert code_similarity("x = 1", "x = 1") == 1
     assert code_similarity("```python\n# a comment\n// another\nreturn x\nmore", "return x") == 1
-    assert code_similarity("# only a comment", "return x") == 0 and code_similarity("", "return x") == 0
+    assert (
+        code_similarity("# only a comment", "return x") == 0
+        and code_similarity("", "return x") == 0
+    )
     # 2 * 8 matching characters of 9 + 9: 0.888.. in whole per cents
     assert code_similarity("return xy", "return xz") == 0.89
 
 
 def test_similarity_of_code_is_pinned():
-    """Levenshtein's ratio finds the longest common subsequence, difflib the longest block first: they differ."""
+    """Levenshtein's ratio finds the longest common subsequence, difflib the longest block first:
+    they differ.
+    """
     assert SequenceMatcher(None, "abxcd", "cdxab").ratio() == pytest.approx(0.4)
     assert code_similarity("abxcd", "cdxab") == 0.4  # rapidfuzz.fuzz.ratio: 0.6
     assert METRICS["lcc"] is code_similarity
@@ -91,17 +99,22 @@ def test_similarity_of_code_is_pinned():
 @pytest.mark.parametrize(
     ("metric", "answer", "label", "expected"),
     [
-        (infinite.first_number, " The pass key is 71432. 5", ["71432"], 1), (infinite.first_number, "5 71432", "71432", 0),
+        (infinite.first_number, " The pass key is 71432. 5", ["71432"], 1), (infinite.first_number,
+        "5 71432", "71432", 0),
         (infinite.first_number, "714321", "71432", 0), (infinite.first_number, "none", "71432", 0),
-        (infinite.key_value, 'It is {"a1b2-c3"}.', "a1b2-c3", 1), (infinite.key_value, "a1b2-c34", "a1b2-c3", 0),
+        (infinite.key_value, 'It is {"a1b2-c3"}.', "a1b2-c3", 1), (infinite.key_value, "a1b2-c34",
+        "a1b2-c3", 0),
         (infinite.dialogue, " Ada: hello", ["ADA"], 1), (infinite.dialogue, "Adam", ["ADA"], 0),
         (infinite.code_run, "The value is: -7.", [-7], 1), (infinite.code_run, "-7 or so", [-7], 0),
         (infinite.code_run, "", [-7], 0), (infinite.code_run, "7", -7, 0),
         (infinite.math_find, "It is 42, not 7", [42], 1), (infinite.math_find, "7 42", [42], 0),
-        (infinite.math_find, "42.5", [42.5], 1), (infinite.math_find, "42.0", [42], 0), (infinite.math_find, "", [42], 0),
-        (infinite.math_calc, "[1, 4, 9, 8]", [1, 4, 8, 8], 0.5), (infinite.math_calc, "1 4", [[1, 4]], 1),
+        (infinite.math_find, "42.5", [42.5], 1), (infinite.math_find, "42.0", [42], 0),
+        (infinite.math_find, "", [42], 0),
+        (infinite.math_calc, "[1, 4, 9, 8]", [1, 4, 8, 8], 0.5), (infinite.math_calc, "1 4", [[1,
+        4]], 1),
         (infinite.math_calc, "", [1, 4], 0), (infinite.math_calc, "4 1", [1, 4], 0),
-        (infinite.qa_english, "the river", ["stone", "river"], 1), (infinite.qa_english, "in river", "river", 2 / 3),
+        (infinite.qa_english, "the river", ["stone", "river"], 1), (infinite.qa_english, "in river",
+        "river", 2 / 3),
         (infinite.qa_chinese, "河，流！", ["河流"], 1),  # noqa: RUF001
         (infinite.qa_chinese, "河", "河流", 2 / 3), (infinite.qa_chinese, "", "河流", 0),
         (infinite.summary, "a b c", ["a b c d"], 2 * 0.75 / 1.75), (infinite.summary, "", "a b", 0),
@@ -114,11 +127,14 @@ def test_infinitebench(metric, answer, label, expected):
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
-        ("B. pkg.two", 1), ("B: yes", 1), ("B", 0),  # a letter without a sign behind it is not enough
+        ("B. pkg.two", 1), ("B: yes", 1), ("B", 0),
+         # a letter without a sign behind it is not enough
         ("B) pkg.two", 0), ("A. pkg.one", 0), ("", 0),
-        ("The answer is: B", 1), ("The answer is B", 0), ("The correct option is: B", 1), ("answer: pkg.two", 1),
+        ("The answer is: B", 1), ("The answer is B", 0), ("The correct option is: B", 1),
+        ("answer: pkg.two", 1),
         ("The answer is:", 0), ("The answer is: A, not B", 0),
-        ("The answer is: Option B", 1), ("The answer is:B", 0),  # the sign behind the colon is not looked at
+        ("The answer is: Option B", 1), ("The answer is:B", 0),
+         # the sign behind the colon is not looked at
     ],
 )  # fmt: skip
 def test_code_debug(answer, expected):
@@ -129,7 +145,8 @@ def test_code_debug(answer, expected):
     ("answer", "expected"),
     [
         ("B", 1), ("B. stone", 1), ("A or B", 0), ("stone", 1), (" stone ", 1), ("", 0),
-        ("I think the answer is: B.", 1), ("the answer is B", 1), ("Surely, the answer is stone!", 1), ("the answer is", 0),
+        ("I think the answer is: B.", 1), ("the answer is B", 1), ("Surely, the answer is stone!",
+        1), ("the answer is", 0),
         ("It may be C or B", 0), ("It may be B", 1), ("It may be", 0),
         ("Bananas", 1),  # only the first letter is looked at
     ],

@@ -1,4 +1,6 @@
-"""A reader answers as `generate` does, for any batch and in any chunks; its log-likelihoods are the model's."""
+"""A reader answers as `generate` does, for any batch and in any chunks; its log-likelihoods are the
+model's.
+"""
 
 import numpy as np
 import pytest
@@ -18,7 +20,9 @@ def reader(reference):
 def prompts(reader):
     rng = np.random.default_rng(5)
     stories = [make_story(rng, length, 2, 1, held_out=True) for length in (150, 90, 260, 40, 200)]
-    return [reader.encode(story.prompt()) for story in stories], [story.questions[0].answer for story in stories]
+    return [reader.encode(story.prompt()) for story in stories], [
+        story.questions[0].answer for story in stories
+    ]
 
 
 @torch.no_grad()
@@ -40,7 +44,10 @@ def test_prompts_that_begin_alike_are_answered_as_if_alone(reader, monkeypatch):
     rng = np.random.default_rng(6)
     story = make_story(rng, 300, 4, 4, held_out=True)
     texts = [" ".join(story.words[: story.questions[0].position - 8])]
-    rows = [reader.encode(f"{texts[0]} what is the code of {q.name} ?<assistant>") for q in story.questions]
+    rows = [
+        reader.encode(f"{texts[0]} what is the code of {q.name} ?<assistant>")
+        for q in story.questions
+    ]
     expected = reader.answer(rows, 4)
     assert sum(answer.split()[0] == q.answer for answer, q in zip(expected, story.questions)) >= 3
     monkeypatch.setattr(reader, "answer", None)  # it must not be what answers
@@ -62,7 +69,9 @@ def test_log_likelihoods_are_the_models(reader, prompts, monkeypatch):
         monkeypatch.setattr(module, "CHUNK", chunk)
         monkeypatch.setattr(module, "LOGITS", logits)
         for start in (1, 20):
-            got = reader.log_likelihood([row[:start] for row in rows], [row[start:] for row in rows])
+            got = reader.log_likelihood(
+                [row[:start] for row in rows], [row[start:] for row in rows]
+            )
             for row, value in zip(rows, got):
                 scores = reader.model(torch.tensor([row])).logits.log_softmax(-1)[0, start - 1 : -1]
                 expected = scores.gather(-1, torch.tensor(row)[start:, None]).sum().item()
@@ -82,10 +91,14 @@ def test_a_common_beginning_is_read_once_and_changes_nothing(reader, prompts, mo
     expected, answers = reader.log_likelihood(rows, continuations), reader.answer(rows, 4)
     monkeypatch.setattr(module, "CHUNK", 50)
     read = []
-    handle = reader.model.get_input_embeddings().register_forward_pre_hook(lambda m, a: read.append(a[0].shape[1]))
+    handle = reader.model.get_input_embeddings().register_forward_pre_hook(
+        lambda m, a: read.append(a[0].shape[1])
+    )
     prefix = reader.read_common(rows)
     assert sum(read) == prefix.length >= len(start)
-    assert reader.log_likelihood_each(rows, continuations, prefix) == pytest.approx(expected, rel=1e-5)
+    assert reader.log_likelihood_each(rows, continuations, prefix) == pytest.approx(
+        expected, rel=1e-5
+    )
     assert reader.answer_each(rows, 4, prefix=prefix) == answers
     assert sum(read) < prefix.length + 3 * 50  # each row's own tokens, twice
     handle.remove()
@@ -100,7 +113,11 @@ def test_a_common_beginning_is_read_once_and_changes_nothing(reader, prompts, mo
 @torch.no_grad()
 def test_log_probs_are_the_models_at_each_token(reader, prompts, monkeypatch):
     row = prompts[0][2]
-    expected = reader.model(torch.tensor([row])).logits.log_softmax(-1)[0, :-1].gather(-1, torch.tensor(row)[1:, None])
+    expected = (
+        reader.model(torch.tensor([row]))
+        .logits.log_softmax(-1)[0, :-1]
+        .gather(-1, torch.tensor(row)[1:, None])
+    )
     most = []
     handle = reader.model.register_forward_hook(lambda m, a, made: most.append(made.logits.numel()))
     monkeypatch.setattr(module, "LOGIT_VALUES", 30 * reader.model.config.vocab_size)
@@ -117,5 +134,7 @@ def test_what_a_text_opens_with(reader):
 
     bare = module.Reader(reader.model, deepcopy(reader.tokenizer))
     assert bare.opening == []
-    bare.tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<user> $A <end>", None, [("<user>", 1), ("<end>", 2)])
+    bare.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        "<user> $A <end>", None, [("<user>", 1), ("<end>", 2)]
+    )
     assert bare.opening == [1]

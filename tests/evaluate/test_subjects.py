@@ -31,7 +31,11 @@ def pairs(make_source, tmp_path_factory):
 
 @torch.no_grad()
 def logits(folder, arm, **memory):
-    return load(Subject(str(folder), arm, tuple(memory.items())), "cpu").model(random_ids(2, 40)).logits.clone()
+    return (
+        load(Subject(str(folder), arm, tuple(memory.items())), "cpu")
+        .model(random_ids(2, 40))
+        .logits.clone()
+    )
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gpt2", "phi3", "opt", "falcon", "starcoder2"])
@@ -51,7 +55,12 @@ def test_arms_differ_where_they_should(pairs):
     torch.testing.assert_close(made["ce"], made["base"], **close)
     torch.testing.assert_close(made["pa"], made["ce+pa"], **close)
     assert torch.equal(made["pace"], made["ce+pa"])
-    for one, other in (("base", "pa"), ("pa", "ce+pa-expert"), ("pa-expert", "ce+pa-expert"), ("pa", "pa-expert")):
+    for one, other in (
+        ("base", "pa"),
+        ("pa", "ce+pa-expert"),
+        ("pa-expert", "ce+pa-expert"),
+        ("pa", "pa-expert"),
+    ):
         assert (made[one] - made[other]).abs().max() > 1e-3, (one, other)
 
 
@@ -85,7 +94,9 @@ def test_what_cannot_be_compared_is_refused(pairs, make_source, tmp_path):
     with pytest.raises(CallError, match="not a PaceLLM"):
         subjects_of(str(source), [], ["ce"])
     convert_folder(source, tmp_path / "plain", no_memory=True)
-    assert [subject.arm for subject in subjects_of(str(tmp_path / "plain"), [], ["base", "ce"])] == ["base", "ce"]
+    assert [
+        subject.arm for subject in subjects_of(str(tmp_path / "plain"), [], ["base", "ce"])
+    ] == ["base", "ce"]
     with pytest.raises(CallError, match="without memory"):
         subjects_of(str(tmp_path / "plain"), [], ["pa"])
     shutil.copytree(out, tmp_path / "edited")

@@ -1,4 +1,6 @@
-"""`pace eval text`: nats are the model's own at each position, and what was done is not done again."""
+"""`pace eval text`: nats are the model's own at each position, and what was done is not done
+again.
+"""
 
 import json
 import math
@@ -10,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 from helpers import pace_convert, refuse
-from pace_convert.evaluate import text_loss
-from pace_convert.evaluate.documents import digest, found_files, read_texts
-from pace_convert.evaluate.text_loss import TextLoss, bands
 from tokenizers.processors import TemplateProcessing
 
 from pace_convert.errors import CallError, DamagedSourceError
+from pace_convert.evaluation.benchmarks import text_loss
+from pace_convert.evaluation.benchmarks.documents import digest, found_files, read_texts
+from pace_convert.evaluation.benchmarks.text_loss import TextLoss, bands
 from pace_convert.evaluation.reader import Reader
 from pace_convert.evaluation.subjects import Subject, load
 from pace_convert.reference.task import make_story
@@ -38,7 +40,9 @@ def files(tmp_path_factory):
     for number in (1, 2):
         (folder / "books" / f"{number}.txt").write_text(story(number, 300), encoding="utf-8")
     lines = [{"text": story(3, 260)}, {"text": " "}, {"text": story(4, 90)}]
-    (folder / "more.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    (folder / "more.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
+    )
     return folder
 
 
@@ -61,7 +65,9 @@ def test_sums_are_the_models_at_these_positions(reader, files, monkeypatch, open
     monkeypatch.setattr(text_loss, "BAND", 32)
     if opening:
         tokenizer = deepcopy(reader.tokenizer)
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<user> $A", None, [("<user>", 1)])
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            "<user> $A", None, [("<user>", 1)]
+        )
         reader = Reader(reader.model, tokenizer)
     file = files / "books" / "1.txt"
     test = asked(file, length=100, pieces=2)
@@ -77,7 +83,9 @@ def test_sums_are_the_models_at_these_positions(reader, files, monkeypatch, open
         assert record["nats"] == pytest.approx([part.sum().item() for part in expected], rel=1e-4)
         assert record["score"] == pytest.approx(math.exp(-nats.mean().item()), rel=1e-4)
         first = max(1, len(opening))
-        assert sum(record["bytes"]) == pytest.approx(len(reader.decode(piece[first:]).encode()), abs=3)
+        assert sum(record["bytes"]) == pytest.approx(
+            len(reader.decode(piece[first:]).encode()), abs=3
+        )
 
 
 def test_a_document_that_ends_early_fills_the_first_bands(reader, files, monkeypatch):
@@ -86,50 +94,103 @@ def test_a_document_that_ends_early_fills_the_first_bands(reader, files, monkeyp
     count = len(reader.encode(file.read_text(), special=False))
     test = asked(file, length=4 * count)
     (record,) = test.run(reader, test.cells()[0])
-    assert sum(record["tokens"]) == count - 1 and record["tokens"][-1] == record["bytes"][-1] == record["nats"][-1] == 0
+    assert (
+        sum(record["tokens"]) == count - 1
+        and record["tokens"][-1] == record["bytes"][-1] == record["nats"][-1] == 0
+    )
 
 
 def test_end_to_end(reference, files, tmp_path):
-    arguments = ("--on", files / "books", "--on", files / "more.jsonl", "--length", "600", "--out", tmp_path / "t")
-    done = text(reference, *arguments, "--with", "update_interval=16", "--with", "slots=9,layers=1", "-q")
+    arguments = (
+        "--on",
+        files / "books",
+        "--on",
+        files / "more.jsonl",
+        "--length",
+        "600",
+        "--out",
+        tmp_path / "t",
+    )
+    done = text(
+        reference, *arguments, "--with", "update_interval=16", "--with", "slots=9,layers=1", "-q"
+    )
     assert done.returncode == 0, done.stderr
-    for words in ("pace: gain", "pace update_interval=16: gain", "pace slots=9 layers=1: gain", "0 to 512", "bits a byte"):
+    for words in (
+        "pace: gain",
+        "pace update_interval=16: gain",
+        "pace slots=9 layers=1: gain",
+        "0 to 512",
+        "bits a byte",
+    ):
         assert words in done.stdout
     assert (tmp_path / "t" / "text.png").read_bytes().startswith(b"\x89PNG")
     made = json.loads((tmp_path / "t" / "results.json").read_text())
     rows = {(row["measure"], row["subject"]): row for row in made["table"]}
     assert made["clusters"] == 4 and [s["name"] for s in made["subjects"]][:2] == ["base", "pace"]
     base, arm = rows["all", "base"], rows["all", "pace update_interval=16"]
-    assert arm["gain"]["mean"] == pytest.approx(base["mean"] - arm["mean"]) and arm["gain"]["over"] == "base"
+    assert (
+        arm["gain"]["mean"] == pytest.approx(base["mean"] - arm["mean"])
+        and arm["gain"]["over"] == "base"
+    )
     assert base["low"] < base["mean"] < base["high"]
     assert arm["mean"] != base["mean"], "the memory acts"
 
 
 def test_a_model_alone_has_no_gain(reference, files, tmp_path):
-    done = text(reference, "--arms", "base", "--on", files / "books" / "1.txt", "--out", tmp_path / "t", "-q")
-    assert done.returncode == 0 and "gain" not in done.stdout.replace(str(tmp_path), ""), done.stderr
+    done = text(
+        reference,
+        "--arms",
+        "base",
+        "--on",
+        files / "books" / "1.txt",
+        "--out",
+        tmp_path / "t",
+        "-q",
+    )
+    assert done.returncode == 0 and "gain" not in done.stdout.replace(str(tmp_path), ""), (
+        done.stderr
+    )
     assert "one cell to resample" in done.stdout
 
 
 @pytest.mark.parametrize("kill_at", [4, 6, 9])
 def test_a_killed_run_goes_on_and_more_documents_reuse_it(reference, files, tmp_path, kill_at):
     def arguments(out, *more):
-        return ["eval", "text", reference, "--on", files / "books", "--length", 200, "--json", "--out", tmp_path / out, *more]
+        return [
+            "eval",
+            "text",
+            reference,
+            "--on",
+            files / "books",
+            "--length",
+            200,
+            "--json",
+            "--out",
+            tmp_path / out,
+            *more,
+        ]
 
     whole = forked.run(arguments("whole"))
     assert whole.returncode == 0, whole.stderr
-    process = forked.start(arguments("killed", "--limit", 1), tmp_path / "out", tmp_path / "err", kill_at=kill_at)
+    process = forked.start(
+        arguments("killed", "--limit", 1), tmp_path / "out", tmp_path / "err", kill_at=kill_at
+    )
     process.join()
     assert process.exitcode == -signal.SIGKILL
     again = forked.run(arguments("killed"))
-    assert again.returncode == 0 and json.loads(again.stdout) == json.loads(whole.stdout), again.stderr
+    assert again.returncode == 0 and json.loads(again.stdout) == json.loads(whole.stdout), (
+        again.stderr
+    )
     more = forked.run(arguments("killed", "--on", files / "more.jsonl"))
     assert "has 4 of 8 cells already" in more.stderr
 
 
 def test_processes_change_nothing(reference, files, tmp_path):
     arguments = (reference, "--on", files / "books", "--length", 200, "--json")
-    one, two = text(*arguments, "--out", tmp_path / "1"), text(*arguments, "--out", tmp_path / "2", "-j", 2)
+    one, two = (
+        text(*arguments, "--out", tmp_path / "1"),
+        text(*arguments, "--out", tmp_path / "2", "-j", 2),
+    )
     assert two.returncode == 0 and json.loads(one.stdout) == json.loads(two.stdout), two.stderr
 
 
@@ -146,7 +207,9 @@ def test_wrong_calls(reference, files, tmp_path, make_source):
     refuse(wrong("--length", "900k"), 2, "was made for", out=none)
     refuse(wrong("--with", "slot=3"), 2, "--with slot=3: no such parameter", out=none)
     refuse(wrong("--with", "slots=0"), 2, "--with slots=0", "greater than or equal to 1", out=none)
-    refuse(wrong("--with", "layers=single"), 2, "several values of layers", "once for each", out=none)
+    refuse(
+        wrong("--with", "layers=single"), 2, "several values of layers", "once for each", out=none
+    )
     refuse(wrong("--with", "slots=3,slots=4"), 2, "twice", out=none)
     refuse(wrong("--with", "theta_high=0.1"), 2, "no combination can be", out=none)
     refuse(wrong("--with", "slots=3", model=make_source("qwen2")), 2, "is not a PaceLLM", out=none)
@@ -157,7 +220,11 @@ def test_wrong_files(tmp_path):
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "no.jsonl").write_text('{"txt": "a"}\n')
     (tmp_path / "number.jsonl").write_text('{"text": 1}\n')
-    for name, words in (("latin.txt", "not UTF-8"), ("no.jsonl", "has no 'text'"), ("number.jsonl", "is no text")):
+    for name, words in (
+        ("latin.txt", "not UTF-8"),
+        ("no.jsonl", "has no 'text'"),
+        ("number.jsonl", "is no text"),
+    ):
         with pytest.raises(DamagedSourceError, match=words):
             read_texts(tmp_path / name)
     assert read_texts(tmp_path / "empty.txt") == []

@@ -1,4 +1,6 @@
-"""pace tune: what it measures is what it says, it finds what is there to find, and writes only what has won."""
+"""pace tune: what it measures is what it says, it finds what is there to find, and writes only what
+has won.
+"""
 
 import json
 import multiprocessing
@@ -20,9 +22,9 @@ from pace_convert.converted.format import Difference, Tuned
 from pace_convert.converted.opened import open_converted
 from pace_convert.converted.retune import write_memory
 from pace_convert.evaluation.subjects import Subject, load
-from pace_convert.evaluation.tune.data import LIKELIHOOD, Asked, read_data
-from pace_convert.evaluation.tune.search import PARTS, Space, best, repair, search
-from pace_convert.evaluation.tune.similarity import LEVELS, Layer, similarities
+from pace_convert.evaluation.tune.data import LIKELIHOOD, DataRequest, read_data
+from pace_convert.evaluation.tune.search import PARTS, SearchSpace, best, repair, search
+from pace_convert.evaluation.tune.similarity import LEVELS, LayerSimilarity, similarities
 from pace_convert.modeling.memory_settings import MemorySettings
 from pace_convert.options import ConvertOptions
 from pace_convert.progress import Progress
@@ -31,8 +33,10 @@ from pace_convert.reference import reference_model
 QUIET = Progress(quiet=True)
 MEMORY = {**ConvertOptions(update_interval=64).memory_config((1, 2))}
 TUNED = Tuned(
-    data="book.txt", sha256="0" * 64, metric=LIKELIHOOD, trials=3, seed=0, held_in_items=20, held_out_items=20,
-    held_in=Difference(mean=0.2, low=0.1, high=0.3), held_out=Difference(mean=0.1, low=0.05, high=0.15),
+    data="book.txt", sha256="0" * 64, metric=LIKELIHOOD, trials=3, seed=0, held_in_items=20,
+    held_out_items=20,
+    held_in=Difference(mean=0.2, low=0.1, high=0.3), held_out=Difference(mean=0.1, low=0.05,
+    high=0.15),
     date="2026-01-01", version="0",
 )  # fmt: skip
 
@@ -47,13 +51,17 @@ def out(tmp_path_factory):
 
 @pytest.fixture
 def text(tmp_path):
-    words = np.random.default_rng(0).choice(["the", "code", "of", "ada", "is", "river", "."], 40 * 48)
+    words = np.random.default_rng(0).choice(
+        ["the", "code", "of", "ada", "is", "river", "."], 40 * 48
+    )
     (tmp_path / "text.txt").write_text(" ".join(words))
     return tmp_path / "text.txt"
 
 
 def test_statistics_agree_with_a_direct_computation(out):
-    """The slots by hand: with nothing merged, the bank after a block holds its M most novel tokens."""
+    """The slots by hand: with nothing merged, the bank after a block holds its M most novel
+    tokens.
+    """
     reader, converted = load(Subject(str(out), "ce"), "cpu"), open_converted(out)
     memory = {**converted.pace["memory"], "slots": 4, "update_interval": 4}
     ids = torch.randint(5, 1000, (12,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -74,7 +82,9 @@ def test_statistics_agree_with_a_direct_computation(out):
         for first in (4, 8):  # M = U: every block fills the whole bank
             keys, tokens = h[first - 4 : first], h[first : first + 4]
             expected += cosine(tokens, keys).max(1).tolist()
-            parts = [cosine(a, b).max(1) for a, b in zip(np.split(tokens, 16, 1), np.split(keys, 16, 1))]
+            parts = [
+                cosine(a, b).max(1) for a, b in zip(np.split(tokens, 16, 1), np.split(keys, 16, 1))
+            ]
             blocks += np.stack(parts, 1).flatten().tolist()
         np.testing.assert_allclose(found[layer][0], expected, atol=1e-5)
         np.testing.assert_allclose(found[layer][1], blocks, atol=1e-5)
@@ -88,20 +98,28 @@ def cosine(a, b):
 def test_the_halves_share_nothing(out, tmp_path, documents):
     rng = np.random.default_rng(1)
     for i in range(documents):
-        (tmp_path / f"{i}.txt").write_text(" ".join(rng.choice(["ada", "river", "is", "of"], 48 * 50 // documents)))
+        (tmp_path / f"{i}.txt").write_text(
+            " ".join(rng.choice(["ada", "river", "is", "of"], 48 * 50 // documents))
+        )
     reader = load(Subject(str(out), "ce"), "cpu")
-    data = read_data(Asked(str(tmp_path), 16, 24, (), 1000, 0), reader)
+    data = read_data(DataRequest(str(tmp_path), 16, 24, (), 1000, 0), reader)
     assert len(data.held_in) >= 20 and len(data.held_out) >= 20
-    assert not {(i.unit, i.prompt, i.target) for i in data.held_in} & {(i.unit, i.prompt, i.target) for i in data.held_out}
+    assert not {(i.unit, i.prompt, i.target) for i in data.held_in} & {
+        (i.unit, i.prompt, i.target) for i in data.held_out
+    }
     if documents > 1:
         assert not {item.unit for item in data.held_in} & {item.unit for item in data.held_out}
-    assert all(len(item.prompt) == 16 and len(item.target) == 8 for item in (*data.held_in, *data.held_out))
-    assert read_data(Asked(str(tmp_path), 16, 24, (), 1000, 0), reader) == data
+    assert all(
+        len(item.prompt) == 16 and len(item.target) == 8 for item in (*data.held_in, *data.held_out)
+    )
+    assert read_data(DataRequest(str(tmp_path), 16, 24, (), 1000, 0), reader) == data
 
 
 @dataclass(frozen=True)
 class Planted:
-    """Best with layer 2 alone and a fusion weight of 0.4; everything else is noise. slow: seconds a call."""
+    """Best with layer 2 alone and a fusion weight of 0.4; everything else is noise. slow: seconds a
+    call.
+    """
 
     slow: float = 0.0
 
@@ -112,8 +130,8 @@ class Planted:
 
 
 def space():
-    statistics = tuple(Layer(i, LEVELS, LEVELS, 0.5, 0.1) for i in range(4))
-    return Space(MEMORY, statistics, (0, 1, 2, 3), (64, 32))
+    statistics = tuple(LayerSimilarity(i, LEVELS, LEVELS, 0.5, 0.1) for i in range(4))
+    return SearchSpace(MEMORY, statistics, (0, 1, 2, 3), (64, 32))
 
 
 def test_finds_a_planted_optimum_and_has_the_current_one_among_its_trials(tmp_path):
@@ -132,7 +150,9 @@ def test_goes_on_after_a_kill_to_the_same_trials(tmp_path):
     whole = search(tmp_path / "whole", space(), Planted(), QUIET, trials=12, seed=0, jobs=1)
     context = multiprocessing.get_context("fork")
     how = {"trials": 12, "seed": 0, "jobs": 1}
-    process = context.Process(target=search, args=(tmp_path / "log", space(), Planted(0.02), QUIET), kwargs=how)
+    process = context.Process(
+        target=search, args=(tmp_path / "log", space(), Planted(0.02), QUIET), kwargs=how
+    )
     process.start()
     while not (tmp_path / "log").exists() or (tmp_path / "log").read_text().count('"scores"') < 4:
         time.sleep(0.01)
@@ -146,20 +166,34 @@ def test_goes_on_after_a_kill_to_the_same_trials(tmp_path):
 
 def test_a_written_winner_verifies_loads_and_undoes(out, tmp_path):
     folder = shutil.copytree(out, tmp_path / "out")
-    memory = {**open_converted(folder).pace["memory"], "layers": [0, 3], "fusion_weight": 0.5, "granularity": "expert"}
+    memory = {
+        **open_converted(folder).pace["memory"],
+        "layers": [0, 3],
+        "fusion_weight": 0.5,
+        "granularity": "expert",
+    }
     for _ in range(2):  # after a kill it is written again
         assert write_memory(open_converted(folder), memory, TUNED)
     changed = {name for name, digest in hashes(folder).items() if hashes(out)[name] != digest}
-    assert changed == {"config.json", "README.md", ".pace-conversion.json"} and hashes(folder).keys() == hashes(out).keys()
+    assert (
+        changed == {"config.json", "README.md", ".pace-conversion.json"}
+        and hashes(folder).keys() == hashes(out).keys()
+    )
     assert load(Subject(str(folder)), "cpu").model.memory_settings.layers == (0, 3)
     done = pace_convert(folder, "--source", reference_model(), command=("verify",))
     assert done.returncode == 0 and done.stdout.endswith("verified\n"), done.stdout
     done = pace_convert(folder, command=("inspect",))
     assert "3 trials on book.txt" in done.stdout and "+0.1 (+0.05 to +0.15)" in done.stdout
     card = (folder / "README.md").read_text()
-    assert "layers 0, 3" in card and "| fusion_weight | 0.5 |" in card and "Found by `pace tune`" in card
+    assert (
+        "layers 0, 3" in card
+        and "| fusion_weight | 0.5 |" in card
+        and "Found by `pace tune`" in card
+    )
     source = open_source(str(reference_model()))
-    options = ConvertOptions(experts=16, slots=8, update_interval=16, theta_low=0.1, theta_high=0.3, top_k=2, bottom_k=1)
+    options = ConvertOptions(
+        experts=16, slots=8, update_interval=16, theta_low=0.1, theta_high=0.3, top_k=2, bottom_k=1
+    )
     assert is_finished(source, folder, make_plan(source, options))
     assert pace_convert(folder, tmp_path / "back", command=("undo",)).returncode == 0
     assert hashes(tmp_path / "back") == hashes(reference_model())
@@ -181,9 +215,24 @@ def test_a_damaged_record_is_refused(out, tmp_path):
 
 
 def test_where_the_base_wins_nothing_is_written(out, tmp_path, text):
-    """Words in random order: there is nothing to remember. The same command again changes nothing either."""
+    """Words in random order: there is nothing to remember. The same command again changes nothing
+    either.
+    """
     before = hashes(out)
-    arguments = [out, "--on", text, "--length", "48", "--trials", "3", "--items", "40", "--out", tmp_path / "tune", "--json"]
+    arguments = [
+        out,
+        "--on",
+        text,
+        "--length",
+        "48",
+        "--trials",
+        "3",
+        "--items",
+        "40",
+        "--out",
+        tmp_path / "tune",
+        "--json",
+    ]
     done = pace_convert(*arguments, command=("tune",))
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
@@ -195,7 +244,10 @@ def test_where_the_base_wins_nothing_is_written(out, tmp_path, text):
     assert json.loads(again.stdout) == facts
     assert (tmp_path / "tune" / "similarity.png").stat().st_size > 5000
     refuse(
-        pace_convert(*arguments, "--seed", "1", command=("tune",)), 2, "holds another search: --seed was 0 and is 1", "--out"
+        pace_convert(*arguments, "--seed", "1", command=("tune",)),
+        2,
+        "holds another search: --seed was 0 and is 1",
+        "--out",
     )
 
 

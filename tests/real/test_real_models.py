@@ -6,9 +6,9 @@ from pydoc_data.topics import topics  # Python's language reference: prose that 
 import pytest
 import torch
 from helpers import hashes, load, pace_convert
-from pace_convert.evaluate import subjects
 from transformers import AutoTokenizer
 
+from pace_convert.evaluation import subjects
 from pace_convert.evaluation.subjects import Subject
 
 pytestmark = pytest.mark.real

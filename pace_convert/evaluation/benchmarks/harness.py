@@ -1,4 +1,6 @@
-"""What lm-evaluation-harness has on a task: its configuration, read as a file, so that nothing is downloaded."""
+"""What lm-evaluation-harness has on a task: its configuration, read as a file, so that nothing is
+downloaded.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""InfiniteBench (Zhang et al. 2024, arXiv 2402.13718): 100K tokens and more, scored as its official script does.
+"""InfiniteBench (Zhang et al. 2024, arXiv 2402.13718): 100K tokens and more, scored as its official
+script does.
 
 What is too long is cut in the middle, as the official scripts do.
 """
@@ -6,14 +7,16 @@ What is too long is cut in the middle, as the official scripts do.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...errors import DamagedSourceError
-from ..reader import Reader
 from .infinitebench_metrics import METRICS
 from .infinitebench_prompts import prompt_of
 from .longbench import fitted
 from .records import FromRecords, Records
+
+if TYPE_CHECKING:
+    from ..reader import Reader
 
 HUB = Records("xinrongzhang2022/InfiniteBench")
 CATEGORIES = {  # names of the official table
@@ -31,8 +34,10 @@ CATEGORIES = {  # names of the official table
     "Math.Find": ("math_find",),
 }
 NEW_TOKENS = {  # eval_utils.py
-    "passkey": 6, "number_string": 12, "kv_retrieval": 50, "longbook_sum_eng": 1200, "longbook_choice_eng": 40,
-    "longbook_qa_eng": 40, "longbook_qa_chn": 40, "longdialogue_qa_eng": 40, "math_find": 3, "math_calc": 30000, "code_run": 5,
+    "passkey": 6, "number_string": 12, "kv_retrieval": 50, "longbook_sum_eng": 1200,
+    "longbook_choice_eng": 40,
+    "longbook_qa_eng": 40, "longbook_qa_chn": 40, "longdialogue_qa_eng": 40, "math_find": 3,
+    "math_calc": 30000, "code_run": 5,
     "code_debug": 5,
 }  # fmt: skip
 CHOICES = ("longbook_choice_eng", "code_debug")
@@ -44,6 +49,7 @@ class InfiniteBench(FromRecords):
     """One cell a task."""
 
     name = "infinitebench"
+    hub = HUB
     metric = "score of InfiniteBench"
     categories = CATEGORIES
 
@@ -61,7 +67,9 @@ class InfiniteBench(FromRecords):
 
 
 def label_of(task: str, question: dict) -> Any:
-    """What an answer is scored against; for choices [text, letter], as the official get_answer gives it."""
+    """What an answer is scored against; for choices [text, letter], as the official get_answer
+    gives it.
+    """
     answer = question["answer"]
     if task not in CHOICES:
         return answer
@@ -70,6 +78,7 @@ def label_of(task: str, question: dict) -> Any:
     text = answer[0] if isinstance(answer, list) else answer
     if text not in question.get("options", []):
         raise DamagedSourceError(
-            f"{task}.jsonl: the answer {text!r} is none of the options", "give files in the official format"
+            f"{task}.jsonl: the answer {text!r} is none of the options",
+            "give files in the official format",
         )
     return [text, "ABCD"[question["options"].index(text)]]

@@ -1,8 +1,10 @@
-"""How the official script of InfiniteBench scores an answer (Zhang et al. 2024, arXiv 2402.13718; compute_scores.py).
+"""How the official script of InfiniteBench scores an answer (Zhang et al. 2024, arXiv 2402.13718;
+compute_scores.py).
 
-lm-evaluation-harness scores several tasks otherwise: of Code.Debug and En.MC it takes the last single letter anywhere in
-the answer, where the official script looks at its beginning and behind "answer is:" and the like.
-Each function: answer, label -> 0 to 1. The label is the file's `answer`, for choices [text, letter].
+lm-evaluation-harness scores several tasks otherwise: of Code.Debug and En.MC it takes the last
+single letter anywhere in the answer, where the official script looks at its beginning and behind
+"answer is:" and the like. Each function: answer, label -> 0 to 1. The label is the file's `answer`,
+for choices [text, letter].
 """
 
 from __future__ import annotations
@@ -57,7 +59,9 @@ def code_run(answer: str, label: Any) -> float:
 
 
 def code_debug(answer: str, label: list[str]) -> float:
-    """Begins with the letter and a full stop or colon, or names letter or function behind "answer is:", "is:" ..."""
+    """Begins with the letter and a full stop or colon, or names letter or function behind "answer
+    is:", "is:" ...
+    """
     function, letter = label
     answer = answer.strip()
     if answer[:2] in (f"{letter}.", f"{letter}:"):
@@ -68,7 +72,9 @@ def code_debug(answer: str, label: list[str]) -> float:
 
 
 def choice(answer: str, label: list[str]) -> float:
-    """Begins with the letter, is the text, names either behind "answer is:" ..., or has the letter as its first such word."""
+    """Begins with the letter, is the text, names either behind "answer is:" ..., or has the letter
+    as its first such word.
+    """
     answer = answer.strip()
     if not answer:
         return 0.0
@@ -85,7 +91,9 @@ def choice(answer: str, label: list[str]) -> float:
 
 
 def _behind(answer: str, prefixes: tuple[str, ...]) -> str | None:
-    """What follows the first of the prefixes that occurs and the sign after it; "" at the end; None without any."""
+    """What follows the first of the prefixes that occurs and the sign after it; "" at the end; None
+    without any.
+    """
     for prefix in prefixes:
         at = answer.find(prefix)
         if at >= 0:
@@ -124,14 +132,20 @@ def qa_chinese(answer: str, label: Any) -> float:
     """The best F1 of characters over all right answers, without punctuation of either width."""
 
     def characters(text: str) -> list[str]:
-        return [char for char in text.lower() if not char.isspace() and char not in string.punctuation + FULL_WIDTH]
+        return [
+            char
+            for char in text.lower()
+            if not char.isspace() and char not in string.punctuation + FULL_WIDTH
+        ]
 
     rights = label if isinstance(label, list) else [label]
     return max(overlap(characters(answer), characters(right)) for right in rights)
 
 
 def summary(answer: str, label: Any) -> float:
-    """ROUGE-Lsum F1 without stemming, as the package `evaluate` computes it (rouge_score); the best over all summaries."""
+    """ROUGE-Lsum F1 without stemming, as the package `evaluate` computes it (rouge_score); the best
+    over all summaries.
+    """
     from rouge_score.rouge_scorer import RougeScorer
 
     rights = label if isinstance(label, list) else [label]

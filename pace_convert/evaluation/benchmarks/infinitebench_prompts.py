@@ -1,8 +1,8 @@
 """What InfiniteBench asks, in its own words: a prompt's wording is part of the benchmark.
 
-For chat models the official templates are those for GPT-4, which lm-evaluation-harness has but for Math.Calc. For models
-without a chat template they are those for Yarn-Mistral (both: src/prompt.py of OpenBMB/InfiniteBench), given here: they end
-where the answer begins.
+For chat models the official templates are those for GPT-4, which lm-evaluation-harness has but for
+Math.Calc. For models without a chat template they are those for Yarn-Mistral (both: src/prompt.py
+of OpenBMB/InfiniteBench), given here: they end where the answer begins.
 """
 
 from __future__ import annotations
@@ -17,26 +17,31 @@ HIDDEN = "There is an important info hidden inside a lot of irrelevant text. Fin
 QUIZ = "I will quiz you about the important information there.\n\n{context}\n\n{input}"
 OPTIONS = "A. {options[0]}\nB. {options[1]}\nC. {options[2]}\nD. {options[3]}"
 EXPRESSIONS = (
-    "Let us calculate the intermediate values of an expression.\n\nExpression: 1 + 3 + 4\nValues: [1, 4, 8]\n\n"
+    "Let us calculate the intermediate values of an expression.\n\nExpression: 1 + 3 + 4\nValues: "
+    "[1, 4, 8]\n\n"
     "Expression: 8 - 3 + 2 - 4\nValues: [8, 5, 7, 3]\n\nExpression: {context}\nValues:"
 )
 COMPLETIONS = {
     "passkey": f"{HIDDEN} and memorize them. {QUIZ}\n\nThe pass key is",
     "number_string": f"{HIDDEN}. {QUIZ}\n\nThe sequence of digits is",
-    "kv_retrieval": "Extract the value corresponding to the specified key in the JSON object below.\n\n{context}\n\n{input}",
+    "kv_retrieval": "Extract the value corresponding to the specified key in the JSON object "
+    "below.\n\n{context}\n\n{input}",
     "longbook_sum_eng": "Summarize the book below.\n\n{context}\n\nSummary:",
-    "longbook_choice_eng": "Read the book and answer the question.\n\n{context}\n\nQuestion: {input}\n"
-    + OPTIONS
-    + "\n\nThe letter of the correct answer is",
-    "longbook_qa_eng": "Read the book and answer the question. Be very concise in your answer.\n\n{context}\n\n"
+    "longbook_choice_eng": "Read the book and answer the question.\n\n{context}\n\nQuestion: "
+    "{input}\n" + OPTIONS + "\n\nThe letter of the correct answer is",
+    "longbook_qa_eng": "Read the book and answer the question. Be very concise in your "
+    "answer.\n\n{context}\n\n"
     "Question: {input}\nAnswer:",
     "longbook_qa_chn": "阅读以下书籍然后回答问题。\n\n{context}\n\n问题：{input}\n答案：",  # noqa: RUF001
     "math_calc": EXPRESSIONS,
-    "code_run": "There is a function called {function} in the following Python code.\n\n{context}\n\n"
+    "code_run": "There is a function called {function} in the following Python "
+    "code.\n\n{context}\n\n"
     "Please compute the exact value of {call}. The value of {call} is",
-    "code_debug": "Following is a Python code where exactly one of the functions/methods has a deliberate error that makes "
+    "code_debug": "Following is a Python code where exactly one of the functions/methods has a "
+    "deliberate error that makes "
     "it crash.\n\n{context}\n\nOptions:\n" + OPTIONS + "\n\nThe correct option is:",
-    "longdialogue_qa_eng": "Below is a dialogue script where one random occurrence of a character name is replaced with "
+    "longdialogue_qa_eng": "Below is a dialogue script where one random occurrence of a character "
+    "name is replaced with "
     '"$$MASK$$", and you should try to guess who that character is.\n\n{context}\n\n'
     "The name that has been replaced with $$MASK$$ is likely",
 }
@@ -45,7 +50,9 @@ CALL = re.compile(r"(func_\d+)\(-?\d+\)")
 
 
 def prompt_of(task: str, question: dict, chat: bool) -> str:
-    """The official prompt for a chat model, or for one that goes on with a text; the latter are the same in Math.Find."""
+    """The official prompt for a chat model, or for one that goes on with a text; the latter are the
+    same in Math.Find.
+    """
     if chat or task not in COMPLETIONS:
         return _of_harness(task)(question)
     found = CALL.search(question["input"])

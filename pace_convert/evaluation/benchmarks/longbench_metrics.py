@@ -1,9 +1,10 @@
-"""How LongBench scores an answer (Bai et al. 2023, arXiv 2308.14508; the released eval.py and metrics.py).
+"""How LongBench scores an answer (Bai et al. 2023, arXiv 2308.14508; the released eval.py and
+metrics.py).
 
-Each function: answer, one of the right answers, names of all classes -> 0 to 1. The similarity of code is what
-fuzzywuzzy.fuzz.ratio, which the official script calls, gives without its optional C library: Python's difflib, in whole
-per cents. With that library (or rapidfuzz) the same pair can score differently, so nothing that may or may
-not be installed is asked.
+Each function: answer, one of the right answers, names of all classes -> 0 to 1. The similarity of
+code is what fuzzywuzzy.fuzz.ratio, which the official script calls, gives without its optional C
+library: Python's difflib, in whole per cents. With that library (or rapidfuzz) the same pair can
+score differently, so nothing that may or may not be installed is asked.
 """
 
 from __future__ import annotations
@@ -45,10 +46,11 @@ def rouge_l(answer: str, right: str, classes: Sequence[str] = ()) -> float:
 
 
 def classification(answer: str, right: str, classes: Sequence[str] = ()) -> float:
-    """1 / (classes named) if the right one is among them, less those that are only a part of its name.
+    """1 / (classes named) if the right one is among them, less those that are only a part of its
+    name.
 
-    As the official loop does it, which deletes from the list that it walks along: the class behind a deleted one is
-    passed over and stays.
+    As the official loop does it, which deletes from the list that it walks along: the class behind
+    a deleted one is passed over and stays.
     """
     named, at = [name for name in classes if name in answer], 0
     while at < len(named):
@@ -59,7 +61,9 @@ def classification(answer: str, right: str, classes: Sequence[str] = ()) -> floa
 
 
 def code_similarity(answer: str, right: str, classes: Sequence[str] = ()) -> float:
-    """Similarity to the first line that holds no comment sign or backtick; 0 where there is none."""
+    """Similarity to the first line that holds no comment sign or backtick; 0 where there is
+    none.
+    """
     lines = answer.lstrip("\n").split("\n")
     line = next((line for line in lines if not any(sign in line for sign in ("`", "#", "//"))), "")
     if not line or not right:
@@ -69,7 +73,8 @@ def code_similarity(answer: str, right: str, classes: Sequence[str] = ()) -> flo
 
 METRICS: dict[str, Metric] = {
     **dict.fromkeys(
-        ("narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique", "triviaqa"), qa_f1
+        ("narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique", "triviaqa"),
+        qa_f1
     ),
     **dict.fromkeys(("gov_report", "qmsum", "multi_news", "samsum"), rouge_l),
     "trec": classification,

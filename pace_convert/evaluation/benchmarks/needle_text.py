@@ -1,8 +1,8 @@
 """What a needle test reads: facts hidden in a haystack at a depth, and the question at the end.
 
-Two kinds of text: the reference model's own task (`reference`, held-out facts), and prose: generated sentences
-(`prose`), or texts of yours. In prose the needle is "The code of Ada is river." or, with numbers, "... is 4820951.";
-it always stands between sentences.
+Two kinds of text: the reference model's own task (`reference`, held-out facts), and prose:
+generated sentences (`prose`), or texts of yours. In prose the needle is "The code of Ada is river."
+or, with numbers, "... is 4820951."; it always stands between sentences.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ Count = Callable[[list[str]], list[int]]  # tokens of each text
 
 @dataclass(frozen=True)
 class Needles:
-    """How many facts are hidden, how many are asked for (each in a prompt of its own), over how many hops; the values."""
+    """How many facts are hidden, how many are asked for (each in a prompt of its own), over how
+    many hops; the values.
+    """
 
     count: int = 1
     asked: int = 1
@@ -38,7 +40,8 @@ class Needles:
 class Prompt:
     """text: up to the question's end. lead: begins the answer where no chat template does.
 
-    chat: `text` is one user turn; otherwise it is the whole prompt. hidden: all hidden values, of which one is right.
+    chat: `text` is one user turn; otherwise it is the whole prompt. hidden: all hidden values, of
+    which one is right.
     """
 
     text: str
@@ -56,7 +59,9 @@ def reference_prompts(needles: Needles, length: int, depth: float, seed: int) ->
     links = needles.count if needles.hops == 2 else 0
     rng = _rng(needles, length, depth, seed)
     try:
-        story = make_story(rng, length, needles.count, needles.asked, links, held_out=True, depth=depth)
+        story = make_story(
+            rng, length, needles.count, needles.asked, links, held_out=True, depth=depth
+        )
     except ValueError as error:
         raise CallError(str(error), "give longer --lengths or fewer --needles") from error
     return [_ask(story, question) for question in story.questions]
@@ -66,24 +71,38 @@ def _ask(story: Story, question: Question) -> Prompt:
     """The haystack and this question alone: no other answer stands in the prompt."""
     turn = ["what", "is", "the", "code", "of", question.name, "?", ASSISTANT]
     haystack = story.words[: story.questions[0].position - len(turn)]
-    hidden = tuple(haystack[i + 3] for i in range(len(haystack) - 3) if haystack[i : i + 3 : 2] == ["of", "is"])
+    hidden = tuple(
+        haystack[i + 3] for i in range(len(haystack) - 3) if haystack[i : i + 3 : 2] == ["of", "is"]
+    )
     return Prompt(as_text([*haystack, *turn]), question.answer, hidden, chat=False)
 
 
-def prose_prompts(haystack: str, needles: Needles, length: int, depth: float, seed: int, count: Count) -> list[Prompt]:
-    """Prompts of at most `length` tokens, less by one sentence at most. haystack: `prose` or a path.
+def prose_prompts(
+    haystack: str, needles: Needles, length: int, depth: float, seed: int, count: Count
+) -> list[Prompt]:
+    """Prompts of at most `length` tokens, less by one sentence at most. haystack: `prose` or a
+    path.
 
-    The first needle stands at `depth`, further ones evenly from there to the end. Raises CallError where a needle
-    and its question do not fit.
+    The first needle stands at `depth`, further ones evenly from there to the end. Raises CallError
+    where a needle and its question do not fit.
     """
     rng = _rng(needles, length, depth, seed)
     facts, asked = _facts(rng, needles)
     questions = [f"What is the code of {name}? Answer with the code alone." for name, _ in asked]
-    room = length - sum(count([f" {fact}" for fact in facts])) - max(count([f"\n\n{question}" for question in questions]))
+    room = (
+        length
+        - sum(count([f" {fact}" for fact in facts]))
+        - max(count([f"\n\n{question}" for question in questions]))
+    )
     if room < 0:
-        raise CallError(f"{len(facts)} needles and a question need {-room} tokens more than {length}", "give longer --lengths")
+        raise CallError(
+            f"{len(facts)} needles and a question need {-room} tokens more than {length}",
+            "give longer --lengths",
+        )
     sentences = _sentences(haystack, room, rng, count)
-    places = [round(len(sentences) * (depth + (1 - depth) * i / len(facts))) for i in range(len(facts))]
+    places = [
+        round(len(sentences) * (depth + (1 - depth) * i / len(facts))) for i in range(len(facts))
+    ]
     for place, fact in sorted(zip(places, facts), reverse=True):
         sentences.insert(place, fact)
     text, hidden = " ".join(sentences), tuple(value for _, value in asked)
@@ -101,7 +120,9 @@ def _facts(rng: np.random.Generator, needles: Needles) -> tuple[list[str], list[
     """Sentences to hide, and (name, value) of all that can be asked for, both in random order."""
     names = [str(name).capitalize() for name in rng.permutation(NAMES)]
     if needles.values == "numbers":
-        values = [str(1_000_000 + value) for value in rng.choice(9_000_000, needles.count, replace=False)]
+        values = [
+            str(1_000_000 + value) for value in rng.choice(9_000_000, needles.count, replace=False)
+        ]
     else:
         values = [str(value) for value in rng.permutation(CODES)[: needles.count]]
     asked = list(zip(names, values))
@@ -114,7 +135,9 @@ def _facts(rng: np.random.Generator, needles: Needles) -> tuple[list[str], list[
 
 
 def _sentences(haystack: str, room: int, rng: np.random.Generator, count: Count) -> list[str]:
-    """As many whole sentences as fit into `room` tokens, from a random one on; a short text is read over again."""
+    """As many whole sentences as fit into `room` tokens, from a random one on; a short text is read
+    over again.
+    """
     text = () if haystack == PROSE else split_sentences(haystack)
     at = int(rng.integers(len(text))) if text else 0
     chosen: list[str] = []
@@ -133,16 +156,25 @@ def _filler(rng: np.random.Generator) -> str:
 
 @lru_cache(maxsize=2)
 def split_sentences(path: str) -> tuple[str, ...]:
-    """Of a text file, or of all *.txt in a folder. Raises CallError for what is neither, or empty."""
+    """Of a text file, or of all *.txt in a folder. Raises CallError for what is neither, or
+    empty.
+    """
     place = Path(path)
     files = sorted(place.rglob("*.txt")) if place.is_dir() else [place]
     if not files or not all(file.is_file() for file in files):
-        raise CallError(f"no text in {path}", f"give a text file, a folder of .txt files, {PROSE} or {REFERENCE}")
+        raise CallError(
+            f"no text in {path}",
+            f"give a text file, a folder of .txt files, {PROSE} or {REFERENCE}",
+        )
     try:
         text = " ".join(file.read_text(encoding="utf-8-sig") for file in files)
     except UnicodeDecodeError as error:
-        raise CallError(f"{path} is not a UTF-8 text", "give a text file, or a folder of .txt files") from error
-    sentences = tuple(" ".join(part.split()) for part in re.split(r"(?<=[.!?])\s+", text) if part.strip())
+        raise CallError(
+            f"{path} is not a UTF-8 text", "give a text file, or a folder of .txt files"
+        ) from error
+    sentences = tuple(
+        " ".join(part.split()) for part in re.split(r"(?<=[.!?])\s+", text) if part.strip()
+    )
     if not sentences:
         raise CallError(f"{path} is empty", "give a text with sentences")
     return sentences

@@ -1,7 +1,9 @@
-"""Questions on people's own long contexts, in LongBench's format and scored as LongBench scores answers.
+"""Questions on people's own long contexts, in LongBench's format and scored as LongBench scores
+answers.
 
-The log-likelihood of the reference answer stands beside the scores: it moves where a small model's answers, right or
-wrong, do not yet. All questions to a context share its prompt, so it is read once.
+The log-likelihood of the reference answer stands beside the scores: it moves where a small model's
+answers, right or wrong, do not yet. All questions to a context share its prompt, so it is read
+once.
 """
 
 from __future__ import annotations
@@ -11,19 +13,53 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from pydantic import Field
 
 from ...errors import CallError, DamagedSourceError
-from ..measures import Measure
-from ..reader import Reader
-from ..runner import Results
-from ..subjects import context_length
+from ..folder import RESULTS
+from ..measures import Measure, facts, print_measures
+from ..options import EvaluationOptions, Paths
 from .documents import digest, found_files
 from .longbench import FIELDS, official_prompt
 from .longbench_metrics import normalise, qa_f1, rouge_l
 from .records import Records, middle_cut
 
-PROMPT = "multifieldqa_en"  # "Read the following text and answer briefly."
+if TYPE_CHECKING:
+    from ..reader import Reader
+    from ..runner import Results
+
+PROMPT: Final = "multifieldqa_en"  # "Read the following text and answer briefly."
+
+
+class QAOptions(EvaluationOptions):
+    """Which questions, how they are put, and what is scored."""
+
+    on: Paths = Field(
+        min_length=1,
+        description=".jsonl files in LongBench's format (input, context, answers), or folders of "
+        "them; "
+        "repeatable.",
+    )
+    prompt: Literal[
+        "multifieldqa_en", "narrativeqa", "qasper", "hotpotqa", "2wikimqa", "musique"
+    ] = Field(
+        PROMPT,
+        description="The data set of LongBench whose prompt and length of answers are taken.",
+    )
+    max_length: int | None = Field(
+        None,
+        ge=2,
+        description="Tokens of a prompt; of longer contexts the middle is left out.  [default: "
+        "what the "
+        "model was made for, less answer]",
+    )
+    plain: bool = Field(False, description="No chat template.")
+    no_generate: bool = Field(
+        False, description="Score the likelihood of the reference answers alone."
+    )
+    limit: int | None = Field(None, ge=1, description="Contexts of each file.  [default: all]")
 
 
 @dataclass(frozen=True)
@@ -36,16 +72,19 @@ class Context:
     @property
     def mark(self) -> str:
         """The same for the same text, questions and answers."""
-        return digest(self.text, *(part for _, asked, right in self.questions for part in (asked, *right)))
+        return digest(
+            self.text, *(part for _, asked, right in self.questions for part in (asked, *right))
+        )
 
 
 @dataclass(frozen=True)
 class QuestionAnswering:
     """One cell a context, one record a question.
 
-    contexts: (file, number in it, mark), what is asked of `files`. prompt: LongBench's, of which of its data sets.
-    max_length: tokens of a prompt, of longer contexts the middle is left out, the same for all questions; None: what
-    the model was made for, less the answer. plain: no chat template. generate: answers too, not their likelihood alone.
+    contexts: (file, number in it, mark), what is asked of `files`. prompt: LongBench's, of which of
+    its data sets. max_length: tokens of a prompt, of longer contexts the middle is left out, the
+    same for all questions; None: what the model was made for, less the answer. plain: no chat
+    template. generate: answers too, not their likelihood alone.
     """
 
     files: tuple[Path, ...]
@@ -60,28 +99,37 @@ class QuestionAnswering:
     @property
     def metric(self) -> str:
         """Of `score`."""
-        return "F1 of words" if self.generate else "probability of an answer's token, geometric mean"
+        return (
+            "F1 of words" if self.generate else "probability of an answer's token, geometric mean"
+        )
 
     def identity(self) -> dict:
         """Contexts are known by their cells' names, so that more of them reuse what is there."""
         return {
-            "prompt": self.prompt, "max_length": self.max_length, "plain": self.plain, "no_generate": not self.generate,
+            "prompt": self.prompt, "max_length": self.max_length, "plain": self.plain,
+            "no_generate": not self.generate,
         }  # fmt: skip
 
     def cells(self) -> list[str]:
         """file:number:mark, numbers from 1."""
-        return [f"{self.files[file].stem}:{number + 1}:{mark}" for file, number, mark in self.contexts]
+        return [
+            f"{self.files[file].stem}:{number + 1}:{mark}" for file, number, mark in self.contexts
+        ]
 
     def group(self, cell: str) -> str:
         """The file."""
         return cell.rsplit(":", 2)[0]
 
     def run(self, reader: Reader, cell: str) -> list[dict]:
-        """Records hold the answer, its scores and the log-likelihood of the best right answer, nats a token."""
+        """Records hold the answer, its scores and the log-likelihood of the best right answer, nats
+        a token.
+        """
         file, number, mark = self.contexts[self.cells().index(cell)]
         context = read_contexts(self.files[file])[number]
         if context.mark != mark:
-            raise CallError(f"{self.files[file]} has changed while it was read", "run the command again")
+            raise CallError(
+                f"{self.files[file]} has changed while it was read", "run the command again"
+            )
         prompts = self._fitted(reader, context)
         prefix = reader.read_common([prompt.ids for prompt in prompts])
         records = [
@@ -103,14 +151,20 @@ class QuestionAnswering:
         Raises CallError where nothing of the context would be left.
         """
         tokens = official_prompt(self.prompt)[1] if self.generate else 0
-        ids, prompts = reader.encode(context.text, special=False), self._prompts(reader, context, context.text)
+        ids, prompts = (
+            reader.encode(context.text, special=False),
+            self._prompts(reader, context, context.text),
+        )
         kept, longest = len(ids), max(len(prompt.ids) for prompt in prompts)
         room = max(tokens, *(len(right) for prompt in prompts for right in prompt.answers))
         limit = min(self.max_length or 10**9, (reader.context or 10**9) - room)
         while longest > limit:
             kept -= longest - limit  # again where the text that is left splits into more tokens
             if kept < 2:
-                raise CallError(f"a prompt of {limit} tokens has no room for the context", "give a larger --max-length")
+                raise CallError(
+                    f"a prompt of {limit} tokens has no room for the context",
+                    "give a larger --max-length",
+                )
             text = "".join(reader.decode(part) for part in middle_cut(ids, kept))
             prompts = self._prompts(reader, context, text)
             longest = max(len(prompt.ids) for prompt in prompts)
@@ -134,27 +188,33 @@ class Prompt:
 
     @classmethod
     def of(cls, reader: Reader, text: str, answers: Sequence[str], chat: bool) -> Prompt:
-        """chat: `text` is a whole chat turn, special tokens included; without, a space stands before the answer."""
+        """chat: `text` is a whole chat turn, special tokens included; without, a space stands
+        before the answer.
+        """
         ids, gap = reader.encode(text, special=not chat), "" if chat else " "
         behind = []
         for answer in answers:
             whole = reader.encode(text + gap + answer, special=not chat)
-            fits = len(whole) > len(ids) and whole[: len(ids)] == ids  # else the two would merge into other tokens
+            fits = (
+                len(whole) > len(ids) and whole[: len(ids)] == ids
+            )  # else the two would merge into other tokens
             behind.append(whole[len(ids) :] if fits else reader.encode(gap + answer, special=False))
         return cls(ids, behind)
 
     def likelihood(self, reader: Reader, prefix: Any) -> dict:
         """Nats a token of the right answer that is likeliest by them, and its tokens."""
         found = reader.log_likelihood_each([self.ids] * len(self.answers), self.answers, prefix)
-        best, tokens = max((nats / len(answer), len(answer)) for nats, answer in zip(found, self.answers))
+        best, tokens = max(
+            (nats / len(answer), len(answer)) for nats, answer in zip(found, self.answers)
+        )
         return {"log_likelihood": best, "tokens": tokens, "prompt": len(self.ids)}
 
 
 def scores(answer: str, right: Sequence[str]) -> dict:
     """F1 of words (`score`), ROUGE-L and exact match, each the best over all right answers, 0 to 1.
 
-    Of an answer its first line counts, as LongBench has it where answers may run on. Exact: the same words, as SQuAD
-    normalises them.
+    Of an answer its first line counts, as LongBench has it where answers may run on. Exact: the
+    same words, as SQuAD normalises them.
     """
     line = answer.lstrip("\n").split("\n")[0]
     return {
@@ -166,51 +226,80 @@ def scores(answer: str, right: Sequence[str]) -> dict:
 
 @lru_cache(maxsize=4)
 def read_contexts(file: Path) -> list[Context]:
-    """The contexts of a .jsonl file in LongBench's format, each with all its questions, in the file's order.
+    """The contexts of a .jsonl file in LongBench's format, each with all its questions, in the
+    file's order.
 
     Raises DamagedSourceError for a line that is no question or has no answer.
     """
     asked: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {}
-    for number, line in enumerate(Records("", folder=str(file.parent)).read(file.stem, FIELDS, None), 1):
+    for number, line in enumerate(
+        Records("", folder=str(file.parent)).read(file.stem, FIELDS, None), 1
+    ):
         right = tuple(answer for answer in line["answers"] if answer.strip())
         name = str(line.get("_id", number))
         if not right:
-            raise DamagedSourceError(f"{file.name}: question {name} has no answer", "give each at least one")
+            raise DamagedSourceError(
+                f"{file.name}: question {name} has no answer", "give each at least one"
+            )
         asked.setdefault(line["context"], []).append((name, line["input"], right))
     return [Context(text, tuple(questions)) for text, questions in asked.items()]
 
 
-def qa_test(model: str, asked: dict[str, Any]) -> QuestionAnswering:
-    """What the options of `pace eval qa` describe. Raises CallError for what can't be."""
-    most, longest = context_length(model), asked["max_length"]
+def qa_test(model: str, options: QAOptions) -> QuestionAnswering:
+    """The evaluation that these options describe. Raises CallError for what can't be."""
+    from ..subjects import context_length
+
+    most, longest = context_length(model), options.max_length
     if longest is not None and longest > most:
-        raise CallError(f"--max-length {longest} is more than the {most} that {model} was made for", "give less")
-    files = found_files(asked["on"], ".jsonl")
+        raise CallError(
+            f"--max-length {longest} is more than the {most} that {model} was made for", "give less"
+        )
+    files = found_files(options.on, ".jsonl")
     other = [file for file in files if file.suffix != ".jsonl"]
     if other:
-        raise CallError(f"--on {other[0]} is no .jsonl file", "give questions in LongBench's format, one a line")
+        raise CallError(
+            f"--on {other[0]} is no .jsonl file", "give questions in LongBench's format, one a line"
+        )
     if len({file.stem for file in files}) < len(files):
         raise CallError("two files of --on have the same name", "rename one of them")
     places = [
         (at, number, context.mark)
         for at, file in enumerate(files)
-        for number, context in enumerate(read_contexts(file)[: asked["limit"]])
+        for number, context in enumerate(read_contexts(file)[: options.limit])
     ]
     return QuestionAnswering(
-        tuple(files), tuple(places), asked["prompt"], longest, asked["plain"], not asked["no_generate"]
+        tuple(files), tuple(places), options.prompt, longest, options.plain, not options.no_generate
     )  # fmt: skip
 
 
+def qa_facts(results: Results, options: QAOptions, folder: Path) -> dict:
+    """What results.json holds."""
+    return facts(results, qa_measures(results))
+
+
+def show_qa(results: Results, folder: Path) -> None:
+    """The table, and where all numbers are."""
+    print_measures(results, qa_measures(results), "questions (95 % interval)")
+    print(f"All numbers: {folder / RESULTS}")
+
+
 def qa_measures(results: Results) -> list[Measure]:
-    """By file and, where there are several, over all: F1, ROUGE-L, exact match in per cent, and the log-likelihood."""
+    """By file and, where there are several, over all: F1, ROUGE-L, exact match in per cent, and the
+    log-likelihood.
+    """
     groups: list[str | None] = list(results.groups())
     fields = [("F1, %", "score"), ("ROUGE-L, %", "rouge_l"), ("exact, %", "exact")]
-    generated = "no_generate" in results.evaluation.identity() and not results.evaluation.identity()["no_generate"]
+    generated = (
+        "no_generate" in results.evaluation.identity()
+        and not results.evaluation.identity()["no_generate"]
+    )
     measures = []
     for group in [*groups, None] if len(groups) > 1 else groups:
         for name, field in fields if generated else []:
             measures.append(Measure(name, _per_cent(field), group=group, digits=1))
-        measures.append(Measure("log-likelihood, nats a token", lambda r: r["log_likelihood"], group=group))
+        measures.append(
+            Measure("log-likelihood, nats a token", lambda r: r["log_likelihood"], group=group)
+        )
     return measures
 
 

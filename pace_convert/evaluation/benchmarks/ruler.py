@@ -1,4 +1,6 @@
-"""RULER (Hsieh et al. 2024, arXiv 2404.06654), made and scored by lm-evaluation-harness, answered by our reader."""
+"""RULER (Hsieh et al. 2024, arXiv 2404.06654), made and scored by lm-evaluation-harness, answered
+by our reader.
+"""
 
 from __future__ import annotations
 
@@ -7,29 +9,57 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import lru_cache
 from io import StringIO
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import Field
 
 from ...errors import PaceError
-from ..reader import Reader
+from ..grid import KILO, parse_grid
+from ..options import CommaSeparated, EvaluationOptions
+from .records import choose
+
+if TYPE_CHECKING:
+    from ..reader import Reader
 
 CATEGORIES = {
     "Retrieval": (
-        "niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3",
+        "niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2",
+        "niah_multikey_3",
         "niah_multivalue", "niah_multiquery",
     ),
     "Tracing": ("ruler_vt",),
     "Aggregation": ("ruler_cwe", "ruler_fwe"),
     "QA": ("ruler_qa_squad", "ruler_qa_hotpot"),
 }  # fmt: skip
-OFFLINE = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_vt", "ruler_cwe", "ruler_fwe")
+OFFLINE = (
+    "niah_single_1",
+    "niah_multikey_2",
+    "niah_multikey_3",
+    "ruler_vt",
+    "ruler_cwe",
+    "ruler_fwe",
+)
 SEED = 0
+
+
+class RulerOptions(EvaluationOptions):
+    """Which tasks, how long, and how many questions."""
+
+    tasks: CommaSeparated | None = Field(
+        None, description="Tasks or categories, separated by commas.  [default: all]"
+    )
+    lengths: CommaSeparated = Field(
+        "4k,8k,16k", description="Context in tokens, answer included; k is 1024."
+    )
+    limit: int = Field(100, ge=1, le=500, description="Questions a task and length.")
 
 
 @dataclass(frozen=True)
 class Ruler:
-    """One cell a task and length. lengths: tokens, answer included. limit: questions of each, at most 500."""
+    """One cell a task and length. lengths: tokens, answer included. limit: questions of each, at
+    most 500.
+    """
 
     tasks: tuple[str, ...]
     lengths: tuple[int, ...]
@@ -57,8 +87,17 @@ class Ruler:
         documents = documents[: self.limit]
         rows = [_row(reader, document) for document in documents]
         answers = reader.answer(rows, task.config.generation_kwargs["max_gen_toks"])
-        scores = [task.process_results(document, [answer])[length] for document, answer in zip(documents, answers)]
+        scores = [
+            task.process_results(document, [answer])[length]
+            for document, answer in zip(documents, answers)
+        ]
         return [{"score": score, "answer": answer} for score, answer in zip(scores, answers)]
+
+
+def ruler_test(model: str, options: RulerOptions) -> Ruler:
+    """The evaluation that these options describe. Raises CallError for what can't be."""
+    lengths = parse_grid(options.lengths, KILO)
+    return Ruler(choose(options.tasks, CATEGORIES), lengths, options.limit)
 
 
 @lru_cache(maxsize=2)
@@ -69,17 +108,27 @@ def made_by_harness(name: str, length: int, tokenizer: str) -> tuple[Any, list[d
     try:
         from lm_eval.tasks import TaskManager
 
-        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # bars and downloads' remarks
+        with (
+            redirect_stdout(StringIO()),
+            redirect_stderr(StringIO()),
+        ):  # bars and downloads' remarks
             manager = TaskManager(metadata={"max_seq_lengths": [length], "tokenizer": tokenizer})
             task = manager.load([name])["tasks"][name]
             return task, list(task.test_docs())
     except ModuleNotFoundError:
         raise
-    except Exception as error:  # of the harness, of what it downloads, or of a length that nothing fits into
+    except (
+        Exception
+    ) as error:  # of the harness, of what it downloads, or of a length that nothing fits into
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        hint = "" if name in OFFLINE else "; this task downloads its texts, --tasks niah_single_1,ruler_fwe does not"
+        hint = (
+            ""
+            if name in OFFLINE
+            else "; this task downloads its texts, --tasks niah_single_1,ruler_fwe does not"
+        )
         raise PaceError(
-            f"lm-evaluation-harness can't make {name} of {length} tokens: {reason}", f"give other --lengths{hint}"
+            f"lm-evaluation-harness can't make {name} of {length} tokens: {reason}",
+            f"give other --lengths{hint}",
         ) from error
 
 

@@ -5,26 +5,52 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
 
 from ...errors import CallError
+from ..folder import RESULTS
 from ..grid import KILO, parse_grid
-from ..measures import Measure
-from ..reader import Reader
-from ..runner import Results
-from ..subjects import context_length
+from ..measures import Measure, facts, print_measures
+from ..options import CommaSeparated, EvaluationOptions, Paths
 from .documents import digest, found_files, read_texts
 
+if TYPE_CHECKING:
+    from ..reader import Reader
+    from ..runner import Results
+
+PICTURE = "text.png"
 BAND = 512  # tokens of the first band; each further one is as long as all before it
 LONGEST = 4096  # tokens of a piece where --length does not say
 
 
+class TextOptions(EvaluationOptions):
+    """Which texts, and how much of each."""
+
+    on: Paths = Field(
+        min_length=1,
+        description="Text files, folders of .txt files, or .jsonl files with a `text` a line; may "
+        "be "
+        "repeated.",
+    )
+    length: CommaSeparated | None = Field(
+        None,
+        description="Tokens of a piece: 4k or 512.  [default: what the model was made for, at most "
+        "4k]",
+    )
+    pieces: int = Field(1, ge=1, description="Pieces of each document.")
+    limit: int | None = Field(None, ge=1, description="Documents of all.  [default: all]")
+
+
 @dataclass(frozen=True)
 class TextLoss:
-    """Each document's first `pieces` pieces of `length` tokens, each read from an empty cache; one cell a document.
+    """Each document's first `pieces` pieces of `length` tokens, each read from an empty cache; one
+    cell a document.
 
-    files: as `read_texts` takes them. documents: (file, number in it, digest of the text), what is read of them.
-    A piece begins with what the tokenizer puts before a text; positions count that too.
+    files: as `read_texts` takes them. documents: (file, number in it, digest of the text), what is
+    read of them. A piece begins with what the tokenizer puts before a text; positions count that
+    too.
     """
 
     files: tuple[Path, ...]
@@ -41,7 +67,9 @@ class TextLoss:
 
     def cells(self) -> list[str]:
         """file:number:digest, numbers from 1."""
-        return [f"{self.files[file].name}:{number + 1}:{mark}" for file, number, mark in self.documents]
+        return [
+            f"{self.files[file].name}:{number + 1}:{mark}" for file, number, mark in self.documents
+        ]
 
     def group(self, cell: str) -> str:
         """The file."""
@@ -52,7 +80,9 @@ class TextLoss:
         file, number, mark = self.documents[self.cells().index(cell)]
         text = read_texts(self.files[file])[number]
         if digest(text) != mark:
-            raise CallError(f"{self.files[file]} has changed while it was read", "run the command again")
+            raise CallError(
+                f"{self.files[file]} has changed while it was read", "run the command again"
+            )
         ids, opening = reader.encode(text, special=False), reader.opening
         own = self.length - len(opening)
         starts = range(0, min(len(ids), own * self.pieces), own)
@@ -72,17 +102,44 @@ class TextLoss:
         return {"score": math.exp(sum(found) / len(found)), **record}
 
 
-def text_test(model: str, asked: dict[str, Any]) -> TextLoss:
-    """What the options of `pace eval text` describe. Raises CallError for what can't be."""
+def text_test(model: str, options: TextOptions) -> TextLoss:
+    """The evaluation that these options describe. Raises CallError for what can't be."""
+    from ..subjects import context_length
+
     most = context_length(model)
-    lengths = parse_grid(asked["length"], KILO) if asked["length"] else (min(LONGEST, most),)
+    lengths = parse_grid(options.length, KILO) if options.length else (min(LONGEST, most),)
     if len(lengths) > 1 or not 2 <= lengths[0] <= most:
-        raise CallError(f"--length {asked['length']}: give one length from 2 to {most}, what {model} was made for", "like 4k")
-    files = found_files(asked["on"], ".txt")
-    places = [(file, number, digest(text)) for file, path in enumerate(files) for number, text in enumerate(read_texts(path))]
+        raise CallError(
+            f"--length {options.length}: give one length from 2 to {most}, what {model} was made "
+            "for",
+            "like 4k",
+        )
+    files = found_files(options.on, ".txt")
+    places = [
+        (file, number, digest(text))
+        for file, path in enumerate(files)
+        for number, text in enumerate(read_texts(path))
+    ]
     if not places:
-        raise CallError(f"--on {asked['on'][0]} holds no text", "give files that are not empty")
-    return TextLoss(tuple(files), tuple(places[: asked["limit"]]), lengths[0], asked["pieces"])
+        raise CallError(f"--on {options.on[0]} holds no text", "give files that are not empty")
+    return TextLoss(tuple(files), tuple(places[: options.limit]), lengths[0], options.pieces)
+
+
+def text_facts(results: Results, options: TextOptions, folder: Path) -> dict:
+    """What results.json holds; draws text.png into the folder."""
+    from .text_plot import plot_text
+
+    measures = text_measures(results)
+    plot_text(results, measures[:-2], folder / PICTURE)
+    return facts(results, measures)
+
+
+def show_text(results: Results, folder: Path) -> None:
+    """The table, and who can't be compared by tokens."""
+    print_measures(results, text_measures(results), "nats a token by position (95 % interval)")
+    for name in other_tokens(results):
+        print(f"{name} splits the texts into other tokens: only its bits a byte can be compared.")
+    print(f"All numbers: {folder / RESULTS}; as a picture: {folder / PICTURE}")
 
 
 def bands(length: int) -> list[tuple[int, int]]:
@@ -94,22 +151,38 @@ def bands(length: int) -> list[tuple[int, int]]:
 
 
 def text_measures(results: Results) -> list[Measure]:
-    """Nats a token by position and over all, and bits a byte. Raises CallError where nothing was predicted."""
+    """Nats a token by position and over all, and bits a byte. Raises CallError where nothing was
+    predicted.
+    """
     test = results.evaluation
     assert isinstance(test, TextLoss)
-    measures = [_nats(f"{_short(a)} to {_short(b)}", i) for i, (a, b) in enumerate(bands(test.length))]
-    records = [record for cell in results.records[results.subjects[0].name].values() for record in cell]
+    measures = [
+        _nats(f"{_short(a)} to {_short(b)}", i) for i, (a, b) in enumerate(bands(test.length))
+    ]
+    records = [
+        record for cell in results.records[results.subjects[0].name].values() for record in cell
+    ]
     held = [measure for measure in measures if any(measure.count(record) for record in records)]
     if not held:
         raise CallError("no text has two tokens", "give longer ones")
-    bits = Measure("bits a byte", lambda r: sum(r["nats"]) / math.log(2), lambda r: sum(r["bytes"]), sign=-1, digits=4)
+    bits = Measure(
+        "bits a byte",
+        lambda r: sum(r["nats"]) / math.log(2),
+        lambda r: sum(r["bytes"]),
+        sign=-1,
+        digits=4,
+    )
     return [*held, _nats("all", None), bits]
 
 
 def other_tokens(results: Results) -> list[str]:
-    """Subjects that split the texts into other tokens than the first: only their bits a byte can be compared."""
+    """Subjects that split the texts into other tokens than the first: only their bits a byte can be
+    compared.
+    """
     counts = {
-        subject.name: [record["tokens"] for rows in results.records[subject.name].values() for record in rows]
+        subject.name: [
+            record["tokens"] for rows in results.records[subject.name].values() for record in rows
+        ]
         for subject in results.subjects
     }
     first = counts[results.subjects[0].name]
@@ -120,7 +193,9 @@ def _nats(name: str, band: int | None) -> Measure:
     def summed(field: str, record: dict) -> float:
         return sum(record[field]) if band is None else record[field][band]
 
-    return Measure(name, lambda r: summed("nats", r), lambda r: summed("tokens", r), sign=-1, digits=4)
+    return Measure(
+        name, lambda r: summed("nats", r), lambda r: summed("tokens", r), sign=-1, digits=4
+    )
 
 
 def _short(tokens: int) -> str:

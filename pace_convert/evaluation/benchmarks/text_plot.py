@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...writing import write_whole
-from ..intervals import Estimate
+from ..intervals import Mean
 from ..measures import Measure
 from ..runner import Results
 
@@ -14,7 +14,9 @@ LEAST_RANGE = 0.005  # nats a token; so that nothing does not look like much
 
 
 def plot_text(results: Results, measures: Sequence[Measure], path: Path) -> None:
-    """By band of positions: what the first subject needs, and the others' gains over it, nats a token, 95 % intervals."""
+    """By band of positions: what the first subject needs, and the others' gains over it, nats a
+    token, 95 % intervals.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -22,13 +24,21 @@ def plot_text(results: Results, measures: Sequence[Measure], path: Path) -> None
 
     first, *others = [subject.name for subject in results.subjects]
     panels = 2 if others else 1
-    figure, axes = plt.subplots(1, panels, figsize=(5.2 * panels, 3.8), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        1, panels, figsize=(5.2 * panels, 3.8), layout="constrained", squeeze=False
+    )
     bands = [measure.name for measure in measures]
     _curve(axes[0][0], first, [measure.value(results, first) for measure in measures], 0.0, "0.3")
     axes[0][0].set_title(f"{first}, nats a token", fontsize=10)
     for place, name in enumerate(others):
         shift = 0.12 * (place - (len(others) - 1) / 2)
-        _curve(axes[0][1], name, [measure.gain(results, name, first) for measure in measures], shift, f"C{place % 10}")
+        _curve(
+            axes[0][1],
+            name,
+            [measure.gain(results, name, first) for measure in measures],
+            shift,
+            f"C{place % 10}",
+        )
     if others:
         axes[0][1].axhline(0, color="0.5", linewidth=1)
         bottom, top = axes[0][1].get_ylim()
@@ -45,10 +55,12 @@ def plot_text(results: Results, measures: Sequence[Measure], path: Path) -> None
     plt.close(figure)
 
 
-def _curve(axis, name: str, made: list[Estimate], shift: float, colour: str) -> None:
+def _curve(axis, name: str, made: list[Mean], shift: float, colour: str) -> None:
     means = [estimate.mean for estimate in made]
     errors = [[e.mean - e.low for e in made], [e.high - e.mean for e in made]]
     places = [place + shift for place in range(len(made))]
     # an interval of few clusters need not hold the mean
     errors = [[max(0.0, reach) for reach in side] for side in errors]
-    axis.errorbar(places, means, yerr=errors, fmt="o-", capsize=3, markersize=4, color=colour, label=name)
+    axis.errorbar(
+        places, means, yerr=errors, fmt="o-", capsize=3, markersize=4, color=colour, label=name
+    )

@@ -1,12 +1,13 @@
 """What a model and its memory compute and move, counted. Pure.
 
-Counted is what transformers' classes and `modeling/` do, for one sequence: FLOPs of matrix products (2 for a
-multiply-add), FLOPs of everything else, and bytes that tensors are read and written with, each operation
-by itself. The memory's events come from its own clock (`memory_clock.Rhythm`), so what is compared twice
-is counted twice.
+Counted is what transformers' classes and `modeling/` do, for one sequence: FLOPs of matrix products
+(2 for a multiply-add), FLOPs of everything else, and bytes that tensors are read and written with,
+each operation by itself. The memory's events come from its own clock (`memory_clock.Rhythm`), so
+what is compared twice is counted twice.
 
-H hidden size, D neurons, M slots, E experts compared separately (1 with granularity "token"), n tokens of a
-call, b bytes of an activation, w = max(b, 4) of a similarity or norm, U tokens of a block, R of the ring.
+H hidden size, D neurons, M slots, E experts compared separately (1 with granularity "token"), n
+tokens of a call, b bytes of an activation, w = max(b, 4) of a similarity or norm, U tokens of a
+block, R of the ring.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ Calls = list[tuple[int, int]]  # tokens before a call, and in it
 
 @dataclass(frozen=True)
 class Work:
-    """products: FLOPs of matrix products; other: FLOPs of the rest; moved: bytes read and written."""
+    """products: FLOPs of matrix products; other: FLOPs of the rest; moved: bytes read and
+    written.
+    """
 
     products: float = 0.0
     other: float = 0.0
@@ -43,7 +46,8 @@ class Work:
 
 @dataclass(frozen=True)
 class Dimensions:
-    """A decoder's sizes. ffn_matrices: 3 for a gated FFN, 2 for a plain one. itemsize: bytes of a weight or activation.
+    """A decoder's sizes. ffn_matrices: 3 for a gated FFN, 2 for a plain one. itemsize: bytes of a
+    weight or activation.
 
     Every layer attends to the whole context.
     """
@@ -61,14 +65,19 @@ class Dimensions:
 
     @property
     def layer_weights(self) -> int:
-        """Elements of a layer's matrices: q and o [H, heads x size], k and v [H, kv_heads x size], the FFN's [H, D]."""
+        """Elements of a layer's matrices: q and o [H, heads x size], k and v [H, kv_heads x size],
+        the FFN's [H, D].
+        """
         attention = 2 * self.hidden * self.head_size * (self.heads + self.kv_heads)
         return attention + self.ffn_matrices * self.hidden * self.neurons
 
     @property
     def weights(self) -> int:
         """Elements of all matrices, embeddings included."""
-        return self.layers * self.layer_weights + (1 if self.tied else 2) * self.hidden * self.vocabulary
+        return (
+            self.layers * self.layer_weights
+            + (1 if self.tied else 2) * self.hidden * self.vocabulary
+        )
 
     def cache_bytes(self, tokens: int) -> int:
         """Keys and values of all layers: 2 x layers x kv_heads x size x b a token."""
@@ -78,11 +87,12 @@ class Dimensions:
 def base_call(d: Dimensions, past: int, tokens: int, copies: bool = True) -> Work:
     """The base model on `tokens` tokens after `past`, with the logits of the last one.
 
-    products: 2 n x (a layer's weights) + 4 n (past + n) x heads x size for scores and weighted values, a layer (masked
-    scores are computed too); 2 H V for the head. moved: every weight once a call; a token's activations, about 16 H + 8 D
-    a layer; the KV cache once. copies: also what `DynamicCache` and `repeat_kv` add to the cache's traffic: `cat` reads
-    and writes it, and for a call of several tokens keys and values are repeated for each of heads / kv_heads groups.
-    Other: about 8 H + 3 D a token and layer, and 5 a score.
+    products: 2 n x (a layer's weights) + 4 n (past + n) x heads x size for scores and weighted
+    values, a layer (masked scores are computed too); 2 H V for the head. moved: every weight once a
+    call; a token's activations, about 16 H + 8 D a layer; the KV cache once. copies: also what
+    `DynamicCache` and `repeat_kv` add to the cache's traffic: `cat` reads and writes it, and for a
+    call of several tokens keys and values are repeated for each of heads / kv_heads groups. Other:
+    about 8 H + 3 D a token and layer, and 5 a score.
     """
     context, b = past + tokens, d.itemsize
     scores = tokens * context * d.heads
@@ -93,7 +103,8 @@ def base_call(d: Dimensions, past: int, tokens: int, copies: bool = True) -> Wor
     layer = Work(
         products=2 * tokens * d.layer_weights + 4 * scores * d.head_size,
         other=tokens * (8 * d.hidden + 3 * d.neurons) + 5 * scores,
-        moved=b * (d.layer_weights + tokens * (16 * d.hidden + 8 * d.neurons)) + passes * d.cache_bytes(context) / d.layers,
+        moved=b * (d.layer_weights + tokens * (16 * d.hidden + 8 * d.neurons))
+        + passes * d.cache_bytes(context) / d.layers,
     )
     head = Work(2 * d.hidden * d.vocabulary, 0, b * d.hidden * d.vocabulary)
     return layer * d.layers + head
@@ -107,7 +118,9 @@ def prefill(d: Dimensions, calls: Calls, copies: bool = True) -> Work:
 def calls_of(lengths: Sequence[int], chunk: int) -> Calls:
     """Prompts that grow through these lengths, in calls of at most `chunk` tokens."""
     return [
-        (past, min(chunk, stop - past)) for start, stop in zip([0, *lengths], lengths) for past in range(start, stop, chunk)
+        (past, min(chunk, stop - past))
+        for start, stop in zip([0, *lengths], lengths)
+        for past in range(start, stop, chunk)
     ]
 
 
@@ -127,8 +140,9 @@ class MemoryCost:
     def find(self, n: int) -> Work:
         """Compare n tokens with all slots.
 
-        products: 2 M D a token. other: 2 D for norms, 3 for scaling and log2 M for sorting each of a token's (E + 1) M
-        cosines, of which E = 1 has M. moved: h twice and the keys once; a cosine about 10 times, and its place, 8 bytes.
+        products: 2 M D a token. other: 2 D for norms, 3 for scaling and log2 M for sorting each of
+        a token's (E + 1) M cosines, of which E = 1 has M. moved: h twice and the keys once; a
+        cosine about 10 times, and its place, 8 bytes.
         """
         slots, columns = self.settings.slots, self._columns
         other = 2 * self.neurons + columns * (3 + math.log2(slots))
@@ -138,35 +152,45 @@ class MemoryCost:
     def fuse(self, n: int) -> Work:
         """h' of n tokens: the sum of k + k' slots' values, then (1 - lambda) h + lambda r.
 
-        other: 2 (k + k') + 3 for each of D. moved: k + k' values, the sum written and read, h and h'; with experts also
-        the share of each neuron, written and read.
+        other: 2 (k + k') + 3 for each of D. moved: k + k' values, the sum written and read, h and
+        h'; with experts also the share of each neuron, written and read.
         """
-        fused = min(self.settings.top_k, self.settings.slots) + min(self.settings.bottom_k, self.settings.slots)
+        fused = min(self.settings.top_k, self.settings.slots) + min(
+            self.settings.bottom_k, self.settings.slots
+        )
         passes = fused + 4 + (2 if self.settings.experts > 1 else 0)
-        return Work(0, n * (2 * fused + 3) * self.neurons, n * passes * self.neurons * self.itemsize)
+        return Work(
+            0, n * (2 * fused + 3) * self.neurons, n * passes * self.neurons * self.itemsize
+        )
 
     def absorb(self, n: int) -> Work:
         """n compared tokens go into the draft of their block.
 
-        products: 2 M^2 D for the draft's own places, 2 M D a token for the new ones, and 2 E M^2 a token for the weights
-        over the slots. moved: h once, the draft's M D six times, about 10 arrays [E, M, n] and 8 of [E, M, M].
+        products: 2 M^2 D for the draft's own places, 2 M D a token for the new ones, and 2 E M^2 a
+        token for the weights over the slots. moved: h once, the draft's M D six times, with experts
+        its two sums copied too, about 10 arrays [E, M, n] and 8 of [E, M, M].
         """
         slots, experts = self.settings.slots, self.settings.experts
         products = 2 * slots * (slots + n) * self.neurons + 2 * experts * slots * slots * n
         arrays = experts * slots * (10 * n + 8 * slots)
-        moved = self.itemsize * self.neurons * (n + 6 * slots) + self.wide * arrays
+        passes = 6 + (4 if experts > 1 else 0)
+        moved = self.itemsize * self.neurons * (n + passes * slots) + self.wide * arrays
         return Work(products, arrays, moved)
 
     def finish(self) -> Work:
-        """A block ends: the draft's M places are compared with the bank, fused (2 M^2 D) and written.
+        """A block ends: the draft's M places are compared with the bank, fused (2 M^2 D) and
+        written.
 
-        moved: beside the comparison about 13 arrays [M, D] and 4 of [E, M, M].
+        moved: beside the comparison about 13 arrays [M, D] and 4 of [E, M, M]; with experts also
+        the copied sum, and for each of three mixtures the share of each neuron, written and read.
         """
         slots, experts = self.settings.slots, self.settings.experts
+        passes = 13 + (8 if experts > 1 else 0)
         rest = Work(
             products=2 * slots * slots * self.neurons,
             other=11 * slots * self.neurons,
-            moved=13 * slots * self.neurons * self.itemsize + 4 * experts * slots * slots * self.wide,
+            moved=passes * slots * self.neurons * self.itemsize
+            + 4 * experts * slots * slots * self.wide,
         )
         return self.find(slots) + rest
 
@@ -239,21 +263,34 @@ class MemoryCost:
         return self.settings.slots * (experts + (experts > 1))
 
     def _events(self, events: list, begin: int) -> list[tuple[str, Work]]:
-        """What a call that began at token `begin` does at these events (as `memory_layer` does it)."""
+        """What a call that began at token `begin` does at these events (as `memory_layer` does
+        it).
+        """
         done: list[tuple[str, Work]] = []
         compared = range(0)  # tokens of this call whose comparison is at hand
         for event in events:
             if isinstance(event, Read):
                 n = event.stop - event.first
-                if event.first < self.settings.update_interval:  # an empty bank: h is copied, if any token is fused
-                    done += [("ring", self.copy(n))] if any(_reads(e, self.settings) for e in events) else []
+                if (
+                    event.first < self.settings.update_interval
+                ):  # an empty bank: h is copied, if any token is fused
+                    done += (
+                        [("ring", self.copy(n))]
+                        if any(_reads(e, self.settings) for e in events)
+                        else []
+                    )
                 else:
                     done += [("find", self.find(n)), ("fuse", self.fuse(n))]
                     compared = range(event.first, event.stop)
             elif isinstance(event, Settle | Finish):
                 for first, stop in _split(event, begin):
                     block = range(event.block * self.settings.update_interval, event.stop)
-                    at_hand = first >= begin and first in compared and stop <= compared.stop and compared.start in block
+                    at_hand = (
+                        first >= begin
+                        and first in compared
+                        and stop <= compared.stop
+                        and compared.start in block
+                    )
                     done += [] if at_hand else [("find again", self.find(stop - first))]
                     done += [("ring", self.copy(stop - first))] if first < begin else []
                     done.append(("draft", self.absorb(stop - first)))
@@ -268,7 +305,10 @@ def _reads(event: object, settings: MemorySettings) -> bool:
 
 def _split(event: Settle | Finish, begin: int) -> Iterator[tuple[int, int]]:
     """Its tokens from the ring, and those of the call."""
-    for first, stop in ((event.first, min(event.stop, begin)), (max(event.first, begin), event.stop)):
+    for first, stop in (
+        (event.first, min(event.stop, begin)),
+        (max(event.first, begin), event.stop),
+    ):
         if first < stop:
             yield first, stop
 

@@ -1,7 +1,7 @@
 """From counted work to seconds: three constants of the machine, found on base models alone.
 
-What torch's operators take whatever their size is measured on a tiny model, where it is all there is; the other two
-are fitted to the base.
+What torch's operators take whatever their size is measured on a tiny model, where it is all there
+is; the other two are fitted to the base.
 """
 
 from __future__ import annotations
@@ -40,7 +40,11 @@ class Machine:
     def predict(self, sample: Sample) -> float:
         """Seconds that a run should take."""
         work = sample.work
-        return self.a_flop * work.products + self.a_byte * work.moved + self.an_operation * sample.operations
+        return (
+            self.a_flop * work.products
+            + self.a_byte * work.moved
+            + self.an_operation * sample.operations
+        )
 
     def errors(self, samples: Sequence[Sample]) -> dict[str, float]:
         """Predicted over measured, less 1: median of the absolute ones and the largest of them."""
@@ -58,14 +62,18 @@ def fit(samples: Sequence[Sample], an_operation: float) -> Machine:
 
 
 def counted_lengths(lengths: Sequence[int]) -> list[int]:
-    """Lengths at which operators are counted: of longer prompts every further call is like the second."""
+    """Lengths at which operators are counted: of longer prompts every further call is like the
+    second.
+    """
     more = [CHUNK, 2 * CHUNK] if lengths[-1] > 2 * CHUNK else []
     return sorted({*more, *(length for length in lengths if length <= 2 * CHUNK)})
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What the arms of a case do on their way through the lengths. operators: as counted by a walk."""
+    """What the arms of a case do on their way through the lengths. operators: as counted by a
+    walk.
+    """
 
     case: Case
     lengths: Sequence[int]
@@ -76,7 +84,11 @@ class Counts:
         length = taken[0].length
         d = replace(self.case.d, layers=arm.layers or self.case.d.layers)
         work = self._work(kind, d, self.case.memory_layers if arm.enabled else 0, length)
-        return Sample(work, self._operators(kind, length)[arm.name], median(getattr(one, kind)[arm.name] for one in taken))
+        return Sample(
+            work,
+            self._operators(kind, length)[arm.name],
+            median(getattr(one, kind)[arm.name] for one in taken),
+        )
 
     def whole(self, kind: str, length: int) -> dict[str, float]:
         """Operators of all layers, base and PaceLLM."""
@@ -86,7 +98,10 @@ class Counts:
         """All layers, base and PaceLLM."""
         layers = {"base": 0, "pace": self.case.of_memory_layers}
         found = self.whole(kind, length)
-        base, pace = (Sample(self._work(kind, self.case.of, layers[arm], length), found[arm]) for arm in ("base", "pace"))
+        base, pace = (
+            Sample(self._work(kind, self.case.of, layers[arm], length), found[arm])
+            for arm in ("base", "pace")
+        )
         return base, pace
 
     def state(self, length: int) -> int:
@@ -99,7 +114,11 @@ class Counts:
     def _work(self, kind: str, d: Dimensions, memory_layers: int, length: int) -> Work:
         calls, cost = self._calls(length), self.case.cost
         base = prefill(d, calls) if kind == "prefill" else base_call(d, length, 1)
-        return base + whole(cost.prefill(calls) if kind == "prefill" else cost.decode(length)) * memory_layers
+        return (
+            base
+            + whole(cost.prefill(calls) if kind == "prefill" else cost.decode(length))
+            * memory_layers
+        )
 
     def _operators(self, kind: str, length: int) -> dict[str, float]:
         at_hand = {count.length: getattr(count, kind) for count in self.operators}
@@ -108,4 +127,6 @@ class Counts:
         first, second = at_hand[CHUNK], at_hand[2 * CHUNK]
         if kind == "decode":
             return second
-        return {arm: second[arm] + (length / CHUNK - 2) * (second[arm] - first[arm]) for arm in first}
+        return {
+            arm: second[arm] + (length / CHUNK - 2) * (second[arm] - first[arm]) for arm in first
+        }

@@ -1,4 +1,6 @@
-"""The costs as a picture: time against length, memory against length, time against the model's size."""
+"""The costs as a picture: time against length, memory against length, time against the model's
+size.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ def plot_cost(results: dict, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     models, shapes = (
-        [curve for curve in results["curves"] if curve["measured"]["random_weights"] == random] for random in (False, True)
+        [curve for curve in results["curves"] if curve["measured"]["random_weights"] == random]
+        for random in (False, True)
     )
     colours = {curve["name"]: f"C{i}" for i, curve in enumerate(results["curves"])}
     panels: list[Callable[[Any], None]] = [
@@ -33,7 +36,9 @@ def plot_cost(results: dict, path: Path) -> None:
         panels.append(partial(_size, curves=shapes))
     rows = 2 if len(panels) == 4 else 1
     columns = len(panels) // rows
-    figure, axes = plt.subplots(rows, columns, figsize=(6.4 * columns, 5.2 * rows), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(6.4 * columns, 5.2 * rows), layout="constrained", squeeze=False
+    )
     for panel, axis in zip(panels, axes.flat):
         panel(axis)
     write_whole(path, lambda part: figure.savefig(part, dpi=110, format="png"))
@@ -45,17 +50,42 @@ def _time(axis: Any, curves: list[dict], colours: dict[str, str]) -> None:
         points, colour = curve["points"], colours[curve["name"]]
         lengths = [point["length"] for point in points]
         for kind, (marker, style) in _STYLES.items():
-            _measured(axis, lengths, [point[kind]["ratio"] for point in points], colour, marker, f"{curve['name']}, {kind}")
-            axis.plot(lengths, [point[kind]["predicted_ratio"] for point in points], style, color=colour, lw=1)
-    floors = [point[kind]["floor"] for curve in curves for point in curve["points"] for kind in _STYLES]
-    axis.axhspan(min(f["low"] for f in floors), max(f["high"] for f in floors), color="grey", alpha=0.15, lw=0)
+            _measured(
+                axis,
+                lengths,
+                [point[kind]["ratio"] for point in points],
+                colour,
+                marker,
+                f"{curve['name']}, {kind}",
+            )
+            axis.plot(
+                lengths,
+                [point[kind]["predicted_ratio"] for point in points],
+                style,
+                color=colour,
+                lw=1,
+            )
+    floors = [
+        point[kind]["floor"] for curve in curves for point in curve["points"] for kind in _STYLES
+    ]
+    axis.axhspan(
+        min(f["low"] for f in floors),
+        max(f["high"] for f in floors),
+        color="grey",
+        alpha=0.15,
+        lw=0,
+    )
     _lengths(axis, curves)
     shape = curves[0]["measured"]["random_weights"]
-    title = f"time with the memory, {'two layers of a shape, both with memory' if shape else 'as converted'}"
+    title = (
+        "time with the memory, "
+        f"{'two layers of a shape, both with memory' if shape else 'as converted'}"
+    )
     axis.set(title=title, ylabel="ratio to the base")
     _legend(
         axis,
-        "points: measured, median and range; lines: counted work,\nconstants fitted to the base; grey: the base against itself",
+        "points: measured, median and range; lines: counted work,\nconstants fitted to the base; "
+        "grey: the base against itself",
     )
 
 
@@ -74,7 +104,9 @@ def _memory(axis: Any, curves: list[dict], colours: dict[str, str]) -> None:
         for kind, (style, _) in kinds.items():
             values = [point["space"][kind] / 1e6 for point in curve["points"]]
             name = curve["name"] if kind == "cache" else None
-            axis.plot(lengths, values, style, color=colours[curve["name"]], ms=5, mfc="none", label=name)
+            axis.plot(
+                lengths, values, style, color=colours[curve["name"]], ms=5, mfc="none", label=name
+            )
     _lengths(axis, curves)
     axis.set(title="bytes, as run", ylabel="MB", yscale="log")
     axis.set_ylim(top=20 * axis.get_ylim()[1])  # room for the legend
@@ -83,26 +115,41 @@ def _memory(axis: Any, curves: list[dict], colours: dict[str, str]) -> None:
 
 def _size(axis: Any, curves: list[dict]) -> None:
     """At the longest length that all shapes have."""
-    length = max(set.intersection(*({point["length"] for point in curve["points"]} for curve in curves)))
+    length = max(
+        set.intersection(*({point["length"] for point in curve["points"]} for curve in curves))
+    )
     curves = sorted(curves, key=lambda curve: curve["whole"]["weights"])
     weights = [curve["whole"]["weights"] / 1e9 for curve in curves]
     for i, (kind, (marker, style)) in enumerate(_STYLES.items()):
-        rows = [next(p for p in curve["points"] if p["length"] == length)[kind]["whole"] for curve in curves]
+        rows = [
+            next(p for p in curve["points"] if p["length"] == length)[kind]["whole"]
+            for curve in curves
+        ]
         _measured(axis, weights, [row["ratio"] for row in rows], f"C{i}", marker, kind)
         axis.plot(weights, [row["predicted_ratio"] for row in rows], style, color=f"C{i}", lw=1)
     axis.axhspan(*PAPER, color="C3", alpha=0.15, lw=0, label="the paper's report")
     axis.axhline(1, color="grey", lw=0.6)
-    axis.set(title=f"whole models, from layers measured at {tokens_text(length)}", ylabel="ratio to the base", xscale="log")
+    axis.set(
+        title=f"whole models, from layers measured at {tokens_text(length)}",
+        ylabel="ratio to the base",
+        xscale="log",
+    )
     axis.set_xlabel("weights, billions")
-    axis.set_xticks(weights, [f"{weight:.2g}\n{curve['name']}" for weight, curve in zip(weights, curves)])
+    axis.set_xticks(
+        weights, [f"{weight:.2g}\n{curve['name']}" for weight, curve in zip(weights, curves)]
+    )
     axis.minorticks_off()
     _legend(axis, "points: measured, scaled to all layers; lines: counted")
 
 
-def _measured(axis: Any, x: list[float], spreads: list[dict], colour: str, marker: str, label: str) -> None:
+def _measured(
+    axis: Any, x: list[float], spreads: list[dict], colour: str, marker: str, label: str
+) -> None:
     middle = [spread["median"] for spread in spreads]
     reach = [[s["median"] - s["low"] for s in spreads], [s["high"] - s["median"] for s in spreads]]
-    axis.errorbar(x, middle, yerr=reach, fmt=marker, color=colour, ms=5, capsize=2, lw=0.8, label=label)
+    axis.errorbar(
+        x, middle, yerr=reach, fmt=marker, color=colour, ms=5, capsize=2, lw=0.8, label=label
+    )
 
 
 def _lengths(axis: Any, curves: list[dict]) -> None:

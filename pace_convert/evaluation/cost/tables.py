@@ -12,13 +12,17 @@ _WORDS = {"prefill": "prompt", "decode": "a token after it"}
 
 
 def print_cost(results: dict) -> None:
-    """A table a model, one of whole models where shapes were run, and what is on paper. results: as in cost.json."""
+    """A table a model, one of whole models where shapes were run, and what is on paper. results: as
+    in cost.json.
+    """
     for curve in results["curves"]:
         _print(_times(curve))
         fit = curve["fit"]
         print(
-            "Counted work, with two constants fitted to the base and one measured on a tiny model, predicts the base within "
-            f"{fit['base_error']['median']:.1%} (median; largest {fit['base_error']['largest']:.1%}), PaceLLM within "
+            "Counted work, with two constants fitted to the base and one measured on a tiny model, "
+            "predicts the base within "
+            f"{fit['base_error']['median']:.1%} (median; largest "
+            f"{fit['base_error']['largest']:.1%}), PaceLLM within "
             f"{fit['pace_error']['median']:.1%} ({fit['pace_error']['largest']:.1%}).\n"
         )
     shapes = [curve for curve in results["curves"] if curve["measured"]["random_weights"]]
@@ -30,7 +34,8 @@ def print_cost(results: dict) -> None:
 def _times(curve: dict) -> Table:
     measured, memory = curve["measured"], curve["memory"]
     title = (
-        f"{curve['name']}, {curve['dtype']}, {measured['layers']} layers, memory in {measured['memory_layers']} of them, "
+        f"{curve['name']}, {curve['dtype']}, {measured['layers']} layers, memory in "
+        f"{measured['memory_layers']} of them, "
         f"U = {memory['update_interval']}; medians of {curve['repeats']} (range)"
     )
     table = Table(title=title)
@@ -50,12 +55,18 @@ def _times(curve: dict) -> Table:
         table.add_column(name, justify="left" if i == 1 else "right")
     for point in curve["points"]:
         space = point["space"]
-        held = [size(space["cache"]), size(space["state"]), f"{size(space['peak_base'])} / {size(space['peak_pace'])}"]
+        held = [
+            size(space["cache"]),
+            size(space["state"]),
+            f"{size(space['peak_base'])} / {size(space['peak_pace'])}",
+        ]
         for kind, words in _WORDS.items():
             row = point[kind]
             table.add_row(
-                tokens_text(point["length"]) if kind == "prefill" else "", words, _time(row["base_seconds"]),
-                _time(row["pace_seconds"]), _range(row["ratio"]), _range(row["floor"]), f"{row['predicted_ratio']:.3f}",
+                tokens_text(point["length"]) if kind == "prefill" else "", words,
+                _time(row["base_seconds"]),
+                _time(row["pace_seconds"]), _range(row["ratio"]), _range(row["floor"]),
+                f"{row['predicted_ratio']:.3f}",
                 *(held if kind == "prefill" else [""] * 3), end_section=kind == "decode",
             )  # fmt: skip
     return table
@@ -63,16 +74,27 @@ def _times(curve: dict) -> Table:
 
 def _wholes(curves: list[dict]) -> Table:
     table = Table(title="whole models, from their layers measured here (random weights)")
-    for i, name in enumerate(("", "tokens", "prompt, base", "ratio", "counted", "a token, base", "ratio", "counted")):
+    for i, name in enumerate(
+        ("", "tokens", "prompt, base", "ratio", "counted", "a token, base", "ratio", "counted")
+    ):
         table.add_column(name, justify="right" if i else "left")
     for curve in curves:
-        name = f"{curve['name']}, {curve['whole']['memory_layers']} of {curve['whole']['layers']} layers with memory"
+        name = (
+            f"{curve['name']}, {curve['whole']['memory_layers']} of {curve['whole']['layers']} "
+            "layers with memory"
+        )
         for point in curve["points"]:
             cells = []
             for kind in _WORDS:
                 row = point[kind]["whole"]
-                cells += [_time(row["base_seconds"]), _range(row["ratio"]), f"{row['predicted_ratio']:.3f}"]
-            table.add_row(name, tokens_text(point["length"]), *cells, end_section=point is curve["points"][-1])
+                cells += [
+                    _time(row["base_seconds"]),
+                    _range(row["ratio"]),
+                    f"{row['predicted_ratio']:.3f}",
+                ]
+            table.add_row(
+                name, tokens_text(point["length"]), *cells, end_section=point is curve["points"][-1]
+            )
             name = ""
     return table
 
@@ -80,11 +102,13 @@ def _wholes(curves: list[dict]) -> Table:
 def _paper(rows: list[dict]) -> Table:
     low, high = PAPER
     table = Table(
-        title="On paper: arithmetic, nothing run. What the memory adds to FLOPs, to bytes moved and, at an H100's\n"
+        title="On paper: arithmetic, nothing run. What the memory adds to FLOPs, to bytes moved "
+        "and, at an H100's\n"
         f"data sheet, to time (the paper reports {low} to {high} x for its whole model's time)"
     )
     names = (
-        "", "tokens", "prompt: FLOPs", "bytes", "time", "a token: FLOPs", "bytes", "time", "memory", "KV cache", "weights",
+        "", "tokens", "prompt: FLOPs", "bytes", "time", "a token: FLOPs", "bytes", "time", "memory",
+        "KV cache", "weights",
     )  # fmt: skip
     for i, name in enumerate(names):
         table.add_column(name, justify="right" if i else "left")
@@ -92,7 +116,11 @@ def _paper(rows: list[dict]) -> Table:
     for row in rows:
         shares = []
         for kind in _WORDS:
-            shares += [f"+{row[f'{kind}_flops']:.3%}", f"+{row[f'{kind}_moved']:.3%}", f"{row[f'{kind}_ratio']:.4f} x"]
+            shares += [
+                f"+{row[f'{kind}_flops']:.3%}",
+                f"+{row[f'{kind}_moved']:.3%}",
+                f"{row[f'{kind}_ratio']:.4f} x",
+            ]
         name, last = ("" if row["model"] == last else row["model"]), row["model"]
         held = [size(row[what]) for what in ("state_bytes", "cache_bytes", "weight_bytes")]
         table.add_row(name, tokens_text(row["length"]), *shares, *held)

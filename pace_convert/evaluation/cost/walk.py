@@ -1,8 +1,8 @@
 """Time and memory of a model with its memory on and off, in one process and in turn.
 
-A *walk* takes every arm through the same prompt, chunk by chunk: the same chunk with the memory off, off once more,
-and on, so that what else the machine does falls on all of them. At each of the lengths asked for, copies of the
-caches go on token by token, again in turn.
+A *walk* takes every arm through the same prompt, chunk by chunk: the same chunk with the memory
+off, off once more, and on, so that what else the machine does falls on all of them. At each of the
+lengths asked for, copies of the caches go on token by token, again in turn.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ...modeling.memory_clock import Rhythm
 from ...modeling.memory_settings import MemorySettings
 from ..subjects import Subject, load
 from .counted import calls_of
-from .shapes import SHAPES, Shape, random_model
+from .shapes import SHAPES, ModelShape, random_model
 
 CHUNK = 1024  # tokens of a prefill call
 
@@ -51,7 +51,9 @@ Meter = Callable[[Any, Any], float]  # runs a call it is given; what it took
 
 @dataclass(frozen=True)
 class Taken:
-    """Seconds (or operations) by arm: of a prompt of `length` tokens, and of a token after it (the mean of a round)."""
+    """Seconds (or operations) by arm: of a prompt of `length` tokens, and of a token after it (the
+    mean of a round).
+    """
 
     length: int
     prefill: dict[str, float]
@@ -60,9 +62,15 @@ class Taken:
 
 @torch.no_grad()
 def walk(
-    model: Any, arms: list[Arm], lengths: Sequence[int], tick: Callable[[int], object], meter: Meter | None = None
+    model: Any,
+    arms: list[Arm],
+    lengths: Sequence[int],
+    tick: Callable[[int], object],
+    meter: Meter | None = None,
 ) -> Iterator[Taken]:
-    """One repetition, with random tokens. tick: called with the tokens that all arms have done. meter: by default a clock."""
+    """One repetition, with random tokens. tick: called with the tokens that all arms have done.
+    meter: by default a clock.
+    """
     depth = model.config.num_hidden_layers
     ids = torch.randint(model.config.vocab_size, (1, lengths[-1]), device=model.device)
     meter = meter or seconds
@@ -70,11 +78,16 @@ def walk(
     def run(arm: Arm, part: Tensor, cache: Any) -> float:
         model.config.num_hidden_layers = arm.layers or depth
         model.set_memory_enabled(arm.enabled)
-        return meter(model.device, lambda: model(part, past_key_values=cache, use_cache=True, logits_to_keep=1))
+        return meter(
+            model.device,
+            lambda: model(part, past_key_values=cache, use_cache=True, logits_to_keep=1),
+        )
 
     def decode(caches: dict[Arm, Any]) -> dict[str, float]:
         steps, taken = round_tokens(model), dict.fromkeys([arm.name for arm in arms], 0.0)
-        for step in range(-1, steps):  # the first one is not counted: it alone ends a block, and warms up
+        for step in range(
+            -1, steps
+        ):  # the first one is not counted: it alone ends a block, and warms up
             for arm in _in_turn(arms, step):
                 spent = run(arm, ids[:, :1], caches[arm])
                 taken[arm.name] += spent if step >= 0 else 0.0
@@ -96,7 +109,9 @@ def walk(
 
 
 def round_tokens(model: Any) -> int:
-    """Tokens of a decode round: so many that the memory settles the tokens of its ring exactly once."""
+    """Tokens of a decode round: so many that the memory settles the tokens of its ring exactly
+    once.
+    """
     rhythm = Rhythm.of(model.memory_settings.update_interval)
     return rhythm.ring - rhythm.window
 
@@ -107,8 +122,14 @@ def _in_turn(arms: list[Arm], turn: int) -> list[Arm]:
 
 
 def clock(device: torch.device) -> Callable[[], float]:
-    """One thread's own time where there is one: what other processes take does not count. Else the time that passes."""
-    return time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    """One thread's own time where there is one: what other processes take does not count. Else the
+    time that passes.
+    """
+    return (
+        time.thread_time
+        if device.type == "cpu" and torch.get_num_threads() == 1
+        else time.perf_counter
+    )
 
 
 def seconds(device: torch.device, call: Callable[[], object]) -> float:
@@ -129,8 +150,12 @@ def operations(device: torch.device, call: Callable[[], object]) -> float:
 
 
 def operator_seconds(device: str) -> float:
-    """What one of torch's operators takes whatever its size: in a tiny model's decode steps there is nothing else."""
-    model = random_model(Shape("Qwen2", 64, 128, 2, 2, 1, 128), 2, MemorySettings(), torch.float32, device)
+    """What one of torch's operators takes whatever its size: in a tiny model's decode steps there
+    is nothing else.
+    """
+    model = random_model(
+        ModelShape("Qwen2", 64, 128, 2, 2, 1, 128), 2, MemorySettings(), torch.float32, device
+    )
 
     def step(meter: Meter | None = None) -> float:
         (taken,) = walk(model, [BASE], [64], lambda tokens: None, meter)
@@ -142,7 +167,9 @@ def operator_seconds(device: str) -> float:
 class _Counter(TorchDispatchMode):
     count = 0
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         self.count += 1
         return function(*args, **(kwargs or {}))
 
@@ -153,7 +180,9 @@ def _wait(device: torch.device) -> None:
 
 
 def tensor_bytes(*objects: object) -> int:
-    """Bytes of the storages of all tensors in these objects and what they hold; shared ones once."""
+    """Bytes of the storages of all tensors in these objects and what they hold; shared ones
+    once.
+    """
     storages, todo = {}, list(objects)
     while todo:
         item = todo.pop()
@@ -166,7 +195,9 @@ def tensor_bytes(*objects: object) -> int:
 
 @dataclass(frozen=True)
 class Wanted:
-    """The model to load: a converted folder, or a shape with so many layers, all of them with memory."""
+    """The model to load: a converted folder, or a shape with so many layers, all of them with
+    memory.
+    """
 
     folder: str = ""
     shape: str = ""
@@ -183,29 +214,40 @@ class Wanted:
     def small(self) -> Any | None:
         """For a shape, a small model that runs the same operators."""
         of = SHAPES.get(self.shape)
-        return of and self._random(replace(of, hidden=64, neurons=128, heads=4, kv_heads=2, vocabulary=128))
+        return of and self._random(
+            replace(of, hidden=64, neurons=128, heads=4, kv_heads=2, vocabulary=128)
+        )
 
-    def _random(self, shape: Shape) -> Any:
+    def _random(self, shape: ModelShape) -> Any:
         settings = MemorySettings(layers=tuple(range(self.layers)))
         return random_model(shape, self.layers, settings, torch.bfloat16, self.device)
 
 
 @dataclass(frozen=True)
-class Space:
-    """Bytes at a length. peak: of the process (CPU) or the device, above what it held when the model was loaded."""
+class Footprint:
+    """Bytes at a length. peak: of the process (CPU) or the device, above what it held when the
+    model was loaded.
+    """
 
     peak: int
     cache: int
     state: int
 
 
-def measure_space(wanted: Wanted, enabled: bool, lengths: Sequence[int]) -> tuple[int, list[Space]]:
+def measure_footprint(
+    wanted: Wanted, enabled: bool, lengths: Sequence[int]
+) -> tuple[int, list[Footprint]]:
     """Bytes that the loaded model takes, and what a prompt adds, from a process of its own.
 
     A prompt grows through all the lengths, so the peak at each is that of a prompt of this length.
     """
     job = json.dumps(
-        {"wanted": asdict(wanted), "enabled": enabled, "lengths": list(lengths), "threads": torch.get_num_threads()}
+        {
+            "wanted": asdict(wanted),
+            "enabled": enabled,
+            "lengths": list(lengths),
+            "threads": torch.get_num_threads(),
+        }
     )
     command = [sys.executable, "-m", "pace_convert.evaluation.cost.walk"]
     done = subprocess.run(command, input=job, capture_output=True, text=True, check=False)
@@ -213,14 +255,16 @@ def measure_space(wanted: Wanted, enabled: bool, lengths: Sequence[int]) -> tupl
         reason = done.stderr.strip().splitlines() or [f"the process ended with {done.returncode}"]
         raise PaceError(f"measuring memory failed: {reason[-1]}", "try shorter --lengths")
     loaded, spaces = json.loads(done.stdout.splitlines()[-1])
-    return loaded, [Space(**space) for space in spaces]
+    return loaded, [Footprint(**space) for space in spaces]
 
 
 @torch.no_grad()
-def _measure_here(wanted: Wanted, enabled: bool, lengths: list[int]) -> tuple[int, list[Space]]:
+def _measure_here(wanted: Wanted, enabled: bool, lengths: list[int]) -> tuple[int, list[Footprint]]:
     model = wanted.load()
     model.set_memory_enabled(enabled)
-    model(torch.zeros(1, 2, dtype=torch.int64, device=model.device), use_cache=False, logits_to_keep=1)
+    model(
+        torch.zeros(1, 2, dtype=torch.int64, device=model.device), use_cache=False, logits_to_keep=1
+    )
     reset_peak(model.device)
     loaded, spaces = peak(model.device), []
     cache: Any = DynamicCache(config=model.config)
@@ -234,9 +278,17 @@ def _measure_here(wanted: Wanted, enabled: bool, lengths: list[int]) -> tuple[in
             entry.catch_up()
         held = [layer for layer in cache.layers if layer is not entry]
         state = (
-            tensor_bytes(*(part for memory in entry.memories.values() for part in (memory.state, memory.ring))) if entry else 0
+            tensor_bytes(
+                *(
+                    part
+                    for memory in entry.memories.values()
+                    for part in (memory.state, memory.ring)
+                )
+            )
+            if entry
+            else 0
         )
-        spaces.append(Space(peak(model.device) - loaded, tensor_bytes(*held), state))
+        spaces.append(Footprint(peak(model.device) - loaded, tensor_bytes(*held), state))
     return loaded, spaces
 
 
@@ -254,7 +306,13 @@ def peak(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if status.exists():
-        return 1024 * int(next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM")))
+        return 1024 * int(
+            next(
+                line.split()[1]
+                for line in status.read_text().splitlines()
+                if line.startswith("VmHWM")
+            )
+        )
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,7 +1,8 @@
-"""The search for parameters: optuna's TPE over layers, thresholds and weights, with its journal in a file.
+"""The search for parameters: optuna's TPE over layers, thresholds and weights, with its journal in
+a file.
 
-Each trial is a task of its own whose sampler is seeded by the trial's number: with one process the same search comes
-out whether or not it was killed in between.
+Each trial is a task of its own whose sampler is seeded by the trial's number: with one process the
+same search comes out whether or not it was killed in between.
 """
 
 from __future__ import annotations
@@ -22,12 +23,15 @@ from optuna.trial import TrialState
 
 from ...jobs import run_here
 from ...progress import Progress
-from .similarity import Layer
+from .similarity import LayerSimilarity
 
 STUDY, PARTS = "tune", 4
 STARTUP = 10  # trials that are drawn at random, and none of them pruned
-HIGH, LOW = (0.5, 0.75, 0.9, 0.95), (0.05, 0.25, 0.5)  # quantiles of s_max that thresholds are put at
-AS_IT_IS = "current"
+HIGH, LOW = (
+    (0.5, 0.75, 0.9, 0.95),
+    (0.05, 0.25, 0.5),
+)  # quantiles of s_max that thresholds are put at
+CURRENT = "current"
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -41,22 +45,29 @@ class Score(Protocol):
 
 
 @dataclass(frozen=True)
-class Space:
-    """What is tried. memory: the current `pace.memory`. candidates: layers. intervals, granularities: the choices.
+class SearchSpace:
+    """What is tried. memory: the current `pace.memory`. candidates: layers. intervals,
+    granularities: the choices.
 
     Thresholds are quantiles of s_max, averaged over the layers chosen, or the current ones.
     """
 
     memory: dict
-    statistics: tuple[Layer, ...]
+    statistics: tuple[LayerSimilarity, ...]
     candidates: tuple[int, ...]
     intervals: tuple[int, ...]
     granularities: tuple[str, ...] = ("token", "expert")
 
     def layers(self) -> list[str]:
         """Single ones, pairs, all of them, and what is now."""
-        sets = [(i,) for i in self.candidates] + list(combinations(self.candidates, 2)) + [self.candidates]
-        return list(dict.fromkeys(_joined(chosen) for chosen in [*sets, self.memory["layers"]] if chosen))
+        sets = (
+            [(i,) for i in self.candidates]
+            + list(combinations(self.candidates, 2))
+            + [self.candidates]
+        )
+        return list(
+            dict.fromkeys(_joined(chosen) for chosen in [*sets, self.memory["layers"]] if chosen)
+        )
 
     def current(self) -> dict | None:
         """The current configuration as a trial's parameters; None where the memory is off."""
@@ -68,17 +79,30 @@ class Space:
             kept["update_interval"] = self.intervals[0]
         if kept["granularity"] not in self.granularities:
             kept["granularity"] = self.granularities[0]
-        return {"layers": _joined(self.memory["layers"]), "reuse above": AS_IT_IS, "keep below": AS_IT_IS, **kept}
+        return {
+            "layers": _joined(self.memory["layers"]),
+            "reuse above": CURRENT,
+            "keep below": CURRENT,
+            **kept,
+        }
 
     def suggest(self, trial: Any) -> dict:
         """`pace.memory` of a trial."""
         now = self.memory
-        layers = [int(layer) for layer in trial.suggest_categorical("layers", self.layers()).split(",")]
+        layers = [
+            int(layer) for layer in trial.suggest_categorical("layers", self.layers()).split(",")
+        ]
         granularity = trial.suggest_categorical("granularity", list(self.granularities))
-        high = trial.suggest_categorical("reuse above", [AS_IT_IS, *map(str, HIGH)])
-        low = trial.suggest_categorical("keep below", [AS_IT_IS, *map(str, LOW)])
-        theta_high = now["theta_high"] if high == AS_IT_IS else self._threshold(float(high), layers, granularity)
-        theta_low = now["theta_low"] if low == AS_IT_IS else self._threshold(float(low), layers, granularity)
+        high = trial.suggest_categorical("reuse above", [CURRENT, *map(str, HIGH)])
+        low = trial.suggest_categorical("keep below", [CURRENT, *map(str, LOW)])
+        theta_high = (
+            now["theta_high"]
+            if high == CURRENT
+            else self._threshold(float(high), layers, granularity)
+        )
+        theta_low = (
+            now["theta_low"] if low == CURRENT else self._threshold(float(low), layers, granularity)
+        )
         share = now["fusion_weight"]
         return {
             **now,
@@ -87,20 +111,30 @@ class Space:
             "granularity": granularity,
             "theta_high": theta_high,
             "theta_low": min(theta_low, theta_high),
-            "fusion_weight": round(trial.suggest_float("fusion_weight", min(0.02, share), max(0.6, share)), 3),
+            "fusion_weight": round(
+                trial.suggest_float("fusion_weight", min(0.02, share), max(0.6, share)), 3
+            ),
             "bottom_k": trial.suggest_categorical("bottom_k", sorted({0, 2, now["bottom_k"]})),
-            "mix_weight": trial.suggest_categorical("mix_weight", sorted({0.5, 1.0, now["mix_weight"]})),
+            "mix_weight": trial.suggest_categorical(
+                "mix_weight", sorted({0.5, 1.0, now["mix_weight"]})
+            ),
             "update_interval": trial.suggest_categorical("update_interval", list(self.intervals)),
         }
 
     def _threshold(self, level: float, layers: list[int], granularity: str) -> float:
-        return round(float(np.mean([self.statistics[layer].quantile(level, granularity) for layer in layers])), 3)
+        return round(
+            float(
+                np.mean([self.statistics[layer].quantile(level, granularity) for layer in layers])
+            ),
+            3,
+        )
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What is known of one. difference: to the base, mean over the items it has seen. scores: of each item, in the
-    order of parts; all of them unless it was pruned."""
+    """What is known of one. difference: to the base, mean over the items it has seen. scores: of
+    each item, in the order of parts; all of them unless it was pruned.
+    """
 
     memory: dict
     difference: float
@@ -113,7 +147,7 @@ class TrialTask:
     """The next trial, in any process. fixed: its parameters, where they are not to be drawn."""
 
     journal: Path
-    space: Space
+    space: SearchSpace
     score: Score
     seed: int
     fixed: dict | None = None
@@ -145,7 +179,9 @@ def open_study(journal: Path, seed: int) -> optuna.Study:
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return optuna.create_study(
             storage=JournalStorage(JournalFileBackend(str(journal))),
-            sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP, constant_liar=True),
+            sampler=optuna.samplers.TPESampler(
+                seed=seed, n_startup_trials=STARTUP, constant_liar=True
+            ),
             pruner=optuna.pruners.MedianPruner(n_startup_trials=STARTUP, n_warmup_steps=0),
             study_name=STUDY,
             direction="maximize",
@@ -153,23 +189,41 @@ def open_study(journal: Path, seed: int) -> optuna.Study:
         )
 
 
-def search(journal: Path, space: Space, score: Score, progress: Progress, *, trials: int, seed: int, jobs: int) -> list[Trial]:
-    """All trials that were finished, the current configuration among them. Called again after a kill it goes on."""
+def search(
+    journal: Path,
+    space: SearchSpace,
+    score: Score,
+    progress: Progress,
+    *,
+    trials: int,
+    seed: int,
+    jobs: int,
+) -> list[Trial]:
+    """All trials that were finished, the current configuration among them. Called again after a
+    kill it goes on.
+    """
     study = open_study(journal, seed)
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING)):
         study.tell(trial.number, state=TrialState.FAIL)  # a killed process had it
     done = len(study.get_trials(deepcopy=False, states=DONE))
     fixed = space.current() if done == 0 else None
-    tasks = [TrialTask(journal, space, score, seed + 1 + i, fixed if i == 0 else None) for i in range(done, trials)]
+    tasks = [
+        TrialTask(journal, space, score, seed + 1 + i, fixed if i == 0 else None)
+        for i in range(done, trials)
+    ]
     with progress.step("searching", len(tasks), "trial") as bar:
         for alone in (tasks[:1], tasks[1:]) if fixed else (tasks,):
             for _ in run_here(alone, jobs):
                 bar.update(1)
-    return [_known(trial) for trial in open_study(journal, seed).get_trials(deepcopy=False, states=DONE)]
+    return [
+        _known(trial) for trial in open_study(journal, seed).get_trials(deepcopy=False, states=DONE)
+    ]
 
 
 def repair(journal: Path) -> None:
-    """What a kill may leave: a line that was cut off, which nothing can follow, and optuna's lock, which it waits for."""
+    """What a kill may leave: a line that was cut off, which nothing can follow, and optuna's lock,
+    which it waits for.
+    """
     journal.with_name(journal.name + ".lock").unlink(missing_ok=True)
     if journal.exists():
         whole = journal.read_bytes().rfind(b"\n") + 1
@@ -185,15 +239,23 @@ def kept(study: optuna.Study, name: str, make: Callable[[], Any]) -> Any:
 
 def best(trials: Sequence[Trial], count: int) -> list[Trial]:
     """The best of those that saw all items, each configuration once."""
-    whole = sorted((trial for trial in trials if not trial.pruned), key=lambda trial: -trial.difference)
-    different = [trial for i, trial in enumerate(whole) if all(trial.memory != other.memory for other in whole[:i])]
+    whole = sorted(
+        (trial for trial in trials if not trial.pruned), key=lambda trial: -trial.difference
+    )
+    different = [
+        trial
+        for i, trial in enumerate(whole)
+        if all(trial.memory != other.memory for other in whole[:i])
+    ]
     return different[:count]
 
 
 def _known(trial: optuna.trial.FrozenTrial) -> Trial:
     attributes = trial.user_attrs
     scores = attributes["scores"]
-    return Trial(attributes["memory"], float(np.mean(scores)), scores, trial.state == TrialState.PRUNED)
+    return Trial(
+        attributes["memory"], float(np.mean(scores)), scores, trial.state == TrialState.PRUNED
+    )
 
 
 def _joined(layers: Sequence[int]) -> str:

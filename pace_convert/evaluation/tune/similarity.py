@@ -1,8 +1,9 @@
 """Where can anything be reused? One pass of the base, every layer followed by a bank of its own.
 
-The bank keeps storing: with both thresholds at 1 every token is new, so nothing is merged, and after each block its M
-most novel tokens take the empty, then the least recently used slots. What the statistics say of a layer therefore
-depends on the text and on M and U, not on thresholds that are still to be chosen.
+The bank keeps storing: with both thresholds at 1 every token is new, so nothing is merged, and
+after each block its M most novel tokens take the empty, then the least recently used slots. What
+the statistics say of a layer therefore depends on the text and on M and U, not on thresholds that
+are still to be chosen.
 """
 
 from __future__ import annotations
@@ -24,14 +25,17 @@ from .data import Item
 
 LEVELS = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
 TOKENS = 32768  # at most so many are looked at, of items spread over the held-in ones
-SPREAD = 0.02  # of s_max, between its 5 % and its 95 % quantile: below it no threshold tells tokens apart
+# of s_max, between its 5 % and its 95 % quantile: below it no threshold tells tokens apart
+SPREAD = 0.02
 CALL = 1024
 
 
 @dataclass(frozen=True)
-class Layer:
-    """s_max of one layer's tokens, from the second block on: its quantiles at LEVELS, of whole activations and of the
-    experts' blocks; and the shares of tokens that would be reused, or left alone, at the current thresholds."""
+class LayerSimilarity:
+    """s_max of one layer's tokens, from the second block on: its quantiles at LEVELS, of whole
+    activations and of the experts' blocks; and the shares of tokens that would be reused, or left
+    alone, at the current thresholds.
+    """
 
     layer: int
     token: tuple[float, ...]
@@ -49,29 +53,39 @@ class Layer:
         return (self.token if granularity == "token" else self.expert)[LEVELS.index(level)]
 
 
-def measure(reader: Reader, converted: Converted, items: Sequence[Item], memory: dict) -> list[Layer]:
-    """Each layer's distribution of s_max. reader: of the base, or with the memory off. memory: `pace.memory`."""
+def measure_similarity(
+    reader: Reader, converted: Converted, items: Sequence[Item], memory: dict
+) -> list[LayerSimilarity]:
+    """Each layer's distribution of s_max. reader: of the base, or with the memory off. memory:
+    `pace.memory`.
+    """
     chosen = items[:: -(-sum(len(item.prompt) + len(item.target) for item in items) // TOKENS)]
     layers = range(converted.layers)
     seen: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {layer: [] for layer in layers}
     for item in chosen:
-        for layer, found in similarities(reader, converted, [*item.prompt, *item.target], memory).items():
+        for layer, found in similarities(
+            reader, converted, [*item.prompt, *item.target], memory
+        ).items():
             seen[layer].append(found)
     return [_summary(layer, seen[layer], memory) for layer in layers]
 
 
-def _summary(layer: int, seen: list[tuple[np.ndarray, np.ndarray]], memory: dict) -> Layer:
+def _summary(
+    layer: int, seen: list[tuple[np.ndarray, np.ndarray]], memory: dict
+) -> LayerSimilarity:
     whole, experts = (np.concatenate(part) for part in zip(*seen))
     token, expert = (tuple(np.quantile(x, LEVELS).round(5).tolist()) for x in (whole, experts))
     reused, kept = (whole > memory["theta_high"]).mean(), (whole <= memory["theta_low"]).mean()
-    return Layer(layer, token, expert, round(float(reused), 5), round(float(kept), 5))
+    return LayerSimilarity(layer, token, expert, round(float(reused), 5), round(float(kept), 5))
 
 
 @torch.no_grad()
 def similarities(
     reader: Reader, converted: Converted, ids: list[int], memory: dict
 ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """Layer -> s_max of each token behind the first block [T], and of each expert's block [T * E], of one sequence."""
+    """Layer -> s_max of each token behind the first block [T], and of each expert's block [T * E],
+    of one sequence.
+    """
     from transformers import DynamicCache
 
     storing = {**memory, "theta_high": 1.0, "theta_low": 1.0, "granularity": "token"}
@@ -118,13 +132,24 @@ class _Follower:
 
 
 def best_by_expert(h: Tensor, bank: Bank, experts: int) -> Tensor:
-    """Largest cosine of each expert's block to the same block of a filled slot, [S, E] fp32. h: [S, D]. One row's bank."""
-    tokens, keys = h.float().unflatten(-1, (experts, -1)), bank.keys[0, bank.valid[0]].float().unflatten(-1, (experts, -1))
+    """Largest cosine of each expert's block to the same block of a filled slot, [S, E] fp32. h: [S,
+    D]. One row's bank.
+    """
+    tokens, keys = (
+        h.float().unflatten(-1, (experts, -1)),
+        bank.keys[0, bank.valid[0]].float().unflatten(-1, (experts, -1)),
+    )
     unit = [torch.nn.functional.normalize(x, dim=-1).transpose(0, 1) for x in (tokens, keys)]
     return torch.matmul(unit[0], unit[1].transpose(1, 2)).amax(-1).transpose(0, 1)
 
 
-def candidate_layers(layers: Sequence[Layer], current: Sequence[int], most: int) -> list[int]:
-    """Layers whose s_max spreads at all, the widest `most` of them, and the current ones; all if none does."""
-    wide = sorted((layer for layer in layers if layer.spread >= SPREAD), key=lambda layer: -layer.spread)[:most]
+def candidate_layers(
+    layers: Sequence[LayerSimilarity], current: Sequence[int], most: int
+) -> list[int]:
+    """Layers whose s_max spreads at all, the widest `most` of them, and the current ones; all if
+    none does.
+    """
+    wide = sorted(
+        (layer for layer in layers if layer.spread >= SPREAD), key=lambda layer: -layer.spread
+    )[:most]
     return sorted({layer.layer for layer in wide or layers[:most]} | set(current))

@@ -1,0 +1,136 @@
+"""Options that evaluations share, declared once: the command line and the Python API take them from
+here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    ValidationError,
+)
+
+from ..device import resolve_device
+from ..errors import CallError, PaceError
+from ..options import option_name
+
+EXTRA = "pip install 'pace-convert[eval]'"
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def _joined(value: object) -> object:
+    """[512, 1024] as '512,1024', 512 as '512': Python callers need not write what people type."""
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    return str(value) if type(value) is int else value
+
+
+CommaSeparated = Annotated[str, BeforeValidator(_joined)]
+
+
+def _several(value: object) -> object:
+    """One path for a tuple of one."""
+    return (value,) if isinstance(value, str | Path) else value
+
+
+Paths = Annotated[
+    tuple[Annotated[Path, Strict(False)], ...], Strict(False), BeforeValidator(_several)
+]
+Device = Annotated[str, AfterValidator(resolve_device)]
+
+
+class EvaluationOptions(BaseModel):
+    """What every set of options does: refuses names and types that it does not know, never
+    changes.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class JobOptions(EvaluationOptions):
+    """A model, and how anything is run on it."""
+
+    model: str = Field(description="A folder, or a Hub id.")
+    trust_remote_code: bool = Field(
+        False, description="Run MODEL's modeling files even where they were edited."
+    )
+    out: Path | None = Field(
+        None, strict=False, description="Folder of the results.  [default: pace-NAME]"
+    )
+    device: Device = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    jobs: int = Field(1, ge=1, description="Processes side by side.")
+
+    def folder(self, name: str) -> Path:
+        """Where the results of a command of this name go."""
+        return self.out or Path(f"pace-{name}")
+
+
+class ComparisonOptions(JobOptions):
+    """What is compared: arms of a model beside other models."""
+
+    bases: tuple[str, ...] = Field((), description="Models that it is compared with.")
+    arms: CommaSeparated | None = Field(
+        None,
+        description="Arms of MODEL, from its folder alone: pace (as it is), base, ce, pa, "
+        "pa-expert, "
+        "ce+pa, ce+pa-expert.  [default: pace beside BASE; base and pace without]",
+    )
+    variants: tuple[str, ...] = Field(
+        (),
+        description="One arm more: MODEL with these memory parameters, switched at run time: "
+        "update_interval=64 or slots=50,theta_high=0.6,layers=1+2. May be repeated.",
+        json_schema_extra={"option": "--with", "metavar": "NAME=VALUE,..."},
+    )
+
+
+class SweepOptions(JobOptions):
+    """A grid of memory parameters, and the evaluation that it is tried on."""
+
+    on: tuple[str, ...] = Field(
+        min_length=1,
+        description="The evaluation: any command of pace eval but cost and sweep; then what it "
+        "takes "
+        "as --on itself.",
+    )
+    vary: tuple[str, ...] = Field(
+        min_length=1,
+        description="A memory parameter and its values: slots=50,100 or "
+        "layers=single,pairs,second,all,1+2. Several: all combinations.",
+        json_schema_extra={"metavar": "NAME=VALUE,..."},
+    )
+
+
+def validated(options: type[Model], values: dict[str, Any], command: str) -> Model:
+    """The options of `command` from these values. Raises CallError, naming the first wrong one."""
+    try:
+        return options.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else ""
+        if first["type"] == "extra_forbidden":
+            close = get_close_matches(name, options.model_fields, n=1)
+            meant = f"; did you mean {close[0]}?" if close else ""
+            known = ", ".join(options.model_fields)
+            raise CallError(
+                f"{command} has no option {name!r}{meant}", f"choose from {known}"
+            ) from error
+        where = f"{option_name(name)}: " if name else ""
+        message = first["msg"].removeprefix("Value error, ")
+        raise CallError(f"{where}{message}", f"see pace {command} --help") from error
+
+
+def require_extra(packages: Iterable[str]) -> None:
+    """Raises PaceError where a package of the extra `eval` is missing; imports none of them."""
+    for package in packages:
+        if find_spec(package) is None:
+            raise PaceError(f"this needs the package {package}, which is not installed", EXTRA)
