@@ -41,10 +41,10 @@ def convert(
     """Convert `source`, a model folder or a Hub id, into a PaceLLM in the folder `out`.
 
     options: of the method; run: device, processes. revision, token, cache_dir: of a source on the
-    Hub. overwrite: replace an earlier conversion; resume: go on with an unfinished one. push_to_hub:
-    then upload it to this repository, a new one private if asked. progress: called with an `Update`
-    before and after each piece of work. Raises CallError for a call that can't be carried out, and
-    PaceError for what fails; what is done by then is kept for `resume`.
+    Hub. overwrite: replace an earlier conversion; resume: go on with an unfinished one.
+    push_to_hub: then upload it to this repository, a new one private if asked. progress: called
+    with an `Update` before and after each piece of work. Raises CallError for a call that can't be
+    carried out, and PaceError for what fails; what is done by then is kept for `resume`.
     """
     shown = as_progress(progress)
     prepared = prepare(
@@ -82,7 +82,9 @@ def prepare(
     push_to_hub: str | None = None,
     private: bool = False,
 ) -> Prepared:
-    """All that `convert` checks before any work. Changes nothing, reads no weights; see `convert`."""
+    """All that `convert` checks before any work. Changes nothing, reads no weights; see
+    `convert`.
+    """
     from .checkpoint.checkpoint import open_source
     from .conversion.convert import prepare as check
     from .converted.push import Target
@@ -130,7 +132,8 @@ def verify(
     trust_remote_code: bool = False,
     progress: Callback | Progress | None = None,
 ) -> Integrity | Verification:
-    """Whether the converted folder `out` is whole; with `source`, whether it is that model, permuted.
+    """Whether the converted folder `out` is whole; with `source`, whether it is that model,
+    permuted.
 
     Without `source` index, shapes, permutations, config and modeling files are looked at. With it
     every tensor is compared bit for bit, the tokenizer, and, if asked, the logits with the memory

@@ -1,4 +1,6 @@
-"""The device that work runs on, the type a model is loaded in there, and what the machine has to offer."""
+"""The device that work runs on, the type a model is loaded in there, and what the machine has to
+offer.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,19 @@ if TYPE_CHECKING:
     import torch
 
 NAMES = r"^(auto|cpu|cuda(:\d+)?)$"
-SMALL = 4_000_000_000  # bytes of weights; fewer are loaded as fp32 on a CPU, where 16 bits are slow and round more
+# Bytes of weights; fewer are loaded as fp32 on a CPU, where 16 bits are slow and round more.
+SMALL = 4_000_000_000
 
 
 def resolve_device(name: str) -> str:
-    """Of auto, cpu, cuda or cuda:N the device meant: for auto the GPU if there is one. Raises CallError for no device here."""
+    """Of auto, cpu, cuda or cuda:N the device meant: for auto the GPU if there is one. Raises
+    CallError for no device here.
+    """
     if not re.fullmatch(NAMES, name):
-        raise CallError(f"--device {name!r} is not auto, cpu, cuda or cuda:N", "leave it out to take the GPU if there is one")
+        raise CallError(
+            f"--device {name!r} is not auto, cpu, cuda or cuda:N",
+            "leave it out to take the GPU if there is one",
+        )
     if name == "cpu":
         return name
     import torch
@@ -30,7 +38,9 @@ def resolve_device(name: str) -> str:
     if name == "auto":
         return "cuda" if count else "cpu"
     if int(name.partition(":")[2] or 0) >= count:
-        raise CallError(f"--device {name}: there is no such GPU", "give --device cpu, or leave it out")
+        raise CallError(
+            f"--device {name}: there is no such GPU", "give --device cpu, or leave it out"
+        )
     return name
 
 
@@ -40,7 +50,9 @@ def is_widened(nbytes: int, device: str) -> bool:
 
 
 def load_dtype(nbytes: int, device: str) -> torch.dtype | str:
-    """The `dtype` to load so many bytes of weights with: fp32 where `is_widened`, else "auto", the stored one."""
+    """The `dtype` to load so many bytes of weights with: fp32 where `is_widened`, else "auto", the
+    stored one.
+    """
     import torch
 
     return torch.float32 if is_widened(nbytes, device) else "auto"
@@ -52,7 +64,9 @@ def core_count() -> int:
 
 
 def free_memory() -> int:
-    """Bytes that this process may still take: what the machine has free, or less in a container with a limit."""
+    """Bytes that this process may still take: what the machine has free, or less in a container
+    with a limit.
+    """
     free = psutil.virtual_memory().available
     try:
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text())

@@ -6,8 +6,12 @@ MAX_LINE = 500
 
 
 def one_line(text: str) -> str:
-    """What a terminal may show of a text that holds names from elsewhere: printable, and not endless."""
-    shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text[: MAX_LINE + 1])
+    """What a terminal may show of a text that holds names from elsewhere: printable, and not
+    endless.
+    """
+    shown = "".join(
+        char if char.isprintable() else ascii(char)[1:-1] for char in text[: MAX_LINE + 1]
+    )
     return shown if len(shown) <= MAX_LINE else shown[: MAX_LINE - 1] + "…"
 
 

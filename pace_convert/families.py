@@ -1,6 +1,7 @@
 """Model families: one declarative entry each; and kinds of models that can't be converted, and why.
 
-Everything is named as transformers and the checkpoints on the Hub name it. To add a family, see docs/architecture.md.
+Everything is named as transformers and the checkpoints on the Hub name it. To add a family, see
+docs/architecture.md.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from .errors import CallError
 class Ffn:
     """The linear layers of an FFN, as paths below a decoder layer.
 
-    inputs: the layers that compute the neurons; those of the first are clustered (the gate, or fc1).
-    output: the layer that reads them: its input is the activation h.
-    fused: the one input layer holds the gate's neurons and, behind them, up's.
-    transposed: weights are stored [in, out] (GPT-2's Conv1D).
+    inputs: the layers that compute the neurons; those of the first are clustered (the gate, or
+    fc1). output: the layer that reads them: its input is the activation h. fused: the one input
+    layer holds the gate's neurons and, behind them, up's. transposed: weights are stored [in, out]
+    (GPT-2's Conv1D).
     """
 
     inputs: tuple[str, ...]
@@ -64,12 +65,12 @@ class FfnTensor:
 class FamilySpec:
     """What the converter has to know about a family; the defaults are Llama's.
 
-    name: of the classes in transformers, as in `{name}Config`; causal_lm: where it is not `{name}ForCausalLM`.
-    models: what people call the models.
-    base: attribute of the causal LM that holds the base model. Checkpoints name tensors with or without it.
-    stack: path of the decoder stack below the base model, where it is another module.
-    blocks: path of the list of layers below the stack.
-    layer_keys, size_keys: keys in config.json of the number of layers and of the intermediate size, the first
+    name: of the classes in transformers, as in `{name}Config`; causal_lm: where it is not
+    `{name}ForCausalLM`. models: what people call the models. base: attribute of the causal LM that
+    holds the base model. Checkpoints name tensors with or without it. stack: path of the decoder
+    stack below the base model, where it is another module. blocks: path of the list of layers below
+    the stack. layer_keys, size_keys: keys in config.json of the number of layers and of the
+    intermediate size, the first
         that is set counts. Where no size is set it is four times the hidden size, given as one of width_keys.
     """
 
@@ -186,7 +187,10 @@ def find_family(config: dict, architectures: list[str]) -> FamilySpec:
     """The family of a config. Raises CallError for one that is not in the table."""
     model_type = config["model_type"]
     if model_type.startswith("pace_"):
-        raise CallError("the source is a PaceLLM already", "convert its base model instead (base_model in its model card)")
+        raise CallError(
+            "the source is a PaceLLM already",
+            "convert its base model instead (base_model in its model card)",
+        )
     spec = FAMILIES.get(model_type)
     if spec is None:
         raise _unknown(config)
@@ -205,12 +209,23 @@ def _unknown(config: dict) -> CallError:
         return CallError(f"{model_type} {known[0]}", known[1])
     close = difflib.get_close_matches(model_type, FAMILIES, n=1)
     meant = f"did you mean {close[0]}? " if close else ""
-    return CallError(f"model family {model_type!r} is not supported", f"{meant}`pace families` lists those that are")
+    return CallError(
+        f"model family {model_type!r} is not supported",
+        f"{meant}`pace families` lists those that are",
+    )
 
 
 _OTHERS = "`pace families` lists the families that can be"
 # How a config shows what a model is made of.
-PARTS = ("text_config", "vision_config", "audio_config", "thinker_config", "vision_cfg", "encoder", "decoder")
+PARTS = (
+    "text_config",
+    "vision_config",
+    "audio_config",
+    "thinker_config",
+    "vision_cfg",
+    "encoder",
+    "decoder",
+)
 RECURRENT_KEYS = (
     "state_size", "ssm_state_size", "mamba_d_state", "mamba_expand", "lru_width", "attention_hidden_size", "mlstm_round_up_to",
     "linear_num_value_heads", "linear_key_head_dim", "linear_attn_config", "conv_L_cache", "layers_block_type",
@@ -230,11 +245,16 @@ def why_unsupported(config: dict, families: Container[str]) -> tuple[str, str] |
     families: the model types that can be.
     """
     if any(isinstance(config.get(part), dict) for part in PARTS):
-        return "is made of several models (multimodal or encoder-decoder)", _what_of_parts(config, families)
+        return "is made of several models (multimodal or encoder-decoder)", _what_of_parts(
+            config, families
+        )
     if config.get("is_encoder_decoder"):
         return "is an encoder-decoder; only decoder-only language models can be converted", _OTHERS
     if _has_experts(config):
-        return "is a mixture of experts: its FFNs are grouped and routed already", f"give a dense model; {_OTHERS}"
+        return (
+            "is a mixture of experts: its FFNs are grouped and routed already",
+            f"give a dense model; {_OTHERS}",
+        )
     if _is_recurrent(config):
         return "has recurrent or state-space layers, whose state the memory can't follow", _OTHERS
     return None
@@ -250,7 +270,11 @@ def _what_of_parts(config: dict, families: Container[str]) -> str:
 
 def _is_recurrent(config: dict) -> bool:
     kinds = config.get("layer_types")
-    others = {kind for kind in kinds if isinstance(kind, str)} - ATTENTION if isinstance(kinds, list) else set()
+    others = (
+        {kind for kind in kinds if isinstance(kind, str)} - ATTENTION
+        if isinstance(kinds, list)
+        else set()
+    )
     named = any(name in config["model_type"] for name in RECURRENT_NAMES)
     return named or bool(others) or any(config.get(key) is not None for key in RECURRENT_KEYS)
 
@@ -260,5 +284,10 @@ def _has_experts(config: dict) -> bool:
         return isinstance(value, list) or (type(value) is int and value > 1)
 
     places = [config, config.get("ffn_config")]
-    stated = any(several(place.get(key)) for place in places if isinstance(place, dict) for key in EXPERT_KEYS)
+    stated = any(
+        several(place.get(key))
+        for place in places
+        if isinstance(place, dict)
+        for key in EXPERT_KEYS
+    )
     return stated or any(name in config["model_type"] for name in EXPERT_NAMES)

@@ -1,4 +1,6 @@
-"""Work in this process, or in several on this machine. What is worked on is picklable, and so is what comes of it."""
+"""Work in this process, or in several on this machine. What is worked on is picklable, and so is
+what comes of it.
+"""
 
 from __future__ import annotations
 
@@ -27,22 +29,31 @@ Work = TypeVar("Work", bound=Runnable)
 
 
 def run_here(tasks: Sequence[Work], jobs: int) -> Iterator[tuple[Work, dict]]:
-    """Each task with what its `run` returned, as soon as it is done, in up to `jobs` processes of this machine.
+    """Each task with what its `run` returned, as soon as it is done, in up to `jobs` processes of
+    this machine.
 
     Raises what a task raises, and PaceError for a worker that died.
     """
-    return _in_processes(tasks, jobs) if jobs > 1 and len(tasks) > 1 else ((task, task.run()) for task in tasks)
+    return (
+        _in_processes(tasks, jobs)
+        if jobs > 1 and len(tasks) > 1
+        else ((task, task.run()) for task in tasks)
+    )
 
 
 def _in_processes(tasks: Sequence[Work], jobs: int) -> Iterator[tuple[Work, dict]]:
     threads = max(1, core_count() // jobs)
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin_worker, (threads,))
+    pool = ProcessPoolExecutor(
+        jobs, multiprocessing.get_context("spawn"), _begin_worker, (threads,)
+    )
     try:
         running = {pool.submit(task.run): task for task in tasks}
         for future in as_completed(running):
             yield running[future], future.result()
     except BrokenProcessPool as error:
-        raise PaceError("a worker process died, perhaps for want of memory", "give fewer --jobs") from error
+        raise PaceError(
+            "a worker process died, perhaps for want of memory", "give fewer --jobs"
+        ) from error
     except BaseException:
         for process in multiprocessing.active_children():  # what they were at is done again
             process.kill()

@@ -1,7 +1,9 @@
-"""The journal of a job: what the job is, and which of its tasks are done, so that it can go on after a kill.
+"""The journal of a job: what the job is, and which of its tasks are done, so that it can go on
+after a kill.
 
-One JSON object a line, each on the disk before the next is begun. A line that was cut off is as if it had not been
-written: its task is done again. What a job is made of, and how two of them differ in words, its owner knows.
+One JSON object a line, each on the disk before the next is begun. A line that was cut off is as if
+it had not been written: its task is done again. What a job is made of, and how two of them differ
+in words, its owner knows.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ class Journal:
     def open(self, identity: Any, other: Callable[[Any, Any], CallError]) -> None:
         """Take up what is done of the job with this identity, which is any JSON, or begin it.
 
-        other: what is raised, made of two identities, where the journal is of another job. Raises CallError for a
-        damaged journal too.
+        other: what is raised, made of two identities, where the journal is of another job. Raises
+        CallError for a damaged journal too.
         """
         identity = json.loads(json.dumps(identity))  # as it is read again: tuples are lists
         if not self.path.is_file():

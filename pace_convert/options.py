@@ -16,7 +16,8 @@ EXPERT_OPTIONS = ("experts", "cluster_method", "exact_restarts", "seed")
 MEMORY_PARAMETERS = tuple(MemorySettings.parameters())
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    # The paper leaves most values open; all of them stand in the released code (github.com/KangcongLi/PaceLLM).
+    # The paper leaves most values open; all of them stand in the released code
+    # (github.com/KangcongLi/PaceLLM).
     "paper": {
         "slots": 100, "theta_high": 0.75, "theta_low": 0.25, "top_k": 5, "bottom_k": 2, "fusion_weight": 0.2,
         "reuse_weight": 1.0, "mix_weight": 0.5, "noise_weight": 0.1, "match_norm": False, "outlier_norm": 0.0,
@@ -27,13 +28,21 @@ Layer = Annotated[int, Field(ge=0)]
 
 
 def _memory(name: str, description: str) -> Any:
-    """A field with default and bounds of the memory's parameter of this name, as checkpoints themselves check it."""
+    """A field with default and bounds of the memory's parameter of this name, as checkpoints
+    themselves check it.
+    """
     parameter = MemorySettings.__dataclass_fields__[name]
     bounds = parameter.metadata.get("bounds")
     if bounds is None:
         return Field(parameter.default, description=description)
     finite = False if bounds.kind is float else None
-    return Field(parameter.default, ge=bounds.low, le=bounds.high, allow_inf_nan=finite, description=description)
+    return Field(
+        parameter.default,
+        ge=bounds.low,
+        le=bounds.high,
+        allow_inf_nan=finite,
+        description=description,
+    )
 
 
 def _parse_layers(value: object) -> object:
@@ -51,22 +60,28 @@ def _parse_layers(value: object) -> object:
 class ConvertOptions(BaseModel):
     """Options of the method; names and help texts of the command line come from here.
 
-    Defaults of the memory are those of `MemorySettings`; with a preset its values, but for those that are given too.
+    Defaults of the memory are those of `MemorySettings`; with a preset its values, but for those
+    that are given too.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    experts: int = Field(64, ge=1, description="Cortical experts (clusters of FFN neurons) per layer, K.")
+    experts: int = Field(
+        64, ge=1, description="Cortical experts (clusters of FFN neurons) per layer, K."
+    )
     cluster_method: Literal["fast", "exact"] = Field(
-        "fast", description="Balanced k-means: ours, seconds a layer, or exact (k-means-constrained), started from its result."
+        "fast",
+        description="Balanced k-means: ours, seconds a layer, or exact (k-means-constrained), started from its result.",
     )
     exact_restarts: int | None = Field(
-        None, ge=1, description="With exact: this many random starts instead, minutes each; the released code takes 10."
+        None,
+        ge=1,
+        description="With exact: this many random starts instead, minutes each; the released code takes 10.",
     )
     seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of the clustering.")
-    memory_layers: Annotated[Literal["auto", "none"] | tuple[Layer, ...], BeforeValidator(_parse_layers)] = Field(
-        "auto", description="Layers with memory, 0-based: auto, none or a list like 12,26."
-    )
+    memory_layers: Annotated[
+        Literal["auto", "none"] | tuple[Layer, ...], BeforeValidator(_parse_layers)
+    ] = Field("auto", description="Layers with memory, 0-based: auto, none or a list like 12,26.")
     preset: Literal["default", "paper"] = Field(
         "default",
         description="Where the memory's parameters below come from; paper: the released code's, which harm real models.",
@@ -76,31 +91,47 @@ class ConvertOptions(BaseModel):
     theta_low: float = _memory("theta_low", "Leave the token alone up to this cosine similarity.")
     top_k: int = _memory("top_k", "Most similar slots that are fused, k.")
     bottom_k: int = _memory("bottom_k", "Least similar slots that are added as noise, k'.")
-    fusion_weight: float = _memory("fusion_weight", "Share of what was retrieved in the fused activation, lambda.")
+    fusion_weight: float = _memory(
+        "fusion_weight", "Share of what was retrieved in the fused activation, lambda."
+    )
     reuse_weight: float = _memory("reuse_weight", "Weight of the similar slots when reusing.")
     mix_weight: float = _memory("mix_weight", "Weight of the similar slots when mixing.")
     noise_weight: float = _memory("noise_weight", "Weight of the dissimilar slots.")
-    match_norm: bool = _memory("match_norm", "Scale each slot to the norm of the token that reads it.")
+    match_norm: bool = _memory(
+        "match_norm", "Scale each slot to the norm of the token that reads it."
+    )
     outlier_norm: float = _memory(
-        "outlier_norm", "Leave tokens alone whose norm is above so many times the stored ones' median; 0: none."
+        "outlier_norm",
+        "Leave tokens alone whose norm is above so many times the stored ones' median; 0: none.",
     )
     momentum: float = _memory("momentum", "Share of the old slot when it merges with new tokens.")
-    update_interval: int = _memory("update_interval", "Tokens per block, U; the bank is updated after each block.")
-    granularity: Granularity = _memory(
-        "granularity", "Compare and fuse whole activations, or each expert's block of them on its own."
+    update_interval: int = _memory(
+        "update_interval", "Tokens per block, U; the bank is updated after each block."
     )
-    no_memory: bool = Field(False, description="Only cluster the weights; keep the original architecture.")
+    granularity: Granularity = _memory(
+        "granularity",
+        "Compare and fuse whole activations, or each expert's block of them on its own.",
+    )
+    no_memory: bool = Field(
+        False, description="Only cluster the weights; keep the original architecture."
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _take_preset(cls, values: Any) -> Any:
         preset = values.get("preset") if isinstance(values, dict) else None
-        return {**PRESETS[preset], **values} if isinstance(preset, str) and preset in PRESETS else values
+        return (
+            {**PRESETS[preset], **values}
+            if isinstance(preset, str) and preset in PRESETS
+            else values
+        )
 
     @model_validator(mode="after")
     def _check(self) -> ConvertOptions:
         if self.theta_low > self.theta_high:
-            raise ValueError(f"--theta-low {self.theta_low} is above --theta-high {self.theta_high}")
+            raise ValueError(
+                f"--theta-low {self.theta_low} is above --theta-high {self.theta_high}"
+            )
         if self.exact_restarts is not None and self.cluster_method != "exact":
             raise ValueError("--exact-restarts goes with --cluster-method exact")
         return self
@@ -112,22 +143,35 @@ class ConvertOptions(BaseModel):
 
     def memory_config(self, layers: tuple[int, ...]) -> dict:
         """The `pace.memory` object of config.json, for these resolved layers."""
-        return {"enabled": bool(layers), "layers": list(layers), **self.model_dump(include=set(MEMORY_PARAMETERS))}
+        return {
+            "enabled": bool(layers),
+            "layers": list(layers),
+            **self.model_dump(include=set(MEMORY_PARAMETERS)),
+        }
 
 
 class RunOptions(BaseModel):
-    """How a conversion is carried out. None of it changes what is made, but for the rounding of another device."""
+    """How a conversion is carried out. None of it changes what is made, but for the rounding of
+    another device.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    device: str = Field("auto", pattern=NAMES, description="Where neurons are grouped: auto, cpu, cuda or cuda:N.")
+    device: str = Field(
+        "auto", pattern=NAMES, description="Where neurons are grouped: auto, cpu, cuda or cuda:N."
+    )
     jobs: int | None = Field(
-        None, ge=1, description="Processes side by side; by default what cores and memory allow. On Ray: tasks at once."
+        None,
+        ge=1,
+        description="Processes side by side; by default what cores and memory allow. On Ray: tasks at once.",
     )
     executor: Literal["local", "ray"] = Field(
-        "local", description="Processes on this machine, or tasks on a Ray cluster that shares SOURCE's and OUT's file system."
+        "local",
+        description="Processes on this machine, or tasks on a Ray cluster that shares SOURCE's and OUT's file system.",
     )
-    ray_address: str | None = Field(None, description="Address of the Ray cluster; without it Ray starts on this machine.")
+    ray_address: str | None = Field(
+        None, description="Address of the Ray cluster; without it Ray starts on this machine."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> RunOptions:
@@ -144,14 +188,19 @@ def option_name(field: str) -> str:
 
 
 def load_options(config: Path | None, given: dict) -> tuple[ConvertOptions, RunOptions]:
-    """Options from a YAML file, overridden by those `given`. Raises CallError, naming the option."""
+    """Options from a YAML file, overridden by those `given`. Raises CallError, naming the
+    option.
+    """
     try:
         values = yaml.safe_load(config.read_text()) if config else {}
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise CallError(
-            f"can't read {config}: {str(error).splitlines()[0]}", "give a YAML file of option: value lines"
+            f"can't read {config}: {str(error).splitlines()[0]}",
+            "give a YAML file of option: value lines",
         ) from error
-    if not isinstance(values or {}, dict) or not all(isinstance(name, str) for name in values or {}):
+    if not isinstance(values or {}, dict) or not all(
+        isinstance(name, str) for name in values or {}
+    ):
         raise CallError(f"{config} is not a mapping", "give a YAML file of option: value lines")
     values = {**(values or {}), **given}
     run = {name: values.pop(name) for name in RunOptions.model_fields if name in values}
@@ -159,7 +208,10 @@ def load_options(config: Path | None, given: dict) -> tuple[ConvertOptions, RunO
         options = ConvertOptions.model_validate(values)
         idle = sorted(set(values) - {*EXPERT_OPTIONS, "no_memory"})
         if options.no_memory and idle:
-            raise CallError(f"{option_name(idle[0])} is for the memory, which --no-memory leaves out", "leave one of them out")
+            raise CallError(
+                f"{option_name(idle[0])} is for the memory, which --no-memory leaves out",
+                "leave one of them out",
+            )
         return options, RunOptions.model_validate(run)
     except ValidationError as error:
         first = error.errors()[0]

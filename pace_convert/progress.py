@@ -157,7 +157,9 @@ class CallbackProgress(Progress):
 class _CallbackBar(tqdm):
     """A bar that is not drawn: each update goes to a function, the first before any work."""
 
-    def __init__(self, callback: Callable[[Update], object], label: str, total: int, unit: str, done: int) -> None:
+    def __init__(
+        self, callback: Callable[[Update], object], label: str, total: int, unit: str, done: int
+    ) -> None:
         super().__init__(disable=True)
         self.callback, self.state = callback, Update(label, done, total, unit)
         callback(self.state)

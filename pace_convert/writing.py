@@ -1,4 +1,6 @@
-"""The one way to write a file whole: whoever looks, whenever it is killed, sees the new file or what was there before."""
+"""The one way to write a file whole: whoever looks, whenever it is killed, sees the new file or
+what was there before.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,14 @@ from pathlib import Path
 PART = ".part"  # at the end of the name of a file that is being made; such files are never uploaded
 
 
-def write_whole(path: Path, content: str | bytes | Callable[[Path], object], part: Path | None = None) -> None:
+def write_whole(
+    path: Path, content: str | bytes | Callable[[Path], object], part: Path | None = None
+) -> None:
     """Let `path` be a file with this content, which is on the disk by then.
 
-    content: text, written as UTF-8; bytes; or what makes the file that it is given. part: where it is made before it
-    is moved, on the same disk, by default beside `path`. What fails leaves `path` as it was and no part behind.
+    content: text, written as UTF-8; bytes; or what makes the file that it is given. part: where it
+    is made before it is moved, on the same disk, by default beside `path`. What fails leaves `path`
+    as it was and no part behind.
     """
     part = part or path.with_name(path.name + PART)
     try:

@@ -6,9 +6,10 @@ options, families and modules, from the code.
     python scripts/docs_tables.py            # runs the tests marked `works`; ten minutes
     python scripts/docs_tables.py --quick    # everything else; seconds
 
-A test says what it backs: `@pytest.mark.works("beam search, padded batch")`. One that is parametrised by
-family gives a column of the families' table, any other a row of the table of uses. A page has a place for
-each block, between two comments; tests/package/test_docs.py fails where a block is out of date.
+A test says what it backs: `@pytest.mark.works("beam search, padded batch")`. One that is
+parametrised by family gives a column of the families' table, any other a row of the table of uses.
+A page has a place for each block, between two comments; tests/package/test_docs.py fails where a
+block is out of date.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ MARKS = {"passed": "yes", "failed": "**no**", "skipped": "not run here"}
 
 
 class Recorder:
-    """Collects outcomes: what -> family or "" -> a set of outcomes, and what -> the files that back it."""
+    """Collects outcomes: what -> family or "" -> a set of outcomes, and what -> the files that back
+    it.
+    """
 
     def __init__(self) -> None:
         self.outcomes: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
@@ -66,7 +69,9 @@ def uses_table(recorder: Recorder) -> str:
     rows = ["| use, with the memory on | works | test |", "|---|---|---|"]
     for what, by_family in recorder.outcomes.items():
         if "" in by_family:
-            rows.append(f"| {what} | {mark(by_family[''])} | {', '.join(f'`{f}`' for f in sorted(recorder.files[what]))} |")
+            rows.append(
+                f"| {what} | {mark(by_family[''])} | {', '.join(f'`{f}`' for f in sorted(recorder.files[what]))} |"
+            )
     return "\n".join(rows)
 
 
@@ -75,7 +80,10 @@ def families_table(recorder: Recorder) -> str:
     families = sorted({family for what in columns for family in recorder.outcomes[what]})
     rows = ["| family | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for family in families:
-        cells = [mark(recorder.outcomes[what][family]) if family in recorder.outcomes[what] else "" for what in columns]
+        cells = [
+            mark(recorder.outcomes[what][family]) if family in recorder.outcomes[what] else ""
+            for what in columns
+        ]
         rows.append(f"| `{family}` | " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
@@ -86,28 +94,45 @@ def costs_table(results: dict) -> str:
     for row in results["ffn"]:
         released = f"{row['released']:.2f}" if "released" in row else ""
         name = f"{row['shape']}, {row['dtype']}, {row['case']}"
-        rows.append(f"| one FFN: {name} | {_seconds(row['plain'])} | {row['memory']:.3f} | {released} |")
+        rows.append(
+            f"| one FFN: {name} | {_seconds(row['plain'])} | {row['memory']:.3f} | {released} |"
+        )
     for row in results["model"]:
         name = f"{row['shape']}, {row['dtype']}, {row['layers']} layers, one memory"
         for case in ("prefill", "decode"):
             length = "2048" if case == "prefill" else "after 2048"
-            rows.append(f"| model: {name}, {case} {length} | {_seconds(row[case + '_s'])} | {row[case]:.3f} | |")
+            rows.append(
+                f"| model: {name}, {case} {length} | {_seconds(row[case + '_s'])} | {row[case]:.3f} | |"
+            )
     for row in results["memory"]:
         name = f"{row['shape']}, {row['dtype']}"
         rows.append(
             f"| bytes a sequence and layer: {name} | | {_bytes(row['settled'])}, {_bytes(row['window'])} just after a block | |"
         )
         if row["peak"]:
-            cells = [_bytes(row["peak"][name]) if name in row["peak"] else "" for name in ("memory", "released")]
-            rows.append(f"| peak beyond the plain FFN's own, prefill 2048: {name} | | {cells[0]} | {cells[1]} |")
+            cells = [
+                _bytes(row["peak"][name]) if name in row["peak"] else ""
+                for name in ("memory", "released")
+            ]
+            rows.append(
+                f"| peak beyond the plain FFN's own, prefill 2048: {name} | | {cells[0]} | {cells[1]} |"
+            )
     machine = results["machine"]
-    rows += ["", f"Measured on {machine['device']}, {machine['threads']} threads, torch {machine['torch']}."]
+    rows += [
+        "",
+        f"Measured on {machine['device']}, {machine['threads']} threads, torch {machine['torch']}.",
+    ]
     return "\n".join(rows)
 
 
 def conversions_table(results: dict) -> str:
-    """A conversion beside a plain copy, where its time goes, and what a dry run says of whole models."""
-    rows = ["| conversion | weights | copy | 1 process | 2 processes | peak memory, of a layer's FFN | |", "|---" * 7 + "|"]
+    """A conversion beside a plain copy, where its time goes, and what a dry run says of whole
+    models.
+    """
+    rows = [
+        "| conversion | weights | copy | 1 process | 2 processes | peak memory, of a layer's FFN | |",
+        "|---" * 7 + "|",
+    ]
     for row in results["conversions"]:
         seconds, peak = row["seconds"], max(row["peak_bytes"].values())
         rows.append(
@@ -115,8 +140,21 @@ def conversions_table(results: dict) -> str:
             f"{_seconds(seconds['jobs 2'])} | {_bytes(peak)}, {_bytes(row['ffn_bytes_a_layer'])} | "
             f"{'verified' if row['verified'] else '**not verified**'} |"
         )
-    phases = ("clustering", "reading", "checking", "permuting and the rest", "writing", "copying", "flushing", "total")
-    rows += ["", "| seconds, 1 process | " + " | ".join(phases) + " | estimated |", "|---" * (len(phases) + 2) + "|"]
+    phases = (
+        "clustering",
+        "reading",
+        "checking",
+        "permuting and the rest",
+        "writing",
+        "copying",
+        "flushing",
+        "total",
+    )
+    rows += [
+        "",
+        "| seconds, 1 process | " + " | ".join(phases) + " | estimated |",
+        "|---" * (len(phases) + 2) + "|",
+    ]
     for row in results["conversions"]:
         cells = [f"{row['phases'][phase]:.2f}" for phase in phases]
         rows.append(f"| {row['case']} | {' | '.join(cells)} | {row['estimated_seconds']:.1f} |")
@@ -131,7 +169,9 @@ def conversions_table(results: dict) -> str:
             f"{_bytes(row['ffn_bytes_a_layer'])} | {_seconds(row['dry_run_seconds'])} |"
         )
     machine = results["machine"]
-    return "\n".join([*rows, "", f"Measured on {machine['cores']} cores, torch {machine['torch']}."])
+    return "\n".join(
+        [*rows, "", f"Measured on {machine['cores']} cores, torch {machine['torch']}."]
+    )
 
 
 def _seconds(value: float) -> str:
@@ -157,7 +197,9 @@ def supported_table() -> str:
     """The families that can be converted."""
     rows = ["| model_type | class | FFN | models |", "|---|---|---|---|"]
     for spec in FAMILIES.values():
-        rows.append(f"| `{spec.model_type}` | `{spec.causal_lm_class}` | {spec.ffn.kind} | {spec.models} |")
+        rows.append(
+            f"| `{spec.model_type}` | `{spec.causal_lm_class}` | {spec.ffn.kind} | {spec.models} |"
+        )
     return "\n".join(rows)
 
 
@@ -166,7 +208,9 @@ def modules_table() -> str:
     rows = ["| | |", "|---|---|"]
     for folder in (folder for name in CODE for folder in _folders(ROOT / name)):
         init = folder / "__init__.py"
-        rows.append(f"| **{folder.relative_to(ROOT)}/** | {first_line(init) if init.exists() else ''} |")
+        rows.append(
+            f"| **{folder.relative_to(ROOT)}/** | {first_line(init) if init.exists() else ''} |"
+        )
         rows += [f"| `{path.name}` | {first_line(path)} |" for path in _modules(folder)]
     return "\n".join(rows)
 

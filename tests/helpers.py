@@ -36,14 +36,28 @@ HEAD = {**SMALL, "head_dim": 8}
 # A window that a short text leaves behind, and both kinds of layers.
 WINDOW = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"] * 2}
 GPT = {
-    **{key: SMALL[key] for key in ("vocab_size", "initializer_range", "pad_token_id", "bos_token_id", "eos_token_id")},
+    **{
+        key: SMALL[key]
+        for key in (
+            "vocab_size",
+            "initializer_range",
+            "pad_token_id",
+            "bos_token_id",
+            "eos_token_id",
+        )
+    },
     "n_embd": 32,
     "n_layer": 4,
     "n_head": 4,
     "n_positions": 512,
 }
-BLOOM = {key: value for key, value in SMALL.items() if key not in ("intermediate_size", "num_key_value_heads")}
-# A row is "model_type" or "model_type-variant". No other size may equal intermediate_size or twice that.
+BLOOM = {
+    key: value
+    for key, value in SMALL.items()
+    if key not in ("intermediate_size", "num_key_value_heads")
+}
+# A row is "model_type" or "model_type-variant". No other size may equal intermediate_size or twice
+# that.
 FAMILY_CONFIGS = {
     "qwen2": SMALL,
     "qwen3": HEAD,
@@ -78,10 +92,28 @@ FAMILY_CONFIGS = {
     "gptj": {**GPT, "rotary_dim": 4},
     "bloom": BLOOM,
     "opt": {**SMALL, "ffn_dim": 72},
-    "opt-350m": {**SMALL, "ffn_dim": 72, "word_embed_proj_dim": 24, "do_layer_norm_before": False, "enable_bias": False},
+    "opt-350m": {
+        **SMALL,
+        "ffn_dim": 72,
+        "word_embed_proj_dim": 24,
+        "do_layer_norm_before": False,
+        "enable_bias": False,
+    },
     "falcon": BLOOM,
-    "falcon-new": {**BLOOM, "new_decoder_architecture": True, "num_kv_heads": 2, "bias": True, "ffn_hidden_size": 72},
-    "falcon-alibi": {**BLOOM, "alibi": True, "multi_query": False, "parallel_attn": False, "bias": True},
+    "falcon-new": {
+        **BLOOM,
+        "new_decoder_architecture": True,
+        "num_kv_heads": 2,
+        "bias": True,
+        "ffn_hidden_size": 72,
+    },
+    "falcon-alibi": {
+        **BLOOM,
+        "alibi": True,
+        "multi_query": False,
+        "parallel_attn": False,
+        "bias": True,
+    },
     "starcoder2": {**SMALL, "sliding_window": 7},
     "granite": SMALL,
     "smollm3": SMALL,
@@ -103,7 +135,8 @@ def family_of(row: str) -> FamilySpec:
     return FAMILIES[row.partition("-")[0]]
 
 
-# Blocks of a few tokens and wide thresholds: a memory that reuses, mixes and keeps within a short text.
+# Blocks of a few tokens and wide thresholds: a memory that reuses, mixes and keeps within a short
+# text.
 ACTIVE = {
     "experts": 8, "slots": 6, "update_interval": 5, "theta_low": 0.1, "theta_high": 0.3, "top_k": 2, "bottom_k": 1,
     "fusion_weight": 0.2,
@@ -127,17 +160,24 @@ def convert_folder(source: Path, out: Path, **options) -> None:
 
 def load(folder: Path, dtype: torch.dtype = torch.float64, **kwargs):
     """A model in float64, where no rounding can flip a threshold."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=True, **kwargs).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, trust_remote_code=True, **kwargs
+    ).eval()
 
 
 def hashes(folder: Path) -> dict[str, str]:
     """File name -> SHA-256, of every file below the folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
 
 
 def random_ids(rows: int, length: int, seed: int = 0, vocabulary: int = 120) -> torch.Tensor:
-    return torch.randint(2, vocabulary, (rows, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        2, vocabulary, (rows, length), generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def pace_convert(*args, command=("convert",), cwd=None) -> subprocess.CompletedProcess:
@@ -181,7 +221,8 @@ def run_alone(code: str, *args: object, modules: Path) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-# Takes JSON jobs {folder, ids, save_to?}: one process, because starting one takes longer than all its jobs.
+# Takes JSON jobs {folder, ids, save_to?}: one process, because starting one takes longer than all
+# its jobs.
 LOAD = """
 import gc, json, torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, logging

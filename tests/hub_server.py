@@ -1,7 +1,8 @@
-"""A Hub on loopback: real HTTP, real bytes, read from and uploaded to by the unmodified huggingface_hub client.
+"""A Hub on loopback: real HTTP, real bytes, read from and uploaded to by the unmodified
+huggingface_hub client.
 
-It speaks what the client asks for: who am I, create, branch, preupload, LFS batch, blob and verify, commit,
-pull request, revision, tree, commits, resolve. It has no Xet storage.
+It speaks what the client asks for: who am I, create, branch, preupload, LFS batch, blob and verify,
+commit, pull request, revision, tree, commits, resolve. It has no Xet storage.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ class User:
 
 @dataclass
 class Repository:
-    """folder: the files of the first commit, as they are there now. token: who may see it; None: everybody."""
+    """folder: the files of the first commit, as they are there now. token: who may see it; None:
+    everybody.
+    """
 
     folder: Path | None = None
     gated: bool = False
@@ -41,21 +44,32 @@ class Repository:
     private: bool = False
     sha: str = FIRST
     later: dict[str, dict[str, bytes]] = field(default_factory=dict)  # commit -> its files
-    branches: dict[str, list[str]] = field(default_factory=dict)  # name -> its commits, newest first
+    # Name -> its commits, newest first.
+    branches: dict[str, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.branches.setdefault("main", [self.sha])
 
     def commit_of(self, revision: str) -> str | None:
         known = [commit for commits in self.branches.values() for commit in commits]
-        return self.branches[revision][0] if revision in self.branches else revision if revision in known else None
+        return (
+            self.branches[revision][0]
+            if revision in self.branches
+            else revision
+            if revision in known
+            else None
+        )
 
     def files(self, revision: str = "main") -> dict[str, bytes]:
         commit = self.commit_of(revision)
         if commit != self.sha:
             return self.later[commit]
         paths = sorted(self.folder.rglob("*")) if self.folder else []
-        return {str(path.relative_to(self.folder)): path.read_bytes() for path in paths if path.is_file()}
+        return {
+            str(path.relative_to(self.folder)): path.read_bytes()
+            for path in paths
+            if path.is_file()
+        }
 
     def add(self, branch: str, files: dict[str, bytes]) -> str:
         sha = hashlib.sha1(f"{branch} {len(self.later)}".encode()).hexdigest()
@@ -79,7 +93,9 @@ class Hub:
     stored: dict[str, bytes] = field(default_factory=dict)
 
     def __enter__(self) -> Hub:
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        self.server = ThreadingHTTPServer(
+            ("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self})
+        )
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         return self
@@ -102,13 +118,17 @@ class Hub:
 
 
 def metadata_errors(card: str) -> list[str]:
-    """What the Hub's validation finds in a card's metadata (huggingface.co/docs/hub/model-cards)."""
+    """What the Hub's validation finds in a card's metadata
+    (huggingface.co/docs/hub/model-cards).
+    """
     front_matter = re.match(r"---\r?\n(.*?)\r?\n---\r?\n", card, re.DOTALL)
     data = yaml.safe_load(front_matter[1]) if front_matter else {}
 
     def texts(value: object, pattern: str = ".+") -> bool:
         values = value if isinstance(value, list) else [value]
-        return all(isinstance(item, str) and re.fullmatch(pattern, item, re.DOTALL) for item in values)
+        return all(
+            isinstance(item, str) and re.fullmatch(pattern, item, re.DOTALL) for item in values
+        )
 
     rules = {
         "license": lambda value: texts(value, "|".join(map(re.escape, LICENCES))),
@@ -122,7 +142,11 @@ def metadata_errors(card: str) -> list[str]:
         "extra_gated_prompt": texts,
         "extra_gated_fields": lambda value: isinstance(value, dict),
     }
-    return [f'"{key}" must not be {value!r}' for key, value in data.items() if not rules.get(key, lambda _: False)(value)]
+    return [
+        f'"{key}" must not be {value!r}'
+        for key, value in data.items()
+        if not rules.get(key, lambda _: False)(value)
+    ]
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -147,7 +171,9 @@ class _Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         path = unquote(url.path)
         self.query = parse_qs(url.query)
-        how = self.command + (" range" if "Range" in self.headers else " whole" if self.command == "GET" else "")
+        how = self.command + (
+            " range" if "Range" in self.headers else " whole" if self.command == "GET" else ""
+        )
         self.hub.requests.append((how, path))
         status = self.hub.hook(self.command, path) if self.hub.hook else None
         length = int(self.headers.get("Content-Length", 0))
@@ -168,13 +194,21 @@ class _Handler(BaseHTTPRequestHandler):
     def _whoami(self) -> None:
         user = self.hub.users.get(self.token)
         if user is None:
-            return self._send(401, b"", {"X-Error-Message": "Invalid credentials in Authorization header"})
+            return self._send(
+                401, b"", {"X-Error-Message": "Invalid credentials in Authorization header"}
+            )
         orgs = [{"name": org, "roleInOrg": "write"} for org in user.orgs]
-        return self._json({"name": user.name, "orgs": orgs, "auth": {"accessToken": {"role": user.role}}})
+        return self._json(
+            {"name": user.name, "orgs": orgs, "auth": {"accessToken": {"role": user.role}}}
+        )
 
     def _may_write(self, repo_id: str) -> bool:
         user = self.hub.users.get(self.token)
-        if user is None or user.role == "read" or repo_id.split("/")[0] not in (user.name, *user.orgs):
+        if (
+            user is None
+            or user.role == "read"
+            or repo_id.split("/")[0] not in (user.name, *user.orgs)
+        ):
             self._send(403, b"", {"X-Error-Message": "you have no write access to it"})
             return False
         return True
@@ -186,17 +220,23 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         status = 409 if repo_id in self.hub.repositories else 200
         if status == 200:
-            self.hub.repositories[repo_id] = Repository(private=asked.get("visibility") == "private")
+            self.hub.repositories[repo_id] = Repository(
+                private=asked.get("visibility") == "private"
+            )
         return self._json({"url": f"{self.hub.url}/{repo_id}"}, status)
 
     def _validate(self) -> None:
         errors = metadata_errors(json.loads(self.body)["content"])
-        return self._json({"errors": [{"message": error} for error in errors]}, 400 if errors else 200)
+        return self._json(
+            {"errors": [{"message": error} for error in errors]}, 400 if errors else 200
+        )
 
     def _find(self, repo_id: str) -> Repository | None:
         """The repository, if whoever asks may see that it is there."""
         repository = self.hub.repositories.get(repo_id)
-        if repository is None or (repository.token not in (None, self.token) and not repository.gated):
+        if repository is None or (
+            repository.token not in (None, self.token) and not repository.gated
+        ):
             self._send(401 if not self.token else 404, b"", {"X-Error-Code": "RepoNotFound"})
             return None
         return repository
@@ -214,7 +254,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _dataset(self, repo_id: str) -> None:
         known = repo_id in self.hub.datasets
-        self._json({"id": repo_id}, 200) if known else self._send(404, b"", {"X-Error-Code": "RepoNotFound"})
+        self._json({"id": repo_id}, 200) if known else self._send(
+            404, b"", {"X-Error-Code": "RepoNotFound"}
+        )
 
     # ---- reading
 
@@ -222,17 +264,38 @@ class _Handler(BaseHTTPRequestHandler):
         if repository := self._at(repo_id, revision):
             names = [{"rfilename": name} for name in repository.files(revision or "main")]
             sha = repository.commit_of(revision or "main")
-            info = {"id": repo_id, "sha": sha, "siblings": names, "private": repository.private, "gated": repository.gated}
+            info = {
+                "id": repo_id,
+                "sha": sha,
+                "siblings": names,
+                "private": repository.private,
+                "gated": repository.gated,
+            }
             self._json(info)
 
     def _tree(self, repo_id: str, revision: str, folder: str) -> None:
         if repository := self._at(repo_id, revision):
-            files = {name: data for name, data in repository.files(revision).items() if name.startswith(folder.strip("/"))}
+            files = {
+                name: data
+                for name, data in repository.files(revision).items()
+                if name.startswith(folder.strip("/"))
+            }
             if folder and not files:
                 return self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
-            entries = [{"type": "file", "path": n, "size": len(data), "oid": _git_hash(data)} for n, data in files.items()]
-            lfs = {name: {"oid": _sha256(data), "size": len(data), "pointerSize": 130} for name, data in files.items()}
-            self._json([{**entry, "lfs": lfs[entry["path"]]} if _large(entry["path"]) else entry for entry in entries])
+            entries = [
+                {"type": "file", "path": n, "size": len(data), "oid": _git_hash(data)}
+                for n, data in files.items()
+            ]
+            lfs = {
+                name: {"oid": _sha256(data), "size": len(data), "pointerSize": 130}
+                for name, data in files.items()
+            }
+            self._json(
+                [
+                    {**entry, "lfs": lfs[entry["path"]]} if _large(entry["path"]) else entry
+                    for entry in entries
+                ]
+            )
         return None
 
     def _commits(self, repo_id: str, revision: str) -> None:
@@ -245,7 +308,9 @@ class _Handler(BaseHTTPRequestHandler):
         if repository is None:
             return None
         if repository.token not in (None, self.token):
-            return self._send(403, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted."})
+            return self._send(
+                403, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted."}
+            )
         data = repository.files(revision).get(file)
         commit = {"X-Repo-Commit": repository.commit_of(revision)}
         if data is None:
@@ -275,7 +340,14 @@ class _Handler(BaseHTTPRequestHandler):
             for file in json.loads(self.body)["files"]:
                 name, large = file["path"], _large(file["path"])
                 oid = (_sha256 if large else _git_hash)(there[name]) if name in there else None
-                answer.append({"path": name, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False, "oid": oid})
+                answer.append(
+                    {
+                        "path": name,
+                        "uploadMode": "lfs" if large else "regular",
+                        "shouldIgnore": False,
+                        "oid": oid,
+                    }
+                )
             self._json({"files": answer})
 
     def _batch(self, repo_id: str) -> None:
@@ -283,7 +355,9 @@ class _Handler(BaseHTTPRequestHandler):
         for wanted in json.loads(self.body)["objects"]:
             upload = {"href": f"{self.hub.url}/lfs/{wanted['oid']}"}
             actions = {"upload": upload, "verify": {"href": f"{self.hub.url}/lfs-verify"}}
-            objects.append({**wanted, **({} if wanted["oid"] in self.hub.stored else {"actions": actions})})
+            objects.append(
+                {**wanted, **({} if wanted["oid"] in self.hub.stored else {"actions": actions})}
+            )
         self._json({"transfer": "basic", "objects": objects})
 
     def _blob(self, oid: str) -> None:
@@ -317,7 +391,11 @@ class _Handler(BaseHTTPRequestHandler):
         repository.branches.setdefault(branch, list(repository.branches["main"]))
         sha = repository.add(branch, files)
         answer = {"commitUrl": f"{self.hub.url}/{repo_id}/commit/{sha}", "commitOid": sha}
-        return self._json({**answer, "pullRequestUrl": f"{self.hub.url}/{repo_id}/discussions/{number}"} if opens else answer)
+        return self._json(
+            {**answer, "pullRequestUrl": f"{self.hub.url}/{repo_id}/discussions/{number}"}
+            if opens
+            else answer
+        )
 
     # ---- answers
 

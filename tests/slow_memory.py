@@ -42,7 +42,9 @@ class SlowMemory:
 
     @property
     def hits(self) -> list[int]:
-        """Per slot, tokens that have hit it since it was written; the unfinished block counts too."""
+        """Per slot, tokens that have hit it since it was written; the unfinished block
+        counts too.
+        """
         counts = [slot.hits if slot else 0 for slot in self.slots]
         for h, _, _ in self.block:
             _, top, average = self._top(h)
@@ -95,14 +97,17 @@ class SlowMemory:
         ranked = sorted(s, key=lambda i: -s[i])
         best, worst = ranked[: p.top_k], ranked[::-1][: p.bottom_k]
         reuse = max(s.values()) > p.theta_high
-        r = (p.reuse_weight if reuse else p.mix_weight) * mean([self._value(i, h, part) for i in best])
+        r = (p.reuse_weight if reuse else p.mix_weight) * mean(
+            [self._value(i, h, part) for i in best]
+        )
         if worst:
             r = r + p.noise_weight * mean([self._value(i, h, part) for i in worst])
         return (1 - p.fusion_weight) * h[part] + p.fusion_weight * r, "reused" if reuse else "mixed"
 
     def _update(self):
-        """What is stored, hit and replaced is decided on whole activations; with granularity "expert" a merging
-        token moves those blocks of a slot where it found something similar."""
+        """What is stored, hit and replaced is decided on whole activations; with granularity
+        "expert" a merging token moves those blocks of a slot where it found something similar.
+        """
         p = self.settings
         hit_by: dict[int, list[int]] = {}
         used: set[int] = set()
@@ -127,14 +132,21 @@ class SlowMemory:
                 merging = [self.block[t] for t in tokens if self.block[t][2][e] != "kept"]
                 if merging:
                     key[part] = m * key[part] + (1 - m) * mean([h[part] for h, _, _ in merging])
-                    value[part] = m * value[part] + (1 - m) * mean([fused[part] for _, fused, _ in merging])
+                    value[part] = m * value[part] + (1 - m) * mean(
+                        [fused[part] for _, fused, _ in merging]
+                    )
             slot.key, slot.value = key, value
         for i in used:
             self.slots[i].last_used = self.block_number
         empty = [i for i, s in enumerate(self.slots) if s is None]
-        oldest = sorted((i for i, s in enumerate(self.slots) if s is not None), key=lambda i: (self.slots[i].last_used, i))
+        oldest = sorted(
+            (i for i, s in enumerate(self.slots) if s is not None),
+            key=lambda i: (self.slots[i].last_used, i),
+        )
         places = list(zip(sorted(new), empty + oldest))
-        limit = math.inf if oldest else self._limit([norm(self.block[t][0]) for (_, t), _ in places])
+        limit = (
+            math.inf if oldest else self._limit([norm(self.block[t][0]) for (_, t), _ in places])
+        )
         for (_, t), i in places:
             if norm(self.block[t][0]) <= limit:
                 self.slots[i] = Slot(self.block[t][0], self.block[t][1], self.block_number)

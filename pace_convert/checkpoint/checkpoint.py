@@ -39,9 +39,9 @@ class HubAddress:
 class Source:
     """A checkpoint to convert.
 
-    folder: where the files are; for a Hub source without the weights until `fetch`.
-    side_files: every file that is neither weights nor config, relative to the folder.
-    states: size in bytes and time of change in ns of every file that is here, from before it was read.
+    folder: where the files are; for a Hub source without the weights until `fetch`. side_files:
+    every file that is neither weights nor config, relative to the folder. states: size in bytes and
+    time of change in ns of every file that is here, from before it was read.
     """
 
     name: str
@@ -80,48 +80,70 @@ class Source:
                 allow_patterns=_exactly(*self.side_files, *self.shards, CONFIG, INDEX),
             )
         states = _states(Path(folder), [*self.side_files, *self.shards, CONFIG])
-        return replace(self, folder=Path(folder), tensors=_read_tensors(Path(folder)), states=states)
+        return replace(
+            self, folder=Path(folder), tensors=_read_tensors(Path(folder)), states=states
+        )
 
 
-def open_source(name: str, revision: str | None = None, token: str | None = None, cache_dir: Path | None = None) -> Source:
+def open_source(
+    name: str, revision: str | None = None, token: str | None = None, cache_dir: Path | None = None
+) -> Source:
     """Config, tensor list and side files of a local folder or of a Hub repository.
 
-    Of a Hub repository only the small files and the shards' headers are downloaded. Raises CallError
-    for what can't be a source and DamagedSourceError for one with broken files.
+    Of a Hub repository only the small files and the shards' headers are downloaded. Raises
+    CallError for what can't be a source and DamagedSourceError for one with broken files.
     """
     folder = Path(name)
     if folder.is_dir():
         if revision or cache_dir:
             option = "--revision" if revision else "--cache-dir"
-            raise CallError(f"{option} is for a source on the Hub, {name} is a folder", f"leave {option} out")
+            raise CallError(
+                f"{option} is for a source on the Hub, {name} is a folder", f"leave {option} out"
+            )
         return open_folder(folder, name)
     if folder.exists():
-        raise CallError(f"{name} is a file", "give the folder of a model, or a Hub id like Qwen/Qwen2-7B")
+        raise CallError(
+            f"{name} is a file", "give the folder of a model, or a Hub id like Qwen/Qwen2-7B"
+        )
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
-        raise CallError(f"no such folder: {name}", "give the folder of a model, or a Hub id like Qwen/Qwen2-7B")
+        raise CallError(
+            f"no such folder: {name}", "give the folder of a model, or a Hub id like Qwen/Qwen2-7B"
+        )
     return _open_hub(name, revision, token, cache_dir)
 
 
 def open_folder(folder: Path, name: str | None = None) -> Source:
     """A source in a local folder."""
     if not os.path.lexists(folder / CONFIG):
-        raise CallError(f"{folder} is not a model folder: it has no config.json", "give the folder of a model, or a Hub id")
+        raise CallError(
+            f"{folder} is not a model folder: it has no config.json",
+            "give the folder of a model, or a Hub id",
+        )
     config = _read_config(folder)
     files = list_files(folder)
     _refuse_pickled_only(name or str(folder), files)
     tensors, side_files = _read_tensors(folder), _side_files(files)
-    read = [*side_files, CONFIG, *sorted({info.shard for info in tensors.values()}), *({INDEX} & set(files))]
+    read = [
+        *side_files,
+        CONFIG,
+        *sorted({info.shard for info in tensors.values()}),
+        *({INDEX} & set(files)),
+    ]
     for file in read:
         check_file(folder, file)
     return Source(name or str(folder), folder, config, tensors, side_files, _states(folder, read))
 
 
-def _open_hub(repo_id: str, revision: str | None, token: str | None, cache_dir: Path | None) -> Source:
+def _open_hub(
+    repo_id: str, revision: str | None, token: str | None, cache_dir: Path | None
+) -> Source:
     with hub_errors(repo_id, READING):
         info = HfApi(token=token).model_info(repo_id, revision=revision)
         files = sorted(sibling.rfilename for sibling in info.siblings or [])
         if CONFIG not in files:
-            raise CallError(f"{repo_id} is not a model repository: it has no config.json", "check the name")
+            raise CallError(
+                f"{repo_id} is not a model repository: it has no config.json", "check the name"
+            )
         check_names(files, "file")
         _refuse_pickled_only(repo_id, files)
         side_files = _side_files(files)
@@ -138,7 +160,9 @@ def _open_hub(repo_id: str, revision: str | None, token: str | None, cache_dir: 
     }
     check_tensors(tensors)
     address = HubAddress(repo_id, commit, token, cache_dir)
-    return Source(repo_id, Path(folder), _read_config(Path(folder)), tensors, side_files, hub=address)
+    return Source(
+        repo_id, Path(folder), _read_config(Path(folder)), tensors, side_files, hub=address
+    )
 
 
 def _states(folder: Path, names: list[str]) -> dict[str, tuple[int, int]]:
@@ -154,7 +178,10 @@ def _exactly(*names: str) -> list[str]:
 def _read_config(folder: Path) -> dict:
     config = read_json(folder, CONFIG)
     if not isinstance(config.get("model_type"), str):
-        raise CallError(f"config.json of {folder.name} names no model_type", "give the folder of a transformers model")
+        raise CallError(
+            f"config.json of {folder.name} names no model_type",
+            "give the folder of a transformers model",
+        )
     return config
 
 
@@ -165,23 +192,36 @@ def _read_tensors(folder: Path) -> dict[str, TensorInfo]:
 
 
 def _read_sharded(folder: Path, weight_map: object) -> dict[str, TensorInfo]:
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise DamagedSourceError(f"{INDEX} has no weight_map of tensor to shard", "download or copy this file again")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(shard, str) for shard in weight_map.values()
+    ):
+        raise DamagedSourceError(
+            f"{INDEX} has no weight_map of tensor to shard", "download or copy this file again"
+        )
     tensors: dict[str, TensorInfo] = {}
     for shard in sorted(set(weight_map.values())):
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise DamagedSourceError(f"{INDEX} names {shard!r}, which is not a shard of this folder", "check the source")
+            raise DamagedSourceError(
+                f"{INDEX} names {shard!r}, which is not a shard of this folder", "check the source"
+            )
         if not os.path.lexists(folder / shard):
-            raise DamagedSourceError(f"{INDEX} names {shard}, which is missing", "download or copy this shard again")
+            raise DamagedSourceError(
+                f"{INDEX} names {shard}, which is missing", "download or copy this shard again"
+            )
         header = read_header(check_file(folder, shard))
-        absent = [name for name, where in weight_map.items() if where == shard and name not in header]
+        absent = [
+            name for name, where in weight_map.items() if where == shard and name not in header
+        ]
         if absent:
             raise DamagedSourceError(
-                f"{shard} lacks {absent[0]}, which {INDEX} puts there", "download or copy this shard again"
+                f"{shard} lacks {absent[0]}, which {INDEX} puts there",
+                "download or copy this shard again",
             )
         twice = [name for name in header if name in tensors]
         if twice:
-            raise DamagedSourceError(f"{tensors[twice[0]].shard} and {shard} both hold {twice[0]}", "check the source")
+            raise DamagedSourceError(
+                f"{tensors[twice[0]].shard} and {shard} both hold {twice[0]}", "check the source"
+            )
         tensors.update(header)
     check_tensors(tensors)
     return tensors
@@ -195,7 +235,9 @@ def _refuse_pickled_only(name: str, files: list[str]) -> None:
             f"{name} has only pickled weights, which can run code when loaded",
             "convert it to safetensors first, on a machine you can lose: huggingface.co/spaces/safetensors/convert",
         )
-    raise CallError(f"{name} has no {SINGLE} and no {INDEX}", "give a checkpoint in safetensors format")
+    raise CallError(
+        f"{name} has no {SINGLE} and no {INDEX}", "give a checkpoint in safetensors format"
+    )
 
 
 def _side_files(files: list[str]) -> tuple[str, ...]:

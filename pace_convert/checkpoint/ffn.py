@@ -1,4 +1,6 @@
-"""The FFN of a checkpoint: how many layers and neurons its config states, and the tensors that hold them."""
+"""The FFN of a checkpoint: how many layers and neurons its config states, and the tensors that hold
+them.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +26,15 @@ def _positive(config: dict, keys: tuple[str, ...]) -> int:
     key = next((key for key in keys if config.get(key) is not None), keys[0])
     value = config.get(key)
     if type(value) is not int or value < 1:
-        raise CallError(f"config.json: {key} is {value!r}", "give a checkpoint whose config states it")
+        raise CallError(
+            f"config.json: {key} is {value!r}", "give a checkpoint whose config states it"
+        )
     return value
 
 
-def check_ffn(family: FamilySpec, layers: int, neurons: int, tensors: dict[str, TensorInfo]) -> tuple[FfnTensor, ...]:
+def check_ffn(
+    family: FamilySpec, layers: int, neurons: int, tensors: dict[str, TensorInfo]
+) -> tuple[FfnTensor, ...]:
     """The tensors of all layers' FFNs, which must be there in the shapes that config.json states.
 
     Raises DamagedSourceError, and CallError for quantised ones.
@@ -56,10 +62,13 @@ def _check_tensor(tensors: dict[str, TensorInfo], tensor: FfnTensor, neurons: in
     name, expected = tensor.name, neurons * tensor.parts
     info = tensors.get(name)
     if info is None:
-        raise DamagedSourceError(f"the source lacks the tensor {name}", "check that all its shards are there")
+        raise DamagedSourceError(
+            f"the source lacks the tensor {name}", "check that all its shards are there"
+        )
     if info.dtype not in FLOAT_DTYPES:
         raise CallError(
-            f"{name} is {info.dtype}, not a float type: the source is quantised", "convert the full-precision model"
+            f"{name} is {info.dtype}, not a float type: the source is quantised",
+            "convert the full-precision model",
         )
     dimensions = 1 if name.endswith(".bias") else 2
     if len(info.shape) != dimensions or info.shape[tensor.axis] != expected:

@@ -1,7 +1,8 @@
 """Files and names that somebody else made: what of them is taken, and reading them safely.
 
-A model folder may come from anywhere. Nothing outside it may get into a conversion, which people publish; nothing
-that is read may hang or fill the memory; no name may lead elsewhere or break a terminal's line.
+A model folder may come from anywhere. Nothing outside it may get into a conversion, which people
+publish; nothing that is read may hang or fill the memory; no name may lead elsewhere or break a
+terminal's line.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ AGAIN = "download or copy this file again"
 
 
 def list_files(folder: Path) -> list[str]:
-    """Every file below a folder but Git's and caches', sorted, relative to it. Links are listed and not followed.
+    """Every file below a folder but Git's and caches', sorted, relative to it. Links are listed and
+    not followed.
 
-    Raises DamagedSourceError for names that can't be taken, for a link to a folder, for more than MAX_FILES.
+    Raises DamagedSourceError for names that can't be taken, for a link to a folder, for more than
+    MAX_FILES.
     """
     found: list[str] = []
     for at, folders, files in os.walk(folder, onerror=_raise):
@@ -36,11 +39,16 @@ def list_files(folder: Path) -> list[str]:
         for name in folders:
             if (Path(at) / name).is_symlink():
                 raise DamagedSourceError(
-                    f"{(here / name).as_posix()} is a link to a folder", "put the folder itself there, or remove it"
+                    f"{(here / name).as_posix()} is a link to a folder",
+                    "put the folder itself there, or remove it",
                 )
-        found += [name for name in ((here / file).as_posix() for file in files) if not HIDDEN.search(name)]
+        found += [
+            name for name in ((here / file).as_posix() for file in files) if not HIDDEN.search(name)
+        ]
         if len(found) > MAX_FILES:
-            raise DamagedSourceError(f"{folder} has more than {MAX_FILES} files", "give the folder of one model")
+            raise DamagedSourceError(
+                f"{folder} has more than {MAX_FILES} files", "give the folder of one model"
+            )
     check_names(found, "file")
     return sorted(found)
 
@@ -54,29 +62,48 @@ def is_inside(name: str) -> bool:
 def check_names(names: Iterable[str], kind: str) -> None:
     """Names of one kind, "file" or "tensor", all of one folder or model.
 
-    Raises DamagedSourceError for one that is too long, can't be printed or leads elsewhere, for two that a file
-    system may hold for one, and for a file that is a folder as well.
+    Raises DamagedSourceError for one that is too long, can't be printed or leads elsewhere, for two
+    that a file system may hold for one, and for a file that is a folder as well.
     """
     seen: dict[str, str] = {}
     for name in sorted(names):
-        if len(name) > MAX_NAME or not name.isprintable() or (kind == "file" and not is_inside(name)):
-            raise DamagedSourceError(f"the name of a {kind} can't be taken: {name[:80]!r}", "check where the model comes from")
+        if (
+            len(name) > MAX_NAME
+            or not name.isprintable()
+            or (kind == "file" and not is_inside(name))
+        ):
+            raise DamagedSourceError(
+                f"the name of a {kind} can't be taken: {name[:80]!r}",
+                "check where the model comes from",
+            )
         other = seen.setdefault(_folded(name), name)
         if other != name:
-            raise DamagedSourceError(f"two {kind}s differ only in case: {other} and {name}", "rename or remove one of them")
+            raise DamagedSourceError(
+                f"two {kind}s differ only in case: {other} and {name}",
+                "rename or remove one of them",
+            )
     if kind == "file":
         for name in seen.values():
-            above = next((seen[_folded(str(p))] for p in PurePosixPath(name).parents if _folded(str(p)) in seen), None)
+            above = next(
+                (
+                    seen[_folded(str(p))]
+                    for p in PurePosixPath(name).parents
+                    if _folded(str(p)) in seen
+                ),
+                None,
+            )
             if above:
-                raise DamagedSourceError(f"{above} would be a file and the folder of {name}", "rename one of them")
+                raise DamagedSourceError(
+                    f"{above} would be a file and the folder of {name}", "rename one of them"
+                )
 
 
 def check_file(folder: Path, name: str) -> Path:
     """The path of a file of `folder`, which is a regular one and lies there.
 
-    A link may lead to another file of the folder, or from a snapshot of the Hub's cache to that cache's blobs.
-    Raises DamagedSourceError for every other link: what is converted gets published, and a folder that was
-    downloaded must not pull other files of this machine into it.
+    A link may lead to another file of the folder, or from a snapshot of the Hub's cache to that
+    cache's blobs. Raises DamagedSourceError for every other link: what is converted gets published,
+    and a folder that was downloaded must not pull other files of this machine into it.
     """
     path = folder / name
     try:
@@ -86,17 +113,26 @@ def check_file(folder: Path, name: str) -> Path:
             raise DamagedSourceError(f"{name} is a link to nothing", AGAIN) from error
         raise DamagedSourceError(f"{name} can't be read ({error.strerror})", AGAIN) from error
     if not any(root in real.parents for root in _roots(folder)):
-        raise DamagedSourceError(f"{name} is a link that leaves {folder}", "put the file itself there (a hard link will do)")
+        raise DamagedSourceError(
+            f"{name} is a link that leaves {folder}",
+            "put the file itself there (a hard link will do)",
+        )
     if not stat.S_ISREG(real.stat().st_mode):
-        raise DamagedSourceError(f"{name} is {'a folder' if real.is_dir() else 'not a regular file'}", AGAIN)
+        raise DamagedSourceError(
+            f"{name} is {'a folder' if real.is_dir() else 'not a regular file'}", AGAIN
+        )
     return path
 
 
 def read_json(folder: Path, name: str) -> dict:
-    """A JSON object in UTF-8. Raises DamagedSourceError for anything else, and for what `parse_json` refuses."""
+    """A JSON object in UTF-8. Raises DamagedSourceError for anything else, and for what
+    `parse_json` refuses.
+    """
     path = check_file(folder, name)
     if path.stat().st_size > MAX_JSON_BYTES:
-        raise DamagedSourceError(f"{name} has {path.stat().st_size / 1e6:.0f} MB, too much for JSON", AGAIN)
+        raise DamagedSourceError(
+            f"{name} has {path.stat().st_size / 1e6:.0f} MB, too much for JSON", AGAIN
+        )
     try:
         value = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -109,10 +145,16 @@ def read_json(folder: Path, name: str) -> dict:
 def parse_json(data: bytes) -> object:
     """JSON as its standard has it: finite numbers, each key once, text that is text.
 
-    Raises ValueError; Python's own parser takes NaN, 1e999, repeated keys and halves of surrogate pairs.
+    Raises ValueError; Python's own parser takes NaN, 1e999, repeated keys and halves of surrogate
+    pairs.
     """
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_once, parse_float=_finite, parse_constant=_not_a_number)
+        value = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_once,
+            parse_float=_finite,
+            parse_constant=_not_a_number,
+        )
         json.dumps(value, ensure_ascii=False).encode()
     except RecursionError as error:
         raise ValueError("nested too deeply") from error

@@ -1,4 +1,6 @@
-"""Errors of the Hub client in words: one table from exception to what is wrong and what to do next."""
+"""Errors of the Hub client in words: one table from exception to what is wrong and what to
+do next.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ LOG_IN = "run `hf auth login`, or give --token or HF_TOKEN"
 
 @dataclass(frozen=True)
 class Row:
-    """If `matches`, the error says `message` and `hint`, with {repo}, {site} and {reason} filled in."""
+    """If `matches`, the error says `message` and `hint`, with {repo}, {site} and {reason} filled
+    in.
+    """
 
     matches: Callable[[BaseException], bool]
     message: str
@@ -45,14 +49,25 @@ def _code(error: BaseException) -> int | None:
 
 
 def _from_xet(error: BaseException) -> bool:
-    """hf_xet raises its own errors, and plain ones that name its endpoint, /api/models/ORG/NAME/xet-write-token."""
-    return type(error).__module__.startswith("hf_xet") or (_code(error) is None and "/xet-" in str(error))
+    """hf_xet raises its own errors, and plain ones that name its endpoint,
+    /api/models/ORG/NAME/xet-write-token.
+    """
+    return type(error).__module__.startswith("hf_xet") or (
+        _code(error) is None and "/xet-" in str(error)
+    )
 
 
 OFFLINE = Row(
-    _is(OfflineModeIsEnabled), "HF_HUB_OFFLINE keeps the Hub client offline", "unset it and run this again", PaceError
+    _is(OfflineModeIsEnabled),
+    "HF_HUB_OFFLINE keeps the Hub client offline",
+    "unset it and run this again",
+    PaceError,
 )
-GATED_REPO = Row(_is(GatedRepoError), "{repo} is gated", "accept its terms at {site}/{repo} and give --token or HF_TOKEN")
+GATED_REPO = Row(
+    _is(GatedRepoError),
+    "{repo} is gated",
+    "accept its terms at {site}/{repo} and give --token or HF_TOKEN",
+)
 READING = (
     OFFLINE,
     GATED_REPO,  # before RepositoryNotFoundError, its parent
@@ -71,7 +86,11 @@ READING = (
 )
 WRITING = (
     OFFLINE,
-    Row(_is(HFValidationError), "{repo} is not a name for a repository", "give ORG/NAME: letters, digits, - _ and ."),
+    Row(
+        _is(HFValidationError),
+        "{repo} is not a name for a repository",
+        "give ORG/NAME: letters, digits, - _ and .",
+    ),
     Row(_is(LocalTokenNotFoundError), "you are not logged in to the Hub", LOG_IN),
     GATED_REPO,
     Row(_is(RevisionNotFoundError), "{repo} has no such branch", "check --revision"),
@@ -81,14 +100,23 @@ WRITING = (
         "run this again; for a server without Xet set HF_HUB_DISABLE_XET=1 first",
         PaceError,
     ),
-    Row(_is(RepositoryNotFoundError), "there is no {repo} that this token may see", "check the name and the token"),
+    Row(
+        _is(RepositoryNotFoundError),
+        "there is no {repo} that this token may see",
+        "check the name and the token",
+    ),
     Row(_status(401), "the Hub does not accept this token", LOG_IN),
     Row(
         _status(402, 403),
         "this token may not write to {repo}: {reason}",
         "ask for write access, or make a token that has it at {site}/settings/tokens",
     ),
-    Row(_is(BadRequestError, ValueError), "the Hub refuses what was sent to {repo}: {reason}", "change that", PaceError),
+    Row(
+        _is(BadRequestError, ValueError),
+        "the Hub refuses what was sent to {repo}: {reason}",
+        "change that",
+        PaceError,
+    ),
     Row(
         _is(Exception),
         "the Hub did not take {repo}: {reason}",
@@ -111,7 +139,11 @@ def hub_errors(repo_id: str, table: tuple[Row, ...]) -> Iterator[None]:
     except Exception as error:
         cause = error.__cause__ if type(error) is RuntimeError and error.__cause__ else error
         row = next(row for row in table if row.matches(cause))
-        words = {"repo": repo_id, "site": constants.ENDPOINT.removeprefix("https://"), "reason": _reason(cause)}
+        words = {
+            "repo": repo_id,
+            "site": constants.ENDPOINT.removeprefix("https://"),
+            "reason": _reason(cause),
+        }
         raise row.kind(row.message.format_map(words), row.hint.format_map(words)) from error
 
 
@@ -119,5 +151,9 @@ def _reason(error: BaseException) -> str:
     """What the server says, or the error itself, in one line."""
     said = getattr(error, "server_message", None)
     text = f"{_code(error)} {said}" if said else str(error)
-    lines = [line.strip() for line in text.strip().splitlines() if not line.startswith("For more information")]
+    lines = [
+        line.strip()
+        for line in text.strip().splitlines()
+        if not line.startswith("For more information")
+    ]
     return " ".join(line for line in lines if line)[:200] or type(error).__name__

@@ -1,7 +1,8 @@
 """Safetensors shards: where each tensor's bytes lie, and reading them without loading the file.
 
 The format (an 8-byte little-endian header length, a JSON header, the data) is documented at
-https://huggingface.co/docs/safetensors; `safetensors` itself checks a file before we trust its header.
+https://huggingface.co/docs/safetensors; `safetensors` itself checks a file before we trust its
+header.
 """
 
 from __future__ import annotations
@@ -20,7 +21,18 @@ from ..errors import DamagedSourceError
 from .files import check_names, parse_json
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
-ITEM_SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+ITEM_SIZES = {
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
+    "F32": 4,
+    "I32": 4,
+    "U32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I16": 2,
+    "U16": 2,
+}
 EXPONENTS = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x1F << 10, "BF16": 0xFF << 7}
 BLOCK_BYTES = 32 << 20
 MAX_DIMENSIONS, MAX_SIZE = 32, 1 << 48  # numpy takes no more; no dimension is longer
@@ -39,16 +51,20 @@ class TensorInfo:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Every tensor of a shard. Raises DamagedSourceError for a file that is truncated or malformed."""
+    """Every tensor of a shard. Raises DamagedSourceError for a file that is truncated or
+    malformed.
+    """
     try:
-        with safe_open(path, framework="numpy"):  # offsets, sizes and the header's own size are right, or it raises
+        # Offsets, sizes and the header's own size are right, or it raises.
+        with safe_open(path, framework="numpy"):
             pass
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = parse_json(file.read(length))
     except (SafetensorError, OSError, ValueError) as error:
         raise DamagedSourceError(
-            f"{path.name} is not a whole safetensors file ({error})", "download or copy this shard again"
+            f"{path.name} is not a whole safetensors file ({error})",
+            "download or copy this shard again",
         ) from error
     assert isinstance(header, dict)
     header.pop("__metadata__", None)
@@ -61,8 +77,12 @@ def check_tensors(tensors: dict[str, TensorInfo]) -> None:
     """Raises DamagedSourceError for names and shapes that no model has."""
     check_names(tensors, "tensor")
     for name, info in tensors.items():
-        if len(info.shape) > MAX_DIMENSIONS or any(size < 0 or size > MAX_SIZE for size in info.shape):
-            raise DamagedSourceError(f"{name} has a shape that no tensor has", "check where the model comes from")
+        if len(info.shape) > MAX_DIMENSIONS or any(
+            size < 0 or size > MAX_SIZE for size in info.shape
+        ):
+            raise DamagedSourceError(
+                f"{name} has a shape that no tensor has", "check where the model comes from"
+            )
 
 
 def _tensor(shard: str, entry: dict, start: int) -> TensorInfo:
@@ -71,10 +91,11 @@ def _tensor(shard: str, entry: dict, start: int) -> TensorInfo:
 
 
 def read(path: Path, info: TensorInfo, first: int = 0, last: int | None = None) -> np.ndarray:
-    """The bits of rows `first` to `last` (all of them if not said) as unsigned integers of the item size.
+    """The bits of rows `first` to `last` (all of them if not said) as unsigned integers of the item
+    size.
 
-    They are read, not mapped: a file that is cut short meanwhile is then an error and not a crash. Raises
-    DamagedSourceError for it.
+    They are read, not mapped: a file that is cut short meanwhile is then an error and not a crash.
+    Raises DamagedSourceError for it.
     """
     size = ITEM_SIZES.get(info.dtype, 1)
     shape = info.shape if info.dtype in ITEM_SIZES else (info.nbytes,)
@@ -87,7 +108,9 @@ def read(path: Path, info: TensorInfo, first: int = 0, last: int | None = None) 
         while rest:
             got = file.readinto(rest)
             if not got:
-                raise DamagedSourceError(f"{path.name} ended while it was read: it has changed", "convert again")
+                raise DamagedSourceError(
+                    f"{path.name} ended while it was read: it has changed", "convert again"
+                )
             rest = rest[got:]
     return bits
 
@@ -102,8 +125,11 @@ def row_blocks(path: Path, info: TensorInfo) -> Iterator[tuple[int, np.ndarray]]
         yield first, read(path, info, first, first + step)
 
 
-def reordered(path: Path, info: TensorInfo, axis: int, permutation: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """(first row, bits of some rows) of the tensor with its entries along `axis` in the permutation's order.
+def reordered(
+    path: Path, info: TensorInfo, axis: int, permutation: np.ndarray
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(first row, bits of some rows) of the tensor with its entries along `axis` in the
+    permutation's order.
 
     In pieces of about 32 MB; along the first axis the whole tensor is in memory meanwhile.
     """
@@ -138,21 +164,25 @@ def first_bad_row(bits: np.ndarray, dtype: str) -> int | None:
     for start in range(0, flat.size, _SCAN_ITEMS):
         piece = flat[start : start + _SCAN_ITEMS] & exponent
         if piece.max() == exponent:
-            return (start + int(np.argmax(piece == exponent))) // max(1, flat.size // len(np.atleast_1d(bits)))
+            return (start + int(np.argmax(piece == exponent))) // max(
+                1, flat.size // len(np.atleast_1d(bits))
+            )
     return None
 
 
 def copy_range(source: Path, target: Path, start: int, stop: int) -> None:
     """Copy these bytes to the same place in another file, which must exist.
 
-    The kernel does it where it can (copy_file_range: on Btrfs, XFS and NFS without moving the data). Raises
-    DamagedSourceError if the source ends before.
+    The kernel does it where it can (copy_file_range: on Btrfs, XFS and NFS without moving the
+    data). Raises DamagedSourceError if the source ends before.
     """
     with source.open("rb", buffering=0) as reader, target.open("r+b", buffering=0) as writer:
         while start < stop:
             copied = _copy_some(reader, writer, start, min(stop - start, 1 << 30))
             if copied == 0:
-                raise DamagedSourceError(f"{source.name} ended while it was read: it has changed", "convert again")
+                raise DamagedSourceError(
+                    f"{source.name} ended while it was read: it has changed", "convert again"
+                )
             start += copied
 
 
@@ -161,7 +191,13 @@ def _copy_some(reader: FileIO, writer: FileIO, start: int, length: int) -> int:
         try:
             return os.copy_file_range(reader.fileno(), writer.fileno(), length, start, start)
         except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM):
+            if error.errno not in (
+                errno.EXDEV,
+                errno.ENOSYS,
+                errno.EINVAL,
+                errno.EOPNOTSUPP,
+                errno.EPERM,
+            ):
                 raise
     reader.seek(start)
     writer.seek(start)

@@ -1,4 +1,6 @@
-"""The tokenizer. transformers chooses its class by model_type too, and a conversion has a model_type of its own."""
+"""The tokenizer. transformers chooses its class by model_type too, and a conversion has a
+model_type of its own.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ CONFIG = "tokenizer_config.json"
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer as a user gets it; None where there is none that loads without the folder's code."""
+    """The folder's tokenizer as a user gets it; None where there is none that loads without the
+    folder's code.
+    """
     if not any((folder / name).is_file() for name in FILES):
         return None
     from transformers import AutoTokenizer
@@ -33,7 +37,9 @@ def read_with_tokenizer(folder: Path, text: str) -> list[int] | None:
 
 
 def named_tokenizer_config(folder: Path) -> str | None:
-    """tokenizer_config.json with the class that the source's model_type stands for; None if it says so already."""
+    """tokenizer_config.json with the class that the source's model_type stands for; None if it says
+    so already.
+    """
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
         return None

@@ -17,15 +17,21 @@ from ..progress import hush_libraries
 
 def hub_options(command: Callable) -> Callable:
     """Where a source on the Hub is found."""
-    command = click.option("--cache-dir", type=click.Path(path_type=Path), help="Where downloads are kept.")(command)
-    command = click.option("--token", envvar="HF_TOKEN", help="Hub token; HF_TOKEN or the stored login otherwise.")(command)
+    command = click.option(
+        "--cache-dir", type=click.Path(path_type=Path), help="Where downloads are kept."
+    )(command)
+    command = click.option(
+        "--token", envvar="HF_TOKEN", help="Hub token; HF_TOKEN or the stored login otherwise."
+    )(command)
     return click.option("--revision", help="Branch, tag or commit of a source on the Hub.")(command)
 
 
 def output_options(command: Callable) -> Callable:
     """How results are printed."""
     command = click.option("-q", "--quiet", is_flag=True, help="No progress.")(command)
-    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(command)
+    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(
+        command
+    )
 
 
 def friendly(command: Callable) -> Callable:
@@ -39,7 +45,13 @@ def friendly(command: Callable) -> Callable:
         except PaceError as error:
             _fail(error.message, error.hint, error.exit_code)
         except OSError as error:
-            _fail(one_line(f"{error.strerror or error}: {error.filename}" if error.filename else str(error)), "", 1)
+            _fail(
+                one_line(
+                    f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
+                ),
+                "",
+                1,
+            )
         except KeyboardInterrupt:
             _fail("stopped", "", 130)
 

@@ -30,7 +30,9 @@ def run_demo(out: Path, progress: Progress) -> None:
     prepared, verification = convert_reference(out, progress)
     plan = prepared.plan
     print(f"Converted the reference model ({size(prepared.source.nbytes)}) into {out}:")
-    print(f"  {OPTIONS.experts} experts a layer, memory in layers {', '.join(map(str, plan.memory_layers))} of {plan.layers},")
+    print(
+        f"  {OPTIONS.experts} experts a layer, memory in layers {', '.join(map(str, plan.memory_layers))} of {plan.layers},"
+    )
     print(f"  {OPTIONS.slots} slots, updated every {OPTIONS.update_interval} tokens\n")
     print(verification_text(verification) + "\n")
 
@@ -44,7 +46,9 @@ def run_demo(out: Path, progress: Progress) -> None:
 def print_tables(cells: list[Cell]) -> None:
     """Right answers by length and depth, and the memory's doings by length."""
     console = Console(width=100)
-    table = Table(title=f"right answers, base / PaceLLM ({STORIES} held-out questions each, {FACTS} facts)")
+    table = Table(
+        title=f"right answers, base / PaceLLM ({STORIES} held-out questions each, {FACTS} facts)"
+    )
     table.add_column("words", justify="right")
     for depth in DEPTHS:
         table.add_column(f"depth {depth:.0%}", justify="right")
@@ -58,10 +62,17 @@ def print_tables(cells: list[Cell]) -> None:
         table.add_column(column, justify="right")
     for length in LENGTHS:
         row = [cell for cell in cells if cell.length == length]
-        filled = "  ".join(f"{layer}: {np.mean([cell.filled[layer] for cell in row]):.0f}" for layer in row[0].filled)
+        filled = "  ".join(
+            f"{layer}: {np.mean([cell.filled[layer] for cell in row]):.0f}"
+            for layer in row[0].filled
+        )
         counts = [sum(getattr(cell, name) for cell in row) for name in ("kept", "mixed", "reused")]
         table.add_row(str(length), filled, *(f"{count / sum(counts):.1%}" for count in counts))
     console.print(table)
-    base, pace = (sum(round(STORIES * getattr(cell, name)) for cell in cells) for name in ("base", "pace"))
+    base, pace = (
+        sum(round(STORIES * getattr(cell, name)) for cell in cells) for name in ("base", "pace")
+    )
     asked = STORIES * len(cells)
-    console.print(f"Right answers to all {asked} questions: base {base}, PaceLLM {pace} (a difference of {pace - base:+d}).")
+    console.print(
+        f"Right answers to all {asked} questions: base {base}, PaceLLM {pace} (a difference of {pace - base:+d})."
+    )

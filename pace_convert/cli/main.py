@@ -41,18 +41,30 @@ class GroupedCommand(click.Command):
                 formatter.write_dl(records)
 
 
-@click.command(cls=GroupedCommand, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.command(
+    cls=GroupedCommand,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.argument("source")
 @click.argument("out", type=click.Path(path_type=Path))
 @hub_options
-@click.option("--config", type=click.Path(path_type=Path), help="YAML file of options; the command line goes first.")
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    help="YAML file of options; the command line goes first.",
+)
 @click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier conversion in OUT.")
 @click.option("--resume", is_flag=True, help="Go on where an unfinished conversion into OUT was.")
 @click.option("--push-to-hub", metavar="ORG/NAME", help="Then upload OUT to this model repository.")
 @click.option("--private", is_flag=True, help="Create that repository as a private one.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
-@click.option("--json", "as_json", is_flag=True, help="Print plan, progress and result as JSON, one event a line.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print plan, progress and result as JSON, one event a line.",
+)
 @model_options(RunOptions, ConvertOptions, only_given=True)
 @click.version_option(__version__)
 @friendly
@@ -69,8 +81,12 @@ def pace_convert(
     pace-convert Qwen/Qwen2-7B ./out --push-to-hub your-name/Qwen2-7B-Pace
     """
     if private and not push_to_hub:
-        raise CallError("--private is for a repository on the Hub", "give --push-to-hub ORG/NAME too")
-    options, run = load_options(config, {name: value for name, value in given.items() if value is not None})
+        raise CallError(
+            "--private is for a repository on the Hub", "give --push-to-hub ORG/NAME too"
+        )
+    options, run = load_options(
+        config, {name: value for name, value in given.items() if value is not None}
+    )
     from ..conversion.convert import carry_out, publish
     from ..conversion.estimate import estimate_duration
     from ..conversion.output_checks import check_room
@@ -91,8 +107,17 @@ def pace_convert(
         private=private,
     )
     plan, expected = prepared.plan, estimate_duration(prepared.source, prepared.plan, out)
-    progress.event("plan", source=source, out=str(out), push_to_hub=push_to_hub, **plan.as_dict(), **expected.as_dict())
-    words = text.plan_text(source, out, plan, expected) + (f"\n  push to    {push_to_hub}" if push_to_hub else "")
+    progress.event(
+        "plan",
+        source=source,
+        out=str(out),
+        push_to_hub=push_to_hub,
+        **plan.as_dict(),
+        **expected.as_dict(),
+    )
+    words = text.plan_text(source, out, plan, expected) + (
+        f"\n  push to    {push_to_hub}" if push_to_hub else ""
+    )
     if dry_run:
         if not as_json:
             click.echo(words)
@@ -135,7 +160,12 @@ def families(as_json: bool) -> None:
     from ..families import FAMILIES
 
     rows = [
-        {"model_type": spec.model_type, "class": spec.causal_lm_class, "ffn": spec.ffn.kind, "models": spec.models}
+        {
+            "model_type": spec.model_type,
+            "class": spec.causal_lm_class,
+            "ffn": spec.ffn.kind,
+            "models": spec.models,
+        }
         for spec in FAMILIES.values()
     ]
     click.echo(as_json_text(rows) if as_json else text.table(rows))
@@ -144,15 +174,33 @@ def families(as_json: bool) -> None:
 @pace.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
-    "--quality", is_flag=True, help="Measure how well each expert's neurons belong together; reads weights, seconds a layer."
+    "--quality",
+    is_flag=True,
+    help="Measure how well each expert's neurons belong together; reads weights, seconds a layer.",
 )
-@click.option("--probe", metavar="FILE_OR_TEXT", help="Say what experts and memory do on a text; loads the model.")
-@click.option("--html", type=click.Path(path_type=Path), help="Write it all as one page, with --quality.")
-@click.option("--trust-remote-code", is_flag=True, help="Run OUT's modeling files even where they were edited, for --probe.")
+@click.option(
+    "--probe",
+    metavar="FILE_OR_TEXT",
+    help="Say what experts and memory do on a text; loads the model.",
+)
+@click.option(
+    "--html", type=click.Path(path_type=Path), help="Write it all as one page, with --quality."
+)
+@click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Run OUT's modeling files even where they were edited, for --probe.",
+)
 @output_options
 @friendly
 def inspect(
-    out: Path, quality: bool, probe: str | None, html: Path | None, trust_remote_code: bool, as_json: bool, quiet: bool
+    out: Path,
+    quality: bool,
+    probe: str | None,
+    html: Path | None,
+    trust_remote_code: bool,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Say what is in the converted folder OUT. Reads no weights unless asked to.
 
@@ -182,7 +230,11 @@ def inspect(
 @hub_options
 @click.option("--no-logits", is_flag=True, help="Compare tensors only; loads no model.")
 @click.option("--hashes", is_flag=True, help="List the SHA-256 of each tensor of the source.")
-@click.option("--trust-remote-code", is_flag=True, help="Run OUT's modeling files even where they were edited.")
+@click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Run OUT's modeling files even where they were edited.",
+)
 @output_options
 @friendly
 def verify(
@@ -191,7 +243,8 @@ def verify(
 ) -> None:  # fmt: skip
     """Prove that OUT is SOURCE, permuted: tensors bit for bit, logits with the memory off.
 
-    Without --source only OUT itself is looked at: index, shapes, permutations, config and modeling files.
+    Without --source only OUT itself is looked at: index, shapes, permutations, config and modeling
+    files.
 
     \b
     pace verify ./out --source Qwen/Qwen2-7B
@@ -213,7 +266,9 @@ def verify(
         trust_remote_code=trust_remote_code,
         progress=Progress(quiet),
     )
-    click.echo(as_json_text(result.as_dict()) if as_json else text.verification_text(result, hashes))
+    click.echo(
+        as_json_text(result.as_dict()) if as_json else text.verification_text(result, hashes)
+    )
     if not result.passed:
         sys.exit(1)
 
@@ -221,12 +276,30 @@ def verify(
 @pace.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.argument("repo_id", metavar="ORG/NAME")
-@click.option("--source", help="The model that was converted, folder or Hub id: compare every tensor with it first.")
+@click.option(
+    "--source",
+    help="The model that was converted, folder or Hub id: compare every tensor with it first.",
+)
 @click.option("--private", is_flag=True, help="Create the repository as a private one.")
-@click.option("--revision", "--branch", "branch", help="Branch to upload to; created where it is missing.  [default: main]")
-@click.option("--commit-message", "message", default="Upload a PaceLLM", show_default=True, help="Title of the commit.")
-@click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing to main.")
-@click.option("--token", envvar="HF_TOKEN", help="Hub token; HF_TOKEN or the stored login otherwise.")
+@click.option(
+    "--revision",
+    "--branch",
+    "branch",
+    help="Branch to upload to; created where it is missing.  [default: main]",
+)
+@click.option(
+    "--commit-message",
+    "message",
+    default="Upload a PaceLLM",
+    show_default=True,
+    help="Title of the commit.",
+)
+@click.option(
+    "--create-pr", is_flag=True, help="Open a pull request instead of committing to main."
+)
+@click.option(
+    "--token", envvar="HF_TOKEN", help="Hub token; HF_TOKEN or the stored login otherwise."
+)
 @output_options
 @friendly
 def push(
@@ -259,7 +332,10 @@ def push(
 @click.argument("out", type=click.Path(path_type=Path))
 @click.argument("original", type=click.Path(path_type=Path))
 @click.option(
-    "-j", "--jobs", type=click.IntRange(min=1), help="Processes side by side; by default what cores and memory allow."
+    "-j",
+    "--jobs",
+    type=click.IntRange(min=1),
+    help="Processes side by side; by default what cores and memory allow.",
 )
 @output_options
 @friendly

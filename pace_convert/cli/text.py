@@ -1,4 +1,6 @@
-"""Results in words, for the terminal. Imported where a command begins, so nothing heavy stands at the top."""
+"""Results in words, for the terminal. Imported where a command begins, so nothing heavy stands at
+the top.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ if TYPE_CHECKING:
 def plan_text(source: str, out: Path, plan: Plan, expected: Duration) -> str:
     """A plan in words."""
     options = plan.options
-    method = options.cluster_method + (f", {options.exact_restarts} starts" if options.exact_restarts else "")
+    method = options.cluster_method + (
+        f", {options.exact_restarts} starts" if options.exact_restarts else ""
+    )
     processes = "a process" if plan.jobs == 1 else f"each of {plan.jobs} processes"
     if plan.run.executor == "ray":
         processes = f"each task on the Ray cluster at {plan.run.ray_address or 'this machine'}"
@@ -85,10 +89,17 @@ def facts_text(facts: dict) -> str:
         f"  memory     {'in layers ' + ', '.join(map(str, memory['layers'])) if memory['enabled'] else 'none'}",
     ]
     if memory["enabled"]:
-        lines += [f"    {name:18}{value}" for name, value in memory.items() if name not in ("enabled", "layers")]
+        lines += [
+            f"    {name:18}{value}"
+            for name, value in memory.items()
+            if name not in ("enabled", "layers")
+        ]
     if facts["tuned"]:
         lines.append(f"  tuned      {Tuned.model_validate(facts['tuned']).sentence()}")
-    lines += ["  " + line for line in table([_layer_row(facts, row) for row in facts["layers"]]).splitlines()]
+    lines += [
+        "  " + line
+        for line in table([_layer_row(facts, row) for row in facts["layers"]]).splitlines()
+    ]
     if any("quality" in row for row in facts["layers"]):
         lines.append(
             "  noise: the same clustering of noise with the weights' mean and spread; only what lies above it is structure"
@@ -105,10 +116,15 @@ def _layer_row(facts: dict, row: dict) -> dict[str, str]:
         quality = row["quality"]
         for name, form in (("explained", ".1%"), ("silhouette", ".3f")):
             known = [quality[kind][name] for kind in ("experts", "noise", "random")]
-            cells[f"{name} (noise, random)"] = "-" if known[0] is None else _with_floors(known, form)
+            cells[f"{name} (noise, random)"] = (
+                "-" if known[0] is None else _with_floors(known, form)
+            )
     if "probe" in facts:
         cells["carry half"] = str(facts["probe"]["experts"][layer]["half"])
-    return {**cells, "expert sizes": ", ".join(f"{count} x {size}" for size, count in row["sizes"].items())}
+    return {
+        **cells,
+        "expert sizes": ", ".join(f"{count} x {size}" for size, count in row["sizes"].items()),
+    }
 
 
 def _with_floors(values: list[float | None], form: str) -> str:
@@ -117,17 +133,33 @@ def _with_floors(values: list[float | None], form: str) -> str:
 
 
 def _probe_lines(probe: dict, memory: dict) -> list[str]:
-    cut = f", {probe['tokens_cut']} more left out: the model is not made for a longer text" if probe["tokens_cut"] else ""
-    lines = [f"  {probe['text']}: {probe['tokens']} token{'s' if probe['tokens'] > 1 else ''} read{cut}"]
+    cut = (
+        f", {probe['tokens_cut']} more left out: the model is not made for a longer text"
+        if probe["tokens_cut"]
+        else ""
+    )
+    lines = [
+        f"  {probe['text']}: {probe['tokens']} token{'s' if probe['tokens'] > 1 else ''} read{cut}"
+    ]
     if probe["memory"] and probe["tokens"] <= memory["update_interval"]:
-        return [*lines, f"    the memory acts from token {memory['update_interval']} on, so it did nothing here"]
+        return [
+            *lines,
+            f"    the memory acts from token {memory['update_interval']} on, so it did nothing here",
+        ]
     for found in probe["memory"]:
         every = found["kept"] + found["mixed"] + found["reused"]
-        made = ", ".join(f"{found[name] / every:.1%} {name}" for name in ("kept", "mixed", "reused"))
+        made = ", ".join(
+            f"{found[name] / every:.1%} {name}" for name in ("kept", "mixed", "reused")
+        )
         slots = f"{len(found['slots'])} of {memory['slots']} slots filled"
-        lines.append(f"    memory in layer {found['layer']}: {made}; {slots} after {found['blocks']} blocks")
+        lines.append(
+            f"    memory in layer {found['layer']}: {made}; {slots} after {found['blocks']} blocks"
+        )
         most = sorted(found["slots"], key=lambda slot: -slot["hits"])[:5]
-        lines += [f"      slot {s['slot']} from token {s['token']} {s['piece']!r}, {s['hits']} hits" for s in most]
+        lines += [
+            f"      slot {s['slot']} from token {s['token']} {s['piece']!r}, {s['hits']} hits"
+            for s in most
+        ]
     return lines
 
 
@@ -141,7 +173,10 @@ def verification_text(result: Verification, hashes: bool = False) -> str:
     if len(result.different) > 10:
         lines.append(f"  and {len(result.different) - 10} more")
     lines += [f"{value}  {name}" for name, value in result.hashes.items() if hashes]
-    lines.append(f"sha256     {result.digest} of the source's tensors" + ("" if hashes else " (--hashes lists each)"))
+    lines.append(
+        f"sha256     {result.digest} of the source's tensors"
+        + ("" if hashes else " (--hashes lists each)")
+    )
     lines += [f"edited     {name}" for name in result.edited_files]
     if result.logit_difference is not None:
         verdict = "match" if result.logits_match else "DO NOT MATCH"
@@ -162,8 +197,14 @@ def integrity_text(whole: Integrity) -> str:
         f"experts    {whole.layers} layers of {whole.intermediate_size} neurons, each in the order of its permutation",
     ]
     lines += [f"  wrong    {problem}" for problem in whole.problems[:10]]
-    lines += [f"edited     {name} is not the file this version ships" for name in whole.edited_files]
-    lines.append("whole; give --source to compare it with the model it was made from" if whole.passed else "NOT whole")
+    lines += [
+        f"edited     {name} is not the file this version ships" for name in whole.edited_files
+    ]
+    lines.append(
+        "whole; give --source to compare it with the model it was made from"
+        if whole.passed
+        else "NOT whole"
+    )
     return "\n".join(lines)
 
 
@@ -179,4 +220,7 @@ def table(rows: list[dict[str, str]]) -> str:
     """Rows under their keys, in columns."""
     lines = [dict(zip(rows[0], rows[0])), *rows]
     widths = {key: max(len(line[key]) for line in lines) for key in rows[0]}
-    return "\n".join("  ".join(line[key].ljust(width) for key, width in widths.items()).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(line[key].ljust(width) for key, width in widths.items()).rstrip()
+        for line in lines
+    )

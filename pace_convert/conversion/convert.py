@@ -112,7 +112,8 @@ def carry_out(prepared: Prepared, progress: Progress) -> Conversion:
     """
     source, out, plan = prepared.source, prepared.out, prepared.plan
     if prepared.finished:
-        shutil.rmtree(out / UNFINISHED, ignore_errors=True)  # where it was killed while it tidied up
+        # Where it was killed while it tidied up.
+        shutil.rmtree(out / UNFINISHED, ignore_errors=True)
         return Conversion(out, plan, len(source.tensors), source.nbytes)
     check_room(source, out)
     check_executor(plan.run, plan.task_bytes)
@@ -170,14 +171,18 @@ def publish(prepared: Prepared, made: Conversion, progress: Progress) -> Pushed:
 
 
 def is_finished(source: Source, out: Path, plan: Plan) -> bool:
-    """Whether OUT is what this conversion would make, of the same source, each file with its size."""
+    """Whether OUT is what this conversion would make, of the same source, each file with
+    its size.
+    """
     made_from = read_seal(out)
     if made_from is None:
         return False
     return made_from == fingerprint(source, plan.options, _clustering_device(plan.run))
 
 
-def _write_files(source: Source, plan: Plan, card: str, folder: OutputFolder, journal: Journal) -> list[str]:
+def _write_files(
+    source: Source, plan: Plan, card: str, folder: OutputFolder, journal: Journal
+) -> list[str]:
     """Everything but the shards; returns the names of all files of OUT."""
     texts = {CARD: card, CONFIG: to_json(_config(source, plan))}
     if not plan.options.no_memory:

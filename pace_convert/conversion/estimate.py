@@ -15,12 +15,13 @@ from ..checkpoint.checkpoint import Source
 from .plan import Plan
 
 _SAMPLE_BYTES = 64 << 20
-# One round of clustering is a product [D, H] x [H, K]; a layer takes about this many products' time of numpy's own
-# in fp32 (docs/bench_convert.json compares the outcome with what was measured).
+# One round of clustering is a product [D, H] x [H, K]; a layer takes about this many products' time
+# of numpy's own in fp32 (docs/bench_convert.json compares the outcome with what was measured).
 _PRODUCTS = {"fast": 8.0, "exact": 40.0}
 _PRODUCTS_A_RESTART = 500.0
 _LAYER_SECONDS = 0.3  # whatever its size
-_PAIRS = 18  # what the prices' second derivatives take, [K, D] x [D, K], as a multiple of K / H of that
+# What the prices' second derivatives take, [K, D] x [D, K], as a multiple of K / H of that.
+_PAIRS = 18
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,16 @@ class Duration:
 
     def as_dict(self) -> dict:
         """For `--json`."""
-        return {"seconds_clustering": round(self.clustering, 1), "seconds_copying": round(self.copying, 1)}
+        return {
+            "seconds_clustering": round(self.clustering, 1),
+            "seconds_copying": round(self.copying, 1),
+        }
 
 
 def estimate_duration(source: Source, plan: Plan, out: Path) -> Duration:
-    """A product of matrices, a read and a write are timed (a quarter of a second); the rest is proportion."""
+    """A product of matrices, a read and a write are timed (a quarter of a second); the rest is
+    proportion.
+    """
     options = plan.options
     rows, width = 1024, min(plan.hidden_size, 4096)
     a, b = np.ones((rows, width), np.float32), np.ones((width, 64), np.float32)
@@ -69,7 +75,8 @@ def _write_seconds(out: Path) -> float:
     taken = []
     try:
         for nbytes in (1 << 16, _SAMPLE_BYTES):
-            with tempfile.TemporaryFile(dir=parent) as file:  # without a name: nothing is left of it
+            # Without a name: nothing is left of it.
+            with tempfile.TemporaryFile(dir=parent) as file:
                 data = bytes(nbytes)
                 start = time.perf_counter()
                 file.write(data)

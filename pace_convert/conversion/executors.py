@@ -17,14 +17,17 @@ from ..options import RunOptions
 from ..progress import Progress
 from .tasks import Task
 
-RAY_RETRIES = 3  # of a task whose worker or machine died; Ray's own default, said here because we promise it
+# Of a task whose worker or machine died; Ray's own default, said here because we promise it.
+RAY_RETRIES = 3
 
 
-def run_tasks(tasks: Sequence[Task], run: RunOptions, jobs: int, task_bytes: int) -> Iterator[tuple[Task, dict]]:
+def run_tasks(
+    tasks: Sequence[Task], run: RunOptions, jobs: int, task_bytes: int
+) -> Iterator[tuple[Task, dict]]:
     """Each task with what its `run` returned, as soon as it is done.
 
-    jobs: processes on this machine; task_bytes: memory that one task needs. Raises what a task raises, and
-    PaceError for a worker that died.
+    jobs: processes on this machine; task_bytes: memory that one task needs. Raises what a task
+    raises, and PaceError for a worker that died.
     """
     if run.executor == "ray":
         return _on_ray(tasks, run, task_bytes)
@@ -76,7 +79,9 @@ def _reach(address: str | None) -> None:
         try:
             socket.create_connection((host, int(port)), timeout=5).close()
         except OSError as error:
-            raise CallError(f"no Ray cluster at {address}: {error.strerror or error}", "check --ray-address") from error
+            raise CallError(
+                f"no Ray cluster at {address}: {error.strerror or error}", "check --ray-address"
+            ) from error
 
 
 def _on_ray(tasks: Sequence[Task], run: RunOptions, task_bytes: int) -> Iterator[tuple[Task, dict]]:
@@ -108,7 +113,9 @@ def _connect(address: str | None) -> Any:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [""])[0]
-        raise CallError(f"no Ray cluster at {address or 'this machine'}: {reason}", "check --ray-address") from error
+        raise CallError(
+            f"no Ray cluster at {address or 'this machine'}: {reason}", "check --ray-address"
+        ) from error
     return ray
 
 
@@ -122,7 +129,11 @@ def _result(ray: Any, reference: Any) -> dict:
     except ray.exceptions.RayTaskError as error:  # holds what the task raised
         if isinstance(error.cause, PaceError | OSError | MemoryError):
             raise error.cause from error
-        raise PaceError(f"a task failed on a Ray worker: {error.cause}", "see the cluster's logs") from error
+        raise PaceError(
+            f"a task failed on a Ray worker: {error.cause}", "see the cluster's logs"
+        ) from error
     except ray.exceptions.RayError as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise PaceError(f"Ray gave up a task after {RAY_RETRIES} retries: {reason}", "see the cluster's logs") from error
+        raise PaceError(
+            f"Ray gave up a task after {RAY_RETRIES} retries: {reason}", "see the cluster's logs"
+        ) from error

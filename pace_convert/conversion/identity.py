@@ -11,20 +11,25 @@ from ..version import __version__
 
 
 def fingerprint(source: Source, options: ConvertOptions, device: str) -> dict:
-    """What a conversion's bytes depend on: source, options, version and the kind of device that clusters.
+    """What a conversion's bytes depend on: source, options, version and the kind of device that
+    clusters.
 
-    A Hub's files are known by their commit, local ones by size and time of change (reading them would take as long
-    as converting them).
+    A Hub's files are known by their commit, local ones by size and time of change (reading them
+    would take as long as converting them).
     """
     return {
         "version": __version__,
         "options": {**options.model_dump(mode="json"), "device": device.partition(":")[0]},
-        "source": source.hub.commit if source.hub else {name: list(state) for name, state in source.states.items()},
+        "source": source.hub.commit
+        if source.hub
+        else {name: list(state) for name, state in source.states.items()},
     }
 
 
 def other_conversion(before: Any, now: dict) -> CallError:
-    """What to say where what is unfinished is another job. before: its identity in the journal; now: a fingerprint."""
+    """What to say where what is unfinished is another job. before: its identity in the journal;
+    now: a fingerprint.
+    """
     return CallError(
         f"the unfinished conversion can't go on: {_difference(before, now)}",
         "give the same source and options, or --overwrite without --resume to start again",

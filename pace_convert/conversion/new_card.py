@@ -1,4 +1,6 @@
-"""A conversion's model card: what was made of which model, how to load it, what its licence asks."""
+"""A conversion's model card: what was made of which model, how to load it, what its licence
+asks.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +20,22 @@ from .plan import Plan
 
 CARD_BYTES = 1 << 20  # of the source's card are searched for its metadata
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
-# As they stand in the source's card. The Hub shows the extra_gated ones where a repository is gated.
+# As they stand in the source's card. The Hub shows the extra_gated ones where a repository is
+# gated.
 INHERITED = ("license", "license_name", "license_link", "language")
 TERMS_OF_ACCESS = "extra_gated_"
-# What licences, by their names on the Hub, ask of whoever passes a changed model on. The licence's own text counts.
+# What licences, by their names on the Hub, ask of whoever passes a changed model on. The licence's
+# own text counts.
 DEMANDS = (
     (r"apache-2\.0", "Pass the licence and any NOTICE file on, and say that files were changed."),
     (r"mit", "Pass the licence's text and copyright notice on."),
     (r"cc-by.*", "Name the source's authors and say what was changed."),
     (r"cc-.*-nc.*", "Commercial use is not allowed."),
     (r"cc-.*-sa.*", "Pass it on under the same licence only."),
-    (r"cc-.*-nd.*", "Changed versions may not be passed on: ask the authors before you publish this one."),
+    (
+        r"cc-.*-nd.*",
+        "Changed versions may not be passed on: ask the authors before you publish this one.",
+    ),
     (r"llama2", "Pass the licence, its attribution notice and its use policy on."),
     (
         r"llama[34].*",
@@ -38,7 +45,10 @@ DEMANDS = (
     (r"gemma", "Pass the terms and their use restrictions on, and say that files were changed."),
     (r".*rail.*", "Its use restrictions bind everyone you pass the model on to."),
     (r"[al]?gpl.*", "Pass it on under the same licence only."),
-    (r".*(research|non-?commercial).*", "Its name says research or non-commercial: read it before any commercial use."),
+    (
+        r".*(research|non-?commercial).*",
+        "Its name says research or non-commercial: read it before any commercial use.",
+    ),
 )
 
 
@@ -74,7 +84,9 @@ def _beginning(path: Path) -> str:
 
 
 def inherited_metadata(card: str) -> dict:
-    """Licence, language and terms of access of the source's card, as it states them: text stays text (no, 2024-01-01)."""
+    """Licence, language and terms of access of the source's card, as it states them: text stays
+    text (no, 2024-01-01).
+    """
     front_matter = re.match(r"---[ \t]*\r?\n(.*?)^---\s*$", card, re.DOTALL | re.MULTILINE)
     try:
         metadata = yaml.load(front_matter[1], _Plain) if front_matter else None
@@ -82,7 +94,10 @@ def inherited_metadata(card: str) -> dict:
         metadata = None
     if not isinstance(metadata, dict):
         return {}
-    names = [*INHERITED, *(key for key in metadata if isinstance(key, str) and key.startswith(TERMS_OF_ACCESS))]
+    names = [
+        *INHERITED,
+        *(key for key in metadata if isinstance(key, str) and key.startswith(TERMS_OF_ACCESS)),
+    ]
     return {
         key: metadata[key]
         for key in names
@@ -91,7 +106,9 @@ def inherited_metadata(card: str) -> dict:
 
 
 class _Plain(yaml.BaseLoader):
-    """Strings, lists and maps, without aliases: with them a few lines stand for more than any memory holds."""
+    """Strings, lists and maps, without aliases: with them a few lines stand for more than any
+    memory holds.
+    """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         """Raises YAMLError for an alias."""
@@ -102,7 +119,9 @@ class _Plain(yaml.BaseLoader):
 
 def _is_plain(value: object) -> bool:
     """Whether it is text, or texts."""
-    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(part, str) for part in value))
+    return isinstance(value, str) or (
+        isinstance(value, list) and all(isinstance(part, str) for part in value)
+    )
 
 
 def _licence(metadata: dict, side_files: tuple[str, ...]) -> str:
@@ -113,8 +132,14 @@ def _licence(metadata: dict, side_files: tuple[str, ...]) -> str:
     sentences = [f"As for the source: {f'[{name}]({link})' if link else name}."]
     if not names:
         sentences = ["The source states no licence: ask its authors before you pass this on."]
-    sentences += [demand for pattern, demand in DEMANDS if any(re.fullmatch(pattern, name) for name in names)]
-    files = [file for file in side_files if file != link and any(fnmatch.fnmatch(file, kind) for kind in LICENCE_FILES)]
+    sentences += [
+        demand for pattern, demand in DEMANDS if any(re.fullmatch(pattern, name) for name in names)
+    ]
+    files = [
+        file
+        for file in side_files
+        if file != link and any(fnmatch.fnmatch(file, kind) for kind in LICENCE_FILES)
+    ]
     if files:
         sentences.append(f"See also {', '.join(f'[{file}]({file})' for file in files)}.")
     if any(key.startswith(TERMS_OF_ACCESS) for key in metadata):

@@ -1,7 +1,7 @@
 """The output folder while it is written: nothing in it looks finished before everything is.
 
-All files are made in OUT/.pace-unfinished and moved up at the end, config.json last. What an earlier conversion
-left in OUT stays whole until then.
+All files are made in OUT/.pace-unfinished and moved up at the end, config.json last. What an
+earlier conversion left in OUT stays whole until then.
 """
 
 from __future__ import annotations
@@ -41,14 +41,17 @@ AGAIN = "give --overwrite without --resume to start again"
 class OutputFolder:
     """OUT, held by this process alone. Files are made in `staging`; `move` finishes the folder.
 
-    A source that turns out to be damaged leaves OUT as it was; after any other failure the journal in `staging`
-    says what is done.
+    A source that turns out to be damaged leaves OUT as it was; after any other failure the journal
+    in `staging` says what is done.
     """
 
     def __init__(self, path: Path, overwrite: bool, resume: bool) -> None:
         self.path, self.overwrite, self.resume = path, overwrite, resume
         self.staging = path / UNFINISHED
-        self.missing = [folder for folder in (path, *path.absolute().parents) if not folder.exists()]  # deepest first
+        # Deepest first.
+        self.missing = [
+            folder for folder in (path, *path.absolute().parents) if not folder.exists()
+        ]
         self.lock = FileLock(self.staging / LOCK, timeout=0)
 
     def __enter__(self) -> OutputFolder:
@@ -70,7 +73,11 @@ class OutputFolder:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self._release(discard=error is None or isinstance(error, DamagedSourceError) or not is_unfinished(self.path))
+        self._release(
+            discard=error is None
+            or isinstance(error, DamagedSourceError)
+            or not is_unfinished(self.path)
+        )
 
     def write(self, name: str, text: str) -> None:
         """A text file."""
@@ -81,28 +88,38 @@ class OutputFolder:
         self._whole(name, lambda path: shutil.copyfile(source, path))
 
     def index(self, tensors: dict[str, TensorInfo]) -> None:
-        """The index, for one shard too: readers that take every *.safetensors then skip the permutation."""
+        """The index, for one shard too: readers that take every *.safetensors then skip the
+        permutation.
+        """
         weight_map = {name: info.shard for name, info in sorted(tensors.items())}
         metadata = {"total_size": sum(info.nbytes for info in tensors.values())}
-        self.write(INDEX, json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n")
+        self.write(
+            INDEX, json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n"
+        )
 
     def permutation(self, orders: Sequence[ExpertOrder], files: Mapping[str, str | None]) -> None:
         """Each layer's order of neurons, and all files of OUT; see `permutation_file`."""
         self._whole(PERMUTATION, lambda path: path.write_bytes(permutation_file(orders, files)))
 
     def seal(self, fingerprint: dict, files: list[str]) -> None:
-        """Leave in OUT what was converted and how, and every file's size, so that a call for the same knows it."""
+        """Leave in OUT what was converted and how, and every file's size, so that a call for the
+        same knows it.
+        """
         sizes = {name: (self.staging / name).stat().st_size for name in files}
         self.write(SEAL, seal_text(fingerprint, sizes))
 
     def moves(self, files: list[str]) -> dict:
-        """What `move` takes, for these files, once all are made. Raises CallError if OUT has changed meanwhile."""
+        """What `move` takes, for these files, once all are made. Raises CallError if OUT has
+        changed meanwhile.
+        """
         check_free(self.path, overwrite=self.overwrite, resume=True, locked=True)
         sizes = {name: (self.staging / name).stat().st_size for name in files}
         return {"files": sizes, "remove": sorted(written_before(self.path) - set(files))}
 
     def move(self, files: dict[str, int], remove: list[str]) -> None:
-        """Put the files that were made, of these sizes, in their place. Interrupted and called again, it goes on."""
+        """Put the files that were made, of these sizes, in their place. Interrupted and called
+        again, it goes on.
+        """
         if not all(is_inside(name) for name in [*files, *remove]):
             raise CallError(f"{self.staging / JOURNAL} is damaged", AGAIN)
         made = [name for name in files if (self.staging / name).exists()]
@@ -128,9 +145,12 @@ class OutputFolder:
         flush(path)
 
     def _finish_earlier(self) -> None:
-        """Let a conversion that was killed while it moved its files be whole before another one takes its place."""
+        """Let a conversion that was killed while it moved its files be whole before another one
+        takes its place.
+        """
         if is_unfinished(self.path):
-            with contextlib.suppress(CallError):  # a damaged journal, or lost files: there is nothing to finish
+            # A damaged journal, or lost files: there is nothing to finish.
+            with contextlib.suppress(CallError):
                 moving = read_journal(self.staging / JOURNAL)[1].get(MOVE)
                 if moving:
                     self.move(**moving)
@@ -147,7 +167,8 @@ class OutputFolder:
         if discard:
             self._empty_staging()
             (self.staging / LOCK).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # somebody else is waiting with the lock in hand, or OUT holds files
+            # Somebody else is waiting with the lock in hand, or OUT holds files.
+            with contextlib.suppress(OSError):
                 self.staging.rmdir()
                 for folder in self.missing if not any(self.path.iterdir()) else ():
                     folder.rmdir()
@@ -168,6 +189,10 @@ def explained(out: Path, go_on: str) -> Iterator[None]:
     except MemoryError as error:
         raise PaceError("not enough memory", f"give fewer --jobs; {go_on}") from error
     except OSError as error:
-        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
+        reason = (
+            "the disk is full"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT)
+            else error.strerror or str(error)
+        )
         where = f": {error.filename}" if error.filename else ""
         raise PaceError(reason + where, go_on if is_unfinished(out) else "") from error

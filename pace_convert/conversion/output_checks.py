@@ -31,11 +31,15 @@ MOVE = "move"
 
 
 def check_places(source: Source, out: Path) -> None:
-    """The folder to be written and the one that is read must not lie in each other. Raises CallError."""
+    """The folder to be written and the one that is read must not lie in each other. Raises
+    CallError.
+    """
     if source.hub is not None:
         return
     if is_unfinished(source.folder):
-        raise CallError(f"{source.folder} is an unfinished conversion", "finish it first, with --resume")
+        raise CallError(
+            f"{source.folder} is an unfinished conversion", "finish it first, with --resume"
+        )
     here, there = out.resolve(), source.folder.resolve()
     if here == there or there in here.parents:
         raise CallError(f"{out} lies inside {source.folder}", "choose another folder")
@@ -114,7 +118,9 @@ def _check_replaceable(out: Path, present: set[str], overwrite: bool) -> None:
             "move it away, or choose another folder",
         )
     if CARD in present and not is_untouched((out / CARD).read_bytes()):
-        raise CallError(f"OUT {out} holds a {CARD} that was edited", "move it away to keep it, or delete it")
+        raise CallError(
+            f"OUT {out} holds a {CARD} that was edited", "move it away to keep it, or delete it"
+        )
 
 
 def files_in(out: Path) -> set[str]:
@@ -136,7 +142,9 @@ def written_before(out: Path) -> set[str]:
 
 
 def _moving(out: Path) -> dict | None:
-    """What an unfinished conversion into this folder meant to move and to remove, if it came that far."""
+    """What an unfinished conversion into this folder meant to move and to remove, if it came that
+    far.
+    """
     try:
         return read_journal(out / UNFINISHED / JOURNAL)[1].get(MOVE) if is_unfinished(out) else None
     except CallError:  # said when it is resumed

@@ -17,7 +17,8 @@ from .resources import jobs_that_fit, layer_task_bytes
 class Plan:
     """What a conversion will do. Sizes in bytes.
 
-    task_bytes: memory of one process while it converts a layer; jobs: how many of them work side by side.
+    task_bytes: memory of one process while it converts a layer; jobs: how many of them work side by
+    side.
     """
 
     family: FamilySpec
@@ -105,14 +106,21 @@ def resolve_layers(wanted: str | tuple[int, ...], layers: int) -> tuple[int, ...
         return tuple(sorted({max(0, round(13 * layers / 28) - 1), max(0, layers - 2)}))
     for layer in wanted:
         if layer >= layers:
-            raise CallError(f"--memory-layers: the model has no layer {layer}", f"its layers are 0 to {layers - 1}")
+            raise CallError(
+                f"--memory-layers: the model has no layer {layer}",
+                f"its layers are 0 to {layers - 1}",
+            )
     return wanted
 
 
 def _refuse_quantised(config: dict) -> None:
     quantisation = config.get("quantization_config")
     if quantisation:
-        method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else "unknown"
+        method = (
+            quantisation.get("quant_method", "unknown")
+            if isinstance(quantisation, dict)
+            else "unknown"
+        )
         raise CallError(
             f"the source is quantised ({method}): its FFN rows can't be clustered",
             "convert the full-precision model, then quantise",
@@ -123,7 +131,8 @@ def _check_type(config: dict, key: str, kind: type) -> Any:
     value = config.get(key)
     if value is not None and not isinstance(value, kind):
         raise DamagedSourceError(
-            f"config.json: {key} is {value!r}, not a {kind.__name__}", "get an undamaged copy of the model"
+            f"config.json: {key} is {value!r}, not a {kind.__name__}",
+            "get an undamaged copy of the model",
         )
     return value
 

@@ -15,7 +15,9 @@ ARRAYS = 15  # [D, K] of fp32 that clustering holds at once, measured
 EXACT_COPIES = 6  # of the rows in fp32 that k-means-constrained holds, measured
 
 
-def layer_task_bytes(ffn: Sequence[TensorInfo], intermediate_size: int, experts: int, exact: bool) -> int:
+def layer_task_bytes(
+    ffn: Sequence[TensorInfo], intermediate_size: int, experts: int, exact: bool
+) -> int:
     """Memory in bytes of a process that converts a layer with these tensors, the clustered first.
 
     While it clusters: the rows as they are stored, as bf16, and arrays of scores; with the exact

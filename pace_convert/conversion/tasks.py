@@ -1,8 +1,9 @@
-"""The pieces of a conversion: one layer's FFN, or the rest of one shard. Each can run anywhere, again and again.
+"""The pieces of a conversion: one layer's FFN, or the rest of one shard. Each can run anywhere,
+again and again.
 
-A piece reads the source and writes its own bytes of the output's shards, always the same ones: so pieces run in
-any order, side by side or on several machines, and one that was cut off is simply done again. What `run` returns
-is all that has to be remembered of it.
+A piece reads the source and writes its own bytes of the output's shards, always the same ones: so
+pieces run in any order, side by side or on several machines, and one that was cut off is simply
+done again. What `run` returns is all that has to be remembered of it.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of the source, the one to be made from it, and the state in which the conversion first saw it."""
+    """A file of the source, the one to be made from it, and the state in which the conversion first
+    saw it.
+    """
 
     source: Path
     target: Path
@@ -52,10 +55,14 @@ class Shard:
             now = self.source.stat()
         except FileNotFoundError as error:
             raise DamagedSourceError(
-                f"{self.source} is not there (any more)", "on several machines, put SOURCE and OUT on a file system they share"
+                f"{self.source} is not there (any more)",
+                "on several machines, put SOURCE and OUT on a file system they share",
             ) from error
         if (now.st_size, now.st_mtime_ns) != (self.nbytes, self.modified):
-            raise DamagedSourceError(f"{self.source.name} changed while it was converted", "convert again when it is at rest")
+            raise DamagedSourceError(
+                f"{self.source.name} changed while it was converted",
+                "convert again when it is at rest",
+            )
 
     def prepare(self) -> None:
         """Give the target its size; what it holds already stays."""
@@ -71,7 +78,9 @@ class Shard:
 
 @dataclass(frozen=True)
 class Place:
-    """A tensor and the file it lies in; for one that is permuted, the axis over its `parts` sets of neurons."""
+    """A tensor and the file it lies in; for one that is permuted, the axis over its `parts` sets of
+    neurons.
+    """
 
     name: str
     info: TensorInfo
@@ -115,7 +124,9 @@ class _OfLayer(_Task):
 
 @dataclass(frozen=True, eq=False)
 class LayerTask(_OfLayer):
-    """Group one layer's neurons and write its FFN in the new order. The first of its tensors is the one that is grouped."""
+    """Group one layer's neurons and write its FFN in the new order. The first of its tensors is the
+    one that is grouped.
+    """
 
     intermediate_size: int
     transposed: bool
@@ -133,9 +144,13 @@ class LayerTask(_OfLayer):
 
         with _at_rest({place.shard for place in self.tensors}):
             try:
-                clustering = cluster_neurons(self._features(), self.experts, self.seed, self.method, self.restarts)
+                clustering = cluster_neurons(
+                    self._features(), self.experts, self.seed, self.method, self.restarts
+                )
             except torch.OutOfMemoryError as error:
-                raise PaceError(f"the GPU has too little memory for {self.name}", "give --device cpu") from error
+                raise PaceError(
+                    f"the GPU has too little memory for {self.name}", "give --device cpu"
+                ) from error
             except RuntimeError as error:  # what torch raises on a CPU for want of memory
                 if "can't allocate memory" in str(error) or "can't start new thread" in str(error):
                     raise MemoryError from error
@@ -149,13 +164,20 @@ class LayerTask(_OfLayer):
         }
 
     def _features(self) -> torch.Tensor:
-        """One row per neuron [D, H]: of a fused tensor the gate's half, of a transposed one the columns."""
+        """One row per neuron [D, H]: of a fused tensor the gate's half, of a transposed one the
+        columns.
+        """
         import torch
 
         place = self.tensors[0]
         bits = read(place.shard.source, place.info)
         _refuse_non_finite(place, range(len(bits)), bits)
-        dtype = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[place.info.dtype]
+        dtype = {
+            "F64": torch.float64,
+            "F32": torch.float32,
+            "F16": torch.float16,
+            "BF16": torch.bfloat16,
+        }[place.info.dtype]
         rows = torch.from_numpy(bits.view(f"i{bits.itemsize}")).view(dtype)
         return (rows.T if self.transposed else rows[: self.intermediate_size]).to(self.device)
 
@@ -227,7 +249,9 @@ def make_tasks(source: Source, plan: Plan, out: Path, device: str) -> list[Task]
     return _all_tasks(source, plan.ffn, out, layer_task)
 
 
-def restore_tasks(converted: Source, ffn: Sequence[FfnTensor], orders: Sequence[ExpertOrder], out: Path) -> list[Task]:
+def restore_tasks(
+    converted: Source, ffn: Sequence[FfnTensor], orders: Sequence[ExpertOrder], out: Path
+) -> list[Task]:
     """All that makes a conversion's source again, in the folder `out`. orders: by layer."""
 
     def layer_task(layer: int, places: tuple[Place, ...]) -> Task:
@@ -237,22 +261,33 @@ def restore_tasks(converted: Source, ffn: Sequence[FfnTensor], orders: Sequence[
 
 
 def _all_tasks(
-    source: Source, ffn: Sequence[FfnTensor], out: Path, layer_task: Callable[[int, tuple[Place, ...]], Task]
+    source: Source,
+    ffn: Sequence[FfnTensor],
+    out: Path,
+    layer_task: Callable[[int, tuple[Place, ...]], Task],
 ) -> list[Task]:
     folder = source.folder.resolve()
-    shards = {name: Shard(folder / name, out / name, *source.states[name]) for name in source.shards}
+    shards = {
+        name: Shard(folder / name, out / name, *source.states[name]) for name in source.shards
+    }
     tasks: list[Task] = []
     places: dict[int, list[Place]] = {}
     for tensor in ffn:
         info = source.tensors[tensor.name]
-        places.setdefault(tensor.layer, []).append(Place(tensor.name, info, shards[info.shard], tensor.axis, tensor.parts))
+        places.setdefault(tensor.layer, []).append(
+            Place(tensor.name, info, shards[info.shard], tensor.axis, tensor.parts)
+        )
     permuted = {tensor.name for tensor in ffn}
     for name, shard in shards.items():
         here = {n: info for n, info in source.tensors.items() if info.shard == name}
         others = tuple(Place(n, info, shard) for n, info in here.items() if n not in permuted)
-        taken = [(info.offset, info.offset + info.nbytes) for n, info in here.items() if n in permuted]
+        taken = [
+            (info.offset, info.offset + info.nbytes) for n, info in here.items() if n in permuted
+        ]
         tasks.append(ShardTask(others, shard, tuple(_gaps(taken, shard.nbytes))))
-        tasks += [layer_task(layer, tuple(its)) for layer, its in places.items() if its[0].shard is shard]
+        tasks += [
+            layer_task(layer, tuple(its)) for layer, its in places.items() if its[0].shard is shard
+        ]
     return tasks
 
 
@@ -275,7 +310,9 @@ def _gaps(taken: list[tuple[int, int]], end: int) -> Iterator[tuple[int, int]]:
 def _permuted(place: Place, permutation: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """(first row, rows) of the tensor in its new order, in pieces of about 32 MB."""
     for first, bits in reordered(place.shard.source, place.info, place.axis, permutation):
-        _refuse_non_finite(place, range(first, first + len(bits)) if place.axis else permutation[first:], bits)
+        _refuse_non_finite(
+            place, range(first, first + len(bits)) if place.axis else permutation[first:], bits
+        )
         yield first, bits
 
 
@@ -287,7 +324,9 @@ def _write_permuted(places: tuple[Place, ...], permutation: np.ndarray) -> None:
 
 @contextmanager
 def _at_rest(shards: set[Shard]) -> Iterator[None]:
-    """Sources that stay as they were meanwhile; what was written into their targets is then on the disk."""
+    """Sources that stay as they were meanwhile; what was written into their targets is then on the
+    disk.
+    """
     for shard in shards:
         shard.check()
         shard.prepare()
@@ -302,7 +341,8 @@ def _refuse_non_finite(place: Place, rows: Sequence[int] | np.ndarray, bits: np.
     row = first_bad_row(bits, place.info.dtype)
     if row is not None:
         raise DamagedSourceError(
-            f"{place.name} has a NaN or an infinity in row {rows[row]}", "get an undamaged copy of the model"
+            f"{place.name} has a NaN or an infinity in row {rows[row]}",
+            "get an undamaged copy of the model",
         )
 
 

@@ -1,7 +1,8 @@
 """The way back: a conversion's source, file by file as it was.
 
-Weights are put back by the inverse permutation. What a conversion writes anew (config.json, the index, the model card,
-at times tokenizer_config.json) it keeps in the source's own version beside it; everything else it copied.
+Weights are put back by the inverse permutation. What a conversion writes anew (config.json, the
+index, the model card, at times tokenizer_config.json) it keeps in the source's own version beside
+it; everything else it copied.
 """
 
 from __future__ import annotations
@@ -41,11 +42,19 @@ class Restored:
 
     def as_dict(self) -> dict:
         """For `--json`."""
-        return {"folder": str(self.folder), "files": list(self.files), "tensors": self.tensors, "bytes": self.nbytes}
+        return {
+            "folder": str(self.folder),
+            "files": list(self.files),
+            "tensors": self.tensors,
+            "bytes": self.nbytes,
+        }
 
 
-def undo(converted: Converted, original: Path, progress: Progress, jobs: int | None = None) -> Restored:
-    """Write the model that was converted into the folder `original`: its files' bytes, where OUT's are as they were made.
+def undo(
+    converted: Converted, original: Path, progress: Progress, jobs: int | None = None
+) -> Restored:
+    """Write the model that was converted into the folder `original`: its files' bytes, where OUT's
+    are as they were made.
 
     Called again after a kill it goes on. Raises CallError, DamagedSourceError, PaceError.
     """
@@ -84,23 +93,41 @@ def undo(converted: Converted, original: Path, progress: Progress, jobs: int | N
 
 
 def _only_to_tidy(original: Path, files: list[str]) -> bool:
-    """Whether an earlier call came to its very end: all is in its place, and the journal is gone already."""
-    return (original / UNFINISHED).is_dir() and not is_unfinished(original) and files_in(original) == set(files)
+    """Whether an earlier call came to its very end: all is in its place, and the journal is gone
+    already.
+    """
+    return (
+        (original / UNFINISHED).is_dir()
+        and not is_unfinished(original)
+        and files_in(original) == set(files)
+    )
 
 
 def _identity(source: Source) -> dict:
-    """What the restored bytes depend on; files are known by size and time of change, as a conversion's are."""
+    """What the restored bytes depend on; files are known by size and time of change, as a
+    conversion's are.
+    """
     permutation = (source.folder / PERMUTATION).stat()
     states = {**source.states, PERMUTATION: (permutation.st_size, permutation.st_mtime_ns)}
     return {"version": __version__, "undo": {name: list(state) for name, state in states.items()}}
 
 
 def _origins(converted: Converted) -> dict[str, str]:
-    """Name in OUT -> name in the source, of all files but the shards. Raises DamagedSourceError if one is missing."""
+    """Name in OUT -> name in the source, of all files but the shards. Raises DamagedSourceError if
+    one is missing.
+    """
     folder, shards = converted.files.folder, converted.files.shards
-    origins = {name: origin for name, origin in written_files(folder).items() if origin is not None and name not in shards}
-    if CONFIG not in origins.values() or not all(is_inside(name) for name in (*origins, *origins.values())):
-        raise DamagedSourceError(f"{folder} does not say which files its source had", "convert again, then undo that")
+    origins = {
+        name: origin
+        for name, origin in written_files(folder).items()
+        if origin is not None and name not in shards
+    }
+    if CONFIG not in origins.values() or not all(
+        is_inside(name) for name in (*origins, *origins.values())
+    ):
+        raise DamagedSourceError(
+            f"{folder} does not say which files its source had", "convert again, then undo that"
+        )
     for name in origins:
         check_file(folder, name)
     return origins

@@ -11,8 +11,12 @@ from .opened import Converted
 
 
 @contextmanager
-def listening(model: nn.Module, converted: Converted, take: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """take(layer, h) gets the raw activations [S, D] of each call, as they are before the memory's own hook."""
+def listening(
+    model: nn.Module, converted: Converted, take: Callable[[int, Tensor], None]
+) -> Iterator[None]:
+    """take(layer, h) gets the raw activations [S, D] of each call, as they are before the memory's
+    own hook.
+    """
     family, hooks = converted.family, []
     prefix = f"{family.stack}." if family.stack else ""
     for layer in range(converted.layers):

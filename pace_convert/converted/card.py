@@ -1,4 +1,5 @@
-"""The model card as a part of a converted folder: its seal, and the blocks that are filled in again.
+"""The model card as a part of a converted folder: its seal, and the blocks that are filled in
+again.
 
 How to load the model by name and what was compared are filled in when a folder is pushed, the
 memory's parameters when they are tuned. The last line seals the card, so that a card that somebody
@@ -15,7 +16,9 @@ from .shipped import render
 
 UNVERIFIED = "Nothing had been compared when this card was written."
 _PIN = re.compile(r'^revision = "([0-9a-f]{40})"$', re.MULTILINE)
-_SEAL = re.compile(r"\n<!-- Written by pace-convert\. SHA-256 of the text above: ([0-9a-f]{64}) -->\n\Z")
+_SEAL = re.compile(
+    r"\n<!-- Written by pace-convert\. SHA-256 of the text above: ([0-9a-f]{64}) -->\n\Z"
+)
 
 
 def sealed(text: str) -> str:
@@ -48,7 +51,9 @@ def verification_block(text: str = UNVERIFIED) -> str:
     return _block("verification", text)
 
 
-def published(card: str, repo_id: str, commit: str, *, needs_code: bool, compared: str | None) -> str:
+def published(
+    card: str, repo_id: str, commit: str, *, needs_code: bool, compared: str | None
+) -> str:
     """A card as it goes to the Hub: loads by name at this commit, says what was compared; sealed if
     it was.
 
@@ -65,7 +70,9 @@ def published(card: str, repo_id: str, commit: str, *, needs_code: bool, compare
 
 
 def retuned(card: str, memory: dict, layers: int, tuned: str) -> str:
-    """A card whose model has other memory parameters now, found as `tuned` says. layers: of the model."""
+    """A card whose model has other memory parameters now, found as `tuned` says. layers: of the
+    model.
+    """
     unsealed = _SEAL.sub("", card)
     return sealed(_replace_block(unsealed, "memory", memory_block(memory, layers, tuned)))
 

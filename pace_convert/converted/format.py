@@ -120,11 +120,17 @@ def check_pace(pace: dict) -> None:
     except ValidationError as error:
         first = error.errors()[0]
         where = f"{first['loc'][0]}: " if first["loc"] else ""
-        raise DamagedSourceError(f"config.json: pace: {where}{first['msg']}", "convert again") from error
+        raise DamagedSourceError(
+            f"config.json: pace: {where}{first['msg']}", "convert again"
+        ) from error
     except (KeyError, TypeError, ValueError) as error:
-        raise DamagedSourceError("config.json: pace.experts or pace.memory is incomplete", "convert again") from error
+        raise DamagedSourceError(
+            "config.json: pace.experts or pace.memory is incomplete", "convert again"
+        ) from error
     if type(enabled) is not bool:
-        raise DamagedSourceError("config.json: pace.memory.enabled is neither true nor false", "convert again")
+        raise DamagedSourceError(
+            "config.json: pace.memory.enabled is neither true nor false", "convert again"
+        )
 
 
 def is_unfinished(folder: Path) -> bool:
@@ -134,7 +140,9 @@ def is_unfinished(folder: Path) -> bool:
 
 def in_use(folder: Path) -> CallError:
     """What to say when another process holds the folder's lock."""
-    return CallError(f"another process is converting into {folder}", "wait for it, or choose another folder")
+    return CallError(
+        f"another process is converting into {folder}", "wait for it, or choose another folder"
+    )
 
 
 def permutation_file(orders: Sequence[ExpertOrder], files: Mapping[str, str | None]) -> bytes:
@@ -167,7 +175,9 @@ def read_permutation(folder: Path) -> list[ExpertOrder]:
     except (SafetensorError, OSError, TypeError) as error:
         raise DamagedSourceError(f"{PERMUTATION} is damaged ({error})", "convert again") from error
     if any(array.dtype != np.int32 or array.ndim != 1 for order in orders for array in order):
-        raise DamagedSourceError(f"{PERMUTATION} holds something else than rows of int32", "convert again")
+        raise DamagedSourceError(
+            f"{PERMUTATION} holds something else than rows of int32", "convert again"
+        )
     return orders
 
 

@@ -1,4 +1,6 @@
-"""Is a converted folder whole in itself? From headers, config and permutations alone; no weights are read, no code runs."""
+"""Is a converted folder whole in itself? From headers, config and permutations alone; no weights
+are read, no code runs.
+"""
 
 from __future__ import annotations
 
@@ -35,18 +37,29 @@ class Integrity:
 
 
 def check_integrity(converted: Converted) -> Integrity:
-    """What `open_converted` does not look at: index, shapes, order of the experts, memory layers, files that are gone."""
+    """What `open_converted` does not look at: index, shapes, order of the experts, memory layers,
+    files that are gone.
+    """
     problems = [*_files(converted), *_index(converted), *_experts(converted), *_config(converted)]
     problems = [one_line(problem) for problem in problems]  # they hold names from elsewhere
     files, neurons = converted.files, converted.intermediate_size
     return Integrity(
-        len(files.tensors), len(files.shards), converted.layers, neurons, tuple(problems), tuple(edited_code(converted))
+        len(files.tensors),
+        len(files.shards),
+        converted.layers,
+        neurons,
+        tuple(problems),
+        tuple(edited_code(converted)),
     )
 
 
 def _files(converted: Converted) -> list[str]:
     folder = converted.files.folder
-    return [f"{name}, which the conversion wrote, is gone" for name in written_files(folder) if not (folder / name).is_file()]
+    return [
+        f"{name}, which the conversion wrote, is gone"
+        for name in written_files(folder)
+        if not (folder / name).is_file()
+    ]
 
 
 def _index(converted: Converted) -> list[str]:
@@ -58,10 +71,16 @@ def _index(converted: Converted) -> list[str]:
     if not isinstance(weight_map, dict) or not isinstance(metadata, dict):
         return [f"{INDEX} lacks its metadata or weight_map"]
     names = sorted(set(weight_map) | set(files.tensors))
-    wrong = [name for name in names if name not in files.tensors or weight_map.get(name) != files.tensors[name].shard]
+    wrong = [
+        name
+        for name in names
+        if name not in files.tensors or weight_map.get(name) != files.tensors[name].shard
+    ]
     problems = [f"{INDEX}: {name} does not lie where it says" for name in wrong[:1]]
     if metadata.get("total_size") != files.nbytes:
-        problems.append(f"{INDEX}: total_size is {metadata.get('total_size')}, the tensors have {files.nbytes} bytes")
+        problems.append(
+            f"{INDEX}: total_size is {metadata.get('total_size')}, the tensors have {files.nbytes} bytes"
+        )
     return problems
 
 
@@ -69,7 +88,9 @@ def _experts(converted: Converted) -> list[str]:
     count, problems = converted.pace["experts"]["count"], []
     for layer, order in enumerate(converted.orders):
         if len(order.sizes) != count or order.sizes.max() - order.sizes.min() > 1:
-            problems.append(f"layer {layer} does not have {count} experts of equal size, to within one neuron")
+            problems.append(
+                f"layer {layer} does not have {count} experts of equal size, to within one neuron"
+            )
         elif not order.is_canonical():
             problems.append(f"layer {layer}: its experts are not in their order")
     return problems

@@ -1,4 +1,6 @@
-"""The one way to load a model, and whether the Python that a converted folder would run is what this version ships."""
+"""The one way to load a model, and whether the Python that a converted folder would run is what
+this version ships.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,11 @@ from .shipped import auto_map, modeling_files
 
 
 def edited_code(converted: Converted, source: Source | None = None) -> list[str]:
-    """Files that are not what this version ships: modeling files, and config.json where it names other classes.
+    """Files that are not what this version ships: modeling files, and config.json where it names
+    other classes.
 
-    source: what was converted; other Python files and classes must be as they are there. Without it they are not
-    looked at: nothing that this version ships imports them.
+    source: what was converted; other Python files and classes must be as they are there. Without it
+    they are not looked at: nothing that this version ships imports them.
     """
     if not converted.needs_code:
         return []
@@ -27,17 +30,25 @@ def edited_code(converted: Converted, source: Source | None = None) -> list[str]
     if source is not None:
         names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.py"))
         others = [name for name in names if name not in shipped]
-        edited += [name for name in others if not _reads(source.folder / name, (folder / name).read_bytes())]
+        edited += [
+            name
+            for name in others
+            if not _reads(source.folder / name, (folder / name).read_bytes())
+        ]
     classes = converted.files.config.get("auto_map")
     expected = auto_map(source.config if source else {}, converted.family)
     names = list(classes) if source and isinstance(classes, dict) else list(expected)
-    if not isinstance(classes, dict) or any(classes.get(name) != expected.get(name) for name in names):
+    if not isinstance(classes, dict) or any(
+        classes.get(name) != expected.get(name) for name in names
+    ):
         edited.append("config.json (auto_map)")
     return edited
 
 
 def refuse_edited(edited: list[str], trust_remote_code: bool, instead: str = "") -> None:
-    """Raises CallError where something was edited and is not trusted. instead: what else can be done, for the hint."""
+    """Raises CallError where something was edited and is not trusted. instead: what else can be
+    done, for the hint.
+    """
     if edited and not trust_remote_code:
         raise CallError(
             f"{edited[0]} is not as this version ships it, so it is not run",
@@ -45,12 +56,20 @@ def refuse_edited(edited: list[str], trust_remote_code: bool, instead: str = "")
         )
 
 
-def load_model(files: Source | Converted, *, device: str = "cpu", head: bool = True, trust_remote_code: bool = False) -> Any:
-    """The model of a folder that is on this machine, in eval mode, on a device that `resolve_device` has named.
+def load_model(
+    files: Source | Converted,
+    *,
+    device: str = "cpu",
+    head: bool = True,
+    trust_remote_code: bool = False,
+) -> Any:
+    """The model of a folder that is on this machine, in eval mode, on a device that
+    `resolve_device` has named.
 
-    Its dtype is `load_dtype`'s. head: False for the decoder without its vocabulary head. No Python of a folder runs but
-    a conversion's modeling files, and those only as this version ships them, or with `trust_remote_code`.
-    Raises CallError for edited ones, PaceError where the model does not load.
+    Its dtype is `load_dtype`'s. head: False for the decoder without its vocabulary head. No Python
+    of a folder runs but a conversion's modeling files, and those only as this version ships them,
+    or with `trust_remote_code`. Raises CallError for edited ones, PaceError where the model does
+    not load.
     """
     from transformers.utils import logging
 
@@ -61,9 +80,15 @@ def load_model(files: Source | Converted, *, device: str = "cpu", head: bool = T
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # without the head, its weights would be named as unused
     try:
-        cls = _shipped_class(converted, head) if converted and converted.needs_code else _own_class(head)
+        cls = (
+            _shipped_class(converted, head)
+            if converted and converted.needs_code
+            else _own_class(head)
+        )
         dtype = load_dtype(source.nbytes, device)
-        model = cls.from_pretrained(source.folder, dtype=dtype, local_files_only=True, trust_remote_code=False)
+        model = cls.from_pretrained(
+            source.folder, dtype=dtype, local_files_only=True, trust_remote_code=False
+        )
         return model.eval().to(device)
     except Exception as error:  # each class fails in its own way, and so do edited files
         reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -81,14 +106,16 @@ def _own_class(head: bool) -> Any:
 def _shipped_class(converted: Converted, head: bool) -> Any:
     """The class in the modeling files.
 
-    Not an Auto class with trust_remote_code: that runs what auto_map names, and a custom_generate/ that came along
-    from the source.
+    Not an Auto class with trust_remote_code: that runs what auto_map names, and a custom_generate/
+    that came along from the source.
     """
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     family = converted.family
     name = f"Pace{family.causal_lm_class if head else family.model_class}"
-    return get_class_from_dynamic_module(f"{MODELING.removesuffix('.py')}.{name}", converted.files.folder)
+    return get_class_from_dynamic_module(
+        f"{MODELING.removesuffix('.py')}.{name}", converted.files.folder
+    )
 
 
 def _reads(path: Path, content: bytes) -> bool:

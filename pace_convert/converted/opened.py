@@ -27,7 +27,9 @@ class Converted:
 
     @property
     def needs_code(self) -> bool:
-        """Whether it brings modeling files of its own; without memory it is of transformers' classes."""
+        """Whether it brings modeling files of its own; without memory it is of transformers'
+        classes.
+        """
         return self.files.config["model_type"].startswith("pace_")
 
     @property
@@ -55,7 +57,9 @@ def open_converted(out: Path) -> Converted:
     if not out.is_dir():
         raise CallError(f"no such folder: {out}", "give the folder that pace-convert wrote")
     if is_unfinished(out):
-        raise CallError(f"{out} holds an unfinished conversion", "run the same pace-convert again with --resume")
+        raise CallError(
+            f"{out} holds an unfinished conversion", "run the same pace-convert again with --resume"
+        )
     files = open_folder(out)
     pace = files.config.get("pace")
     base = pace.get("base_model_type") if isinstance(pace, dict) else None
@@ -70,8 +74,12 @@ def open_converted(out: Path) -> Converted:
     check_pace(pace)
     orders = read_permutation(out)
     if len(orders) != count_layers(FAMILIES[base], files.config):
-        raise DamagedSourceError(f"{PERMUTATION} does not have one permutation per layer", "convert again")
+        raise DamagedSourceError(
+            f"{PERMUTATION} does not have one permutation per layer", "convert again"
+        )
     for layer, order in enumerate(orders):
         if not order.is_whole() or order.neurons != pace.get("intermediate_size"):
-            raise DamagedSourceError(f"{PERMUTATION}: layer {layer} is not a permutation of all neurons", "convert again")
+            raise DamagedSourceError(
+                f"{PERMUTATION}: layer {layer} is not a permutation of all neurons", "convert again"
+            )
     return Converted(files, pace, FAMILIES[base], orders)

@@ -1,4 +1,6 @@
-"""Upload a conversion to the Hub, by huggingface_hub's `upload_folder`, which goes on where it was interrupted."""
+"""Upload a conversion to the Hub, by huggingface_hub's `upload_folder`, which goes on where it was
+interrupted.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,12 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub import CommitInfo, HfApi, constants
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
+from huggingface_hub.utils import (
+    build_hf_headers,
+    get_session,
+    hf_raise_for_status,
+    validate_repo_id,
+)
 
 from ..checkpoint.checkpoint import Source
 from ..checkpoint.hub_errors import WRITING, hub_errors
@@ -25,12 +32,15 @@ if TYPE_CHECKING:
     from .verify import Verification  # needs torch
 
 NOT_UPLOADED = (".*", "*/.*", f"*{PART}")
-WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors")  # of an earlier upload they would be loaded in place of ours
+# Of an earlier upload they would be loaded in place of ours.
+WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors")
 
 
 @dataclass(frozen=True)
 class Target:
-    """A model repository. branch: None for main. create_pr: open a pull request against main instead."""
+    """A model repository. branch: None for main. create_pr: open a pull request against main
+    instead.
+    """
 
     repo_id: str
     token: str | None = None
@@ -47,7 +57,9 @@ class Target:
 
 @dataclass(frozen=True)
 class Pushed:
-    """What was uploaded. commit: the one that holds weights and code, to be pinned; url: the repository or pull request."""
+    """What was uploaded. commit: the one that holds weights and code, to be pinned; url: the
+    repository or pull request.
+    """
 
     repo_id: str
     url: str
@@ -61,7 +73,12 @@ class Pushed:
 
     def as_dict(self) -> dict:
         """For `--json`."""
-        facts = {"repo": self.repo_id, "url": self.url, "commit": self.commit, "branch": self.branch}
+        facts = {
+            "repo": self.repo_id,
+            "url": self.url,
+            "commit": self.commit,
+            "branch": self.branch,
+        }
         compared = self.verification.as_dict() if self.verification else {}
         compared.pop("hashes", None)  # of every tensor: too many to repeat here
         return {
@@ -74,47 +91,79 @@ class Pushed:
 
 
 def check_target(target: Target, source: Source | None = None) -> None:
-    """All that can be known about a target before any work. Changes nothing. Raises CallError or PaceError."""
+    """All that can be known about a target before any work. Changes nothing. Raises CallError or
+    PaceError.
+    """
     repo_id, api = target.repo_id, target.api
     if repo_id.count("/") != 1:
-        raise CallError(f"{repo_id} is not the name of a repository", "give ORG/NAME; ORG may be your own name")
+        raise CallError(
+            f"{repo_id} is not the name of a repository", "give ORG/NAME; ORG may be your own name"
+        )
     if target.create_pr and target.branch:
-        raise CallError("--create-pr opens a pull request against main, not --branch", "leave one of the two out")
-    if source and source.hub and source.hub.repo_id.lower() == repo_id.lower() and not (target.branch or target.create_pr):
-        raise CallError(f"{repo_id} is the source itself, which the upload would replace", "choose another ORG/NAME")
+        raise CallError(
+            "--create-pr opens a pull request against main, not --branch",
+            "leave one of the two out",
+        )
+    if (
+        source
+        and source.hub
+        and source.hub.repo_id.lower() == repo_id.lower()
+        and not (target.branch or target.create_pr)
+    ):
+        raise CallError(
+            f"{repo_id} is the source itself, which the upload would replace",
+            "choose another ORG/NAME",
+        )
     with hub_errors(repo_id, WRITING):
         validate_repo_id(repo_id)
         me = api.whoami()
         if not _exists(target):
             _check_new(target, me)
         elif target.private and not api.model_info(repo_id).private:
-            raise CallError(f"{repo_id} exists and is public", "make it private in its settings, or leave --private out")
+            raise CallError(
+                f"{repo_id} exists and is public",
+                "make it private in its settings, or leave --private out",
+            )
 
 
 def check_card(target: Target, card: str) -> None:
     """Let the Hub validate a card's metadata. Raises CallError or PaceError."""
     with hub_errors(target.repo_id, WRITING):
-        url, headers = f"{constants.ENDPOINT}/api/validate-yaml", build_hf_headers(token=target.token)
-        answer = get_session().post(url, json={"content": card, "repoType": "model"}, headers=headers)
+        url, headers = (
+            f"{constants.ENDPOINT}/api/validate-yaml",
+            build_hf_headers(token=target.token),
+        )
+        answer = get_session().post(
+            url, json={"content": card, "repoType": "model"}, headers=headers
+        )
         if answer.status_code == 400:
             reason = "; ".join(error["message"] for error in answer.json()["errors"])
             raise CallError(
-                f"the Hub refuses the metadata of the model card: {reason}", f"correct the block at the top of {CARD}"
+                f"the Hub refuses the metadata of the model card: {reason}",
+                f"correct the block at the top of {CARD}",
             )
         hf_raise_for_status(answer)
 
 
-def push(converted: Converted, target: Target, verification: Verification | None, progress: Progress) -> Pushed:
-    """Upload a conversion: everything but the card in one commit, then the card, which pins that commit.
+def push(
+    converted: Converted, target: Target, verification: Verification | None, progress: Progress
+) -> Pushed:
+    """Upload a conversion: everything but the card in one commit, then the card, which pins that
+    commit.
 
-    Repository and branch are created where they are missing. Raises DamagedSourceError or PaceError.
+    Repository and branch are created where they are missing. Raises DamagedSourceError or
+    PaceError.
     """
     _check_whole(converted, verification, progress)
     folder, api = converted.files.folder, target.api
     card = _read_card(folder)
     if card is not None:
         check_card(target, card)
-    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file() and not _hidden(path.relative_to(folder))]
+    sizes = [
+        path.stat().st_size
+        for path in folder.rglob("*")
+        if path.is_file() and not _hidden(path.relative_to(folder))
+    ]
     needs_code = converted.needs_code
     progress.let_hub_talk()
     progress.say(f"uploading {len(sizes)} files, {sum(sizes) / 1e6:.2f} MB, to {target.repo_id}")
@@ -132,7 +181,17 @@ def push(converted: Converted, target: Target, verification: Verification | None
     site = f"{constants.ENDPOINT}/{target.repo_id}"
     branch = done.pr_revision or target.branch or constants.DEFAULT_REVISION
     url = done.pr_url or (f"{site}/tree/{branch}" if target.branch else site)
-    return Pushed(target.repo_id, url, commit, branch, done.pr_url, len(sizes), sum(sizes), needs_code, verification)
+    return Pushed(
+        target.repo_id,
+        url,
+        commit,
+        branch,
+        done.pr_url,
+        len(sizes),
+        sum(sizes),
+        needs_code,
+        verification,
+    )
 
 
 def _upload_folder(target: Target, folder: Path) -> tuple[CommitInfo, str]:
@@ -142,7 +201,9 @@ def _upload_folder(target: Target, folder: Path) -> tuple[CommitInfo, str]:
         api.create_repo(target.repo_id, private=target.private or None, exist_ok=True)
     if target.branch and not target.branch.startswith("refs/"):
         api.create_branch(target.repo_id, branch=target.branch, exist_ok=True)
-    before = [commit.commit_id for commit in api.list_repo_commits(target.repo_id, revision=target.branch)]
+    before = [
+        commit.commit_id for commit in api.list_repo_commits(target.repo_id, revision=target.branch)
+    ]
     done = api.upload_folder(
         repo_id=target.repo_id,
         folder_path=folder,
@@ -156,7 +217,9 @@ def _upload_folder(target: Target, folder: Path) -> tuple[CommitInfo, str]:
 
 
 def _exists(target: Target) -> bool:
-    """Whether the repository is there; raises what the Hub client raises if the token may not write to it."""
+    """Whether the repository is there; raises what the Hub client raises if the token may not write
+    to it.
+    """
     try:
         target.api.auth_check(target.repo_id, write=not target.create_pr)
     except GatedRepoError:
@@ -169,30 +232,50 @@ def _exists(target: Target) -> bool:
 def _check_new(target: Target, me: dict) -> None:
     repo_id, namespace = target.repo_id, target.repo_id.split("/")[0]
     if target.create_pr:
-        raise CallError(f"there is no {repo_id} to open a pull request in", "check the name, or leave --create-pr out")
+        raise CallError(
+            f"there is no {repo_id} to open a pull request in",
+            "check the name, or leave --create-pr out",
+        )
     if target.api.repo_exists(repo_id, repo_type="dataset"):
-        raise CallError(f"{repo_id} is the name of a dataset", f"choose another name, or run `hf repos create {repo_id}` first")
+        raise CallError(
+            f"{repo_id} is the name of a dataset",
+            f"choose another name, or run `hf repos create {repo_id}` first",
+        )
     role = me.get("auth", {}).get("accessToken", {}).get("role")
     if role == "read":
-        raise CallError("this token may only read", f"make one that may write at {constants.ENDPOINT}/settings/tokens")
+        raise CallError(
+            "this token may only read",
+            f"make one that may write at {constants.ENDPOINT}/settings/tokens",
+        )
     mine = [me.get("name", ""), *(org.get("name", "") for org in me.get("orgs", []))]
-    if role == "write" and namespace.lower() not in [name.lower() for name in mine]:  # other kinds don't name every org
-        raise CallError(f"{mine[0]} is not a member of {namespace}", f"choose a name under {', '.join(mine)}")
+    # Other kinds don't name every org.
+    if role == "write" and namespace.lower() not in [name.lower() for name in mine]:
+        raise CallError(
+            f"{mine[0]} is not a member of {namespace}", f"choose a name under {', '.join(mine)}"
+        )
 
 
-def _check_whole(converted: Converted, verification: Verification | None, progress: Progress) -> None:
+def _check_whole(
+    converted: Converted, verification: Verification | None, progress: Progress
+) -> None:
     folder = converted.files.folder
     if verification is not None and not verification.passed:
         what = f": {verification.different[0]} differs" if verification.different else ""
-        raise PaceError(f"{folder} is not its source, permuted{what}", "convert again; nothing was uploaded")
+        raise PaceError(
+            f"{folder} is not its source, permuted{what}", "convert again; nothing was uploaded"
+        )
     found = check_integrity(converted)
     if not found.passed:
-        raise DamagedSourceError(f"{folder} is not whole: {found.problems[0]}", "convert again; nothing was uploaded")
+        raise DamagedSourceError(
+            f"{folder} is not whole: {found.problems[0]}", "convert again; nothing was uploaded"
+        )
     for name in found.edited_files:
         progress.say(f"{name} is not as this version ships it; it is uploaded as it is")
 
 
-def _published(card: str, target: Target, commit: str, needs_code: bool, verification: Verification | None) -> str:
+def _published(
+    card: str, target: Target, commit: str, needs_code: bool, verification: Verification | None
+) -> str:
     compared = None if verification is None else verification.sentence()
     return published(card, target.repo_id, commit, needs_code=needs_code, compared=compared)
 
@@ -205,11 +288,15 @@ def _read_card(folder: Path) -> str | None:
 
 
 def _commit_to_pin(target: Target, commit: str, before: list[str]) -> str:
-    """The commit with the uploaded files: an earlier upload's if nothing but its card came after it."""
+    """The commit with the uploaded files: an earlier upload's if nothing but its card came after
+    it.
+    """
     if commit != before[0] or len(before) < 2:
         return commit
     try:
-        card = Path(target.api.hf_hub_download(target.repo_id, CARD, revision=commit)).read_text(encoding="utf-8")
+        card = Path(target.api.hf_hub_download(target.repo_id, CARD, revision=commit)).read_text(
+            encoding="utf-8"
+        )
     except EntryNotFoundError:
         return commit
     return before[1] if pinned_commit(card) == before[1] else commit

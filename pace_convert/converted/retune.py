@@ -1,4 +1,6 @@
-"""Other memory parameters for a converted folder: config.json, the card's section on the memory, the record of sizes."""
+"""Other memory parameters for a converted folder: config.json, the card's section on the memory,
+the record of sizes.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,14 @@ from .opened import Converted
 def check_writable(folder: Path) -> None:
     """Before any long work. Raises CallError."""
     if not os.access(folder, os.W_OK | os.X_OK) or not os.access(folder / "config.json", os.W_OK):
-        raise CallError(f"{folder} can't be written", "give --dry-run to search only, or make it writable")
+        raise CallError(
+            f"{folder} can't be written", "give --dry-run to search only, or make it writable"
+        )
 
 
 def write_memory(converted: Converted, memory: dict, tuned: Tuned) -> bool:
-    """`pace.memory` and `pace.tuned`, each file whole or not at all, config.json first. Killed, it can be called again.
+    """`pace.memory` and `pace.tuned`, each file whole or not at all, config.json first. Killed, it
+    can be called again.
 
     Returns whether the card could be filled in again: one that somebody has edited stays as it is.
     """

@@ -1,4 +1,6 @@
-"""The Python files that a converted folder ships, and the classes of them that config.json names."""
+"""The Python files that a converted folder ships, and the classes of them that config.json
+names.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def converted_config(source: dict, family: FamilySpec, pace: dict) -> dict:
 
 
 def auto_map(source: dict, family: FamilySpec) -> dict[str, str]:
-    """Which class of which file transformers loads: the source's own, and ours. source: its config."""
+    """Which class of which file transformers loads: the source's own, and ours. source: its
+    config.
+    """
     module = MODELING.removesuffix(".py")
     return {
         **(source.get("auto_map") or {}),
@@ -50,7 +54,9 @@ def auto_map(source: dict, family: FamilySpec) -> dict[str, str]:
 
 def render(template: str, **values: object) -> str:
     """One of `templates/`, filled in."""
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
     environment.filters["json"] = lambda value: json.dumps(value, ensure_ascii=False)
     text = files("pace_convert.templates").joinpath(template).read_text(encoding="utf-8")
     return environment.from_string(text).render(**values)

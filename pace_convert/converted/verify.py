@@ -1,4 +1,6 @@
-"""Does OUT match SOURCE? Every tensor bit for bit, and the logits with the memory off. Is OUT whole in itself?"""
+"""Does OUT match SOURCE? Every tensor bit for bit, and the logits with the memory off. Is OUT whole
+in itself?
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ from .load import edited_code, load_model, refuse_edited
 from .opened import Converted
 
 SAMPLE = "The code of Ada is 4711;\n\tit's   written in München, in 東京 and <|here|>. def f(x): return x**2"
-# Reordering the sum over an FFN's neurons moves logits by rounding only; relative to the largest logit.
+# Reordering the sum over an FFN's neurons moves logits by rounding only; relative to the largest
+# logit.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
@@ -46,12 +49,16 @@ class Verification:
     @property
     def passed(self) -> bool:
         """Whether OUT is the source, permuted."""
-        return not self.different and self.logits_match is not False and self.same_tokens is not False
+        return (
+            not self.different and self.logits_match is not False and self.same_tokens is not False
+        )
 
     @property
     def digest(self) -> str:
         """SHA-256 over the lines of `--hashes`: one number for all weights."""
-        return hashlib.sha256("".join(f"{value}  {name}\n" for name, value in self.hashes.items()).encode()).hexdigest()
+        return hashlib.sha256(
+            "".join(f"{value}  {name}\n" for name, value in self.hashes.items()).encode()
+        ).hexdigest()
 
     def as_dict(self) -> dict:
         """For `--json`."""
@@ -59,7 +66,9 @@ class Verification:
 
     def sentence(self) -> str:
         """What was compared before an upload, for the model card."""
-        tokens = ", and its tokenizer reads a sample as the source's does" if self.same_tokens else ""
+        tokens = (
+            ", and its tokenizer reads a sample as the source's does" if self.same_tokens else ""
+        )
         return (
             f"Before the upload all {self.tensors} tensors ({self.nbytes:,} bytes) were compared with the "
             f"source's: every one is the same bit for bit, {self.permuted} of them after undoing the "
@@ -87,7 +96,9 @@ def verify(
             f"{source.name} is a {source.config['model_type']}, the conversion's base a {converted.family.model_type}",
             "give the source that was converted",
         )
-    permutations = {t.name: (t.axis, converted.orders[t.layer].inverse(t.parts)) for t in converted.ffn()}
+    permutations = {
+        t.name: (t.axis, converted.orders[t.layer].inverse(t.parts)) for t in converted.ffn()
+    }
     different, hashes = _compare(converted.files, source, permutations, progress)
     edited = edited_code(converted, source)
     result = Verification(
@@ -105,7 +116,9 @@ def verify(
     return _with_logits(result, converted, source, trust_remote_code)
 
 
-def _compare(out: Source, source: Source, permutations: dict, progress: Progress) -> tuple[list[str], dict[str, str]]:
+def _compare(
+    out: Source, source: Source, permutations: dict, progress: Progress
+) -> tuple[list[str], dict[str, str]]:
     """The tensors that differ, and the SHA-256 of each of the source's."""
     different, hashes = sorted(set(out.tensors) - set(source.tensors)), {}
     with progress.step("comparing tensors", source.nbytes, "B") as bar:
@@ -117,7 +130,9 @@ def _compare(out: Source, source: Source, permutations: dict, progress: Progress
     return different, hashes
 
 
-def _compare_tensor(out: Source, source: Source, name: str, undo: tuple[int, np.ndarray] | None) -> tuple[str, bool]:
+def _compare_tensor(
+    out: Source, source: Source, name: str, undo: tuple[int, np.ndarray] | None
+) -> tuple[str, bool]:
     """The SHA-256 of the source's tensor, and whether OUT's is the same, block by block."""
     b, a = source.tensors[name], out.tensors.get(name)
     same = a is not None and (a.dtype, a.shape) == (b.dtype, b.shape)
@@ -132,12 +147,20 @@ def _compare_tensor(out: Source, source: Source, name: str, undo: tuple[int, np.
 
 
 def _same_tokens(source: Source, converted: Converted) -> bool | None:
-    """transformers chooses a tokenizer class by model_type, and the conversion has a model_type of its own."""
+    """transformers chooses a tokenizer class by model_type, and the conversion has a model_type of
+    its own.
+    """
     expected = read_with_tokenizer(source.folder, SAMPLE)
-    return None if expected is None else read_with_tokenizer(converted.files.folder, SAMPLE) == expected
+    return (
+        None
+        if expected is None
+        else read_with_tokenizer(converted.files.folder, SAMPLE) == expected
+    )
 
 
-def _with_logits(result: Verification, converted: Converted, source: Source, trust_remote_code: bool) -> Verification:
+def _with_logits(
+    result: Verification, converted: Converted, source: Source, trust_remote_code: bool
+) -> Verification:
     expected, dtype = _logits(load_model(source))
     got, _ = _logits(load_model(converted, trust_remote_code=trust_remote_code))
     difference, largest = (got - expected).abs().max().item(), expected.abs().max().item()
@@ -151,8 +174,12 @@ def _with_logits(result: Verification, converted: Converted, source: Source, tru
 
 @torch.no_grad()
 def _logits(model: Any) -> tuple[torch.Tensor, torch.dtype]:
-    """Logits [2, 64, vocabulary] in float64 of the same random tokens for every model, its memory off; and its dtype."""
+    """Logits [2, 64, vocabulary] in float64 of the same random tokens for every model, its memory
+    off; and its dtype.
+    """
     if hasattr(model, "set_memory_enabled"):
         model.set_memory_enabled(False)
-    ids = torch.randint(model.config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        model.config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0)
+    )
     return model(ids).logits.double(), model.dtype

@@ -1,4 +1,6 @@
-"""Fast balanced k-means on the directions of rows: annealed rounds in bf16, then exact rounds in fp32. Pure."""
+"""Fast balanced k-means on the directions of rows: annealed rounds in bf16, then exact rounds in
+fp32. Pure.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +15,27 @@ from torch.nn.functional import embedding_bag, linear
 from .transport import Each, balanced_labels, smooth_prices
 
 ANNEALED, EXACT = 20, 10  # rounds, at most
-SOFTNESS = 0.1, 0.01  # of the choices in annealed and in exact rounds, in standard deviations of the scores
-SETTLED = 0.002  # share of neurons: when an exact round moves no more, the next ones aren't worth their time
-REPULSION = 2.0, 3.0  # at first: in a neuron's own shares of its cluster's mean, and in standard deviations of the scores
+# Of the choices in annealed and in exact rounds, in standard deviations of the scores.
+SOFTNESS = 0.1, 0.01
+# Share of neurons: when an exact round moves no more, the next ones aren't worth their time.
+SETTLED = 0.002
+# At first: in a neuron's own shares of its cluster's mean, and in standard deviations of the
+# scores.
+REPULSION = 2.0, 3.0
 BLOCK, CHOICES = 512, 2048  # rows multiplied, and rows of scores compared, at once by one thread
 SAFE = 50  # squares of numbers from 2^-50 to 2^50 can be summed in fp32
 
 
 def balanced_kmeans(rows: torch.Tensor, experts: int, seed: int) -> np.ndarray:
-    """Labels [D] int32 of K clusters of directions with a small sum of squared distances to their cluster's mean.
+    """Labels [D] int32 of K clusters of directions with a small sum of squared distances to their
+    cluster's mean.
 
-    rows: [D, H], any float dtype, strides and device; 3 K <= D, or the result is poor. Sizes differ by at most one.
-    The same seed and values give the same labels, however the values are stored and whatever the number of threads.
-    Lloyd's rounds, with balanced assignments (paper section 3.3). At first each neuron is pushed out of its own
-    cluster, ever more weakly: in high dimensions a mean is so much made of its own members that Lloyd's rounds alone
-    stop at once. Raises ValueError where a row is not finite.
+    rows: [D, H], any float dtype, strides and device; 3 K <= D, or the result is poor. Sizes differ
+    by at most one. The same seed and values give the same labels, however the values are stored and
+    whatever the number of threads. Lloyd's rounds, with balanced assignments (paper section 3.3).
+    At first each neuron is pushed out of its own cluster, ever more weakly: in high dimensions a
+    mean is so much made of its own members that Lloyd's rounds alone stop at once. Raises
+    ValueError where a row is not finite.
     """
     with one_thread_per_block(rows.device) as each:
         directions = Directions(rows.detach(), each)
@@ -35,7 +43,9 @@ def balanced_kmeans(rows: torch.Tensor, experts: int, seed: int) -> np.ndarray:
         scores = torch.empty(len(rows), experts, device=rows.device)
         changed = torch.arange(experts, device=rows.device)
         for _ in range(EXACT):
-            scores[:, changed] = directions.scores(directions.means(labels, changed, torch.float32), torch.float32)
+            scores[:, changed] = directions.scores(
+                directions.means(labels, changed, torch.float32), torch.float32
+            )
             prices = _prices(directions, scores, prices, SOFTNESS[1] * scores.std())
             assigned = balanced_labels(scores.cpu().numpy(), prices.cpu().numpy())
             before, labels = labels, torch.from_numpy(assigned).to(rows.device)
@@ -50,10 +60,17 @@ def _annealed(directions: Directions, experts: int, seed: int) -> tuple[torch.Te
     """Labels [D] int64 that are nearly balanced, and the prices [K] float64 they were chosen at."""
     scores = directions.scores(directions.some(experts, seed), torch.bfloat16)
     clusters = torch.arange(experts, device=scores.device)
-    prices = _prices(directions, scores, torch.zeros_like(clusters, dtype=torch.float64), SOFTNESS[0] * scores.std())
+    prices = _prices(
+        directions,
+        scores,
+        torch.zeros_like(clusters, dtype=torch.float64),
+        SOFTNESS[0] * scores.std(),
+    )
     labels = _choices(directions, scores, prices)
     for remaining in torch.linspace(1, 0, ANNEALED).tolist()[1:]:
-        scores = directions.scores(directions.means(labels, clusters, torch.bfloat16), torch.bfloat16)
+        scores = directions.scores(
+            directions.means(labels, clusters, torch.bfloat16), torch.bfloat16
+        )
         deviation, share = scores.std(), 1 / torch.bincount(labels, minlength=experts)[labels]
         repulsion = remaining * torch.maximum(REPULSION[0] * share, REPULSION[1] * deviation)
         scores.scatter_add_(1, labels[:, None], -(repulsion * (directions.scale > 0))[:, None])
@@ -66,26 +83,38 @@ def _annealed(directions: Directions, experts: int, seed: int) -> tuple[torch.Te
 
 def _choices(directions: Directions, scores: torch.Tensor, prices: torch.Tensor) -> torch.Tensor:
     asked = prices.to(scores.dtype)
-    return torch.cat(directions.each(lambda block: (block - asked).argmax(1), scores.split(CHOICES)))
+    return torch.cat(
+        directions.each(lambda block: (block - asked).argmax(1), scores.split(CHOICES))
+    )
 
 
-def _prices(directions: Directions, scores: torch.Tensor, prices: torch.Tensor, softness: torch.Tensor) -> torch.Tensor:
+def _prices(
+    directions: Directions, scores: torch.Tensor, prices: torch.Tensor, softness: torch.Tensor
+) -> torch.Tensor:
     """From `prices` on; where all scores are equal any will do."""
-    return smooth_prices(scores.split(CHOICES), prices, 1 / softness.item(), directions.each) if softness > 0 else prices
+    return (
+        smooth_prices(scores.split(CHOICES), prices, 1 / softness.item(), directions.each)
+        if softness > 0
+        else prices
+    )
 
 
 class Directions:
-    """Rows of length one, or zero: the rows as they are, in bf16, and the factor that each is multiplied by.
+    """Rows of length one, or zero: the rows as they are, in bf16, and the factor that each is
+    multiplied by.
 
-    rows: [D, H]; anything but contiguous bf16 in a safe range is copied as bf16, rows near the ends of the range of
-    numbers divided by a power of two. Means are [K, H] float32.
+    rows: [D, H]; anything but contiguous bf16 in a safe range is copied as bf16, rows near the ends
+    of the range of numbers divided by a power of two. Means are [K, H] float32.
     """
 
     def __init__(self, rows: torch.Tensor, each: Each) -> None:
         self.each = each
         wide = torch.promote_types(rows.dtype, torch.float32)
         largest = torch.empty(len(rows), dtype=wide, device=rows.device)
-        each(lambda part: part[0].copy_(torch.maximum(part[1].amax(1), -part[1].amin(1))), _blocks(largest, rows))
+        each(
+            lambda part: part[0].copy_(torch.maximum(part[1].amax(1), -part[1].amin(1))),
+            _blocks(largest, rows),
+        )
         if not largest.isfinite().all():
             raise ValueError("rows must be finite")
         wild = (largest > 0) & ((largest < 2.0**-SAFE) | (largest > 2.0**SAFE))
@@ -94,27 +123,43 @@ class Directions:
             copy = torch.empty(rows.shape, dtype=torch.bfloat16, device=rows.device)
             each(lambda part: part[0].copy_(part[1] / part[2][:, None]), _blocks(copy, rows, power))
             rows = copy
-        self.rows, self.scale = rows, torch.empty(len(rows), device=rows.device)  # in place: blocks that gave
-        # back tensors of their own would leave gaps between their temporary ones, and memory would grow by all of them
-        each(lambda part: part[0].copy_(torch.linalg.vector_norm(part[1].float(), dim=1)), _blocks(self.scale, rows))
+        # In place: blocks that gave.
+        self.rows, self.scale = rows, torch.empty(len(rows), device=rows.device)
+        # back tensors of their own would leave gaps between their temporary ones, and memory would
+        # grow by all of them
+        each(
+            lambda part: part[0].copy_(torch.linalg.vector_norm(part[1].float(), dim=1)),
+            _blocks(self.scale, rows),
+        )
         self.scale = torch.where(self.scale > 0, 1 / self.scale, 0)
 
     def some(self, count: int, seed: int) -> torch.Tensor:
         """Directions to start from as means, zero rows only where there are no others."""
-        order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(seed)).to(self.rows.device)
+        order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(seed)).to(
+            self.rows.device
+        )
         order = order[torch.argsort(self.scale[order] == 0, stable=True)][:count]
         return self.rows[order].float() * self.scale[order, None]
 
-    def means(self, labels: torch.Tensor, clusters: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The clusters' mean directions, summed in fp32, or several times as fast and rounded, in bf16."""
+    def means(
+        self, labels: torch.Tensor, clusters: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """The clusters' mean directions, summed in fp32, or several times as fast and rounded, in
+        bf16.
+        """
         weights = self.scale.to(dtype)
 
-        order, ends = torch.argsort(labels, stable=True), torch.bincount(labels, minlength=int(clusters.max()) + 1).cumsum(0)
+        order, ends = (
+            torch.argsort(labels, stable=True),
+            torch.bincount(labels, minlength=int(clusters.max()) + 1).cumsum(0),
+        )
 
         def mean(cluster: int) -> torch.Tensor:
             members = order[int(ends[cluster - 1]) if cluster else 0 : int(ends[cluster])]
             if dtype is torch.bfloat16 and len(members):
-                total = embedding_bag(members[None], self.rows, mode="sum", per_sample_weights=weights[members][None])[0]
+                total = embedding_bag(
+                    members[None], self.rows, mode="sum", per_sample_weights=weights[members][None]
+                )[0]
             else:
                 total = weights[members] @ self.rows[members].to(dtype)
             return total.float() / max(1, len(members))
@@ -122,10 +167,11 @@ class Directions:
         return torch.stack(self.each(mean, clusters.tolist()))
 
     def scores(self, means: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """[D, K] float32: minus half the squared distances to the means, but for a number that depends on the row alone.
+        """[D, K] float32: minus half the squared distances to the means, but for a number that
+        depends on the row alone.
 
-        Products are computed in `dtype`; in bf16 with the means' mean taken off, so that a direction common to all rows
-        costs no digits.
+        Products are computed in `dtype`; in bf16 with the means' mean taken off, so that a
+        direction common to all rows costs no digits.
         """
         centred = (means - means.mean(0) if dtype is torch.bfloat16 else means).to(dtype)
         offset = -means.square().sum(1) / 2
@@ -133,7 +179,9 @@ class Directions:
 
         def block(part: tuple[torch.Tensor, ...]) -> None:
             scores, rows, scale = part
-            torch.addcmul(offset, linear(rows.to(dtype), centred).float(), scale[:, None], out=scores)
+            torch.addcmul(
+                offset, linear(rows.to(dtype), centred).float(), scale[:, None], out=scores
+            )
 
         self.each(block, _blocks(scores, self.rows, self.scale))
         return scores
@@ -145,9 +193,11 @@ def _blocks(*tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
 
 @contextmanager
 def one_thread_per_block(device: torch.device) -> Iterator[Each]:
-    """A map over blocks of which each is computed by one thread, several at once: no result depends on their number.
+    """A map over blocks of which each is computed by one thread, several at once: no result depends
+    on their number.
 
-    While it is open torch uses one thread of its own. No thread of it waits busily, so a busy neighbour costs little.
+    While it is open torch uses one thread of its own. No thread of it waits busily, so a busy
+    neighbour costs little.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

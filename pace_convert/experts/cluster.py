@@ -16,7 +16,8 @@ from .balanced_kmeans import balanced_kmeans
 class Clustering:
     """labels: [D] int32, values 0..K-1 in no particular order, sizes that differ by at most one.
 
-    changed: of `exact` started from the fast result, the neurons whose cluster the library changed; else None.
+    changed: of `exact` started from the fast result, the neurons whose cluster the library changed;
+    else None.
     """
 
     labels: np.ndarray
@@ -24,14 +25,19 @@ class Clustering:
 
 
 def cluster_neurons(
-    rows: torch.Tensor, experts: int, seed: int = 0, method: Literal["fast", "exact"] = "fast", restarts: int | None = None
+    rows: torch.Tensor,
+    experts: int,
+    seed: int = 0,
+    method: Literal["fast", "exact"] = "fast",
+    restarts: int | None = None,
 ) -> Clustering:
     """Size-constrained k-means on L2-normalised rows (paper section 3.3).
 
-    rows: [D, H], one per neuron, of any float dtype, strides and device; zero rows stay zero; 1 <= experts <= D.
-    "fast" is `balanced_kmeans`. "exact" is k-means-constrained: started from the fast result, or with `restarts`,
-    as the released code does it, that many times from k-means++. Clusters of one or two neurons always come from
-    k-means-constrained, which is better there. Raises ValueError where a row is not finite.
+    rows: [D, H], one per neuron, of any float dtype, strides and device; zero rows stay zero; 1 <=
+    experts <= D. "fast" is `balanced_kmeans`. "exact" is k-means-constrained: started from the fast
+    result, or with `restarts`, as the released code does it, that many times from k-means++.
+    Clusters of one or two neurons always come from k-means-constrained, which is better there.
+    Raises ValueError where a row is not finite.
     """
     neurons = len(rows)
     if experts in (1, neurons):
@@ -57,10 +63,13 @@ def _directions(rows: torch.Tensor) -> np.ndarray:
     if not largest.isfinite().all():
         raise ValueError("rows must be finite")
     scaled = (wide / torch.where(largest > 0, largest, 1)).float()
-    return torch.nn.functional.normalize(scaled, dim=1, eps=0.5).numpy()  # a row that isn't zero is at least 1 long here
+    # A row that isn't zero is at least 1 long here.
+    return torch.nn.functional.normalize(scaled, dim=1, eps=0.5).numpy()
 
 
-def _constrained(directions: np.ndarray, experts: int, seed: int, restarts: int, means: np.ndarray | None = None) -> np.ndarray:
+def _constrained(
+    directions: np.ndarray, experts: int, seed: int, restarts: int, means: np.ndarray | None = None
+) -> np.ndarray:
     from k_means_constrained import KMeansConstrained  # takes a second to import
 
     small, larger = divmod(len(directions), experts)
@@ -80,7 +89,9 @@ def _constrained(directions: np.ndarray, experts: int, seed: int, restarts: int,
 
 
 def _changed(before: np.ndarray, after: np.ndarray, experts: int) -> int:
-    """Neurons in another cluster than before, once each old cluster is matched with the new one most like it."""
+    """Neurons in another cluster than before, once each old cluster is matched with the new one
+    most like it.
+    """
     from scipy.optimize import linear_sum_assignment
 
     shared = np.zeros((experts, experts), dtype=np.int64)

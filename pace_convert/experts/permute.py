@@ -62,7 +62,9 @@ def invert(permutation: np.ndarray) -> np.ndarray:
 
 
 def repeat(permutation: np.ndarray, parts: int) -> np.ndarray:
-    """The same permutation in each of `parts` sets of neurons, one behind the other. [parts * D]."""
+    """The same permutation in each of `parts` sets of neurons, one behind the other. [parts
+    * D].
+    """
     sets = [permutation + part * len(permutation) for part in range(parts)]
     return np.concatenate(sets, dtype=permutation.dtype)
 

@@ -1,9 +1,9 @@
 """Balanced assignment: neurons to clusters of equal size, with the largest sum of scores. Pure.
 
-Assigning N neurons to K clusters of given sizes is a transport problem. K numbers decide it, a price for each
-cluster: every neuron takes the cluster whose score minus price is largest (the linear programme's dual). Smoothed
-prices come from Newton's method in a few passes over the scores; what they leave unbalanced is repaired exactly,
-or, where that is much, solved anew as a flow.
+Assigning N neurons to K clusters of given sizes is a transport problem. K numbers decide it, a
+price for each cluster: every neuron takes the cluster whose score minus price is largest (the
+linear programme's dual). Smoothed prices come from Newton's method in a few passes over the scores;
+what they leave unbalanced is repaired exactly, or, where that is much, solved anew as a flow.
 """
 
 from __future__ import annotations
@@ -13,26 +13,33 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-SOFTEST, STEPS = 4**4, 40  # how much softer the choices start at most, and the most steps until they are sharp again
+# How much softer the choices start at most, and the most steps until they are sharp again.
+SOFTEST, STEPS = 4**4, 40
 
-# Of a move of the repair, for itself and for each pair of clusters, and of an arc of a flow; measured on one core.
+# Of a move of the repair, for itself and for each pair of clusters, and of an arc of a flow;
+# measured on one core.
 MOVE_SECONDS, PAIR_SECONDS, ARC_SECONDS = 3e-4, 7e-8, 5e-7
 
-Each = Callable[[Callable, Sequence], list]  # the results of a function for each of some items, in their order
+# The results of a function for each of some items, in their order.
+Each = Callable[[Callable, Sequence], list]
 
 
 def smooth_prices(
-    scores: Sequence[torch.Tensor], prices: torch.Tensor, sharpness: float, each: Each, tolerance: float = 0.1
+    scores: Sequence[torch.Tensor],
+    prices: torch.Tensor,
+    sharpness: float,
+    each: Each,
+    tolerance: float = 0.1,
 ) -> torch.Tensor:
     """Prices at which the softened choices fill all clusters alike.
 
-    scores: blocks [n, K] float32; prices: [K] float64, where to start; sharpness: 1 / the scores' unit.
-    Minimises the dual of entropically softened transport (Cuturi 2013; Genevay et al. 2016),
-    sum of logsumexp(sharpness (scores - prices)) / sharpness + N/K sum of prices, by Newton steps, until no cluster's
-    softened size is off by more than `tolerance` of N/K. Steps are shortened to 2 log(1 + r) / r, r = sharpness * the
-    step's spread: half of it is sure to descend (Bach 2010, "Self-concordant analysis for logistic regression"), all
-    of it takes half the steps. Where the start is far off, the choices are first softened, then sharpened step by step
-    (Schmitzer 2019).
+    scores: blocks [n, K] float32; prices: [K] float64, where to start; sharpness: 1 / the scores'
+    unit. Minimises the dual of entropically softened transport (Cuturi 2013; Genevay et al. 2016),
+    sum of logsumexp(sharpness (scores - prices)) / sharpness + N/K sum of prices, by Newton steps,
+    until no cluster's softened size is off by more than `tolerance` of N/K. Steps are shortened to
+    2 log(1 + r) / r, r = sharpness * the step's spread: half of it is sure to descend (Bach 2010,
+    "Self-concordant analysis for logistic regression"), all of it takes half the steps. Where the
+    start is far off, the choices are first softened, then sharpened step by step (Schmitzer 2019).
     """
     experts = len(prices)
     share = sum(len(block) for block in scores) / experts
@@ -47,7 +54,8 @@ def smooth_prices(
         elif current == sharpness and _worst(sizes, share) <= tolerance:
             break
         else:
-            hessian = torch.diag(sizes + 1e-6 * share) - overlap + share / experts  # shifting all prices changes nothing
+            # Shifting all prices changes nothing.
+            hessian = torch.diag(sizes + 1e-6 * share) - overlap + share / experts
             step = torch.linalg.solve(hessian, sizes - share)
             spread = (step.max() - step.min()).clamp(min=1e-9)
             prices = prices + step * ((2 * torch.log1p(spread) / spread).clamp(max=1) / current)
@@ -73,13 +81,15 @@ def _soft_sizes(
 
 
 def balanced_labels(scores: np.ndarray, prices: np.ndarray) -> np.ndarray:
-    """The assignment with the largest sum of scores among those whose cluster sizes differ by at most one.
+    """The assignment with the largest sum of scores among those whose cluster sizes differ by at
+    most one.
 
-    scores: [N, K] float32, finite; prices: [K] float64, any; the nearer to the optimum's, the faster. Returns labels
-    [N] int64. Starts from the choices at `prices`, which are optimal for the sizes they have, and moves neurons from
-    clusters too large to those too small along shortest paths (successive shortest paths: Ahuja, Magnanti and Orlin
-    1993, section 9.7) in the graph of clusters, whose edge a -> b is the cheapest neuron to move. Where that would
-    take longer, ortools finds the cheapest flow through all N K arcs.
+    scores: [N, K] float32, finite; prices: [K] float64, any; the nearer to the optimum's, the
+    faster. Returns labels [N] int64. Starts from the choices at `prices`, which are optimal for the
+    sizes they have, and moves neurons from clusters too large to those too small along shortest
+    paths (successive shortest paths: Ahuja, Magnanti and Orlin 1993, section 9.7) in the graph of
+    clusters, whose edge a -> b is the cheapest neuron to move. Where that would take longer,
+    ortools finds the cheapest flow through all N K arcs.
     """
     repair = _Repair(scores, prices)
     moves, experts = np.maximum(repair.excess, 0).sum(), scores.shape[1]
@@ -91,7 +101,8 @@ def balanced_labels(scores: np.ndarray, prices: np.ndarray) -> np.ndarray:
 
 
 def _cheapest_flow(scores: np.ndarray) -> np.ndarray:
-    """The same by minimum-cost flow (ortools): neuron -> cluster -> sink, and one more by way of the N mod K places.
+    """The same by minimum-cost flow (ortools): neuron -> cluster -> sink, and one more by way of
+    the N mod K places.
 
     Scores are rounded to 2^-30 of their range.
     """
@@ -103,8 +114,12 @@ def _cheapest_flow(scores: np.ndarray) -> np.ndarray:
     clusters, sink = neurons + np.arange(experts), neurons + experts
     flow = SimpleMinCostFlow()
 
-    def arcs(tails: np.ndarray, heads: np.ndarray, capacity: int, cost: np.ndarray | int = 0) -> np.ndarray:
-        full = np.broadcast_arrays(tails, heads, np.int64(capacity), np.asarray(cost, dtype=np.int64))
+    def arcs(
+        tails: np.ndarray, heads: np.ndarray, capacity: int, cost: np.ndarray | int = 0
+    ) -> np.ndarray:
+        full = np.broadcast_arrays(
+            tails, heads, np.int64(capacity), np.asarray(cost, dtype=np.int64)
+        )
         return flow.add_arcs_with_capacity_and_unit_cost(*map(np.ascontiguousarray, full))
 
     cost = np.round((top - scores.astype(np.float64)) * (2**30 / spread)).ravel()
@@ -112,17 +127,22 @@ def _cheapest_flow(scores: np.ndarray) -> np.ndarray:
     arcs(clusters, np.array(sink), small)
     arcs(clusters, np.array(sink + 1), 1)
     arcs(np.array([sink + 1]), np.array([sink]), places)
-    flow.set_nodes_supplies(np.append(np.arange(neurons), sink), np.append(np.ones(neurons, dtype=np.int64), -neurons))
+    flow.set_nodes_supplies(
+        np.append(np.arange(neurons), sink), np.append(np.ones(neurons, dtype=np.int64), -neurons)
+    )
     if flow.solve() != flow.OPTIMAL:
-        raise ArithmeticError(f"no balanced assignment of {neurons} neurons to {experts} clusters was found")
+        raise ArithmeticError(
+            f"no balanced assignment of {neurons} neurons to {experts} clusters was found"
+        )
     return flow.flows(choices).reshape(neurons, experts).argmax(1)
 
 
 class _Repair:
     """An assignment that is optimal for its sizes.
 
-    Node K of the graph is the pool of the N mod K places that make some clusters larger by one: cluster k may take a
-    place out of it (`k -> pool`) or put its own back (`pool -> k`), at no cost.
+    Node K of the graph is the pool of the N mod K places that make some clusters larger by one:
+    cluster k may take a place out of it (`k -> pool`) or put its own back (`pool -> k`), at no
+    cost.
     """
 
     def __init__(self, scores: np.ndarray, prices: np.ndarray) -> None:
@@ -134,7 +154,8 @@ class _Repair:
         self.extra[order[:places]] = True
         self.prices = np.append(prices, prices[order[max(places - 1, 0)]])
         self.excess = np.bincount(self.labels, minlength=self.experts) - small - self.extra
-        self.cost = np.full((self.experts + 1,) * 2, np.inf)  # of moving one unit from cluster a to b, the pool last
+        # Of moving one unit from cluster a to b, the pool last.
+        self.cost = np.full((self.experts + 1,) * 2, np.inf)
         for cluster in range(self.experts):
             self._reprice(cluster)
 
@@ -149,8 +170,11 @@ class _Repair:
         self.cost[-1, cluster] = 0 if self.extra[cluster] else np.inf
 
     def shortest_path(self) -> list[int]:
-        """The cheapest way from a cluster too large to one too small; makes the prices agree with it (Bellman-Ford)."""
-        edges = np.maximum(self.cost - self.prices[:, None] + self.prices, 0)  # below 0 by rounding only
+        """The cheapest way from a cluster too large to one too small; makes the prices agree with
+        it (Bellman-Ford).
+        """
+        # Below 0 by rounding only.
+        edges = np.maximum(self.cost - self.prices[:, None] + self.prices, 0)
         distance = np.append(np.where(self.excess > 0, 0.0, np.inf), np.inf)
         previous = np.full(self.experts + 1, -1)
         while True:
@@ -169,7 +193,9 @@ class _Repair:
         return path
 
     def move_along(self, path: list[int]) -> None:
-        """Move one neuron along each edge; several where more cost exactly the same (zero rows, duplicates)."""
+        """Move one neuron along each edge; several where more cost exactly the same (zero rows,
+        duplicates).
+        """
         movers = [self._movers(a, b) for a, b in zip(path, path[1:]) if self.experts not in (a, b)]
         amount = min(self.excess[path[0]], -self.excess[path[-1]], *map(len, movers))
         hops = [(a, b) for a, b in zip(path, path[1:])]

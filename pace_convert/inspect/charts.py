@@ -1,7 +1,7 @@
 """Facts as marks to draw. Pure.
 
-A chart is drawn in per cent of its width and height, so that it fits any screen without a script; what has a
-length in pixels, text and strokes, is the page's.
+A chart is drawn in per cent of its width and height, so that it fits any screen without a script;
+what has a length in pixels, text and strokes, is the page's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ _COLUMNS = 64  # of a permutation's map
 
 @dataclass(frozen=True)
 class Mark:
-    """A rectangle, or a line to (x + width, y + height). In per cent from the top left. kind: its CSS class."""
+    """A rectangle, or a line to (x + width, y + height). In per cent from the top left. kind: its
+    CSS class.
+    """
 
     kind: str
     x: float
@@ -43,12 +45,22 @@ class Chart:
 
 def rectangle(kind: str, x: float, y: float, width: float, height: float, title: str = "") -> Mark:
     """x, y: its left lower corner, y and height from the bottom."""
-    return Mark(kind, round(x, 2), round(100 - y - height, 2), round(width, 2), round(height, 2), title)
+    return Mark(
+        kind, round(x, 2), round(100 - y - height, 2), round(width, 2), round(height, 2), title
+    )
 
 
 def line(kind: str, x: float, y: float, to_x: float, to_y: float, title: str = "") -> Mark:
     """From (x, y) to (to_x, to_y), y from the bottom."""
-    return Mark(kind, round(x, 2), round(100 - y, 2), round(to_x - x, 2), round(y - to_y, 2), title, line=True)
+    return Mark(
+        kind,
+        round(x, 2),
+        round(100 - y, 2),
+        round(to_x - x, 2),
+        round(y - to_y, 2),
+        title,
+        line=True,
+    )
 
 
 def columns(
@@ -60,7 +72,8 @@ def columns(
     floors: Mapping[str, Sequence[float | None]] | None = None,
     marked: Sequence[int] = (),
 ) -> Chart:
-    """One bar a value, from zero. floors: lines across the bars, by their kind. marked: bars in the memory's colour.
+    """One bar a value, from zero. floors: lines across the bars, by their kind. marked: bars in the
+    memory's colour.
 
     names: what each bar is, for its tooltip and below it. percent: whether values are shares.
     """
@@ -81,11 +94,29 @@ def columns(
         if value is not None:
             bottom, top = sorted((at(0), at(value)))
             kind = "bar marked" if i in marked else "bar"
-            marks.append(rectangle(kind, (i + 0.15) * width, bottom, 0.7 * width, top - bottom, f"{names[i]}: {say(value)}"))
+            marks.append(
+                rectangle(
+                    kind,
+                    (i + 0.15) * width,
+                    bottom,
+                    0.7 * width,
+                    top - bottom,
+                    f"{names[i]}: {say(value)}",
+                )
+            )
     for kind, row in floors.items():
         for i, value in enumerate(row):
             if value is not None:
-                marks.append(line(kind, i * width, at(value), (i + 1) * width, at(value), f"{names[i]}, {kind}: {say(value)}"))
+                marks.append(
+                    line(
+                        kind,
+                        i * width,
+                        at(value),
+                        (i + 1) * width,
+                        at(value),
+                        f"{names[i]}, {kind}: {say(value)}",
+                    )
+                )
     labels = [(at(tick), f"{tick:.3g}" if not percent else f"{100 * tick:.3g}%") for tick in ticks]
     return Chart(title, description, marks, _places(len(values)), labels)
 
@@ -93,7 +124,10 @@ def columns(
 def _ticks(low: float, high: float) -> list[float]:
     from matplotlib.ticker import MaxNLocator
 
-    return [float(tick) for tick in MaxNLocator(nbins=4).tick_values(low, high if high > low else low + 1)]
+    return [
+        float(tick)
+        for tick in MaxNLocator(nbins=4).tick_values(low, high if high > low else low + 1)
+    ]
 
 
 def _places(count: int) -> list[tuple[float, str]]:
@@ -103,7 +137,9 @@ def _places(count: int) -> list[tuple[float, str]]:
 
 
 def heat_map(values: np.ndarray) -> str:
-    """A picture of [rows, columns] numbers from 0 on as a data URI, row 0 on top: the larger, the less transparent."""
+    """A picture of [rows, columns] numbers from 0 on as a data URI, row 0 on top: the larger, the
+    less transparent.
+    """
     from matplotlib.image import imsave
 
     share = values / max(values.max(), 1e-12)
@@ -116,9 +152,13 @@ def heat_map(values: np.ndarray) -> str:
 
 
 def permutation_map(permutation: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """[K, C]: the share of expert k's neurons whose place in the source is in the c-th part of the layer."""
+    """[K, C]: the share of expert k's neurons whose place in the source is in the c-th part of the
+    layer.
+    """
     count = min(_COLUMNS, len(permutation))
     expert = np.repeat(np.arange(len(sizes)), sizes)
     column = permutation.astype(np.int64) * count // len(permutation)
-    counts = np.bincount(expert * count + column, minlength=len(sizes) * count).reshape(len(sizes), count)
+    counts = np.bincount(expert * count + column, minlength=len(sizes) * count).reshape(
+        len(sizes), count
+    )
     return counts / sizes[:, None]

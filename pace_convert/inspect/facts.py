@@ -19,11 +19,15 @@ if TYPE_CHECKING:
     from .trace import MemoryTrace
 
 
-def facts_of(converted: Converted, quality: Sequence[Quality] | None = None, probed: Probe | None = None) -> dict:
-    """Family, sizes, expert sizes per layer and the memory's parameters; with them also the experts' quality, as
-    `layers[i]["quality"]`, and what a text set off, as `"probe"`."""
+def facts_of(
+    converted: Converted, quality: Sequence[Quality] | None = None, probed: Probe | None = None
+) -> dict:
+    """Family, sizes, expert sizes per layer and the memory's parameters; with them also the
+    experts' quality, as `layers[i]["quality"]`, and what a text set off, as `"probe"`.
+    """
     layers = [
-        {"layer": i, "experts": len(sizes), "sizes": _sizes(sizes.tolist())} for i, (_, sizes) in enumerate(converted.orders)
+        {"layer": i, "experts": len(sizes), "sizes": _sizes(sizes.tolist())}
+        for i, (_, sizes) in enumerate(converted.orders)
     ]
     for layer, found in zip(layers, quality or ()):
         layer["quality"] = asdict(found)
@@ -61,10 +65,17 @@ def _probe(probed: Probe) -> dict:
         "pieces": probed.text.pieces,
         "segments": probed.segments,
         "experts": [
-            {"layer": layer, "half": _half(tokens @ shares / tokens.sum()), "activation": shares.round(5).tolist()}
+            {
+                "layer": layer,
+                "half": _half(tokens @ shares / tokens.sum()),
+                "activation": shares.round(5).tolist(),
+            }
             for layer, shares in enumerate(probed.activation)
         ],
-        "memory": [_memory(layer, trace, probed.hits[layer], probed.text.pieces) for layer, trace in probed.traces.items()],
+        "memory": [
+            _memory(layer, trace, probed.hits[layer], probed.text.pieces)
+            for layer, trace in probed.traces.items()
+        ],
     }
 
 
@@ -83,7 +94,12 @@ def _memory(layer: int, trace: MemoryTrace, hits: list[int], pieces: list[str]) 
         "kept": sum(kept),
         "mixed": sum(mixed),
         "reused": sum(reused),
-        "tokens": {"kept": kept, "mixed": mixed, "reused": reused, "similarity": [_rounded(x) for x in trace.similarity]},
+        "tokens": {
+            "kept": kept,
+            "mixed": mixed,
+            "reused": reused,
+            "similarity": [_rounded(x) for x in trace.similarity],
+        },
         "slots": [
             {
                 "slot": slot,

@@ -24,7 +24,9 @@ def check_page(path: Path) -> None:
     if path.suffix.lower() not in (".html", ".htm"):
         raise CallError(f"{path} does not end in .html", "give the page a name like report.html")
     if not path.absolute().parent.is_dir():
-        raise CallError(f"no such folder: {path.parent}", "make it first, or write the page elsewhere")
+        raise CallError(
+            f"no such folder: {path.parent}", "make it first, or write the page elsewhere"
+        )
     if path.is_dir() or (path.exists() and not _is_page(path)):
         raise CallError(f"{path} exists and is not a page of `pace inspect`", "give another name")
 
@@ -37,7 +39,9 @@ def _is_page(path: Path) -> bool:
 def render(converted: Converted, facts: dict) -> str:
     """The page. facts: of `facts_of`, with quality, and with or without a probe."""
     environment = Environment(
-        loader=FunctionLoader(lambda name: files("pace_convert.templates").joinpath(name).read_text(encoding="utf-8")),
+        loader=FunctionLoader(
+            lambda name: files("pace_convert.templates").joinpath(name).read_text(encoding="utf-8")
+        ),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -70,12 +74,17 @@ def _averages(layers: list[dict]) -> dict[str, dict[str, float | None]]:
         return float(np.mean(known)) if known else None
 
     names = ("explained", "silhouette", "placed")
-    return {grouping: {name: average(grouping, name) for name in names} for grouping in ("experts", "noise", "random")}
+    return {
+        grouping: {name: average(grouping, name) for name in names}
+        for grouping in ("experts", "noise", "random")
+    }
 
 
 def _taken(probe: dict) -> float | None:
     """Share of expert blocks that were fused with something, over all layers with a memory."""
-    made = np.array([[memory[name] for name in ("kept", "mixed", "reused")] for memory in probe["memory"]]).reshape(-1, 3)
+    made = np.array(
+        [[memory[name] for name in ("kept", "mixed", "reused")] for memory in probe["memory"]]
+    ).reshape(-1, 3)
     return float(made[:, 1:].sum() / made.sum()) if made.size else None
 
 
@@ -83,14 +92,26 @@ def _quality_charts(facts: dict) -> list[Chart]:
     quality = [layer["quality"] for layer in facts["layers"]]
     names = [f"layer {layer['layer']}" for layer in facts["layers"]]
     wanted = (
-        ("Variance explained", "explained", True, "Share of the variance of the neurons' weights that lies between experts."),
-        ("Silhouette", "silhouette", False, "How much nearer neurons are to their own expert than to the next: -1 to 1."),
+        (
+            "Variance explained",
+            "explained",
+            True,
+            "Share of the variance of the neurons' weights that lies between experts.",
+        ),
+        (
+            "Silhouette",
+            "silhouette",
+            False,
+            "How much nearer neurons are to their own expert than to the next: -1 to 1.",
+        ),
     )
     charts = []
     for title, name, percent, said in wanted:
         values = [q["experts"][name] for q in quality]
         floors = {kind: [q[kind][name] for q in quality] for kind in ("noise", "random")}
-        charts.append(columns(title, said, values, names, percent, floors, facts["memory"]["layers"]))
+        charts.append(
+            columns(title, said, values, names, percent, floors, facts["memory"]["layers"])
+        )
     return charts
 
 
@@ -100,7 +121,13 @@ def _busy_chart(facts: dict) -> Chart:
     names = [f"layer {row['layer']}" for row in rows]
     half = [facts["layers"][row["layer"]]["experts"] / 2 for row in rows]
     return columns(
-        "Experts that carry half", said, [row["half"] for row in rows], names, False, {"half": half}, facts["memory"]["layers"]
+        "Experts that carry half",
+        said,
+        [row["half"] for row in rows],
+        names,
+        False,
+        {"half": half},
+        facts["memory"]["layers"],
     )
 
 
@@ -108,7 +135,12 @@ def _layer(converted: Converted, facts: dict, i: int) -> dict:
     """What the page shows of one layer."""
     permutation, sizes = converted.orders[i]
     quality = facts["layers"][i]["quality"]
-    view = {**facts["layers"][i], "memory": i in facts["memory"]["layers"], "experts_chart": None, "activation": None}
+    view = {
+        **facts["layers"][i],
+        "memory": i in facts["memory"]["layers"],
+        "experts_chart": None,
+        "activation": None,
+    }
     view["map"] = heat_map(permutation_map(permutation, sizes))
     if quality["by_expert"] is not None:
         names = [f"expert {expert} ({size} neurons)" for expert, size in enumerate(sizes)]
@@ -120,7 +152,9 @@ def _layer(converted: Converted, facts: dict, i: int) -> dict:
         mean = tokens @ shares / tokens.sum()
         view["activation"] = heat_map(shares.T)
         view["half"] = facts["probe"]["experts"][i]["half"]
-        view["busiest"] = [(int(expert), float(mean[expert])) for expert in np.argsort(-mean, kind="stable")[:5]]
+        view["busiest"] = [
+            (int(expert), float(mean[expert])) for expert in np.argsort(-mean, kind="stable")[:5]
+        ]
     return view
 
 
@@ -130,7 +164,10 @@ def _memory(facts: dict, memory: dict) -> dict:
     slots = []
     for slot in sorted(memory["slots"], key=lambda slot: (-slot["hits"], slot["token"])):
         token = shown(pieces, slot["token"])
-        before, behind = pieces[max(0, token - _CONTEXT) : token], pieces[token + 1 : token + 1 + _CONTEXT]
+        before, behind = (
+            pieces[max(0, token - _CONTEXT) : token],
+            pieces[token + 1 : token + 1 + _CONTEXT],
+        )
         space = " " if slot["piece"][:1].isspace() else ""
         slots.append({**slot, "before": "".join(before) + space, "behind": "".join(behind)})
     return {

@@ -26,9 +26,9 @@ _CALL = 256  # tokens a call
 class Probe:
     """What a text set off. S segments of it, K experts.
 
-    segments: first token of each, and the end. activation: per layer [S, K], share of the squared activation in
-    each expert, averaged over the segment's tokens. traces: by memory layer. hits: by memory layer [M], tokens
-    that have hit each slot since it was written.
+    segments: first token of each, and the end. activation: per layer [S, K], share of the squared
+    activation in each expert, averaged over the segment's tokens. traces: by memory layer. hits: by
+    memory layer [M], tokens that have hit each slot since it was written.
     """
 
     text: Text
@@ -38,16 +38,23 @@ class Probe:
     hits: dict[int, list[int]]
 
 
-def probe(converted: Converted, text: Text, progress: Progress, trust_remote_code: bool = False) -> Probe:
-    """One sequence, in calls of at most 256 tokens that end where a block does; fp32 below 4 GB of weights.
+def probe(
+    converted: Converted, text: Text, progress: Progress, trust_remote_code: bool = False
+) -> Probe:
+    """One sequence, in calls of at most 256 tokens that end where a block does; fp32 below 4 GB of
+    weights.
 
-    OUT's modeling files run only if they are the ones this version ships, or with `trust_remote_code`.
-    Raises CallError for edited ones, PaceError where the model does not load or has no such token.
+    OUT's modeling files run only if they are the ones this version ships, or with
+    `trust_remote_code`. Raises CallError for edited ones, PaceError where the model does not load
+    or has no such token.
     """
     model = load_model(converted, head=False, trust_remote_code=trust_remote_code)
     known = model.get_input_embeddings().weight.shape[0]
     if max(text.ids) >= known:
-        raise PaceError(f"the tokenizer has token {max(text.ids)}, the model only {known}", "give the model its own tokenizer")
+        raise PaceError(
+            f"the tokenizer has token {max(text.ids)}, the model only {known}",
+            "give the model its own tokenizer",
+        )
     shares = _Shares([sizes for _, sizes in converted.orders], len(text.ids))
     traces = _traces(converted)
     cache = _run(model, converted, text.ids, shares, traces, progress)
@@ -74,7 +81,9 @@ class _Shares:
         self.sums = [np.zeros((segments, len(s))) for s in sizes]
 
     def add(self, layer: int, h: Tensor, first: int) -> None:
-        """h: [S, D], tokens from `first` on. Every token counts the same, however large its activation."""
+        """h: [S, D], tokens from `first` on. Every token counts the same, however large its
+        activation.
+        """
         energy = np.add.reduceat(h.double().numpy(force=True) ** 2, self.starts[layer], axis=1)
         total = energy.sum(1, keepdims=True)
         share = np.divide(energy, total, out=np.zeros_like(energy), where=total > 0)
@@ -86,7 +95,12 @@ class _Shares:
 
 @torch.no_grad()
 def _run(
-    model: Any, converted: Converted, ids: list[int], shares: _Shares, traces: dict[int, MemoryTrace], progress: Progress
+    model: Any,
+    converted: Converted,
+    ids: list[int],
+    shares: _Shares,
+    traces: dict[int, MemoryTrace],
+    progress: Progress,
 ) -> Any:
     """Feed the tokens; returns the cache."""
     from transformers import DynamicCache
@@ -101,7 +115,10 @@ def _run(
         if layer in traces:
             seen[layer] = h
 
-    with listening(model, converted, take), progress.step("reading the text", len(ids), "token") as bar:
+    with (
+        listening(model, converted, take),
+        progress.step("reading the text", len(ids), "token") as bar,
+    ):
         while first < len(ids):
             stop = min(len(ids), first + _CALL, *((first // u + 1) * u for u in blocks))
             model(input_ids=torch.tensor([ids[first:stop]]), past_key_values=cache, use_cache=True)

@@ -1,4 +1,6 @@
-"""How well the neurons of an expert belong together, against a random grouping and against noise."""
+"""How well the neurons of an expert belong together, against a random grouping and against
+noise.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,10 @@ _ROWS = 4096  # neurons compared at once
 class Grouping:
     """How good one grouping of D rows into K clusters is, under cosine distance.
 
-    explained: share of the rows' variance that lies between clusters, 0 to 1. silhouette: mean over all rows of
-    (b - a) / max(a, b), a being a row's mean distance to its own cluster and b to the nearest other one, -1 to 1.
-    placed: share of rows that are nearer to their own cluster than to any other. Both None where there is but
-    one cluster, or one row in each.
+    explained: share of the rows' variance that lies between clusters, 0 to 1. silhouette: mean over
+    all rows of (b - a) / max(a, b), a being a row's mean distance to its own cluster and b to the
+    nearest other one, -1 to 1. placed: share of rows that are nearer to their own cluster than to
+    any other. Both None where there is but one cluster, or one row in each.
     """
 
     explained: float
@@ -33,11 +35,11 @@ class Grouping:
 class Quality:
     """One layer's experts, over the L2-normalised rows that were clustered, and two floors.
 
-    random: a random grouping of the same sizes; its explained is the mean over all of them, (K - 1) / (D - 1).
-    noise: the same clustering of noise with the same mean and spread in every column. A grouping that was fitted
-    stands above a random one where there is nothing to find, the more so the fewer columns and the more clusters
-    there are; what the experts stand above the noise is theirs.
-    by_expert: [K], the mean silhouette of each expert; None where there is none.
+    random: a random grouping of the same sizes; its explained is the mean over all of them, (K - 1)
+    / (D - 1). noise: the same clustering of noise with the same mean and spread in every column. A
+    grouping that was fitted stands above a random one where there is nothing to find, the more so
+    the fewer columns and the more clusters there are; what the experts stand above the noise is
+    theirs. by_expert: [K], the mean silhouette of each expert; None where there is none.
     """
 
     experts: Grouping
@@ -47,7 +49,9 @@ class Quality:
 
 
 def measure_quality(converted: Converted, progress: Progress, seed: int = 0) -> list[Quality]:
-    """The quality of every layer; memory for one layer's rows in fp32. Raises DamagedSourceError."""
+    """The quality of every layer; memory for one layer's rows in fp32. Raises
+    DamagedSourceError.
+    """
     qualities = []
     with progress.step("measuring experts", converted.layers, "layer") as bar:
         for layer, (_, sizes) in enumerate(converted.orders):
@@ -57,7 +61,9 @@ def measure_quality(converted: Converted, progress: Progress, seed: int = 0) -> 
 
 
 def layer_quality(rows: np.ndarray, sizes: np.ndarray, seed: int = 0) -> Quality:
-    """rows: [D, H] float32, one per neuron, the experts one behind the other; overwritten. sizes: [K] int."""
+    """rows: [D, H] float32, one per neuron, the experts one behind the other; overwritten. sizes:
+    [K] int.
+    """
     _normalise(rows)
     clusters, neurons = len(sizes), len(rows)
     labels = np.repeat(np.arange(clusters), sizes)
@@ -70,7 +76,9 @@ def layer_quality(rows: np.ndarray, sizes: np.ndarray, seed: int = 0) -> Quality
     random = silhouettes(rows, rng.permutation(labels))
     experts = _grouping(_explained(rows, labels), own)
     noise = _noise(rows, clusters, rng)
-    return Quality(experts, _grouping(by_chance, random), noise, (np.bincount(labels, own) / sizes).tolist())
+    return Quality(
+        experts, _grouping(by_chance, random), noise, (np.bincount(labels, own) / sizes).tolist()
+    )
 
 
 def _grouping(explained: float, found: np.ndarray) -> Grouping:
@@ -83,7 +91,9 @@ def _normalise(rows: np.ndarray) -> None:
 
 
 def _noise(rows: np.ndarray, clusters: int, rng: np.random.Generator) -> Grouping:
-    """Noise in the place of `rows`, grouped as the rows were: a better method finds more in it too."""
+    """Noise in the place of `rows`, grouped as the rows were: a better method finds more in
+    it too.
+    """
     import torch
 
     from ..experts.cluster import cluster_neurons
@@ -100,9 +110,10 @@ def _noise(rows: np.ndarray, clusters: int, rng: np.random.Generator) -> Groupin
 def silhouettes(rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Each neuron's silhouette under cosine distance, [D] float64.
 
-    The mean cosine distance of a direction to a cluster is one minus its product with the cluster's mean, so all
-    neurons take D x K products and no sample; the numbers are those of sklearn.metrics.silhouette_samples.
-    rows: [D, H] float32 of length 1 or 0. labels: [D] int, every one of 0 to K - 1 at least once, K > 1.
+    The mean cosine distance of a direction to a cluster is one minus its product with the cluster's
+    mean, so all neurons take D x K products and no sample; the numbers are those of
+    sklearn.metrics.silhouette_samples. rows: [D, H] float32 of length 1 or 0. labels: [D] int,
+    every one of 0 to K - 1 at least once, K > 1.
     """
     sizes = np.bincount(labels)
     means = _means(rows, labels, sizes)
@@ -117,7 +128,9 @@ def silhouettes(rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
         b = distance.min(1)
         largest = np.maximum(a, b)
         alone_or_equal = (size == 1) | (largest <= 0)
-        found[first : first + _ROWS] = np.where(alone_or_equal, 0.0, (b - a) / np.where(alone_or_equal, 1.0, largest))
+        found[first : first + _ROWS] = np.where(
+            alone_or_equal, 0.0, (b - a) / np.where(alone_or_equal, 1.0, largest)
+        )
     return found
 
 
@@ -126,7 +139,9 @@ def _means(rows: np.ndarray, labels: np.ndarray, sizes: np.ndarray) -> np.ndarra
     from scipy.sparse import csr_array
 
     order, ends = np.argsort(labels, kind="stable"), np.concatenate([[0], np.cumsum(sizes)])
-    members = csr_array((np.ones(len(labels), dtype=np.float32), order, ends), shape=(len(sizes), len(labels)))
+    members = csr_array(
+        (np.ones(len(labels), dtype=np.float32), order, ends), shape=(len(sizes), len(labels))
+    )
     return (members @ rows) / sizes[:, None].astype(np.float32)
 
 
@@ -135,7 +150,9 @@ def _explained(rows: np.ndarray, labels: np.ndarray) -> float:
     sizes = np.bincount(labels)
     means = _means(rows, labels, sizes).astype(np.float64)
     centre = sizes @ means / len(rows)
-    within_and_between = np.einsum("nh,nh->", rows, rows, dtype=np.float64) - len(rows) * (centre @ centre)
+    within_and_between = np.einsum("nh,nh->", rows, rows, dtype=np.float64) - len(rows) * (
+        centre @ centre
+    )
     between = sizes @ (means**2).sum(1) - len(rows) * (centre @ centre)
     return float(np.clip(between / within_and_between, 0, 1)) if within_and_between > 1e-9 else 0.0
 
@@ -146,10 +163,13 @@ def _features(converted: Converted, layer: int) -> np.ndarray:
 
     files, neurons = converted.files, len(converted.orders[layer].permutation)
     tensors = converted.family.ffn_tensors(converted.layers, files.tensors)
-    clustered = next(tensor for tensor in tensors if tensor.layer == layer)  # each layer's first is the gate or fc1
+    # Each layer's first is the gate or fc1.
+    clustered = next(tensor for tensor in tensors if tensor.layer == layer)
     info = files.tensors.get(clustered.name)
     if info is None or len(info.shape) != 2 or info.shape[clustered.axis] < neurons:
-        raise DamagedSourceError(f"{clustered.name} is missing or has the wrong shape", "convert again")
+        raise DamagedSourceError(
+            f"{clustered.name} is missing or has the wrong shape", "convert again"
+        )
     with safe_open(files.path(clustered.name), framework="pt") as shard:
         part = shard.get_slice(clustered.name)
         rows = part[:, :neurons].T if clustered.axis else part[:neurons]

@@ -12,8 +12,9 @@ from ..errors import CallError, PaceError, one_line
 
 @dataclass(frozen=True)
 class Text:
-    """What is read. pieces: the text of each token; joined, the text. Of several tokens that make one character the
-    first has it, the others are empty. cut: tokens left out behind them."""
+    """What is read. pieces: the text of each token; joined, the text. Of several tokens that make
+    one character the first has it, the others are empty. cut: tokens left out behind them.
+    """
 
     name: str
     ids: list[int]
@@ -22,7 +23,9 @@ class Text:
 
 
 def read_text(value: str) -> tuple[str, str]:
-    """(name, text) of `--probe`: a file, or the text itself. Raises CallError for what is neither."""
+    """(name, text) of `--probe`: a file, or the text itself. Raises CallError for what is
+    neither.
+    """
     path = Path(value)
     try:
         is_file, is_there = path.is_file(), path.exists()
@@ -32,7 +35,9 @@ def read_text(value: str) -> tuple[str, str]:
         try:
             text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError:
-            raise CallError(f"{value} is not a UTF-8 text", "give a text file, or the text itself") from None
+            raise CallError(
+                f"{value} is not a UTF-8 text", "give a text file, or the text itself"
+            ) from None
         name = path.name
     elif is_there or (len(value.split()) == 1 and ("/" in value or path.suffix)):
         raise CallError(f"no such file: {value}", "give a text file, or a text of several words")
@@ -44,29 +49,41 @@ def read_text(value: str) -> tuple[str, str]:
 
 
 def tokenise(converted: Converted, name: str, text: str) -> Text:
-    """As a user's call does it; cut at the longest text the model was made for. Raises PaceError without tokenizer."""
+    """As a user's call does it; cut at the longest text the model was made for. Raises PaceError
+    without tokenizer.
+    """
     folder = converted.files.folder
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
         raise PaceError(
-            f"{folder} has no tokenizer that loads, so it can't read a text", "copy the source's tokenizer files there"
+            f"{folder} has no tokenizer that loads, so it can't read a text",
+            "copy the source's tokenizer files there",
         )
     try:
         encoded = tokenizer(text, return_offsets_mapping=tokenizer.is_fast, verbose=False)
     except Exception as error:  # one whose settings make no sense may load and fail here
-        raise PaceError(f"{folder}: its tokenizer can't read this text ({one_line(str(error))})", "check its files") from error
+        raise PaceError(
+            f"{folder}: its tokenizer can't read this text ({one_line(str(error))})",
+            "check its files",
+        ) from error
     ids = encoded["input_ids"]
     if not ids:
         raise PaceError("the tokenizer makes no token of this text", "give another text")
     pieces = [tokenizer.decode([i]) for i in ids]
     if tokenizer.is_fast:
         pieces = _pieces(text, encoded["offset_mapping"], pieces)
-    longest = converted.files.config.get("max_position_embeddings") or converted.files.config.get("n_positions") or len(ids)
+    longest = (
+        converted.files.config.get("max_position_embeddings")
+        or converted.files.config.get("n_positions")
+        or len(ids)
+    )
     return Text(name, ids[:longest], pieces[:longest], max(0, len(ids) - longest))
 
 
 def _pieces(text: str, offsets: list[tuple[int, int]], decoded: list[str]) -> list[str]:
-    """Each token's own part of the text, with what stands before it; special tokens that were added as decoded."""
+    """Each token's own part of the text, with what stands before it; special tokens that were added
+    as decoded.
+    """
     pieces, done = [], 0
     for (first, end), alone in zip(offsets, decoded):
         pieces.append(alone if first == end else text[done : max(done, end)])

@@ -21,7 +21,8 @@ def inspect(
     page: Path | None = None,
     trust_remote_code: bool = False,
 ) -> dict:
-    """What is in a converted folder; see `facts_of`. Without `quality`, `text` and `page` no weights are read.
+    """What is in a converted folder; see `facts_of`. Without `quality`, `text` and `page` no
+    weights are read.
 
     text: a file or a text to read. page: where to write it as HTML, which measures quality too.
     Raises CallError before any long work where one of them can't be.

@@ -1,7 +1,9 @@
-"""What one layer's memory does along a text, followed from outside: decisions, and where its slots come from.
+"""What one layer's memory does along a text, followed from outside: decisions, and where its slots
+come from.
 
-The memory keeps no record of either. Both follow from the bank that a block's tokens read, with the same
-functions: `find` says what a token does, and a draft of the block which token takes which slot at its end.
+The memory keeps no record of either. Both follow from the bank that a block's tokens read, with the
+same functions: `find` says what a token does, and a draft of the block which token takes which slot
+at its end.
 """
 
 from __future__ import annotations
@@ -20,10 +22,11 @@ from ..modeling.memory_settings import MemorySettings
 class MemoryTrace:
     """One sequence's memory in one layer. M slots, E experts that are compared separately.
 
-    made: per token [3] ints, its expert blocks kept, mixed and reused. similarity: per token, to the most
-    similar slot; None while the bank is empty. filled: after each block, slots filled. origin: [M], number of
-    the token whose activation was put into the slot, -1 if empty; block: [M], the block at whose end; merged:
-    [M], tokens that have been merged into it since. replaced: how often a slot was given to another token.
+    made: per token [3] ints, its expert blocks kept, mixed and reused. similarity: per token, to
+    the most similar slot; None while the bank is empty. filled: after each block, slots filled.
+    origin: [M], number of the token whose activation was put into the slot, -1 if empty; block:
+    [M], the block at whose end; merged: [M], tokens that have been merged into it since. replaced:
+    how often a slot was given to another token.
     """
 
     def __init__(self, settings: MemorySettings) -> None:
@@ -39,7 +42,9 @@ class MemoryTrace:
 
     @torch.no_grad()
     def see(self, h: Tensor, bank: Bank) -> None:
-        """The next tokens, all of one block. h: [1, S, D], raw activations. bank: the one they read."""
+        """The next tokens, all of one block. h: [1, S, D], raw activations. bank: the one they
+        read.
+        """
         block = self._block or Block.begin(bank, self.settings, number=len(self.filled))
         found = block.find(h)
         made = torch.stack([(found.decision == state).sum(-1) for state in (KEEP, MIX, REUSE)], -1)

@@ -1,4 +1,6 @@
-"""What a memory did along a text, as marks one below the other over the same tokens, and as the text itself. Pure."""
+"""What a memory did along a text, as marks one below the other over the same tokens, and as the
+text itself. Pure.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,9 @@ _LEVELS = 4
 
 @dataclass(frozen=True)
 class Span:
-    """Neighbouring tokens that fared alike. level: 0 (kept) to 4 (reused), -1 before there was a memory; slot: the
-    slot that came from this token, or None."""
+    """Neighbouring tokens that fared alike. level: 0 (kept) to 4 (reused), -1 before there was a
+    memory; slot: the slot that came from this token, or None.
+    """
 
     text: str
     level: int
@@ -23,7 +26,9 @@ class Span:
 
 
 def tracks(memory: dict, settings: dict, segments: list[int]) -> list[Chart]:
-    """Decisions, similarity, slots filled and their origins. memory: of one layer, as `facts_of` has it."""
+    """Decisions, similarity, slots filled and their origins. memory: of one layer, as `facts_of`
+    has it.
+    """
     tokens = segments[-1]
     step = _round_step(tokens)
     ticks = [(100 * t / tokens, f"{t:,}") for t in range(0, tokens + 1, step)]
@@ -48,12 +53,23 @@ def _decisions(memory: dict, segments: list[int]) -> Chart:
         counts = {name: sum(made[name][first:stop]) for name in ("reused", "mixed", "kept")}
         known = sum(x is not None for x in made["similarity"][first:stop])
         bottom, every = 0.0, sum(counts.values())
-        said = f"tokens {first} to {stop - 1}: " + ", ".join(f"{count / every:.0%} {name}" for name, count in counts.items())
+        said = f"tokens {first} to {stop - 1}: " + ", ".join(
+            f"{count / every:.0%} {name}" for name, count in counts.items()
+        )
         for name, count in counts.items():
             height = 100 * count / every
             kind = "before" if name == "kept" and not known else name
             if count:
-                marks.append(rectangle(kind, 100 * first / total, bottom, 100 * (stop - first) / total, height, said))
+                marks.append(
+                    rectangle(
+                        kind,
+                        100 * first / total,
+                        bottom,
+                        100 * (stop - first) / total,
+                        height,
+                        said,
+                    )
+                )
             bottom += height
     said = "Share of the tokens that took most, something or nothing from the memory."
     return Chart("What each token did", said, marks, y_ticks=[(0, "0"), (100, "100%")])
@@ -76,7 +92,9 @@ def _similarity(memory: dict, settings: dict, segments: list[int]) -> Chart:
             middle = known[len(known) // 2]
             x, right = 100 * first / total, 100 * stop / total
             said = f"tokens {first} to {stop - 1}: median {middle:.2f}, {known[0]:.2f} to {known[-1]:.2f}"
-            marks.append(rectangle("range", x, at(known[0]), right - x, at(known[-1]) - at(known[0]), said))
+            marks.append(
+                rectangle("range", x, at(known[0]), right - x, at(known[-1]) - at(known[0]), said)
+            )
             marks.append(line("middle", x, at(middle), right, at(middle), said))
     labels = [(at(settings[name]), f"{settings[name]:g}") for name in ("theta_low", "theta_high")]
     said = "Cosine similarity of each token to its nearest slot: median and range. Dashed: the two thresholds."
@@ -92,7 +110,9 @@ def _filled(memory: dict, settings: dict, tokens: int) -> Chart:
         said = f"after block {block}: {filled} of {slots} slots"
         if first < stop:
             width = 100 * (stop - first) / tokens
-            marks.append(rectangle("filled", 100 * first / tokens, 0, width, 100 * filled / slots, said))
+            marks.append(
+                rectangle("filled", 100 * first / tokens, 0, width, 100 * filled / slots, said)
+            )
     last = memory["filled"][-1] if memory["filled"] else 0
     said = f"{last} of {slots} at the end; {memory['replaced']} times a slot was given to another token."
     return Chart("Slots filled", said, marks, y_ticks=[(0, "0"), (100, str(slots))])
@@ -103,7 +123,9 @@ def _origins(memory: dict, tokens: int, ticks: list[tuple[float, str]]) -> Chart
     marks: list[Mark] = []
     for slot in memory["slots"]:
         x = 100 * (slot["token"] + 0.5) / tokens
-        marks.append(line("origin", x, 0, x, 12 + 88 * math.sqrt(slot["hits"] / most), _origin(slot)))
+        marks.append(
+            line("origin", x, 0, x, 12 + 88 * math.sqrt(slot["hits"] / most), _origin(slot))
+        )
     said = "One line a slot, at the token whose activation it was filled with; the higher, the more tokens have hit it since."
     return Chart("Where the slots came from", said, marks, ticks)
 
@@ -115,7 +137,9 @@ def _origin(slot: dict) -> str:
 
 def painted(memory: dict, pieces: list[str]) -> list[Span]:
     """The first tokens of the text; those that a slot came from stand alone."""
-    origins = {shown(pieces, slot["token"]): {**slot, "title": _origin(slot)} for slot in memory["slots"]}
+    origins = {
+        shown(pieces, slot["token"]): {**slot, "title": _origin(slot)} for slot in memory["slots"]
+    }
     spans: list[Span] = []
     for token, piece in enumerate(pieces[:PAINTED]):
         level, slot = _level(memory["tokens"], token), origins.get(token)

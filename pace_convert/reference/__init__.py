@@ -1,4 +1,6 @@
-"""The reference model: a small trained Qwen2 that travels with the package, and the work it can do."""
+"""The reference model: a small trained Qwen2 that travels with the package, and the work it
+can do.
+"""
 
 from importlib.resources import files
 from pathlib import Path

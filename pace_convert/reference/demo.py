@@ -1,4 +1,6 @@
-"""What `pace demo` does: convert the reference model and ask both models the same needle questions."""
+"""What `pace demo` does: convert the reference model and ask both models the same needle
+questions.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ LENGTHS = (128, 256, 512, 1024)
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 STORIES = 20
 FACTS = 4
-# The reference model's texts are short, so its memory must be updated more often than every 1024 tokens.
+# The reference model's texts are short, so its memory must be updated more often than every 1024
+# tokens.
 OPTIONS = ConvertOptions(experts=16, update_interval=64)
 
 
@@ -68,7 +71,10 @@ def ask_both(base: Path, pace: Path, progress: Progress) -> list[Cell]:
                 depth=depth,
                 base=_share(plain["answers"], right),
                 pace=_share(paced["answers"], right),
-                filled={int(layer): float(np.mean(memory["filled"])) for layer, memory in paced["memory"].items()},
+                filled={
+                    int(layer): float(np.mean(memory["filled"]))
+                    for layer, memory in paced["memory"].items()
+                },
                 kept=sum(sum(memory["kept"]) for memory in layers),
                 mixed=sum(sum(memory["mixed"]) for memory in layers),
                 reused=sum(sum(memory["reused"]) for memory in layers),
@@ -93,7 +99,15 @@ def plot(cells: list[Cell], path: Path) -> None:
         axis.set_yticks(range(len(DEPTHS)), [f"{depth:.0%}" for depth in DEPTHS])
         for (y, x), value in np.ndenumerate(grid):
             dark = abs(value - 0.5) > 0.35  # both ends of the colour map
-            axis.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=9, color="white" if dark else "black")
+            axis.text(
+                x,
+                y,
+                f"{value:.0%}",
+                ha="center",
+                va="center",
+                fontsize=9,
+                color="white" if dark else "black",
+            )
     axes[0].set_ylabel("depth of the facts")
     figure.colorbar(image, ax=axes, label="right answers")
     write_whole(path, lambda part: figure.savefig(part, dpi=110, format="png"))
@@ -101,17 +115,23 @@ def plot(cells: list[Cell], path: Path) -> None:
 
 def _stories(length: int, depth: float) -> list:
     rng = np.random.default_rng([length, round(100 * depth)])
-    return [make_story(rng, length, FACTS, questions=1, held_out=True, depth=depth) for _ in range(STORIES)]
+    return [
+        make_story(rng, length, FACTS, questions=1, held_out=True, depth=depth)
+        for _ in range(STORIES)
+    ]
 
 
 def _ask(model: Path, batches: list[list[str]]) -> list[dict]:
     script = Path(__file__).with_name("ask.py")
     job = json.dumps({"model": str(model.resolve()), "batches": batches})
     # -I: neither this folder nor PYTHONPATH is on the path, so the checkpoint can't lean on either
-    done = subprocess.run([sys.executable, "-I", str(script)], input=job, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-I", str(script)], input=job, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise PaceError(
-            f"{model} could not be asked: {done.stderr.strip().splitlines()[-1]}", "run it again with the memory off"
+            f"{model} could not be asked: {done.stderr.strip().splitlines()[-1]}",
+            "run it again with the memory off",
         )
     return json.loads(done.stdout)
 

@@ -1,9 +1,9 @@
 """The reference model's work: facts hidden in filler text, asked for at the end.
 
-One *story* is a list of words: filler sentences with facts in between ("the code of ada is river ."),
-links ("ben has the same code as ada ."; the second hop), and then chat turns that ask for the codes.
-Training and evaluation draw from the same generator but never share a fact: a (name, code) pair is
-either for training or held out (`is_held_out`).
+One *story* is a list of words: filler sentences with facts in between ("the code of ada is river
+."), links ("ben has the same code as ada ."; the second hop), and then chat turns that ask for the
+codes. Training and evaluation draw from the same generator but never share a fact: a (name, code)
+pair is either for training or held out (`is_held_out`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .words import ADJECTIVES, ADVERBS, ASSISTANT, CODES, END, NAMES, NOUNS, PLACES, SPECIAL, USER, VERBS
+from .words import (
+    ADJECTIVES,
+    ADVERBS,
+    ASSISTANT,
+    CODES,
+    END,
+    NAMES,
+    NOUNS,
+    PLACES,
+    SPECIAL,
+    USER,
+    VERBS,
+)
 
 FACT_WORDS = 7  # the code of NAME is CODE .
 LINK_WORDS = 8  # NAME has the same code as NAME .
@@ -21,7 +33,8 @@ TURN_WORDS = 11  # <user> what is the code of NAME ? <assistant> CODE <end>
 
 @dataclass(frozen=True)
 class Question:
-    """One question: its answer stands at word `position` of the story, the fact's own code at `source`.
+    """One question: its answer stands at word `position` of the story, the fact's own code at
+    `source`.
 
     hops: 1 if the fact names the one asked for, 2 if a link leads to it.
     """
@@ -67,9 +80,9 @@ def make_story(
     """A story of exactly `length` words.
 
     `facts` distinct names get distinct codes; `links` further names have "the same code as" one of
-    them. At most `questions` of the linked names, or of the others if there are none, are asked for,
-    in random order. With `depth` (0 = beginning, 1 = end) all facts stand together at that share of the
-    filler, else anywhere.
+    them. At most `questions` of the linked names, or of the others if there are none, are asked
+    for, in random order. With `depth` (0 = beginning, 1 = end) all facts stand together at that
+    share of the filler, else anywhere.
 
     Raises ValueError if the facts and questions do not fit into `length`.
     """
@@ -83,7 +96,9 @@ def make_story(
 
     room = length - sum(map(len, sentences)) - TURN_WORDS * len(asked)
     if room < 0:
-        raise ValueError(f"{facts} facts, {links} links and {questions} questions need {-room} words more than {length}")
+        raise ValueError(
+            f"{facts} facts, {links} links and {questions} questions need {-room} words more than {length}"
+        )
     return _ask(_hide(rng, sentences, room, depth), asked)
 
 
@@ -97,7 +112,9 @@ def _pairs(rng: np.random.Generator, count: int, held_out: bool) -> list[tuple[s
     return pairs
 
 
-def _hide(rng: np.random.Generator, sentences: list[list[str]], room: int, depth: float | None) -> list[str]:
+def _hide(
+    rng: np.random.Generator, sentences: list[list[str]], room: int, depth: float | None
+) -> list[str]:
     """Filler of `room` words with `sentences` put between its sentences."""
     filler: list[list[str]] = []
     while sum(map(len, filler)) < room:

@@ -1,6 +1,8 @@
-"""The reference model's tokenizer: a Qwen2 byte-level BPE in which every word of the task is one token.
+"""The reference model's tokenizer: a Qwen2 byte-level BPE in which every word of the task is one
+token.
 
-It has to be a Qwen2Tokenizer: transformers loads that class for `model_type` qwen2 whatever the files say.
+It has to be a Qwen2Tokenizer: transformers loads that class for `model_type` qwen2 whatever the
+files say.
 """
 
 from __future__ import annotations
@@ -29,11 +31,15 @@ def build_tokenizer(max_length: int) -> Qwen2Tokenizer:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     trainer = trainers.BpeTrainer(
-        vocab_size=10_000, min_frequency=1, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+        vocab_size=10_000,
+        min_frequency=1,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
     )
     bpe.train_from_iterator([word for word in VOCABULARY if word not in SPECIAL], trainer)
     model = json.loads(bpe.to_str())["model"]
-    merges: Any = [tuple(merge) for merge in model["merges"]]  # what `tokenizers` takes, whatever the annotation says
+    # What `tokenizers` takes, whatever the annotation says.
+    merges: Any = [tuple(merge) for merge in model["merges"]]
     return Qwen2Tokenizer(
         vocab=model["vocab"],
         merges=merges,
@@ -48,7 +54,9 @@ def build_tokenizer(max_length: int) -> Qwen2Tokenizer:
 
 
 def word_ids(tokenizer: Qwen2Tokenizer) -> dict[str, int]:
-    """Token id of every word as `task.as_text` writes it. Raises ValueError if a word is not one token."""
+    """Token id of every word as `task.as_text` writes it. Raises ValueError if a word is not one
+    token.
+    """
     ids = {}
     for word in VOCABULARY:
         tokens = tokenizer.encode(as_text([word]), add_special_tokens=False)

@@ -3,7 +3,9 @@
 PAD, USER, ASSISTANT, END = "<pad>", "<user>", "<assistant>", "<end>"
 SPECIAL = (PAD, USER, ASSISTANT, END)
 
-GRAMMAR = tuple("the a of is has same code as what which and ? . : , in on near to with then while".split())
+GRAMMAR = tuple(
+    "the a of is has same code as what which and ? . : , in on near to with then while".split()
+)
 
 NAMES = tuple(
     """

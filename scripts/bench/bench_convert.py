@@ -2,11 +2,12 @@
 
     python scripts/bench/bench_convert.py --work /tmp/bench --out docs/bench_convert.json
 
-Checkpoints are synthetic, of real shapes (scripts/bench/synthetic.py); each is made once in the folder --work. A plain
-copy (`cp`, then a flush to the disk) and conversions with one and two processes run in turn, each in a process of its
-own, --repeats times; medians count. One more conversion inside this process says where the time goes, and `pace verify`
-compares the output with its source. Results of other cases stay in the JSON file; `scripts/docs_tables.py` puts them
-into docs/performance.md.
+Checkpoints are synthetic, of real shapes (scripts/bench/synthetic.py); each is made once in the
+folder --work. A plain copy (`cp`, then a flush to the disk) and conversions with one and two
+processes run in turn, each in a process of its own, --repeats times; medians count. One more
+conversion inside this process says where the time goes, and `pace verify` compares the output with
+its source. Results of other cases stay in the JSON file; `scripts/docs_tables.py` puts them into
+docs/performance.md.
 """
 
 from __future__ import annotations
@@ -106,7 +107,9 @@ def phases(source: Path, out: Path) -> dict[str, float]:
         for name, (owner, attribute) in places.items():
             setattr(owner, attribute, timed(name, before[name]))
         opened = open_source(str(source))
-        prepared = conversion.prepare(opened, out, ConvertOptions(), RunOptions(device="cpu", jobs=1))
+        prepared = conversion.prepare(
+            opened, out, ConvertOptions(), RunOptions(device="cpu", jobs=1)
+        )
         conversion.carry_out(prepared, Progress(quiet=True))
     finally:
         for name, (owner, attribute) in places.items():
@@ -129,10 +132,15 @@ def bench(name: str, work: Path, repeats: int) -> dict:
             seconds, peak = convert(source, out, jobs)
             times[f"jobs {jobs}"].append(seconds)
             peaks[f"jobs {jobs}"] = max(peaks[f"jobs {jobs}"], peak)
-            click.echo(f"{name}: copy {times['copy'][-1]:.2f} s, {jobs} jobs {seconds:.2f} s, {peak / 1e6:.0f} MB", err=True)
+            click.echo(
+                f"{name}: copy {times['copy'][-1]:.2f} s, {jobs} jobs {seconds:.2f} s, {peak / 1e6:.0f} MB",
+                err=True,
+            )
     by_phase = phases(source, out)
     estimate = json.loads(run([*PACE, "convert", source, work / "none", "--dry-run", "--json"]))
-    verified = json.loads(run([*PACE, "verify", out, "--source", source, "--no-logits", "--json", "-q"]))
+    verified = json.loads(
+        run([*PACE, "verify", out, "--source", source, "--no-logits", "--json", "-q"])
+    )
     shape = SHAPES[model]
     row = {
         "case": name,
@@ -158,7 +166,12 @@ def plan(name: str, work: Path) -> dict:
     taken = []
     for _ in range(3):
         start = time.perf_counter()
-        done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        done = subprocess.run(
+            [str(part) for part in command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
         taken.append(time.perf_counter() - start)
     facts = json.loads(done.stdout.splitlines()[0])
     ffn = 3 * 2 * SHAPES[name].hidden * SHAPES[name].neurons
@@ -169,19 +182,32 @@ def plan(name: str, work: Path) -> dict:
 
 
 @click.command(help=__doc__)
-@click.option("--work", type=click.Path(path_type=Path), required=True, help="Where checkpoints are made; 25 GB.")
+@click.option(
+    "--work",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Where checkpoints are made; 25 GB.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="JSON file of results.")
 @click.option("--case", "cases", type=click.Choice([*CASES]), multiple=True, help="Only these.")
 @click.option("--repeats", default=3, show_default=True)
 def main(work: Path, out: Path | None, cases: tuple[str, ...], repeats: int) -> None:
     work.mkdir(parents=True, exist_ok=True)
-    results = json.loads(out.read_text()) if out and out.exists() else {"conversions": [], "plans": []}
+    results = (
+        json.loads(out.read_text()) if out and out.exists() else {"conversions": [], "plans": []}
+    )
     rows = [bench(name, work, repeats) for name in cases or CASES]
     plans = [plan(name, work) for name in PLANNED]
     done = {row["case"] for row in rows}
-    results["conversions"] = [row for row in results["conversions"] if row["case"] not in done] + rows
+    results["conversions"] = [
+        row for row in results["conversions"] if row["case"] not in done
+    ] + rows
     results["plans"] = plans
-    results["machine"] = {"cores": len(os.sched_getaffinity(0)), "torch": torch.__version__, "system": platform.system()}
+    results["machine"] = {
+        "cores": len(os.sched_getaffinity(0)),
+        "torch": torch.__version__,
+        "system": platform.system(),
+    }
     text = json.dumps(results, indent=2)
     click.echo(text)
     if out:

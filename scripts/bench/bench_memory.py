@@ -3,9 +3,10 @@
     python scripts/bench/bench_memory.py --out docs/bench_memory.json
     python scripts/bench/bench_memory.py --released-code ~/PaceLLM    # beside the released code
 
-Weights are synthetic, of real layer shapes; activations come in clusters, so that tokens are reused, mixed,
-kept and stored. Every number is a ratio to the plain computation: both run in turn, and the median of the
-ratios counts. `scripts/docs_tables.py` puts the result into docs/performance.md.
+Weights are synthetic, of real layer shapes; activations come in clusters, so that tokens are
+reused, mixed, kept and stored. Every number is a ratio to the plain computation: both run in turn,
+and the median of the ratios counts. `scripts/docs_tables.py` puts the result into
+docs/performance.md.
 """
 
 from __future__ import annotations
@@ -45,14 +46,20 @@ class Ffn:
         self.hidden, self.device, self.dtype = hidden, device, dtype
         torch.manual_seed(0)
         with torch.device(device):
-            self.mlp = Qwen2MLP(Qwen2Config(hidden_size=hidden, intermediate_size=neurons)).to(dtype).eval()
+            self.mlp = (
+                Qwen2MLP(Qwen2Config(hidden_size=hidden, intermediate_size=neurons))
+                .to(dtype)
+                .eval()
+            )
         self.centres = torch.randn(400, hidden, device=device)
         self.settings = MemorySettings(layers=(0,))
         self.released = _released_ffn(released, self.mlp).to(device).eval() if released else None
 
     def tokens(self, rows: int, length: int) -> torch.Tensor:
         noise = torch.randn(rows, length, self.hidden, device=self.device)
-        return (self.centres[torch.randint(400, (rows, length), device=self.device)] + 0.7 * noise).to(self.dtype)
+        return (
+            self.centres[torch.randint(400, (rows, length), device=self.device)] + 0.7 * noise
+        ).to(self.dtype)
 
     def plain(self, x: torch.Tensor) -> torch.Tensor:
         return self.mlp(x)
@@ -69,11 +76,15 @@ class Ffn:
 
 def _released_ffn(folder: Path, mlp: nn.Module) -> nn.Module:
     sys.path.insert(0, str(folder))
-    from pacellm.activation_memory_bank import ActivationMemoryConfig, AMBFeedForward  # the released code
+    # The released code.
+    from pacellm.activation_memory_bank import ActivationMemoryConfig, AMBFeedForward
 
-    # In blocks of 256 tokens instead of 1024: the work for a token is the same, and it fits into 24 GB.
+    # In blocks of 256 tokens instead of 1024: the work for a token is the same, and it fits into 24
+    # GB.
     config = ActivationMemoryConfig(chunk_size=256)
-    return AMBFeedForward(mlp.gate_proj, mlp.up_proj, mlp.down_proj, mlp.act_fn, memory_config=config)
+    return AMBFeedForward(
+        mlp.gate_proj, mlp.up_proj, mlp.down_proj, mlp.act_fn, memory_config=config
+    )
 
 
 def timed(function: Callable[[], object], device: str) -> float:
@@ -86,15 +97,21 @@ def timed(function: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
-def compare(variants: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:
-    """Median seconds of "plain", and of the others the median ratio to the plain run beside them."""
+def compare(
+    variants: dict[str, Callable[[], object]], repeats: int, device: str
+) -> dict[str, float]:
+    """Median seconds of "plain", and of the others the median ratio to the plain run beside
+    them.
+    """
     for function in variants.values():
         function()
     runs: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(repeats):
         for name, function in variants.items():
             runs[name].append(timed(function, device))
-    ratios = {name: median(a / b for a, b in zip(times, runs["plain"])) for name, times in runs.items()}
+    ratios = {
+        name: median(a / b for a, b in zip(times, runs["plain"])) for name, times in runs.items()
+    }
     return {**ratios, "plain": median(runs["plain"])}
 
 
@@ -113,8 +130,12 @@ def prefill(ffn: Ffn, length: int, repeats: int) -> dict[str, float]:
         for part in parts:
             ffn.released(part)
 
-    variants: dict[str, Callable[[], object]] = {"plain": lambda: [ffn.plain(part) for part in parts], "memory": with_memory}
-    if ffn.released is not None and length <= 2048:  # a ratio that does not depend on the length; it takes minutes
+    variants: dict[str, Callable[[], object]] = {
+        "plain": lambda: [ffn.plain(part) for part in parts],
+        "memory": with_memory,
+    }
+    # A ratio that does not depend on the length; it takes minutes.
+    if ffn.released is not None and length <= 2048:
         variants["released"] = released
     return compare(variants, repeats, ffn.device)
 
@@ -132,31 +153,52 @@ def decode(ffn: Ffn, rows: int, context: int, repeats: int) -> dict[str, float]:
     return compare(variants, repeats, ffn.device)
 
 
-def whole_model(shape: str, layers: int, length: int, dtype: torch.dtype, device: str, repeats: int) -> dict[str, float]:
+def whole_model(
+    shape: str, layers: int, length: int, dtype: torch.dtype, device: str, repeats: int
+) -> dict[str, float]:
     """A model of `layers` layers with one memory: a prompt of `length`, then single tokens."""
-    model = random_model(replace(SHAPES[shape], vocabulary=1000), layers, MemorySettings(layers=(layers // 2,)), dtype, device)
+    model = random_model(
+        replace(SHAPES[shape], vocabulary=1000),
+        layers,
+        MemorySettings(layers=(layers // 2,)),
+        dtype,
+        device,
+    )
     ids = torch.randint(1000, (1, length), device=device)
 
     def run(enabled: bool) -> None:
         model.set_memory_enabled(enabled)
         model(ids, use_cache=True)
 
-    result = compare({"plain": lambda: run(False), "memory": lambda: run(True)}, max(2, repeats // 2), device)
+    result = compare(
+        {"plain": lambda: run(False), "memory": lambda: run(True)}, max(2, repeats // 2), device
+    )
     caches = {}
     for enabled in (False, True):
         model.set_memory_enabled(enabled)
-        caches[enabled] = model(ids, past_key_values=DynamicCache(config=model.config)).past_key_values
+        caches[enabled] = model(
+            ids, past_key_values=DynamicCache(config=model.config)
+        ).past_key_values
 
     def step(enabled: bool) -> None:
         model.set_memory_enabled(enabled)
         model(ids[:, :1], past_key_values=caches[enabled])
 
-    steps = compare({"plain": lambda: step(False), "memory": lambda: step(True)}, 8 * repeats, device)
-    return {"prefill": result["memory"], "prefill_s": result["plain"], "decode": steps["memory"], "decode_s": steps["plain"]}
+    steps = compare(
+        {"plain": lambda: step(False), "memory": lambda: step(True)}, 8 * repeats, device
+    )
+    return {
+        "prefill": result["memory"],
+        "prefill_s": result["plain"],
+        "decode": steps["memory"],
+        "decode_s": steps["plain"],
+    }
 
 
 def state_bytes(shape: str, dtype: torch.dtype) -> dict[str, int]:
-    """Bytes that one sequence's memory holds in one layer: between block ends, and while one can be undone."""
+    """Bytes that one sequence's memory holds in one layer: between block ends, and while one can be
+    undone.
+    """
     neurons, found = SHAPES[shape].neurons, {}
     for name, length in (("settled", 2048), ("window", 2049)):
         entry = MemoryEntry(MemorySettings(layers=(0,)))
@@ -171,10 +213,14 @@ def state_bytes(shape: str, dtype: torch.dtype) -> dict[str, int]:
 
 
 def peak_bytes(shape: str, dtype: str, variant: str, released: Path | None) -> int:
-    """Peak resident bytes that a prefill of 2048 tokens adds to the plain FFN's own, in a process of its own."""
+    """Peak resident bytes that a prefill of 2048 tokens adds to the plain FFN's own, in a process
+    of its own.
+    """
     command = [sys.executable, __file__, "--peak-of", variant, "--shape", shape, "--dtype", dtype]
     command += ["--released-code", str(released)] if released else []
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    return int(
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
+    )
 
 
 def _print_peak(shape: str, dtype: str, variant: str, released: Path | None) -> None:
@@ -189,18 +235,47 @@ def _print_peak(shape: str, dtype: str, variant: str, released: Path | None) -> 
 
 @click.command(help=__doc__)
 @click.option(
-    "--released-code", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A clone of the released code."
+    "--released-code",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="A clone of the released code.",
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Put the results here, as JSON, beside those of other shapes.")
-@click.option("--shape", "shapes", multiple=True, type=click.Choice(MODELS), default=MODELS, help="Layer shapes.")
-@click.option("--dtype", "dtypes", multiple=True, type=click.Choice(list(DTYPES)), default=list(DTYPES), help="Number formats.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Put the results here, as JSON, beside those of other shapes.",
+)
+@click.option(
+    "--shape",
+    "shapes",
+    multiple=True,
+    type=click.Choice(MODELS),
+    default=MODELS,
+    help="Layer shapes.",
+)
+@click.option(
+    "--dtype",
+    "dtypes",
+    multiple=True,
+    type=click.Choice(list(DTYPES)),
+    default=list(DTYPES),
+    help="Number formats.",
+)
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
-@click.option("--length", "lengths", multiple=True, type=int, default=[2048, 8192, 32768], help="Prompt lengths.")
+@click.option(
+    "--length",
+    "lengths",
+    multiple=True,
+    type=int,
+    default=[2048, 8192, 32768],
+    help="Prompt lengths.",
+)
 @click.option("--threads", default=0, help="CPU threads; 0: as torch chooses.")
 @click.option("--repeats", default=5, show_default=True)
 @click.option("--no-model", is_flag=True, help="Leave out the whole models, which take minutes.")
 @click.option("--peak-of", hidden=True)
-def main(released_code, out, shapes, dtypes, device, lengths, threads, repeats, no_model, peak_of) -> None:
+def main(
+    released_code, out, shapes, dtypes, device, lengths, threads, repeats, no_model, peak_of
+) -> None:
     if threads:
         torch.set_num_threads(threads)
     if peak_of:
@@ -211,7 +286,13 @@ def main(released_code, out, shapes, dtypes, device, lengths, threads, repeats, 
         for dtype in dtypes:
             where = {"shape": shape, "dtype": dtype}
             with torch.no_grad():
-                _bench_ffn(Ffn(shape, DTYPES[dtype], device, released_code), where, lengths, repeats, results["ffn"])
+                _bench_ffn(
+                    Ffn(shape, DTYPES[dtype], device, released_code),
+                    where,
+                    lengths,
+                    repeats,
+                    results["ffn"],
+                )
                 if not no_model:
                     layers = 4 if shape == "Qwen2-7B" else 12
                     model = whole_model(shape, layers, 2048, DTYPES[dtype], device, repeats)
@@ -219,7 +300,11 @@ def main(released_code, out, shapes, dtypes, device, lengths, threads, repeats, 
                     print(json.dumps(results["model"][-1]), file=sys.stderr, flush=True)
             sizes = state_bytes(shape, DTYPES[dtype])
             variants = ["memory", "released"] if released_code else ["memory"]
-            peaks = {v: peak_bytes(shape, dtype, v, released_code) for v in variants} if device == "cpu" else {}
+            peaks = (
+                {v: peak_bytes(shape, dtype, v, released_code) for v in variants}
+                if device == "cpu"
+                else {}
+            )
             results["memory"].append({**where, **sizes, "peak": peaks})
             print(json.dumps(results["memory"][-1]), file=sys.stderr, flush=True)
     if out:
@@ -236,18 +321,34 @@ def _beside(old: dict, new: dict) -> dict:
     def case(row: dict) -> tuple:
         return row["shape"], row["dtype"], row.get("case")
 
-    parts = {part: {case(row): row for row in old[part] + new[part]} for part in ("ffn", "model", "memory")}
-    return {"machine": new["machine"], **{part: list(rows.values()) for part, rows in parts.items()}}
+    parts = {
+        part: {case(row): row for row in old[part] + new[part]}
+        for part in ("ffn", "model", "memory")
+    }
+    return {
+        "machine": new["machine"],
+        **{part: list(rows.values()) for part, rows in parts.items()},
+    }
 
 
 def _bench_ffn(ffn: Ffn, where: dict, lengths: list[int], repeats: int, results: list) -> None:
     cases: list[tuple[str, Callable[[], dict]]] = [
-        (f"prefill {length}", lambda length=length: prefill(ffn, length, repeats if length < 10000 else max(1, repeats // 3)))  # type: ignore[misc]
+        (
+            f"prefill {length}",
+            lambda length=length: prefill(
+                ffn, length, repeats if length < 10000 else max(1, repeats // 3)
+            ),
+        )  # type: ignore[misc]
         for length in lengths
     ]
     for rows in (1, 8):
         for name, context in (("short", 200), ("long", 2048 + 100)):
-            cases.append((f"decode, batch {rows}, {name}", lambda r=rows, c=context: decode(ffn, r, c, 20 * repeats)))  # type: ignore[misc]
+            cases.append(
+                (
+                    f"decode, batch {rows}, {name}",
+                    lambda r=rows, c=context: decode(ffn, r, c, 20 * repeats),
+                )
+            )  # type: ignore[misc]
     for name, run in cases:
         results.append({**where, "case": name, **run()})
         print(json.dumps(results[-1]), file=sys.stderr, flush=True)

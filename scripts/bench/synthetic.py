@@ -1,4 +1,6 @@
-"""Synthetic checkpoints of real shapes, for benchmarks and tests: random weights, or headers alone."""
+"""Synthetic checkpoints of real shapes, for benchmarks and tests: random weights, or
+headers alone.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ def tensor_shapes(config: transformers.PretrainedConfig) -> dict[str, tuple[int,
     """Name -> shape of every tensor of a checkpoint, from the model on the meta device."""
     with torch.device("meta"):
         model = getattr(transformers, config.architectures[0])(config)
-    return {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}  # a tied one once
+    # A tied one once.
+    return {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
 
 
 def shards(shapes: dict[str, tuple[int, ...]]) -> list[list[str]]:
@@ -36,15 +39,23 @@ def shards(shapes: dict[str, tuple[int, ...]]) -> list[list[str]]:
 
 
 def write_random(folder: Path, config: transformers.PretrainedConfig, clusters: int = 64) -> None:
-    """bf16 weights; the rows of gate projections lean to one of `clusters` directions, as mild structure."""
+    """bf16 weights; the rows of gate projections lean to one of `clusters` directions, as mild
+    structure.
+    """
     generator = torch.Generator().manual_seed(0)
     shapes = tensor_shapes(config)
     for file, names in _files(folder, config, shapes):
-        save_file({name: _weights(name, shapes[name], clusters, generator) for name in names}, file, {"format": "pt"})
+        save_file(
+            {name: _weights(name, shapes[name], clusters, generator) for name in names},
+            file,
+            {"format": "pt"},
+        )
 
 
 def write_headers(folder: Path, config: transformers.PretrainedConfig) -> None:
-    """Shards whose data is a hole: as large as the model to look at, and hardly anything on the disk."""
+    """Shards whose data is a hole: as large as the model to look at, and hardly anything on the
+    disk.
+    """
     shapes = tensor_shapes(config)
     for file, names in _files(folder, config, shapes):
         header, end = {}, 0
@@ -57,27 +68,41 @@ def write_headers(folder: Path, config: transformers.PretrainedConfig) -> None:
             out.truncate(8 + len(text) + end)
 
 
-def _files(folder: Path, config: transformers.PretrainedConfig, shapes: dict) -> Iterator[tuple[Path, list[str]]]:
+def _files(
+    folder: Path, config: transformers.PretrainedConfig, shapes: dict
+) -> Iterator[tuple[Path, list[str]]]:
     folder.mkdir(parents=True)
     groups = shards(shapes)
     count = len(groups)
     weight_map = {}
     for i, names in enumerate(groups):
-        file = folder / (f"model-{i + 1:05}-of-{count:05}.safetensors" if count > 1 else "model.safetensors")
+        file = folder / (
+            f"model-{i + 1:05}-of-{count:05}.safetensors" if count > 1 else "model.safetensors"
+        )
         weight_map.update(dict.fromkeys(names, file.name))
         yield file, names
     if count > 1:
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": weight_map})
+        )
     config.save_pretrained(folder)
 
 
-def _weights(name: str, shape: tuple[int, ...], clusters: int, generator: torch.Generator) -> torch.Tensor:
+def _weights(
+    name: str, shape: tuple[int, ...], clusters: int, generator: torch.Generator
+) -> torch.Tensor:
     if "gate_proj" not in name:
-        block = torch.randn(min(math.prod(shape), 1 << 22), generator=generator).mul_(0.02).bfloat16()
-        return block.repeat(math.ceil(math.prod(shape) / len(block)))[: math.prod(shape)].reshape(shape)
+        block = (
+            torch.randn(min(math.prod(shape), 1 << 22), generator=generator).mul_(0.02).bfloat16()
+        )
+        return block.repeat(math.ceil(math.prod(shape) / len(block)))[: math.prod(shape)].reshape(
+            shape
+        )
     centres = torch.randn(clusters, shape[1], generator=generator)
     rows = torch.empty(shape, dtype=torch.bfloat16)
     for part in rows.split(1024):
         members = torch.randint(clusters, (len(part),), generator=generator)
-        part.copy_((0.5 * centres[members] + torch.randn(part.shape, generator=generator)).mul_(0.02))
+        part.copy_(
+            (0.5 * centres[members] + torch.randn(part.shape, generator=generator)).mul_(0.02)
+        )
     return rows

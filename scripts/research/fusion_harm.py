@@ -1,10 +1,12 @@
-"""What the fusion memory costs a real model: nats a token of real text, beside the same model without it.
+"""What the fusion memory costs a real model: nats a token of real text, beside the same model
+without it.
 
     python scripts/research/fusion_harm.py PACELLM --on TEXTS.jsonl [--arm NAME ...] [--out RESULTS.json]
 
-TEXTS holds one {"text": …} a line. Every document is read once by the base model; of its layers below the first
-one with memory the outputs are kept, so an arm computes the layers above alone. A loss is counted from token U on:
-before the first block is finished there is nothing to read. Differences are paired by document.
+TEXTS holds one {"text": …} a line. Every document is read once by the base model; of its layers
+below the first one with memory the outputs are kept, so an arm computes the layers above alone. A
+loss is counted from token U on: before the first block is finished there is nothing to read.
+Differences are paired by document.
 """
 
 from __future__ import annotations
@@ -69,7 +71,8 @@ class Reader:
         self._use(self.layers)
         kept: list[Tensor] = []
         hook = self.layers[self.first].register_forward_pre_hook(
-            lambda _, args, kwargs: kept.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+            lambda _, args, kwargs: kept.append(args[0] if args else kwargs["hidden_states"]),
+            with_kwargs=True,
         )
         with self.model.memory_disabled():
             nats, _ = self._nats(ids)
@@ -90,14 +93,19 @@ class Reader:
 
     def _nats(self, ids: Tensor) -> tuple[Tensor, dict]:
         out = self.model.model(ids, use_cache=True)
-        hidden, head = out.last_hidden_state[0, : -1 : self.every], self.model.get_output_embeddings()
+        hidden, head = (
+            out.last_hidden_state[0, : -1 : self.every],
+            self.model.get_output_embeddings(),
+        )
         chunks = zip(hidden.split(256), ids[0, 1 :: self.every].split(256))
         parts = [cross_entropy(head(x).float(), target, reduction="none") for x, target in chunks]
         return torch.cat(parts), self.model.memory_summary(out.past_key_values)
 
 
 def documents(path: Path, tokenizer: Any, length: int, chosen: list[int]) -> list[Tensor]:
-    """The first `length` tokens of the texts with these numbers, among those that are long enough, [1, length] each."""
+    """The first `length` tokens of the texts with these numbers, among those that are long enough,
+    [1, length] each.
+    """
     texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
     cut = (tokenizer(text, return_tensors="pt").input_ids[:, :length] for text in texts)
     long = [ids for ids in cut if ids.shape[1] == length]
@@ -115,15 +123,28 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path)
     parser.add_argument("--on", type=Path, required=True)
     parser.add_argument("--length", type=int, default=2048, help="tokens of each document")
-    parser.add_argument("--documents", type=int, action="append", help="numbers from 0, several times; by default 0 to 3")
-    parser.add_argument("--every", type=int, default=1, help="count the loss of every so many tokens")
+    parser.add_argument(
+        "--documents",
+        type=int,
+        action="append",
+        help="numbers from 0, several times; by default 0 to 3",
+    )
+    parser.add_argument(
+        "--every", type=int, default=1, help="count the loss of every so many tokens"
+    )
     parser.add_argument("--interval", type=int, action="append", help="U, several times")
-    parser.add_argument("--arm", action="append", choices=list(ARMS), help="several times; by default all")
-    parser.add_argument("--arms", type=json.loads, default={}, help="other arms, a JSON object of name: parameters")
+    parser.add_argument(
+        "--arm", action="append", choices=list(ARMS), help="several times; by default all"
+    )
+    parser.add_argument(
+        "--arms", type=json.loads, default={}, help="other arms, a JSON object of name: parameters"
+    )
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     return parser.parse_args()
 
@@ -132,9 +153,14 @@ def main() -> None:
     """Measure every arm at every interval, document by document."""
     asked = parse()
     intervals, chosen = asked.interval or INTERVALS, asked.documents or [0, 1, 2, 3]
-    arms = {**{name: ARMS[name] for name in asked.arm or ([] if asked.arms else ARMS)}, **asked.arms}
+    arms = {
+        **{name: ARMS[name] for name in asked.arm or ([] if asked.arms else ARMS)},
+        **asked.arms,
+    }
     tokenizer = AutoTokenizer.from_pretrained(asked.model, trust_remote_code=True)
-    model = AutoModelForCausalLM.from_pretrained(asked.model, trust_remote_code=True, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        asked.model, trust_remote_code=True, dtype=torch.float32
+    ).eval()
     original = dict(model.config.pace["memory"])
     reader = Reader(model, min(original["layers"]), asked.every)
     rows: dict[tuple[str, int], list[dict]] = {(name, u): [] for name in arms for u in intervals}
@@ -144,18 +170,33 @@ def main() -> None:
         for name, u in rows:
             nats, summary = reader.arm(ids, {**original, **arms[name], "update_interval": u})
             lost = float((nats - base)[(u - 1) // asked.every :].mean())
-            did = {layer: {what: s[what][0] for what in ("filled", "kept", "mixed", "reused")} for layer, s in summary.items()}
-            rows[name, u].append({"document": number, "base": float(base.mean()), "lost": lost, "did": did})
+            did = {
+                layer: {what: s[what][0] for what in ("filled", "kept", "mixed", "reused")}
+                for layer, s in summary.items()
+            }
+            rows[name, u].append(
+                {"document": number, "base": float(base.mean()), "lost": lost, "did": did}
+            )
             print(f"  {name:28} U {u:4}  {lost:+.5f}  {did}", flush=True)
             if asked.out:
                 table = [
-                    {"arm": name, "interval": u, "parameters": arms[name], "documents": row} for (name, u), row in rows.items()
+                    {"arm": name, "interval": u, "parameters": arms[name], "documents": row}
+                    for (name, u), row in rows.items()
                 ]
-                asked.out.write_text(json.dumps({"model": asked.model.name, "length": asked.length, "rows": table}, indent=1))
+                asked.out.write_text(
+                    json.dumps(
+                        {"model": asked.model.name, "length": asked.length, "rows": table}, indent=1
+                    )
+                )
     print("\nnats a token more than the base, mean and 95 % interval over documents")
     for name in arms:
         cells = (interval([row["lost"] for row in rows[name, u]]) for u in intervals)
-        print(f"{name:28} " + "  ".join(f"U {u}: {mean:+.5f} ± {half:.5f}" for u, (mean, half) in zip(intervals, cells)))
+        print(
+            f"{name:28} "
+            + "  ".join(
+                f"U {u}: {mean:+.5f} ± {half:.5f}" for u, (mean, half) in zip(intervals, cells)
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -40,7 +40,9 @@ def check(model: Reference) -> list[dict]:
         program = str(Path(sys.executable).with_name("pace-convert"))
         command = [program, str(reference_model()), out, "--update-interval", str(INTERVAL)]
         subprocess.run(command, check=True, capture_output=True)
-        converted = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, dtype=torch.float32).eval()
+        converted = AutoModelForCausalLM.from_pretrained(
+            out, trust_remote_code=True, dtype=torch.float32
+        ).eval()
         theirs = pick(converted(batch.ids).logits, ask)
     base = pick(batch.trunk.logits, ask)
     return [
@@ -54,7 +56,9 @@ def check(model: Reference) -> list[dict]:
 
 
 @click.command(help=__doc__.split("\n\n")[0])
-@click.option("--small", is_flag=True, help="An eighth of the stories, into runs/study: a trial run.")
+@click.option(
+    "--small", is_flag=True, help="An eighth of the stories, into runs/study: a trial run."
+)
 @torch.no_grad()
 def main(small: bool) -> None:
     torch.set_num_threads(1)

@@ -1,7 +1,9 @@
-"""A forward pass of the reference model that can start at any layer and have a memory in any layer's FFN.
+"""A forward pass of the reference model that can start at any layer and have a memory in any
+layer's FFN.
 
-B stories of L words, Q questions each, D = intermediate_size, H = hidden_size. Answers are taken as a teacher
-forces them: at `ask` [B, Q], the positions before the answers, the right earlier answers standing in the text.
+B stories of L words, Q questions each, D = intermediate_size, H = hidden_size. Answers are taken as
+a teacher forces them: at `ask` [B, Q], the positions before the answers, the right earlier answers
+standing in the text.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ Memory = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Trunk:
-    """The base model's own pass: the residual stream before each layer's FFN, [B, L, H], and the logits."""
+    """The base model's own pass: the residual stream before each layer's FFN, [B, L, H], and the
+    logits.
+    """
 
     before_ffn: list[Tensor]
     logits: Tensor
@@ -39,8 +43,11 @@ class Reference:
         x = block.post_attention_layernorm(x)
         return F.silu(block.mlp.gate_proj(x)) * block.mlp.up_proj(x)
 
-    def attend(self, layer: int, x: Tensor, ask: Tensor | None = None, cap: int | None = None) -> Tensor:
-        """The residual after a layer's attention; with `ask` [B, Q] at these positions alone, [B, Q, H].
+    def attend(
+        self, layer: int, x: Tensor, ask: Tensor | None = None, cap: int | None = None
+    ) -> Tensor:
+        """The residual after a layer's attention; with `ask` [B, Q] at these positions alone, [B,
+        Q, H].
 
         cap: distances above it count as it (Su 2023, "ReRoPE"), for the asking positions.
         """
@@ -52,12 +59,18 @@ class Reference:
         mixed = torch.matmul(weights, v).transpose(1, 2).flatten(2)
         return pick(x, ask) + attention.o_proj(mixed)
 
-    def weights(self, layer: int, x: Tensor, ask: Tensor, cap: int | None = None) -> tuple[Tensor, Tensor]:
+    def weights(
+        self, layer: int, x: Tensor, ask: Tensor, cap: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Attention of the asking positions, [B, heads, Q, L], and the values, [B, heads, L, d]."""
         attention, normed = self.layers[layer].self_attn, self.layers[layer].input_layernorm(x)
         q, k, v = (
             project(y).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-            for project, y in ((attention.q_proj, pick(normed, ask)), (attention.k_proj, normed), (attention.v_proj, normed))
+            for project, y in (
+                (attention.q_proj, pick(normed, ask)),
+                (attention.k_proj, normed),
+                (attention.v_proj, normed),
+            )
         )
         k, v = (y.repeat_interleave(q.shape[1] // k.shape[1], 1) for y in (k, v))
         distance = ask[:, :, None] - torch.arange(x.shape[1])  # [B, Q, L]
@@ -87,8 +100,11 @@ class Reference:
     def logits(self, x: Tensor) -> Tensor:
         return self.head(self.model.norm(x))
 
-    def resume(self, before: Tensor, first: int, ask: Tensor, memories: Mapping[int, Memory], caps=None) -> Tensor:
-        """Logits [B, Q, V] of a pass that goes on before the FFN of layer `first`, with memories in layers.
+    def resume(
+        self, before: Tensor, first: int, ask: Tensor, memories: Mapping[int, Memory], caps=None
+    ) -> Tensor:
+        """Logits [B, Q, V] of a pass that goes on before the FFN of layer `first`, with memories in
+        layers.
 
         Where no memory follows, the last layer is computed at the asking positions alone.
         """
@@ -96,7 +112,9 @@ class Reference:
         for layer in range(first, len(self.layers)):
             last = layer == len(self.layers) - 1
             if layer > first:
-                x = self.attend(layer, x, ask if last and layer not in memories else None, caps.get(layer))
+                x = self.attend(
+                    layer, x, ask if last and layer not in memories else None, caps.get(layer)
+                )
             h = self.activation(layer, x)
             if layer in memories:
                 h = memories[layer](h)

@@ -1,7 +1,7 @@
 """The shipped memory inside one forward of a whole story, and what it could retrieve.
 
-A memory takes a layer's FFN activations h [B, L, D] of whole stories and returns h'. It goes through them block
-by block, a token reading what stood in the memory when its block began.
+A memory takes a layer's FFN activations h [B, L, D] of whole stories and returns h'. It goes
+through them block by block, a token reading what stood in the memory when its block began.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ Seen = Callable[[int, Tensor, Tensor, Found, Bank, Draft], None]
 class Plain:
     """The shipped memory, as one pass.
 
-    order: [D] int64, the neurons' order in which experts are contiguous. seen: called with each block's
-    (first, h, h', found, bank, draft).
+    order: [D] int64, the neurons' order in which experts are contiguous. seen: called with each
+    block's (first, h, h', found, bank, draft).
     """
 
-    def __init__(self, settings: MemorySettings, order: Tensor | None = None, seen: Seen | None = None) -> None:
+    def __init__(
+        self, settings: MemorySettings, order: Tensor | None = None, seen: Seen | None = None
+    ) -> None:
         self.settings, self.order, self.seen = settings, order, seen
 
     def __call__(self, h: Tensor) -> Tensor:
@@ -54,7 +56,9 @@ class Plain:
 
 @dataclass
 class Batch:
-    """Some stories and what the base model makes of them; what memories are made of is computed once."""
+    """Some stories and what the base model makes of them; what memories are made of is computed
+    once.
+    """
 
     model: Reference
     ids: Tensor
@@ -72,9 +76,10 @@ class Batch:
     def values(self, kind: str, layer: int) -> Tensor:
         """What a memory of this layer would retrieve, by token, [B, L, D].
 
-        "own": the activation. "contrast": less the mean so far. "residual": the activation whose output is the
-        residual stream before this FFN, less the mean so far. "word": whose output points to the token's own
-        embedding less the mean embedding, as long as activations are on average.
+        "own": the activation. "contrast": less the mean so far. "residual": the activation whose
+        output is the residual stream before this FFN, less the mean so far. "word": whose output
+        points to the token's own embedding less the mean embedding, as long as activations are on
+        average.
         """
         h = self.h(layer)
         if kind in ("own", "contrast"):
@@ -84,7 +89,9 @@ class Batch:
             x = self.trunk.before_ffn[layer]
             return (x - _running_mean(x)) @ inverse
         table = self.model.model.embed_tokens.weight
-        return F.normalize((table - table.mean(0)) @ inverse, dim=-1)[self.ids] * _running_mean(h.norm(dim=-1, keepdim=True))
+        return F.normalize((table - table.mean(0)) @ inverse, dim=-1)[self.ids] * _running_mean(
+            h.norm(dim=-1, keepdim=True)
+        )
 
 
 def _running_mean(x: Tensor) -> Tensor:

@@ -23,8 +23,21 @@ def look_up(rows: list[dict], path: Path) -> None:
     ):
         left.plot(middle, [r[key] for r in by_distance], style, label=label, markersize=4)
     left.axvline(1024, color="0.6", linewidth=1)
-    left.text(1000, 0.62, "longest training text", color="0.4", fontsize=8, rotation=90, ha="right", va="center")
-    left.set(xlabel="distance from fact to question (words)", ylim=(-0.03, 1.05), title="8 facts, texts of 2048 and 4096 words")
+    left.text(
+        1000,
+        0.62,
+        "longest training text",
+        color="0.4",
+        fontsize=8,
+        rotation=90,
+        ha="right",
+        va="center",
+    )
+    left.set(
+        xlabel="distance from fact to question (words)",
+        ylim=(-0.03, 1.05),
+        title="8 facts, texts of 2048 and 4096 words",
+    )
     figure.legend(*left.get_legend_handles_labels(), fontsize=8, ncols=2, loc="outside lower left")
     lengths = [r["length"] for r in by_length]
     for key, label, style in (
@@ -40,7 +53,9 @@ def look_up(rows: list[dict], path: Path) -> None:
         ylim=(-0.03, 1.05),
         title="base model, 8 facts",
     )
-    right.set_xticks([512, 1024, 2048, 4096, 8192], ["512", "1024", "2048", "4096", "8192"], minor=False)
+    right.set_xticks(
+        [512, 1024, 2048, 4096, 8192], ["512", "1024", "2048", "4096", "8192"], minor=False
+    )
     right.minorticks_off()
     right.legend(fontsize=8, loc="lower left")
     figure.savefig(path / "why_look_up.png", dpi=100)
@@ -58,8 +73,14 @@ def oracles(rows: list[dict], path: Path) -> None:
     )
     figure, axis = plt.subplots(figsize=(9, 3.8), layout="constrained")
     for i, (value, weight, label) in enumerate(shown):
-        found = sorted((r["layer"], r["accuracy"]) for r in rows if r["value"] == value and r["weight"] == weight)
-        axis.bar([layer + (i - 2) * 0.16 for layer, _ in found], [a for _, a in found], 0.15, label=label)
+        found = sorted(
+            (r["layer"], r["accuracy"])
+            for r in rows
+            if r["value"] == value and r["weight"] == weight
+        )
+        axis.bar(
+            [layer + (i - 2) * 0.16 for layer, _ in found], [a for _, a in found], 0.15, label=label
+        )
     axis.axhline(base, color="black", linestyle="--", linewidth=1, label="base model")
     axis.set_xticks(range(4), [f"layer {i}" for i in range(4)])
     axis.set(

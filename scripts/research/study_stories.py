@@ -16,10 +16,20 @@ from pace_convert.reference.words import ASSISTANT, CODES, NAMES
 
 SELECTION_SEED = 10_000
 TOKENS = 16_384  # a batch
-KINDS = ("filler", "fact name", "fact code", "rest of fact", "question name", "<assistant>", "rest of question")
+KINDS = (
+    "filler",
+    "fact name",
+    "fact code",
+    "rest of fact",
+    "question name",
+    "<assistant>",
+    "rest of question",
+)
 
 
-def make_stories(task: str, length: int, count: int, seed: int, depth: float | None = None) -> list[Story]:
+def make_stories(
+    task: str, length: int, count: int, seed: int, depth: float | None = None
+) -> list[Story]:
     """Held-out stories. depth: where all facts stand together; None: anywhere."""
     rng = np.random.default_rng([seed, length, list(TASKS).index(task)])
     return [make_story(rng, length, *TASKS[task], held_out=True, depth=depth) for _ in range(count)]

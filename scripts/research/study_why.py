@@ -1,4 +1,6 @@
-"""Why a fusion of activations moves no answer: where the base fails, what the memory does, what an oracle could do."""
+"""Why a fusion of activations moves no answer: where the base fails, what the memory does, what an
+oracle could do.
+"""
 
 from __future__ import annotations
 
@@ -19,20 +21,35 @@ INTERVAL = 64
 
 
 def look_up(model: Reference, longest: int, count: int) -> list[dict]:
-    """Accuracy and the look-up head's attention by length and by distance, and with distances capped."""
+    """Accuracy and the look-up head's attention by length and by distance, and with distances
+    capped.
+    """
     records, pairs = [], []
     for length in (512, 1024, 1280, 1536, 2048, 3072, 4096, longest):
         number = count if length <= 2048 else count // 2 if length <= 4096 else count // 4
-        parts = [_look_up_batch(model, *b) for b in batches(model, make_stories("multi8", length, number, SELECTION_SEED))]
+        parts = [
+            _look_up_batch(model, *b)
+            for b in batches(model, make_stories("multi8", length, number, SELECTION_SEED))
+        ]
         cell = {key: torch.cat([p[key] for p in parts]) for key in parts[0]}
         depth = max(0.0, 1 - NEAR / length)
         near = [
-            _look_up_batch(model, *b) for b in batches(model, make_stories("multi8", length, max(2, number // 2), 1, depth))
+            _look_up_batch(model, *b)
+            for b in batches(model, make_stories("multi8", length, max(2, number // 2), 1, depth))
         ]
-        means = {key: cell[key].float().mean().item() for key in ("right", "attention", "itself", "capped")}
+        means = {
+            key: cell[key].float().mean().item()
+            for key in ("right", "attention", "itself", "capped")
+        }
         facts_near = torch.cat([p["right"] for p in near]).float().mean().item()
         records.append(
-            {"table": "length", "length": length, "questions": cell["right"].numel(), **means, "facts_near": facts_near}
+            {
+                "table": "length",
+                "length": length,
+                "questions": cell["right"].numel(),
+                **means,
+                "facts_near": facts_near,
+            }
         )
         if length in (2048, 4096):
             pairs.append(cell)
@@ -40,16 +57,31 @@ def look_up(model: Reference, longest: int, count: int) -> list[dict]:
     for low in range(0, 4096, 256):
         here = (pooled["distance"] >= low) & (pooled["distance"] < low + 256)
         if here.any():
-            means = {key: pooled[key][here].float().mean().item() for key in ("right", "attention", "itself", "capped")}
-            records.append({"table": "distance", "low": low, "high": low + 256, "questions": int(here.sum()), **means})
+            means = {
+                key: pooled[key][here].float().mean().item()
+                for key in ("right", "attention", "itself", "capped")
+            }
+            records.append(
+                {
+                    "table": "distance",
+                    "low": low,
+                    "high": low + 256,
+                    "questions": int(here.sum()),
+                    **means,
+                }
+            )
     return records
 
 
 def _look_up_batch(model: Reference, batch: Batch, ask: Tensor, stories: list) -> dict[str, Tensor]:
-    """By question [B, Q]: whether right, distance, attention on the fact's code and on itself, right with capped distances."""
+    """By question [B, Q]: whether right, distance, attention on the fact's code and on itself,
+    right with capped distances.
+    """
     source, before = sources(stories), batch.trunk.before_ffn
     answers = batch.ids.gather(1, ask + 1)
-    x = before[LOOK_UP_LAYER - 1] + model.layers[LOOK_UP_LAYER - 1].mlp.down_proj(batch.h(LOOK_UP_LAYER - 1))
+    x = before[LOOK_UP_LAYER - 1] + model.layers[LOOK_UP_LAYER - 1].mlp.down_proj(
+        batch.h(LOOK_UP_LAYER - 1)
+    )
     weights = model.weights(LOOK_UP_LAYER, x, ask)[0][:, LOOK_UP_HEAD]
     capped = before[LOOK_UP_LAYER].scatter(
         1, ask[..., None].expand(-1, -1, x.shape[-1]), model.attend(LOOK_UP_LAYER, x, ask, CAP)
@@ -74,11 +106,15 @@ class _Watch:
             torch.zeros(kind.shape),
         )
         self.origin: Tensor | None = None
-        self.origins: list[tuple[Tensor, Tensor]] = []  # by block: what each slot came from, and each token's top k
+        # By block: what each slot came from, and each token's top k.
+        self.origins: list[tuple[Tensor, Tensor]] = []
 
     def __call__(self, first, h, fused, found, bank, draft) -> None:
         part = slice(first, first + h.shape[1])
-        self.best[:, part], self.decision[:, part] = found.best.clamp_min(-1), found.decision[..., 0].float()
+        self.best[:, part], self.decision[:, part] = (
+            found.best.clamp_min(-1),
+            found.decision[..., 0].float(),
+        )
         self.moved[:, part] = (fused - h).norm(dim=-1) / h.norm(dim=-1).clamp_min(1e-9)
         if self.origin is None:
             self.origin = torch.full(bank.valid.shape, -1)
@@ -87,20 +123,40 @@ class _Watch:
 
 
 def memory(model: Reference, length: int, count: int) -> list[dict]:
-    """The plain memory in each layer alone, and where it is put by default: what it finds, holds and moves."""
+    """The plain memory in each layer alone, and where it is put by default: what it finds, holds
+    and moves.
+    """
     records = []
     for layers in ((0,), (1,), (2,), (3,), (1, 2)):
         settings = MemorySettings(layers=layers, update_interval=INTERVAL)
         parts = []
-        for batch, ask, stories in batches(model, make_stories("multi8", length, count, SELECTION_SEED)):
+        for batch, ask, stories in batches(
+            model, make_stories("multi8", length, count, SELECTION_SEED)
+        ):
             watches = {layer: _Watch(kinds(stories)) for layer in layers}
             memories = {layer: Plain(settings, seen=watches[layer]) for layer in layers}
             logits = model.resume(batch.trunk.before_ffn[layers[0]], layers[0], ask, memories)
-            parts.append((watches[layers[0]], ask, sources(stories), pick(batch.trunk.logits, ask), logits, batch.ids))
-        records.append({"table": "effect", "layers": list(layers), "length": length, **_effect(parts)})
+            parts.append(
+                (
+                    watches[layers[0]],
+                    ask,
+                    sources(stories),
+                    pick(batch.trunk.logits, ask),
+                    logits,
+                    batch.ids,
+                )
+            )
+        records.append(
+            {"table": "effect", "layers": list(layers), "length": length, **_effect(parts)}
+        )
         if len(layers) == 1:
-            records += [{"table": "kind", "layers": list(layers), "length": length, **row} for row in _by_kind(parts)]
-            records.append({"table": "bank", "layers": list(layers), "length": length, **_held(parts)})
+            records += [
+                {"table": "kind", "layers": list(layers), "length": length, **row}
+                for row in _by_kind(parts)
+            ]
+            records.append(
+                {"table": "bank", "layers": list(layers), "length": length, **_held(parts)}
+            )
     return records
 
 
@@ -108,7 +164,9 @@ def _effect(parts: list) -> dict:
     """How far answers move: KL of the next word, the right answer's margin, flips."""
     base, now = (torch.cat([p[i].flatten(0, 1) for p in parts]) for i in (3, 4))
     answers = torch.cat([p[5].gather(1, p[1] + 1).flatten() for p in parts])
-    kl = F.kl_div(now.log_softmax(-1), base.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+    kl = F.kl_div(now.log_softmax(-1), base.log_softmax(-1), log_target=True, reduction="none").sum(
+        -1
+    )
     change = _margin(now, answers) - _margin(base, answers)
     right, before = now.argmax(-1) == answers, base.argmax(-1) == answers
     return {
@@ -130,7 +188,9 @@ def _margin(logits: Tensor, answers: Tensor) -> Tensor:
 
 
 def _by_kind(parts: list) -> list[dict]:
-    """By kind of token, once a bank is there: quantiles of s_max, decisions and movement |h' - h| / |h|."""
+    """By kind of token, once a bank is there: quantiles of s_max, decisions and movement |h' - h| /
+    |h|.
+    """
     best, decision, moved, kind = (
         torch.cat([getattr(p[0], name)[:, INTERVAL:].flatten() for p in parts])
         for name in ("best", "decision", "moved", "kind")
@@ -140,16 +200,26 @@ def _by_kind(parts: list) -> list[dict]:
         here = kind == number
         quantiles = best[here].quantile(torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])).tolist()
         shares = [(decision[here] == state).float().mean().item() for state in range(3)]
-        row = {"kind": name, "s_max_quantiles": quantiles, **dict(zip(("kept", "mixed", "reused"), shares))}
+        row = {
+            "kind": name,
+            "s_max_quantiles": quantiles,
+            **dict(zip(("kept", "mixed", "reused"), shares)),
+        }
         rows.append({**row, "moved_median": moved[here].median().item()})
     return rows
 
 
 def _held(parts: list) -> dict:
-    """What the slots came from at the end, and whether the asked fact's tokens are held and found when asked for."""
+    """What the slots came from at the end, and whether the asked fact's tokens are held and found
+    when asked for.
+    """
     origin = torch.cat([p[0].origin for p in parts])
-    kind = torch.cat([p[0].kind.gather(1, p[0].origin.clamp_min(0)) for p in parts]).masked_fill(origin < 0, -1)
-    held = {f"slots_{name}": (kind == number).float().mean().item() for number, name in enumerate(KINDS)}
+    kind = torch.cat([p[0].kind.gather(1, p[0].origin.clamp_min(0)) for p in parts]).masked_fill(
+        origin < 0, -1
+    )
+    held = {
+        f"slots_{name}": (kind == number).float().mean().item() for number, name in enumerate(KINDS)
+    }
     seen = {"code_held": [], "name_held": [], "fact_in_top_k": []}
     for watch, ask, source, *_ in parts:
         for row in range(len(ask)):
@@ -162,39 +232,74 @@ def _held(parts: list) -> dict:
     return {**held, **{name: sum(found) / len(found) for name, found in seen.items()}}
 
 
-ORACLES = (("own", False, 0.2), ("own", False, 0.5), ("own", False, 1.0), ("contrast", True, 1.0), ("contrast", True, 2.0))
-ORACLES += (("residual", True, 1.0), ("residual", True, 2.0), ("residual", True, 4.0), ("word", True, 1.0), ("word", True, 2.0))
+ORACLES = (
+    ("own", False, 0.2),
+    ("own", False, 0.5),
+    ("own", False, 1.0),
+    ("contrast", True, 1.0),
+    ("contrast", True, 2.0),
+)
+ORACLES += (
+    ("residual", True, 1.0),
+    ("residual", True, 2.0),
+    ("residual", True, 4.0),
+    ("word", True, 1.0),
+    ("word", True, 2.0),
+)
 
 
 def oracle(model: Reference, length: int, count: int) -> list[dict]:
-    """Accuracy if the asking token is fused with the right fact's value, found by no search at all."""
+    """Accuracy if the asking token is fused with the right fact's value, found by no search
+    at all.
+    """
     right: dict[tuple, list[Tensor]] = {}
-    for batch, ask, stories in batches(model, make_stories("multi8", length, count, SELECTION_SEED)):
+    for batch, ask, stories in batches(
+        model, make_stories("multi8", length, count, SELECTION_SEED)
+    ):
         source, answers = sources(stories), batch.ids.gather(1, ask + 1)
-        right.setdefault(("base", False, 0.0, 0), []).append(pick(batch.trunk.logits, ask).argmax(-1) == answers)
+        right.setdefault(("base", False, 0.0, 0), []).append(
+            pick(batch.trunk.logits, ask).argmax(-1) == answers
+        )
         for layer in range(len(model.layers)):
             h = batch.h(layer)
             for value, add, weight in ORACLES:
                 found = pick(batch.values(value, layer), source)
-                new = pick(h, ask) + weight * found if add else torch.lerp(pick(h, ask), found, weight)
+                new = (
+                    pick(h, ask) + weight * found
+                    if add
+                    else torch.lerp(pick(h, ask), found, weight)
+                )
                 fused = h.scatter(1, ask[..., None].expand(-1, -1, h.shape[-1]), new)
-                logits = model.resume(batch.trunk.before_ffn[layer], layer, ask, {layer: lambda _, fused=fused: fused})
-                right.setdefault((value, add, weight, layer), []).append(logits.argmax(-1) == answers)
+                logits = model.resume(
+                    batch.trunk.before_ffn[layer], layer, ask, {layer: lambda _, fused=fused: fused}
+                )
+                right.setdefault((value, add, weight, layer), []).append(
+                    logits.argmax(-1) == answers
+                )
     names = ("value", "added", "weight", "layer")
     return [
-        {"table": "oracle", **dict(zip(names, key)), "accuracy": torch.cat(r).float().mean().item()} for key, r in right.items()
+        {"table": "oracle", **dict(zip(names, key)), "accuracy": torch.cat(r).float().mean().item()}
+        for key, r in right.items()
     ]
 
 
 def retrieval(model: Reference, length: int, count: int) -> list[dict]:
-    """How often the right fact's code is the most similar of all words before the questions, by kind of key.
+    """How often the right fact's code is the most similar of all words before the questions, by
+    kind of key.
 
     And how far the FFN's output at a code points to the code's own embedding.
     """
-    keys = [(layer, lag, centre) for layer in (EMBEDDING, 0, 1, 2, 3) for lag in (0, 2) for centre in (False, True)]
+    keys = [
+        (layer, lag, centre)
+        for layer in (EMBEDDING, 0, 1, 2, 3)
+        for lag in (0, 2)
+        for centre in (False, True)
+    ]
     first: dict[tuple, list[Tensor]] = {key: [] for key in keys}
     identity: dict[int, list[Tensor]] = {layer: [] for layer in range(len(model.layers))}
-    for batch, ask, stories in batches(model, make_stories("multi8", length, count, SELECTION_SEED)):
+    for batch, ask, stories in batches(
+        model, make_stories("multi8", length, count, SELECTION_SEED)
+    ):
         source = sources(stories)
         for key in keys:
             layer, lag, centre = key
@@ -208,38 +313,69 @@ def retrieval(model: Reference, length: int, count: int) -> list[dict]:
             out = model.layers[layer].mlp.down_proj(pick(batch.values("contrast", layer), source))
             found.append(F.cosine_similarity(out, words, dim=-1))
     rows = [
-        {"table": "key", "layer": k[0], "lag": k[1], "centred": k[2], "first": torch.cat(v).float().mean().item()}
+        {
+            "table": "key",
+            "layer": k[0],
+            "lag": k[1],
+            "centred": k[2],
+            "first": torch.cat(v).float().mean().item(),
+        }
         for k, v in first.items()
     ]
-    return rows + [{"table": "identity", "layer": layer, "cosine": torch.cat(v).mean().item()} for layer, v in identity.items()]
+    return rows + [
+        {"table": "identity", "layer": layer, "cosine": torch.cat(v).mean().item()}
+        for layer, v in identity.items()
+    ]
 
 
 ROPES: dict[str, dict] = {
     "as trained": {"rope_type": "default"},
     "linear, factor 2": {"rope_type": "linear", "factor": 2.0},
     "dynamic NTK": {"rope_type": "dynamic", "factor": 2.0},
-    "YaRN, factor 4": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024},
-    "YaRN, factor 8": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 1024},
+    "YaRN, factor 4": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 1024,
+    },
+    "YaRN, factor 8": {
+        "rope_type": "yarn",
+        "factor": 8.0,
+        "original_max_position_embeddings": 1024,
+    },
 }
 
 
 def rope(_: Reference, longest: int, count: int) -> list[dict]:
-    """Accuracy of the same weights with transformers' own RoPE scalings: the remedy that needs no memory."""
+    """Accuracy of the same weights with transformers' own RoPE scalings: the remedy that needs no
+    memory.
+    """
     rows = []
     for name, parameters in ROPES.items():
         scaled = Qwen2ForCausalLM.from_pretrained(
-            reference_model(), rope_parameters={"rope_theta": 10000.0, **parameters}, max_position_embeddings=1024
+            reference_model(),
+            rope_parameters={"rope_theta": 10000.0, **parameters},
+            max_position_embeddings=1024,
         ).eval()
         for length in (512, 1024, 2048, 4096, longest):
             right = []
-            for start in range(0, max(2, count * 1024 // max(length, 1024)), max(1, 16384 // length)):
-                stories = make_stories("multi8", length, max(1, 16384 // length), SELECTION_SEED + start)
+            for start in range(
+                0, max(2, count * 1024 // max(length, 1024)), max(1, 16384 // length)
+            ):
+                stories = make_stories(
+                    "multi8", length, max(1, 16384 // length), SELECTION_SEED + start
+                )
                 ids, marks = encode(stories)
                 answers = marks[:, 1:].bool()
                 right.append((scaled(ids).logits[:, :-1].argmax(-1) == ids[:, 1:])[answers].float())
             found = torch.cat(right)
             rows.append(
-                {"table": "rope", "name": name, "length": length, "questions": len(found), "accuracy": found.mean().item()}
+                {
+                    "table": "rope",
+                    "name": name,
+                    "length": length,
+                    "questions": len(found),
+                    "accuracy": found.mean().item(),
+                }
             )
     return rows
 

@@ -108,15 +108,22 @@ def encode(stories: list[Story]) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, marks
 
 
-def guidance(attentions: tuple[torch.Tensor, ...], stories: list[Story], layer: int) -> torch.Tensor:
+def guidance(
+    attentions: tuple[torch.Tensor, ...], stories: list[Story], layer: int
+) -> torch.Tensor:
     """How far head 0 of the first layer and of `layer` are from looking where the answer is.
 
     Left alone, a model was still guessing among the codes of the text after 1500 steps. So for the
-    first steps we show it where to look (supervised attention: Liu et al. 2016, arXiv 1609.04186): from
-    a code, and from the place that must answer, two words back to the name; and from the place that must
-    answer to the code of the fact.
+    first steps we show it where to look (supervised attention: Liu et al. 2016, arXiv 1609.04186):
+    from a code, and from the place that must answer, two words back to the name; and from the place
+    that must answer to the code of the fact.
     """
-    found = [(row, q.position - 1, q.source) for row, story in enumerate(stories) for q in story.questions if q.hops == 1]
+    found = [
+        (row, q.position - 1, q.source)
+        for row, story in enumerate(stories)
+        for q in story.questions
+        if q.hops == 1
+    ]
     if not found:
         return torch.zeros(())
     row, asking, source = torch.tensor(found).T
@@ -132,7 +139,9 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     return recipe.learning_rate * min(1.0, (step + 1) / recipe.warmup_steps) * share
 
 
-def train_step(model: Qwen2ForCausalLM, optimizer: torch.optim.Optimizer, recipe: Recipe, step: int) -> dict:
+def train_step(
+    model: Qwen2ForCausalLM, optimizer: torch.optim.Optimizer, recipe: Recipe, step: int
+) -> dict:
     """One step; returns the losses and the share of answers that were right."""
     stories = training_stories(recipe, step)
     ids, marks = encode(stories)
@@ -140,11 +149,15 @@ def train_step(model: Qwen2ForCausalLM, optimizer: torch.optim.Optimizer, recipe
     model.set_attn_implementation("eager" if guided else "sdpa")  # only eager returns attentions
     output = model(ids, output_attentions=guided)
     logits, marks = output.logits[:, :-1], marks[:, 1:]
-    losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
+    losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(
+        len(ids), -1
+    )
     answer_loss = (losses * marks).sum() / marks.sum()
     loss = answer_loss + recipe.language_model_weight * losses.mean()
     if guided:
-        loss = loss + recipe.guidance_weight * guidance(output.attentions, stories, recipe.look_up_layer)
+        loss = loss + recipe.guidance_weight * guidance(
+            output.attentions, stories, recipe.look_up_layer
+        )
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for group in optimizer.param_groups:
@@ -152,7 +165,11 @@ def train_step(model: Qwen2ForCausalLM, optimizer: torch.optim.Optimizer, recipe
     optimizer.step()
     optimizer.zero_grad()
     right = ((logits.argmax(-1) == ids[:, 1:]) * marks).sum() / marks.sum()
-    return {"answer_loss": answer_loss.item(), "language_model_loss": losses.mean().item(), "right": right.item()}
+    return {
+        "answer_loss": answer_loss.item(),
+        "language_model_loss": losses.mean().item(),
+        "right": right.item(),
+    }
 
 
 @torch.no_grad()
@@ -164,7 +181,10 @@ def accuracy(model: Qwen2ForCausalLM, task: str, length: int, stories: int, seed
     rng = np.random.default_rng([seed, length])
     right, asked, batch = 0, 0, max(1, 8192 // length)
     for start in range(0, stories, batch):
-        group = [make_story(rng, length, *TASKS[task], held_out=True) for _ in range(min(batch, stories - start))]
+        group = [
+            make_story(rng, length, *TASKS[task], held_out=True)
+            for _ in range(min(batch, stories - start))
+        ]
         ids, marks = encode(group)
         answers = marks[:, 1:].bool()
         predicted = model(ids).logits[:, :-1].argmax(-1)
@@ -176,7 +196,12 @@ def accuracy(model: Qwen2ForCausalLM, task: str, length: int, stories: int, seed
 def save_checkpoint(path: Path, model, optimizer, step: int, curve: list, recipe: Recipe) -> None:
     """Written beside and renamed, so a stop in the middle leaves the old one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "curve": curve}
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "step": step,
+        "curve": curve,
+    }
     torch.save({**state, "recipe": asdict(recipe)}, path.with_suffix(".tmp"))
     path.with_suffix(".tmp").replace(path)
 
@@ -187,7 +212,9 @@ def load_checkpoint(path: Path, model, optimizer, recipe: Recipe) -> tuple[int, 
         return 0, []
     state = torch.load(path, weights_only=True)
     if state["recipe"] != asdict(recipe):
-        raise click.ClickException(f"{path} was written with another recipe; use another --work-dir")
+        raise click.ClickException(
+            f"{path} was written with another recipe; use another --work-dir"
+        )
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     return state["step"], state["curve"]
@@ -196,10 +223,14 @@ def load_checkpoint(path: Path, model, optimizer, recipe: Recipe) -> tuple[int, 
 def train(recipe: Recipe, work_dir: Path, every: int = 100) -> tuple[Qwen2ForCausalLM, list[dict]]:
     """The trained model and its curve; a checkpoint after each `every` steps."""
     model = build_model(recipe.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), betas=(0.9, 0.98), weight_decay=recipe.weight_decay
+    )
     checkpoint = work_dir / "checkpoint.pt"
     start, curve = load_checkpoint(checkpoint, model, optimizer, recipe)
-    progress = tqdm(range(start, recipe.steps), initial=start, total=recipe.steps, desc="train", mininterval=5)
+    progress = tqdm(
+        range(start, recipe.steps), initial=start, total=recipe.steps, desc="train", mininterval=5
+    )
     recent: list[dict] = []
     for step in progress:
         recent.append(train_step(model, optimizer, recipe, step))
@@ -216,7 +247,9 @@ def train(recipe: Recipe, work_dir: Path, every: int = 100) -> tuple[Qwen2ForCau
 
 
 def measure(model: Qwen2ForCausalLM, seed: int, stories: int) -> list[dict]:
-    """Held-out accuracy for each task at lengths inside the training's (up to 1024) and beyond (2048)."""
+    """Held-out accuracy for each task at lengths inside the training's (up to 1024) and beyond
+    (2048).
+    """
     cells = [(task, length) for task in TASKS for length in (128, 256, 512, 1024, 2048)]
     cells = [(t, n) for t, n in cells if not (t == "multi8" and n < 256)]  # eight facts do not fit
     model.eval()
@@ -237,9 +270,16 @@ def plot_curve(curve: list[dict], path: Path) -> None:
     left.plot(steps, [p["language_model_loss"] for p in curve], label="all words")
     left.set(xlabel="step", ylabel="cross-entropy (nats)", title="training loss")
     left.legend()
-    right.plot(steps, [p["right"] for p in curve], label="training batches, two-hop questions included")
+    right.plot(
+        steps, [p["right"] for p in curve], label="training batches, two-hop questions included"
+    )
     held_out = [p for p in curve if "held_out" in p]
-    right.plot([p["step"] for p in held_out], [p["held_out"] for p in held_out], "o-", label="held-out, 4 facts, 256 words")
+    right.plot(
+        [p["step"] for p in held_out],
+        [p["held_out"] for p in held_out],
+        "o-",
+        label="held-out, 4 facts, 256 words",
+    )
     right.set(xlabel="step", ylabel="answers right", title="accuracy", ylim=(0, 1.02))
     right.legend(loc="lower right")
     figure.savefig(path, dpi=110)
@@ -252,23 +292,38 @@ def save(model: Qwen2ForCausalLM, out: Path, report: dict) -> None:
         pad_token_id=WORD_ID[PAD], eos_token_id=WORD_ID[END], max_new_tokens=4, do_sample=False
     )
     model.save_pretrained(out)
-    (out / "model.safetensors").chmod(0o644)  # safetensors writes files that only their owner may read
+    # Safetensors writes files that only their owner may read.
+    (out / "model.safetensors").chmod(0o644)
     TOKENIZER.save_pretrained(out)
     (out / "training.json").write_text(json.dumps(report, indent=1) + "\n")
     plot_curve(report["curve"], out / "training.png")
-    template = Template(Path(__file__).with_name("reference_card.md.jinja").read_text(), trim_blocks=True)
+    template = Template(
+        Path(__file__).with_name("reference_card.md.jinja").read_text(), trim_blocks=True
+    )
     (out / "README.md").write_text(template.render(report=report, config=model.config) + "\n")
 
 
 @click.command(help=__doc__.split("\n\n")[0])
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Where the model goes.")
-@click.option("--work-dir", type=click.Path(path_type=Path), default=Path("runs/reference"), show_default=True)
+@click.option(
+    "--work-dir", type=click.Path(path_type=Path), default=Path("runs/reference"), show_default=True
+)
 @click.option("--steps", default=4600, show_default=True, type=click.IntRange(1))
 @click.option("--seed", default=0, show_default=True)
 @click.option(
-    "--threads", default=1, show_default=True, type=click.IntRange(1), help="Part of the recipe: sums round differently."
+    "--threads",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Part of the recipe: sums round differently.",
 )
-@click.option("--stories", default=400, show_default=True, type=click.IntRange(1), help="Stories per measured accuracy.")
+@click.option(
+    "--stories",
+    default=400,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Stories per measured accuracy.",
+)
 def main(out: Path, work_dir: Path, steps: int, seed: int, threads: int, stories: int) -> None:
     torch.set_num_threads(threads)
     recipe = Recipe(seed=seed, steps=steps, threads=threads)

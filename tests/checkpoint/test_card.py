@@ -1,4 +1,6 @@
-"""The model card: metadata that the Hub accepts; true; the same each time; and nobody's edits are lost."""
+"""The model card: metadata that the Hub accepts; true; the same each time; and nobody's edits are
+lost.
+"""
 
 import shutil
 from dataclasses import replace
@@ -46,14 +48,20 @@ def out(source, tmp_path_factory):
 @pytest.mark.parametrize(
     ("card", "expected"),
     [
-        ("---\nlicense: mit\nlanguage: [en, no]\n---\n# x", {"license": "mit", "language": ["en", "no"]}),
+        (
+            "---\nlicense: mit\nlanguage: [en, no]\n---\n# x",
+            {"license": "mit", "language": ["en", "no"]},
+        ),
         ("---\r\nlicense: apache-2.0\r\n---\r\n", {"license": "apache-2.0"}),
         (
             "---\ntitle: a --- b\nlicense: 2024-01-01\nlicense_name: a---b\n---\n",
             {"license": "2024-01-01", "license_name": "a---b"},
         ),
         ("---\nlicense: .nan\nlanguage:\n---\n", {"license": ".nan"}),
-        ("---\nlicense: x\nextra_gated_prompt: |\n  a: b\n---\n", {"license": "x", "extra_gated_prompt": "a: b\n"}),
+        (
+            "---\nlicense: x\nextra_gated_prompt: |\n  a: b\n---\n",
+            {"license": "x", "extra_gated_prompt": "a: b\n"},
+        ),
         ("---\nlicense: [\n---\n", {}),
         ("---\n- license\n---\n", {}),
         ("# no front matter\n---\nlicense: mit\n---\n", {}),
@@ -102,7 +110,10 @@ def test_says_what_was_made_how_to_use_it_and_what_it_cannot_do(out):
         ("license: gemma", ["terms and their use restrictions"]),
         ("license: bigscience-bloom-rail-1.0", ["use restrictions bind everyone"]),
         ("license: [mit, apache-2.0]", ["mit, apache-2.0", "copyright notice", "NOTICE"]),
-        ("license: other\nlicense_name: qwen-research", ["qwen-research", "before any commercial use"]),
+        (
+            "license: other\nlicense_name: qwen-research",
+            ["qwen-research", "before any commercial use"],
+        ),
         ("language: en", ["states no licence"]),
     ],
 )
@@ -132,9 +143,17 @@ def test_of_a_source_on_the_hub(source):
 
 def test_without_memory(source):
     text = new_card(source, memory_layers="none", experts=7)
-    assert "activation-memory" not in ModelCard(text).data.tags and "## The memory" not in text and "within one neuron" in text
+    assert (
+        "activation-memory" not in ModelCard(text).data.tags
+        and "## The memory" not in text
+        and "within one neuron" in text
+    )
     text = new_card(source, no_memory=True)
-    assert "trust_remote_code" not in text and "runs wherever its source runs" in text and "memory_disabled" not in text
+    assert (
+        "trust_remote_code" not in text
+        and "runs wherever its source runs" in text
+        and "memory_disabled" not in text
+    )
     assert metadata_errors(text) == []
     pushed = published(text, "acme/x", "2" * 40, needs_code=False, compared=None)
     assert "from_pretrained(name, revision=revision)" in pushed and "Python files" not in pushed
@@ -142,18 +161,26 @@ def test_without_memory(source):
 
 def test_the_same_bytes_each_time_and_nothing_of_this_machine(source, out, tmp_path):
     convert_folder(source, tmp_path / "another name")
-    assert (tmp_path / "another name" / "README.md").read_bytes() == (out / "README.md").read_bytes()
+    assert (tmp_path / "another name" / "README.md").read_bytes() == (
+        out / "README.md"
+    ).read_bytes()
     assert str(source.parent) not in (out / "README.md").read_text()
 
 
 def test_published_loads_by_name_at_a_commit_and_says_what_was_measured(out):
     text, commit = card_of(out)[1], "2" * 40
-    measured = Verification(tensors=51, permuted=12, nbytes=192640, different=(), edited_files=(), same_tokens=True)
+    measured = Verification(
+        tensors=51, permuted=12, nbytes=192640, different=(), edited_files=(), same_tokens=True
+    )
     pushed = published(text, "acme/x", commit, needs_code=True, compared=measured.sentence())
     assert pinned_commit(text) is None and pinned_commit(pushed) == commit
     assert f'name = "acme/x"\nrevision = "{commit}"\n' in pushed
     assert "from_pretrained(name, revision=revision, trust_remote_code=True)" in pushed
-    assert "all 51 tensors (192,640 bytes)" in pushed and "12 of them" in pushed and "tokenizer reads" in pushed
+    assert (
+        "all 51 tensors (192,640 bytes)" in pushed
+        and "12 of them" in pushed
+        and "tokenizer reads" in pushed
+    )
     assert 'name = "."' not in pushed and "Nothing had been compared" not in pushed
     assert is_untouched(pushed.encode()) and metadata_errors(pushed) == []
     again = published(pushed, "acme/y", "3" * 40, needs_code=True, compared=None)
@@ -163,11 +190,22 @@ def test_published_loads_by_name_at_a_commit_and_says_what_was_measured(out):
 def test_an_edited_card_is_told_from_ours_and_keeps_its_words(out):
     ours = (out / "README.md").read_bytes()
     assert is_untouched(ours)
-    for edited in (ours.replace(b"PaceLLM", b"Pace", 1), ours + b"more", ours.replace(b"\n", b"\r\n"), b"my own", b"\xff", b""):
+    for edited in (
+        ours.replace(b"PaceLLM", b"Pace", 1),
+        ours + b"more",
+        ours.replace(b"\n", b"\r\n"),
+        b"my own",
+        b"\xff",
+        b"",
+    ):
         assert not is_untouched(edited)
     mine = ours.decode().replace("## Citation", "## My own words\n\n## Citation")
     pushed = published(mine, "acme/x", "2" * 40, needs_code=True, compared=None)
-    assert "## My own words" in pushed and pinned_commit(pushed) == "2" * 40 and not is_untouched(pushed.encode())
+    assert (
+        "## My own words" in pushed
+        and pinned_commit(pushed) == "2" * 40
+        and not is_untouched(pushed.encode())
+    )
     assert published("no blocks", "acme/x", "2" * 40, needs_code=True, compared=None) == "no blocks"
 
 
@@ -178,6 +216,8 @@ def test_overwrite_does_not_touch_an_edited_card(source, out, tmp_path):
     (again / "README.md").write_text("my own card")
     with pytest.raises(CallError, match=r"README\.md that was edited") as caught:
         prepare(opened, again, ConvertOptions(experts=8), overwrite=True)
-    assert "move it away" in caught.value.hint and (again / "README.md").read_text() == "my own card"
+    assert (
+        "move it away" in caught.value.hint and (again / "README.md").read_text() == "my own card"
+    )
     (again / "README.md").rename(tmp_path / "README.md")
     prepare(opened, again, ConvertOptions(experts=8), overwrite=True)

@@ -1,4 +1,6 @@
-"""One loader for every command: what of a folder runs, in which dtype it is, and what is said where it does not load."""
+"""One loader for every command: what of a folder runs, in which dtype it is, and what is said where
+it does not load.
+"""
 
 import json
 import shutil
@@ -17,14 +19,20 @@ MARK = "from pathlib import Path\nPath({marker!r}).touch()\ndef generate(*_, **_
 
 @pytest.fixture(scope="module")
 def folders(make_source, tmp_path_factory):
-    """A source whose Python leaves a mark where it runs, its conversions, and where the mark would be."""
+    """A source whose Python leaves a mark where it runs, its conversions, and where the mark would
+    be.
+    """
     base = tmp_path_factory.mktemp("load")
     source, marker = shutil.copytree(make_source("qwen2"), base / "source"), base / "marker"
     (source / "custom_generate").mkdir()
     for name in ("evil.py", "custom_generate/generate.py"):
         (source / name).write_text(MARK.format(marker=str(marker)))
     config = json.loads((source / "config.json").read_text())
-    config["auto_map"] = {"AutoModel": "evil.Evil", "AutoModelForCausalLM": "evil.Evil", "AutoConfig": "evil.Evil"}
+    config["auto_map"] = {
+        "AutoModel": "evil.Evil",
+        "AutoModelForCausalLM": "evil.Evil",
+        "AutoConfig": "evil.Evil",
+    }
     (source / "config.json").write_text(json.dumps(config))
     convert_folder(source, base / "out")
     convert_folder(source, base / "plain", no_memory=True)
@@ -40,20 +48,26 @@ def opened(folder):
 def test_nothing_that_came_with_the_source_runs(folders, name, head):
     paths, marker = folders
     model = load_model(opened(paths[name]), head=head)
-    assert type(model).__name__ == ("Pace" if name == "out" else "") + ("Qwen2ForCausalLM" if head else "Qwen2Model")
+    assert type(model).__name__ == ("Pace" if name == "out" else "") + (
+        "Qwen2ForCausalLM" if head else "Qwen2Model"
+    )
     assert not marker.exists() and not model.training and model.dtype == torch.float32
     assert hasattr(model, "set_memory_enabled") == (name == "out")
 
 
 @pytest.mark.parametrize("head", [True, False])
 def test_what_auto_map_names_does_not_run_even_with_trust(folders, tmp_path, head):
-    """Trust is in the modeling files: a folder whose config.json names other classes is refused, or they are passed by."""
+    """Trust is in the modeling files: a folder whose config.json names other classes is refused, or
+    they are passed by.
+    """
     paths, marker = folders
     copy = shutil.copytree(paths["out"], tmp_path / "out")
     config = json.loads((copy / "config.json").read_text())
     config["auto_map"] |= {"AutoModel": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}
     (copy / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CallError, match=r"config\.json \(auto_map\) is not as this version ships it"):
+    with pytest.raises(
+        CallError, match=r"config\.json \(auto_map\) is not as this version ships it"
+    ):
         load_model(open_converted(copy), head=head)
     load_model(open_converted(copy), head=head, trust_remote_code=True)
     assert not marker.exists()

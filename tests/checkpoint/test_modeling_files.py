@@ -1,4 +1,6 @@
-"""What SECURITY.md says of the Python files in a checkpoint: arithmetic on tensors, and no way out of it."""
+"""What SECURITY.md says of the Python files in a checkpoint: arithmetic on tensors, and no way out
+of it.
+"""
 
 import ast
 import builtins
@@ -17,7 +19,16 @@ from pace_convert.errors import CallError
 from pace_convert.families import FAMILIES
 from pace_convert.progress import Progress
 
-STANDARD = {"__future__", "collections.abc", "contextlib", "dataclasses", "inspect", "math", "threading", "typing"}
+STANDARD = {
+    "__future__",
+    "collections.abc",
+    "contextlib",
+    "dataclasses",
+    "inspect",
+    "math",
+    "threading",
+    "typing",
+}
 TORCH = {"torch", "torch.nn.functional"}
 TRANSFORMERS = {"transformers", "transformers.cache_utils", "transformers.conversion_mapping"}
 BUILTINS = {
@@ -51,16 +62,28 @@ def findings(text, shipped):
     """What a file does that it should not."""
     tree = ast.parse(text)
     absolute, relative = imported(tree)
-    found = [f"imports {module}" for module, _ in absolute if module not in STANDARD | TORCH | TRANSFORMERS]
+    found = [
+        f"imports {module}"
+        for module, _ in absolute
+        if module not in STANDARD | TORCH | TRANSFORMERS
+    ]
     found += [f"imports {name} from {module}" for module, name in absolute if name in REACHING_OUT]
-    found += [f"imports .{module}" for level, module in relative if level != 1 or f"{module}.py" not in shipped]
+    found += [
+        f"imports .{module}"
+        for level, module in relative
+        if level != 1 or f"{module}.py" not in shipped
+    ]
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and hasattr(builtins, node.id) and node.id not in BUILTINS:
             found.append(f"uses {node.id}")
         if isinstance(node, ast.Attribute):
             dunder = node.attr.startswith("__") and node.attr not in UNDERSCORED
             found += [f"uses .{node.attr}"] * (dunder or node.attr in REACHING_OUT)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id == "getattr"
+        ):
             name = getattr(node.args[1], "value", "a computed name")
             found += [f"gets {name}"] * (str(name).startswith("__") or name in REACHING_OUT)
     return found
@@ -74,7 +97,10 @@ def shipped():
 
 def test_shipped_files_only_compute(shipped):
     names = {name for name, _ in shipped}
-    assert len(shipped) >= len(FAMILIES) and [(name, found) for name, text in shipped for found in findings(text, names)] == []
+    assert (
+        len(shipped) >= len(FAMILIES)
+        and [(name, found) for name, text in shipped for found in findings(text, names)] == []
+    )
 
 
 def test_nothing_is_allowed_that_is_not_used(shipped):
@@ -93,7 +119,9 @@ def test_modeling_pace_lists_the_files_in_reading_order():
     """All of them and no other; each needs only those before it."""
     for family in FAMILIES.values():
         files = modeling_files(family)
-        listed = re.findall(r"^    (\w+\.py) +\w", ast.get_docstring(ast.parse(files[MODELING]), clean=False), re.M)
+        listed = re.findall(
+            r"^    (\w+\.py) +\w", ast.get_docstring(ast.parse(files[MODELING]), clean=False), re.M
+        )
         assert sorted(listed) == sorted(files) and len(listed) == len(files)
         for place, name in enumerate(listed):
             needed = {f"{module}.py" for _, module in imported(ast.parse(files[name]))[1]}
@@ -101,7 +129,9 @@ def test_modeling_pace_lists_the_files_in_reading_order():
 
 
 def test_lines_are_short(shipped):
-    assert [(name, line) for name, text in shipped for line in text.splitlines() if len(line) > 100] == []
+    assert [
+        (name, line) for name, text in shipped for line in text.splitlines() if len(line) > 100
+    ] == []
 
 
 @pytest.mark.parametrize(
@@ -130,11 +160,15 @@ def add_a_package(folder):
     (folder / "more" / "code.py").write_text("print()")
 
 
-@pytest.mark.parametrize(("change", "named"), [(redirect, "config.json (auto_map)"), (add_a_package, "more/code.py")])
+@pytest.mark.parametrize(
+    ("change", "named"), [(redirect, "config.json (auto_map)"), (add_a_package, "more/code.py")]
+)
 def test_verify_runs_no_code_that_we_do_not_ship(qwen2_pair, tmp_path, change, named):
     out = shutil.copytree(qwen2_pair[1], tmp_path / "out")
     change(out)
     source, progress = open_source(str(qwen2_pair[0])), Progress(quiet=True)
     assert verify(open_converted(out), source, progress, logits=False).edited_files == (named,)
-    with pytest.raises(CallError, match=re.escape(f"{named} is not as this version ships it, so it is not run")):
+    with pytest.raises(
+        CallError, match=re.escape(f"{named} is not as this version ships it, so it is not run")
+    ):
         verify(open_converted(out), source, progress)

@@ -5,7 +5,16 @@ import shutil
 
 import pytest
 import torch
-from helpers import FAMILY_CONFIGS, SMALL, convert_folder, family_of, load, load_alone, random_ids, run_alone
+from helpers import (
+    FAMILY_CONFIGS,
+    SMALL,
+    convert_folder,
+    family_of,
+    load,
+    load_alone,
+    random_ids,
+    run_alone,
+)
 from safetensors import safe_open
 
 from pace_convert.converted.format import SEAL
@@ -26,10 +35,15 @@ SHIPPED = [
 
 @pytest.fixture(scope="module")
 def loaded_alone(family_pairs, tmp_path_factory):
-    """All families in two processes: load, generate and save; then load what was saved, from elsewhere."""
+    """All families in two processes: load, generate and save; then load what was saved, from
+    elsewhere.
+    """
     ids, folder = random_ids(1, 40), tmp_path_factory.mktemp("alone")
     outs = {row: family_pairs(row)[1] for row in FAMILY_CONFIGS}
-    jobs = [{"folder": out, "ids": ids.tolist(), "save_to": folder / "saved" / row} for row, out in outs.items()]
+    jobs = [
+        {"folder": out, "ids": ids.tolist(), "save_to": folder / "saved" / row}
+        for row, out in outs.items()
+    ]
     first = load_alone(jobs, modules=folder / "m1")
     shutil.move(folder / "saved", folder / "elsewhere")
     jobs = [{"folder": folder / "elsewhere" / row, "ids": ids.tolist()} for row in outs]
@@ -44,7 +58,10 @@ def test_stands_alone(loaded_alone, row):
     family = family_of(row)
     assert first == second
     assert first["same"] and first["type"] == f"pace_{family.model_type}"
-    assert (first["class"], first["inner"]) == (f"Pace{family.causal_lm_class}", f"Pace{family.model_class}")
+    assert (first["class"], first["inner"]) == (
+        f"Pace{family.causal_lm_class}",
+        f"Pace{family.model_class}",
+    )
 
 
 def test_loaded_alone_is_what_is_loaded_here(qwen2_pair, tmp_path):
@@ -122,7 +139,9 @@ def test_config_is_the_sources_plus_pace(qwen2_pair):
         key: value for key, value in before.items() if key not in ("model_type", "architectures")
     }
     assert set(after) - set(before) == {"pace", "auto_map"}
-    assert after["model_type"] == "pace_qwen2" and after["architectures"] == ["PaceQwen2ForCausalLM"]
+    assert after["model_type"] == "pace_qwen2" and after["architectures"] == [
+        "PaceQwen2ForCausalLM"
+    ]
     assert (
         after["pace"]["intermediate_size"] == 72
         and after["pace"]["memory"]["layers"] == [1, 2]
@@ -138,15 +157,21 @@ def test_no_memory_keeps_the_architecture(make_source, tmp_path):
     assert not list((tmp_path / "out").glob("*.py"))
     from transformers import LlamaForCausalLM
 
-    a, b = (LlamaForCausalLM.from_pretrained(f, dtype=torch.float64) for f in (source, tmp_path / "out"))
+    a, b = (
+        LlamaForCausalLM.from_pretrained(f, dtype=torch.float64) for f in (source, tmp_path / "out")
+    )
     ids = random_ids(2, 30)
     with torch.no_grad():
         torch.testing.assert_close(b(ids).logits, a(ids).logits, rtol=1e-9, atol=1e-9)
-    assert not torch.equal(a.model.layers[0].mlp.gate_proj.weight, b.model.layers[0].mlp.gate_proj.weight)
+    assert not torch.equal(
+        a.model.layers[0].mlp.gate_proj.weight, b.model.layers[0].mlp.gate_proj.weight
+    )
 
 
 def test_readers_of_all_safetensors_can_skip_the_permutation(qwen2_pair):
-    """vLLM and SGLang read every *.safetensors that the index names; so the index is there for one shard too."""
+    """vLLM and SGLang read every *.safetensors that the index names; so the index is there for one
+    shard too.
+    """
     index = json.loads((qwen2_pair[1] / "model.safetensors.index.json").read_text())
     with safe_open(qwen2_pair[1] / "model.safetensors", "pt") as file:
         assert set(index["weight_map"]) == set(file.keys())

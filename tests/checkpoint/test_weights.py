@@ -7,7 +7,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import ACTIVE, FAMILY_CONFIGS, active_thresholds, convert_folder, family_of, load, random_ids
+from helpers import (
+    ACTIVE,
+    FAMILY_CONFIGS,
+    active_thresholds,
+    convert_folder,
+    family_of,
+    load,
+    random_ids,
+)
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -71,7 +79,10 @@ REORDERED = {
             "down_proj.bias": lambda b, p: b,
         },
     ),
-    "phi3": ("model.layers.{}.mlp.", {"gate_up_proj.weight": halves, "down_proj.weight": lambda w, p: w[:, p]}),
+    "phi3": (
+        "model.layers.{}.mlp.",
+        {"gate_up_proj.weight": halves, "down_proj.weight": lambda w, p: w[:, p]},
+    ),
     "gpt2": (
         "transformer.h.{}.mlp.",
         {
@@ -108,37 +119,59 @@ def test_tensors_of_each_layout(family_pairs, row):
 
 
 def test_what_has_neurons_is_permuted_and_nothing_else(family_pair):
-    """By size: in the tests' models no other axis is as long as the FFN's (twice that where gate and up are fused)."""
+    """By size: in the tests' models no other axis is as long as the FFN's (twice that where gate
+    and up are fused).
+    """
     source = open_source(str(family_pair[0]))
     plan = make_plan(source, ConvertOptions(**ACTIVE))
     sizes = (plan.intermediate_size, 2 * plan.intermediate_size)
-    axes = {(name, axis) for name, info in source.tensors.items() for axis, n in enumerate(info.shape) if n in sizes}
+    axes = {
+        (name, axis)
+        for name, info in source.tensors.items()
+        for axis, n in enumerate(info.shape)
+        if n in sizes
+    }
     assert {(tensor.name, tensor.axis) for tensor in plan.ffn} == axes
 
 
 @pytest.mark.works("same activations, reordered")
 @torch.no_grad()
 def test_activations_are_the_sources_reordered(family_pair):
-    """The FFN's activation h of the converted model, undone, is the source's: up to rounding, in every layer."""
+    """The FFN's activation h of the converted model, undone, is the source's: up to rounding, in
+    every layer.
+    """
     source, out = family_pair
     family, ids, seen = open_converted(out).family, random_ids(2, 30), []
-    for model in (AutoModelForCausalLM.from_pretrained(source, dtype=torch.float64).eval(), load(out)):
+    for model in (
+        AutoModelForCausalLM.from_pretrained(source, dtype=torch.float64).eval(),
+        load(out),
+    ):
         stack = model.base_model.get_submodule(family.stack)
         inputs = []
         for layer in range(4):
             projection = stack.get_submodule(family.projection.format(layer))
-            projection.register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.append(args[0]))
-        with model.memory_disabled() if hasattr(model, "memory_disabled") else contextlib.nullcontext():
+            projection.register_forward_pre_hook(
+                lambda _, args, inputs=inputs: inputs.append(args[0])
+            )
+        with (
+            model.memory_disabled()
+            if hasattr(model, "memory_disabled")
+            else contextlib.nullcontext()
+        ):
             logits = model(ids).logits
         seen.append((inputs, logits))
-    for before, after, (permutation, _) in zip(seen[0][0], seen[1][0], read_permutation(out), strict=True):
+    for before, after, (permutation, _) in zip(
+        seen[0][0], seen[1][0], read_permutation(out), strict=True
+    ):
         torch.testing.assert_close(after, before[..., permutation], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(seen[1][1], seen[0][1], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("row", ["gpt2", "opt", "bloom", "gptj", "falcon"])
 def test_names_without_the_base_models_prefix(family_pairs, tmp_path, row):
-    """As in gpt2's own files (h.0.mlp.c_fc.weight) and in the older OPT ones (decoder.layers.0.fc1.weight)."""
+    """As in gpt2's own files (h.0.mlp.c_fc.weight) and in the older OPT ones
+    (decoder.layers.0.fc1.weight).
+    """
     source = tmp_path / "source"
     shutil.copytree(family_pairs(row)[0], source)
     prefix = family_of(row).base + "."
@@ -149,7 +182,9 @@ def test_names_without_the_base_models_prefix(family_pairs, tmp_path, row):
     check(source, tmp_path / "out")
     ids = random_ids(1, 40)
     with torch.no_grad():
-        assert torch.equal(load(tmp_path / "out")(ids).logits, load(family_pairs(row)[1])(ids).logits)
+        assert torch.equal(
+            load(tmp_path / "out")(ids).logits, load(family_pairs(row)[1])(ids).logits
+        )
 
 
 def test_experts_that_do_not_divide(make_source, tmp_path):
@@ -160,7 +195,9 @@ def test_experts_that_do_not_divide(make_source, tmp_path):
         assert sorted(set(sizes.tolist())) == [10, 11] and sizes.sum() == 72
 
 
-@pytest.mark.parametrize("name", ["model.layers.2.mlp.down_proj.weight", "model.embed_tokens.weight"])
+@pytest.mark.parametrize(
+    "name", ["model.layers.2.mlp.down_proj.weight", "model.embed_tokens.weight"]
+)
 def test_verify_finds_one_changed_weight(qwen2_pair, make_source, tmp_path, name):
     source = make_source("qwen2")
     convert_folder(source, tmp_path / "out")
@@ -188,7 +225,9 @@ def test_converting_twice_gives_the_same_bytes(make_source, tmp_path):
     source = make_source("mistral", shards=True)
     for out in ("a", "b"):
         convert_folder(source, tmp_path / out / "same-name")
-    files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file())
+    files = sorted(
+        p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file()
+    )
     assert files
     for name in files:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
@@ -199,8 +238,14 @@ def test_expert_order_does_not_depend_on_the_dtype_of_storage(make_source, tmp_p
     source = make_source("qwen2", dtype=torch.bfloat16)
     wide = tmp_path / "wide"
     wide.mkdir()
-    save_file({k: v.float() for k, v in tensors_of(source).items()}, wide / "model.safetensors", metadata={"format": "pt"})
-    (wide / "config.json").write_text(json.dumps({**json.loads((source / "config.json").read_text()), "dtype": "float32"}))
+    save_file(
+        {k: v.float() for k, v in tensors_of(source).items()},
+        wide / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    (wide / "config.json").write_text(
+        json.dumps({**json.loads((source / "config.json").read_text()), "dtype": "float32"})
+    )
     permutations = []
     for name, folder in (("a", source), ("b", wide)):
         convert_folder(folder, tmp_path / name, experts=ACTIVE["experts"])

@@ -24,11 +24,20 @@ def test_convert_prints_what_was_made_and_how_to_load_it(make_source, tmp_path, 
     build_tokenizer(512).save_pretrained(source)
     done = pace_convert(source, out, "--experts", 8, *memory)
     assert done.returncode == 0, done.stderr
-    assert "from_pretrained(" in done.stdout and ("trust_remote_code=True" in done.stdout) == (not memory)
+    assert "from_pretrained(" in done.stdout and ("trust_remote_code=True" in done.stdout) == (
+        not memory
+    )
     assert "converted 4 layers" in done.stderr and "by a short measurement" in done.stderr
-    snippet = "\n".join(line.strip() for line in done.stdout.splitlines() if line.startswith("    "))
+    snippet = "\n".join(
+        line.strip() for line in done.stdout.splitlines() if line.startswith("    ")
+    )
     check = "\nassert tokenizer('the code of ada').input_ids and model.device"
-    loaded = subprocess.run([sys.executable, "-c", snippet + check], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    loaded = subprocess.run(
+        [sys.executable, "-c", snippet + check],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
     assert loaded.returncode == 0 and "[y/N]" not in loaded.stdout, loaded.stderr
 
 
@@ -36,8 +45,15 @@ def test_json_goes_to_stdout_and_quiet_is_quiet(make_source, tmp_path):
     source = make_source("qwen2")
     done = pace_convert(source, tmp_path / "out", "--experts", 8, "--json", "-q")
     events = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [event["event"] for event in events] == ["plan", *["task"] * 5, "done"] and done.stderr == ""
-    assert events[-1]["tensors"] == 51 and events[-2]["bytes_done"] == events[-2]["bytes_total"] == events[-1]["bytes"]
+    assert [event["event"] for event in events] == [
+        "plan",
+        *["task"] * 5,
+        "done",
+    ] and done.stderr == ""
+    assert (
+        events[-1]["tensors"] == 51
+        and events[-2]["bytes_done"] == events[-2]["bytes_total"] == events[-1]["bytes"]
+    )
     done = pace_convert(tmp_path / "out", "--source", source, "--json", "-q", command=("verify",))
     assert json.loads(done.stdout)["passed"] is True
     done = pace_convert(tmp_path / "out", "--json", command=("inspect",))
@@ -46,15 +62,25 @@ def test_json_goes_to_stdout_and_quiet_is_quiet(make_source, tmp_path):
 
 
 def test_the_exact_method_says_how_many_neurons_it_moved(make_source, tmp_path):
-    done = pace_convert(make_source("qwen2"), tmp_path / "out", "--experts", 8, "--cluster-method", "exact", "-q")
-    assert done.returncode == 0 and "of 288 neurons from where the fast method had them" in done.stdout, done.stderr
+    done = pace_convert(
+        make_source("qwen2"), tmp_path / "out", "--experts", 8, "--cluster-method", "exact", "-q"
+    )
+    assert (
+        done.returncode == 0 and "of 288 neurons from where the fast method had them" in done.stdout
+    ), done.stderr
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(make_source, tmp_path):
     source = make_source("llama")
     done = pace_convert(source, tmp_path / "out", "--experts", 8, "--dry-run")
-    assert done.returncode == 0 and "layers 1, 2" in done.stdout and "LlamaForCausalLM, 4 layers" in done.stdout
-    plan = json.loads(pace_convert(source, tmp_path / "out", "--experts", 8, "--dry-run", "--json").stdout)
+    assert (
+        done.returncode == 0
+        and "layers 1, 2" in done.stdout
+        and "LlamaForCausalLM, 4 layers" in done.stdout
+    )
+    plan = json.loads(
+        pace_convert(source, tmp_path / "out", "--experts", 8, "--dry-run", "--json").stdout
+    )
     assert plan["memory_layers"] == [1, 2] and plan["tensors_permuted"] == 20
     assert not (tmp_path / "out").exists()
 
@@ -62,7 +88,11 @@ def test_dry_run_prints_the_plan_and_writes_nothing(make_source, tmp_path):
 def test_verify_says_so_with_numbers(qwen2_pair):
     done = pace_convert(qwen2_pair[1], "--source", qwen2_pair[0], command=("verify",))
     assert done.returncode == 0
-    assert "51 of 51 bit-identical" in done.stdout and "largest difference" in done.stdout and "verified" in done.stdout
+    assert (
+        "51 of 51 bit-identical" in done.stdout
+        and "largest difference" in done.stdout
+        and "verified" in done.stdout
+    )
 
 
 def test_inspect_names_what_was_converted(qwen2_pair):
@@ -91,7 +121,11 @@ def test_options_reach_the_config(make_source, tmp_path):
     values["match_norm"] = False
     pace = json.loads((tmp_path / "out" / "config.json").read_text())["pace"]
     assert pace["experts"] == {"count": 4, "method": "exact", "seed": 3, "restarts": 2}
-    memory = {name: value for name, value in values.items() if name not in (*EXPERT_OPTIONS, "memory_layers")}
+    memory = {
+        name: value
+        for name, value in values.items()
+        if name not in (*EXPERT_OPTIONS, "memory_layers")
+    }
     assert pace["memory"] == {"enabled": True, "layers": [0, 3], **memory}
 
 
@@ -102,7 +136,12 @@ def test_help_shows_examples():
 
 
 def test_preset_on_the_command_line(make_source, tmp_path):
-    assert pace_convert(make_source("qwen2"), tmp_path / "out", "--preset", "paper", "--slots", 9).returncode == 0
+    assert (
+        pace_convert(
+            make_source("qwen2"), tmp_path / "out", "--preset", "paper", "--slots", 9
+        ).returncode
+        == 0
+    )
     memory = json.loads((tmp_path / "out" / "config.json").read_text())["pace"]["memory"]
     assert memory == {"enabled": True, "layers": [1, 2], **PRESETS["paper"], "slots": 9}
 
@@ -120,7 +159,12 @@ def test_a_folder_from_before_these_parameters(make_source, tmp_path):
 
 def test_help_groups_the_methods_options():
     text = pace_convert("--help").stdout
-    assert text.index("Options:") < text.index("Experts:") < text.index("Memory:") < text.index("--theta-high")
+    assert (
+        text.index("Options:")
+        < text.index("Experts:")
+        < text.index("Memory:")
+        < text.index("--theta-high")
+    )
 
 
 def test_progress_bar_on_a_terminal(make_source, tmp_path):
@@ -128,7 +172,9 @@ def test_progress_bar_on_a_terminal(make_source, tmp_path):
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     code = "from pace_convert.cli.main import pace; pace()"
     arguments = ["convert", str(make_source("qwen2")), str(tmp_path / "out"), "--experts", "8"]
-    process = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=terminal, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], stderr=terminal, stdout=subprocess.DEVNULL
+    )
     os.close(terminal)
     shown = b""
     while True:

@@ -1,4 +1,6 @@
-"""Promise 9: bad input gives one clear error, the right exit code, no traceback, and nothing is written or lost."""
+"""Promise 9: bad input gives one clear error, the right exit code, no traceback, and nothing is
+written or lost.
+"""
 
 import json
 import shutil
@@ -38,12 +40,23 @@ def edit_weights(folder, change):
 
 
 def test_no_such_folder(tmp_path):
-    refuse(pace_convert("./nowhere/at/all", tmp_path / "out"), 2, "no such folder: ./nowhere/at/all", out=tmp_path / "out")
+    refuse(
+        pace_convert("./nowhere/at/all", tmp_path / "out"),
+        2,
+        "no such folder: ./nowhere/at/all",
+        out=tmp_path / "out",
+    )
 
 
 def test_not_a_model_folder(tmp_path):
     (tmp_path / "empty").mkdir()
-    refuse(pace_convert(tmp_path / "empty", tmp_path / "out"), 2, "not a model folder", "config.json", out=tmp_path / "out")
+    refuse(
+        pace_convert(tmp_path / "empty", tmp_path / "out"),
+        2,
+        "not a model folder",
+        "config.json",
+        out=tmp_path / "out",
+    )
 
 
 def test_source_is_a_file(tmp_path):
@@ -53,14 +66,26 @@ def test_source_is_a_file(tmp_path):
 
 def test_unknown_family_with_did_you_mean(source, tmp_path):
     edit_config(source, model_type="qwen22")
-    refuse(pace_convert(source, tmp_path / "out"), 2, "'qwen22' is not supported", "did you mean qwen2?", out=tmp_path / "out")
+    refuse(
+        pace_convert(source, tmp_path / "out"),
+        2,
+        "'qwen22' is not supported",
+        "did you mean qwen2?",
+        out=tmp_path / "out",
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "mixtral", "num_local_experts": 8}, ("mixtral is a mixture of experts", "dense model")),
-        ({"model_type": "mistral3", "text_config": {"model_type": "mistral"}}, ("multimodal", "(mistral, which is supported)")),
+        (
+            {"model_type": "mixtral", "num_local_experts": 8},
+            ("mixtral is a mixture of experts", "dense model"),
+        ),
+        (
+            {"model_type": "mistral3", "text_config": {"model_type": "mistral"}},
+            ("multimodal", "(mistral, which is supported)"),
+        ),
         ({"model_type": "t5", "is_encoder_decoder": True}, ("encoder-decoder", "pace families")),
         ({"model_type": "mamba", "state_size": 16}, ("state-space", "pace families")),
     ],
@@ -72,16 +97,32 @@ def test_kinds_of_models_that_can_not_be_converted(source, tmp_path, changes, wo
 
 def test_not_a_causal_language_model(source, tmp_path):
     edit_config(source, architectures=["Qwen2ForSequenceClassification"])
-    refuse(pace_convert(source, tmp_path / "out"), 2, "Qwen2ForSequenceClassification, not a causal", out=tmp_path / "out")
+    refuse(
+        pace_convert(source, tmp_path / "out"),
+        2,
+        "Qwen2ForSequenceClassification, not a causal",
+        out=tmp_path / "out",
+    )
 
 
 def test_already_converted(qwen2_pair, tmp_path):
-    refuse(pace_convert(qwen2_pair[1], tmp_path / "out"), 2, "is a PaceLLM already", out=tmp_path / "out")
+    refuse(
+        pace_convert(qwen2_pair[1], tmp_path / "out"),
+        2,
+        "is a PaceLLM already",
+        out=tmp_path / "out",
+    )
 
 
 def test_pickled_only(source, tmp_path):
     (source / WEIGHTS).rename(source / "pytorch_model.bin")
-    refuse(pace_convert(source, tmp_path / "out"), 2, "only pickled weights", "safetensors", out=tmp_path / "out")
+    refuse(
+        pace_convert(source, tmp_path / "out"),
+        2,
+        "only pickled weights",
+        "safetensors",
+        out=tmp_path / "out",
+    )
 
 
 def test_no_weights(source, tmp_path):
@@ -91,7 +132,13 @@ def test_no_weights(source, tmp_path):
 
 def test_quantised_source(source, tmp_path):
     edit_config(source, quantization_config={"quant_method": "gptq", "bits": 4})
-    refuse(pace_convert(source, tmp_path / "out"), 2, "quantised (gptq)", "full-precision", out=tmp_path / "out")
+    refuse(
+        pace_convert(source, tmp_path / "out"),
+        2,
+        "quantised (gptq)",
+        "full-precision",
+        out=tmp_path / "out",
+    )
 
 
 def test_quantised_without_saying_so(source, tmp_path):
@@ -103,12 +150,24 @@ def test_quantised_without_saying_so(source, tmp_path):
 def test_truncated_shard(source, tmp_path):
     data = (source / WEIGHTS).read_bytes()
     (source / WEIGHTS).write_bytes(data[: len(data) // 2])
-    refuse(pace_convert(source, tmp_path / "out"), 1, WEIGHTS, "not a whole safetensors file", out=tmp_path / "out")
+    refuse(
+        pace_convert(source, tmp_path / "out"),
+        1,
+        WEIGHTS,
+        "not a whole safetensors file",
+        out=tmp_path / "out",
+    )
 
 
 def test_garbage_header(source, tmp_path):
     (source / WEIGHTS).write_bytes(struct.pack("<Q", 5) + b"hello")
-    refuse(pace_convert(source, tmp_path / "out"), 1, WEIGHTS, "not a whole safetensors file", out=tmp_path / "out")
+    refuse(
+        pace_convert(source, tmp_path / "out"),
+        1,
+        WEIGHTS,
+        "not a whole safetensors file",
+        out=tmp_path / "out",
+    )
 
 
 def test_index_names_a_missing_shard(sharded, tmp_path):
@@ -130,22 +189,39 @@ def test_index_leads_out_of_the_folder(sharded, tmp_path):
     content = json.loads(index.read_text())
     content["weight_map"] = dict.fromkeys(content["weight_map"], "../model.safetensors")
     index.write_text(json.dumps(content))
-    refuse(pace_convert(sharded, tmp_path / "out"), 1, "'../model.safetensors'", out=tmp_path / "out")
+    refuse(
+        pace_convert(sharded, tmp_path / "out"), 1, "'../model.safetensors'", out=tmp_path / "out"
+    )
 
 
 def test_tensor_missing(source, tmp_path):
     name = "model.layers.2.mlp.up_proj.weight"
     edit_weights(source, lambda w: w.pop(name))
-    refuse(pace_convert(source, tmp_path / "out"), 1, f"lacks the tensor {name}", out=tmp_path / "out")
+    refuse(
+        pace_convert(source, tmp_path / "out"), 1, f"lacks the tensor {name}", out=tmp_path / "out"
+    )
 
 
 def test_config_and_weights_do_not_belong_together(source, tmp_path):
     edit_config(source, intermediate_size=80)
-    refuse(pace_convert(source, tmp_path / "out"), 1, "gate_proj.weight", "72", "80", out=tmp_path / "out")
+    refuse(
+        pace_convert(source, tmp_path / "out"),
+        1,
+        "gate_proj.weight",
+        "72",
+        "80",
+        out=tmp_path / "out",
+    )
 
 
 def test_more_experts_than_neurons(source, tmp_path):
-    refuse(pace_convert(source, tmp_path / "out", "--experts", 73), 2, "--experts 73", "72", out=tmp_path / "out")
+    refuse(
+        pace_convert(source, tmp_path / "out", "--experts", 73),
+        2,
+        "--experts 73",
+        "72",
+        out=tmp_path / "out",
+    )
 
 
 def test_layer_out_of_range(source, tmp_path):
@@ -154,7 +230,12 @@ def test_layer_out_of_range(source, tmp_path):
 
 
 def test_layers_that_are_no_numbers(source, tmp_path):
-    refuse(pace_convert(source, tmp_path / "out", "--memory-layers", "1,x"), 2, "--memory-layers", out=tmp_path / "out")
+    refuse(
+        pace_convert(source, tmp_path / "out", "--memory-layers", "1,x"),
+        2,
+        "--memory-layers",
+        out=tmp_path / "out",
+    )
 
 
 def test_theta_low_above_theta_high(source, tmp_path):
@@ -163,7 +244,14 @@ def test_theta_low_above_theta_high(source, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "option", [("--slots", 0), ("--top-k", 0), ("--update-interval", -1), ("--momentum", 1.5), ("--theta-high", "nan")]
+    "option",
+    [
+        ("--slots", 0),
+        ("--top-k", 0),
+        ("--update-interval", -1),
+        ("--momentum", 1.5),
+        ("--theta-high", "nan"),
+    ],
 )
 def test_option_out_of_range(source, tmp_path, option):
     refuse(pace_convert(source, tmp_path / "out", *option), 2, option[0], out=tmp_path / "out")
@@ -200,7 +288,9 @@ def test_overwrite_replaces_a_conversion_but_only_after_all_checks(source, tmp_p
 
 
 def test_out_inside_source(source):
-    refuse(pace_convert(source, source / "out", "--experts", 8), 2, "lies inside", out=source / "out")
+    refuse(
+        pace_convert(source, source / "out", "--experts", 8), 2, "lies inside", out=source / "out"
+    )
     refuse(pace_convert(source, source, "--experts", 8), 2, "lies inside")
     assert (source / WEIGHTS).exists()
 
@@ -214,17 +304,33 @@ def test_source_inside_out(source, tmp_path):
 def test_non_finite_weights(source, tmp_path, name, value):
     edit_weights(source, lambda w: w[name].view(-1).__setitem__(-1, value))
     row = 71 if "gate" in name else 31
-    refuse(pace_convert(source, tmp_path / "out", "--experts", 8), 1, name, f"row {row}", out=tmp_path / "out")
+    refuse(
+        pace_convert(source, tmp_path / "out", "--experts", 8),
+        1,
+        name,
+        f"row {row}",
+        out=tmp_path / "out",
+    )
 
 
 def test_source_that_ships_a_file_of_ours(source, tmp_path):
     (source / "memory_bank.py").write_text("")
-    refuse(pace_convert(source, tmp_path / "out", "--experts", 8), 2, "memory_bank.py", out=tmp_path / "out")
+    refuse(
+        pace_convert(source, tmp_path / "out", "--experts", 8),
+        2,
+        "memory_bank.py",
+        out=tmp_path / "out",
+    )
 
 
 def test_config_that_is_no_json(source, tmp_path):
     (source / "config.json").write_text("{")
-    refuse(pace_convert(source, tmp_path / "out"), 1, "config.json is not valid JSON", out=tmp_path / "out")
+    refuse(
+        pace_convert(source, tmp_path / "out"),
+        1,
+        "config.json is not valid JSON",
+        out=tmp_path / "out",
+    )
 
 
 def test_out_that_can_not_be_made(source, tmp_path):
@@ -249,7 +355,12 @@ def test_overwrite_keeps_its_hands_off_foreign_files(source, tmp_path):
     convert_in_process(source, out)
     (out / ".git").mkdir()
     (out / ".git" / "HEAD").write_text("ref")
-    refuse(pace_convert(source, out, "--experts", 8, "--overwrite"), 2, ".git/HEAD", "no conversion wrote")
+    refuse(
+        pace_convert(source, out, "--experts", 8, "--overwrite"),
+        2,
+        ".git/HEAD",
+        "no conversion wrote",
+    )
     assert (out / "config.json").exists() and (out / ".git" / "HEAD").exists()
 
 
@@ -273,7 +384,13 @@ def test_out_that_is_a_link_to_nothing(source, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"auto_map": ["x"]}, {"architectures": 5}, {"num_hidden_layers": True}, {"num_hidden_layers": "4"}]
+    "changes",
+    [
+        {"auto_map": ["x"]},
+        {"architectures": 5},
+        {"num_hidden_layers": True},
+        {"num_hidden_layers": "4"},
+    ],
 )
 def test_config_values_of_the_wrong_type(source, tmp_path, changes):
     edit_config(source, **changes)
@@ -282,16 +399,25 @@ def test_config_values_of_the_wrong_type(source, tmp_path, changes):
     refuse(done, done.returncode, next(iter(changes)), out=tmp_path / "out")
 
 
-@pytest.mark.parametrize("text", ["1: 2", "slots: yes", "memory_layers: [true]", "memory_layers: [1.5]"])
+@pytest.mark.parametrize(
+    "text", ["1: 2", "slots: yes", "memory_layers: [true]", "memory_layers: [1.5]"]
+)
 def test_yaml_values_of_the_wrong_type(source, tmp_path, text):
     (tmp_path / "options.yaml").write_text(text)
-    refuse(pace_convert(source, tmp_path / "out", "--config", tmp_path / "options.yaml"), 2, out=tmp_path / "out")
+    refuse(
+        pace_convert(source, tmp_path / "out", "--config", tmp_path / "options.yaml"),
+        2,
+        out=tmp_path / "out",
+    )
 
 
 def test_damaged_conversions(source, tmp_path):
     out = tmp_path / "out"
     convert_in_process(source, out)
-    config, permutation = (out / "config.json").read_text(), (out / "pace_permutation.safetensors").read_bytes()
+    config, permutation = (
+        (out / "config.json").read_text(),
+        (out / "pace_permutation.safetensors").read_bytes(),
+    )
     (out / "pace_permutation.safetensors").write_bytes(permutation[:100])
     refuse(pace_convert(out, command=("inspect",)), 1, "pace_permutation.safetensors is damaged")
     (out / "pace_permutation.safetensors").write_bytes(permutation)
@@ -306,4 +432,8 @@ def test_damaged_conversions(source, tmp_path):
 def test_verify_and_inspect_of_the_wrong_folder(source, qwen2_pair, make_source, tmp_path):
     refuse(pace_convert(tmp_path / "no", command=("inspect",)), 2, "no such folder")
     refuse(pace_convert(source, command=("inspect",)), 2, "is not a PaceLLM")
-    refuse(pace_convert(qwen2_pair[1], "--source", make_source("llama"), command=("verify",)), 2, "is a llama")
+    refuse(
+        pace_convert(qwen2_pair[1], "--source", make_source("llama"), command=("verify",)),
+        2,
+        "is a llama",
+    )

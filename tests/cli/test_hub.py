@@ -38,8 +38,15 @@ def run(hub, tmp_path):
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         }
         kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-        command = [sys.executable, "-c", "from pace_convert.cli.main import pace; pace()", *map(str, args)]
-        return subprocess.run(command, capture_output=True, text=True, env={**kept, **settings, **environment})
+        command = [
+            sys.executable,
+            "-c",
+            "from pace_convert.cli.main import pace; pace()",
+            *map(str, args),
+        ]
+        return subprocess.run(
+            command, capture_output=True, text=True, env={**kept, **settings, **environment}
+        )
 
     return run
 
@@ -51,7 +58,11 @@ def test_convert_from_the_hub(hub, run, tmp_path):
     wanted = {p.name for p in hub.repositories[REPO].folder.iterdir()} - {"pytorch_model.bin"}
     assert hub.downloaded() == wanted
     card = (out / "README.md").read_text()
-    assert f'base_model: "{REPO}"' in card and 'license: "mit"' in card and hub.repositories[REPO].sha in card
+    assert (
+        f'base_model: "{REPO}"' in card
+        and 'license: "mit"' in card
+        and hub.repositories[REPO].sha in card
+    )
     assert (out / "tokenizer.json").exists() and len(list(out.glob("model-*.safetensors"))) > 1
     done = run("verify", out, "--source", REPO, "--json")
     assert done.returncode == 0, done.stderr
@@ -72,21 +83,58 @@ def test_wrong_options_are_found_before_the_download(hub, run, tmp_path):
 
 
 def test_revision(hub, run, tmp_path):
-    assert run("convert", REPO, tmp_path / "out", "--experts", 8, "--revision", "1" * 40, "--dry-run").returncode == 0
-    refuse(run("convert", REPO, tmp_path / "no", "--revision", "v9"), 2, "no such revision", out=tmp_path / "no")
+    assert (
+        run(
+            "convert", REPO, tmp_path / "out", "--experts", 8, "--revision", "1" * 40, "--dry-run"
+        ).returncode
+        == 0
+    )
+    refuse(
+        run("convert", REPO, tmp_path / "no", "--revision", "v9"),
+        2,
+        "no such revision",
+        out=tmp_path / "no",
+    )
 
 
 def test_private_repository_needs_the_token(hub, run, tmp_path):
     hub.repositories[REPO].token = "hf_right"
-    refuse(run("convert", REPO, tmp_path / "out"), 2, "no such repository", "--token", out=tmp_path / "out")
-    refuse(run("convert", REPO, tmp_path / "out", "--token", "hf_wrong"), 2, "no such repository", out=tmp_path / "out")
-    assert run("convert", REPO, tmp_path / "a", "--experts", 8, "--token", "hf_right", "--dry-run").returncode == 0
-    assert run("convert", REPO, tmp_path / "b", "--experts", 8, "--dry-run", HF_TOKEN="hf_right").returncode == 0
+    refuse(
+        run("convert", REPO, tmp_path / "out"),
+        2,
+        "no such repository",
+        "--token",
+        out=tmp_path / "out",
+    )
+    refuse(
+        run("convert", REPO, tmp_path / "out", "--token", "hf_wrong"),
+        2,
+        "no such repository",
+        out=tmp_path / "out",
+    )
+    assert (
+        run(
+            "convert", REPO, tmp_path / "a", "--experts", 8, "--token", "hf_right", "--dry-run"
+        ).returncode
+        == 0
+    )
+    assert (
+        run(
+            "convert", REPO, tmp_path / "b", "--experts", 8, "--dry-run", HF_TOKEN="hf_right"
+        ).returncode
+        == 0
+    )
 
 
 def test_gated_repository(hub, run, tmp_path):
     hub.repositories[REPO].gated, hub.repositories[REPO].token = True, "hf_right"
-    refuse(run("convert", REPO, tmp_path / "out"), 2, "is gated", "accept its terms", out=tmp_path / "out")
+    refuse(
+        run("convert", REPO, tmp_path / "out"),
+        2,
+        "is gated",
+        "accept its terms",
+        out=tmp_path / "out",
+    )
 
 
 def test_pickled_only_is_refused_without_a_download(hub, run, tmp_path):
@@ -98,13 +146,21 @@ def test_pickled_only_is_refused_without_a_download(hub, run, tmp_path):
 
 def test_unknown_repository(run, tmp_path):
     refuse(
-        run("convert", "acme/absent", tmp_path / "out"), 2, "no such repository on the Hub: acme/absent", out=tmp_path / "out"
+        run("convert", "acme/absent", tmp_path / "out"),
+        2,
+        "no such repository on the Hub: acme/absent",
+        out=tmp_path / "out",
     )
 
 
 def test_server_out_of_order(hub, run, tmp_path):
     hub.hook = lambda *_: 500
-    refuse(run("convert", REPO, tmp_path / "out"), 1, "the Hub did not give acme/tiny-qwen", out=tmp_path / "out")
+    refuse(
+        run("convert", REPO, tmp_path / "out"),
+        1,
+        "the Hub did not give acme/tiny-qwen",
+        out=tmp_path / "out",
+    )
 
 
 def test_no_network(run, tmp_path):

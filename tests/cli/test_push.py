@@ -1,4 +1,6 @@
-"""From a source on the Hub to a PaceLLM on the Hub: real client, real HTTP, real bytes, interrupted and refused."""
+"""From a source on the Hub to a PaceLLM on the Hub: real client, real HTTP, real bytes, interrupted
+and refused.
+"""
 
 import json
 import os
@@ -46,7 +48,11 @@ def made(source, tmp_path_factory):
 
 @pytest.fixture
 def hub(source):
-    users = {"hf_ann": User("ann", ("acme",)), "hf_reader": User("ann", ("acme",), "read"), "hf_bob": User("bob")}
+    users = {
+        "hf_ann": User("ann", ("acme",)),
+        "hf_reader": User("ann", ("acme",), "read"),
+        "hf_bob": User("bob"),
+    }
     repositories = {SOURCE: Repository(source), "acme/there": Repository(source)}
     with Hub(repositories, datasets=("acme/data",), users=users) as server:
         yield server
@@ -54,7 +60,9 @@ def hub(source):
 
 @pytest.fixture
 def command(hub, tmp_path):
-    """command(...) -> the arguments of a process that runs `pace ...` far from the network and the user's login."""
+    """command(...) -> the arguments of a process that runs `pace ...` far from the network and the
+    user's login.
+    """
 
     def command(*args, **environment):
         settings = {
@@ -65,7 +73,12 @@ def command(hub, tmp_path):
             "HF_TOKEN": "hf_ann",
         }
         kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-        arguments = [sys.executable, "-c", "from pace_convert.cli.main import pace; pace()", *map(str, args)]
+        arguments = [
+            sys.executable,
+            "-c",
+            "from pace_convert.cli.main import pace; pace()",
+            *map(str, args),
+        ]
         return {"args": arguments, "env": {**kept, **settings, **environment}}
 
     return command
@@ -73,16 +86,25 @@ def command(hub, tmp_path):
 
 @pytest.fixture
 def run(command):
-    return lambda *args, **environment: subprocess.run(**command(*args, **environment), capture_output=True, text=True)
+    return lambda *args, **environment: subprocess.run(
+        **command(*args, **environment), capture_output=True, text=True
+    )
 
 
 @pytest.fixture
 def run_many(command):
-    """run_many([(arguments, token), ...]): several commands in one process, each by the user with this token."""
+    """run_many([(arguments, token), ...]): several commands in one process, each by the user with
+    this token.
+    """
 
     def run_many(calls):
         call, pairs = command(), [([*map(str, arguments)], token) for arguments, token in calls]
-        done = subprocess.run([sys.executable, "-c", MANY, json.dumps(pairs)], env=call["env"], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", MANY, json.dumps(pairs)],
+            env=call["env"],
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr
         return [subprocess.CompletedProcess(*one) for one in json.loads(done.stdout)]
 
@@ -125,9 +147,24 @@ print(json.dumps({"ids": ids.tolist(), "tokens": tokens.tolist(), "filled": fill
 
 
 def test_full_circle(hub, run, command, tmp_path):
-    """Source on the Hub -> convert -> push -> load by name at the commit -> generate; all in processes of their own."""
-    out, options = tmp_path / "out", [f"--{name.replace('_', '-')}={value}" for name, value in ACTIVE.items()]
-    done = run("convert", SOURCE, out, *options, "--push-to-hub", "acme/tiny-pace", "--private", "--json", "-q")
+    """Source on the Hub -> convert -> push -> load by name at the commit -> generate; all in
+    processes of their own.
+    """
+    out, options = (
+        tmp_path / "out",
+        [f"--{name.replace('_', '-')}={value}" for name, value in ACTIVE.items()],
+    )
+    done = run(
+        "convert",
+        SOURCE,
+        out,
+        *options,
+        "--push-to-hub",
+        "acme/tiny-pace",
+        "--private",
+        "--json",
+        "-q",
+    )
     assert done.returncode == 0 and done.stderr == "", done.stderr
     pushed = json.loads(done.stdout.splitlines()[-1])
     assert pushed["verification"]["passed"] and pushed["repo"] == "acme/tiny-pace"
@@ -135,21 +172,37 @@ def test_full_circle(hub, run, command, tmp_path):
     repository = hub.repositories["acme/tiny-pace"]
     assert repository.private and len(repository.branches["main"]) == 3
     there, here = repository.files(), files_of(out)
-    assert {name: data for name, data in there.items() if name != "README.md"} == repository.files(pushed["commit"])
+    assert {name: data for name, data in there.items() if name != "README.md"} == repository.files(
+        pushed["commit"]
+    )
     card, local = there.pop("README.md").decode(), here.pop("README.md").decode()
     assert there == here
     assert f'name = "acme/tiny-pace"\nrevision = "{pushed["commit"]}"\n' in card
     assert "all 51 tensors" in card and is_untouched(card.encode())
-    assert 'name = "."' in local and "Nothing had been compared" in local and is_untouched(local.encode())
+    assert (
+        'name = "."' in local
+        and "Nothing had been compared" in local
+        and is_untouched(local.encode())
+    )
 
     call = command()
     alone = [sys.executable, "-I", "-c", ALONE + BY_NAME, "acme/tiny-pace", pushed["commit"]]
-    environment = {**call["env"], "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_CACHE": str(tmp_path / "elsewhere")}
-    loaded = subprocess.run(alone, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL)
+    environment = {
+        **call["env"],
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        "HF_HUB_CACHE": str(tmp_path / "elsewhere"),
+    }
+    loaded = subprocess.run(
+        alone, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL
+    )
     assert loaded.returncode == 0, loaded.stderr
     result = json.loads(loaded.stdout.splitlines()[-1])
     expected = load(out).generate(torch.tensor(result["ids"]), max_new_tokens=20, do_sample=False)
-    assert result["tokens"] == expected.tolist() and len(result["filled"]) == 2 and min(map(min, result["filled"])) > 0
+    assert (
+        result["tokens"] == expected.tolist()
+        and len(result["filled"]) == 2
+        and min(map(min, result["filled"])) > 0
+    )
 
 
 def test_pushing_again_changes_nothing_and_a_change_moves_the_pin(hub, run, made, tmp_path):
@@ -164,7 +217,12 @@ def test_pushing_again_changes_nothing_and_a_change_moves_the_pin(hub, run, made
     (out / ".env").write_text("SECRET=1")
     (out / "model.safetensors").write_text("weights of an earlier upload")
     repository.add(
-        "main", {**repository.files(), "model.safetensors": (out / "model.safetensors").read_bytes(), "notes.txt": b""}
+        "main",
+        {
+            **repository.files(),
+            "model.safetensors": (out / "model.safetensors").read_bytes(),
+            "notes.txt": b"",
+        },
     )
     (out / "model.safetensors").unlink()
     edited = (out / "README.md").read_text().replace("What it can't do", "My own words")
@@ -172,7 +230,9 @@ def test_pushing_again_changes_nothing_and_a_change_moves_the_pin(hub, run, made
     with (out / "memory_bank.py").open("a") as file:
         file.write("# mine\n")
     done = run("push", out, "acme/again", "--json")
-    assert done.returncode == 0 and "memory_bank.py is not as this version ships it" in done.stderr, done.stderr
+    assert (
+        done.returncode == 0 and "memory_bank.py is not as this version ships it" in done.stderr
+    ), done.stderr
     commit = json.loads(done.stdout)["commit"]
     assert repository.branches["main"][1] == commit
     there = repository.files(commit)
@@ -184,7 +244,9 @@ def test_pushing_again_changes_nothing_and_a_change_moves_the_pin(hub, run, made
 
 
 def test_killed_in_the_middle_it_goes_on(hub, command, run, made):
-    """It dies with large files on their way; the next run sends what is missing, and nothing twice."""
+    """It dies with large files on their way; the next run sends what is missing, and
+    nothing twice.
+    """
     process, sent = None, []
 
     def kill(method, path):
@@ -198,24 +260,40 @@ def test_killed_in_the_middle_it_goes_on(hub, command, run, made):
         return None
 
     hub.hook = kill
-    process = subprocess.Popen(**command("push", made, "acme/killed"), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        **command("push", made, "acme/killed"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     assert process.wait() == -9 and hub.repositories["acme/killed"].branches["main"] == [FIRST]
     hub.hook, stored = None, set(hub.stored)
     done = run("push", made, "acme/killed")
     assert done.returncode == 0, done.stderr
-    assert len(stored) == 2 and all(hub.asked("PUT", oid) == 1 for oid in stored) and len(hub.stored) == 5
+    assert (
+        len(stored) == 2
+        and all(hub.asked("PUT", oid) == 1 for oid in stored)
+        and len(hub.stored) == 5
+    )
     there = hub.repositories["acme/killed"].files()
     here = files_of(made)
-    assert {name: there[name] for name in here if name != "README.md"} == {n: d for n, d in here.items() if n != "README.md"}
+    assert {name: there[name] for name in here if name != "README.md"} == {
+        n: d for n, d in here.items() if n != "README.md"
+    }
 
 
 def test_a_server_out_of_order_for_a_moment_and_for_longer(hub, run, made):
-    """A 5xx answer to a large file is retried; one to the commit ends the upload, and the next run goes on."""
+    """A 5xx answer to a large file is retried; one to the commit ends the upload, and the next run
+    goes on.
+    """
     once = {"/objects/batch": 503, "/lfs/": 500}
     hub.hook = lambda _, path: next(
         (once.pop(part) for part in list(once) if part in path), 502 if "/commit/" in path else None
     )
-    refuse(run("push", made, "acme/ill"), 1, "the Hub did not take acme/ill", "502", "it goes on where it stopped")
+    refuse(
+        run("push", made, "acme/ill"),
+        1,
+        "the Hub did not take acme/ill",
+        "502",
+        "it goes on where it stopped",
+    )
     assert not once
     hub.hook, sent = None, hub.asked("PUT", "/lfs/")
     assert run("push", made, "acme/ill").returncode == 0
@@ -224,14 +302,24 @@ def test_a_server_out_of_order_for_a_moment_and_for_longer(hub, run, made):
 
 REFUSED = [  # arguments, the token that is logged in, exit code, words
     (["acme/new"], "", 2, ["not logged in", "hf auth login"]),
-    (["acme/new", "--token", "hf_wrong"], "hf_ann", 2, ["does not accept this token", "hf auth login"]),
+    (
+        ["acme/new", "--token", "hf_wrong"],
+        "hf_ann",
+        2,
+        ["does not accept this token", "hf auth login"],
+    ),
     (["acme/new"], "hf_reader", 2, ["may only read", "/settings/tokens"]),
     (["acme/there"], "hf_bob", 2, ["may not write to acme/there", "ask for write access"]),
     (["acme/new"], "hf_bob", 2, ["bob is not a member of acme", "a name under bob"]),
     (["acme/data"], "hf_ann", 2, ["acme/data is the name of a dataset", "choose another name"]),
     (["new"], "hf_ann", 2, ["new is not the name", "ORG/NAME"]),
     (["acme/a..b"], "hf_ann", 2, ["acme/a..b is not a name", "ORG/NAME"]),
-    (["acme/there", "--create-pr", "--branch", "x"], "hf_ann", 2, ["--create-pr", "leave one of the two out"]),
+    (
+        ["acme/there", "--create-pr", "--branch", "x"],
+        "hf_ann",
+        2,
+        ["--create-pr", "leave one of the two out"],
+    ),
     (["acme/new", "--create-pr"], "hf_ann", 2, ["no acme/new to open a pull request in"]),
     (["acme/there", "--private"], "hf_ann", 2, ["acme/there exists and is public"]),
 ]
@@ -258,7 +346,11 @@ def test_no_way_to_the_hub(run, made, environment, words):
 
 
 def answered(kind, status, said=None):
-    return kind("no", response=httpx2.Response(status, request=httpx2.Request("PUT", "http://hub/x")), server_message=said)
+    return kind(
+        "no",
+        response=httpx2.Response(status, request=httpx2.Request("PUT", "http://hub/x")),
+        server_message=said,
+    )
 
 
 @pytest.mark.parametrize(
@@ -266,14 +358,26 @@ def answered(kind, status, said=None):
     [
         (answered(GatedRepoError, 403), READING, CallError, "a/b is gated"),
         (answered(GatedRepoError, 403), WRITING, CallError, "a/b is gated"),
-        (answered(RepositoryNotFoundError, 404), READING, CallError, "no such repository on the Hub: a/b"),
-        (answered(HfHubHTTPError, 403, "storage is full"), WRITING, CallError, "may not write to a/b: 403 storage is full"),
+        (
+            answered(RepositoryNotFoundError, 404),
+            READING,
+            CallError,
+            "no such repository on the Hub: a/b",
+        ),
+        (
+            answered(HfHubHTTPError, 403, "storage is full"),
+            WRITING,
+            CallError,
+            "may not write to a/b: 403 storage is full",
+        ),
         (answered(HfHubHTTPError, 504), WRITING, PaceError, "the Hub did not take a/b: no"),
         (KeyError(), READING, PaceError, "the Hub did not give a/b: KeyError"),
     ],
 )
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_the_first_row_that_matches_explains_an_error_and_what_it_wraps(error, table, kind, words, wrapped):
+def test_the_first_row_that_matches_explains_an_error_and_what_it_wraps(
+    error, table, kind, words, wrapped
+):
     with pytest.raises(kind, match=re.escape(words)) as caught, hub_errors("a/b", table):
         if wrapped:
             raise RuntimeError("Error while uploading 'x' to the Hub.") from error
@@ -283,13 +387,22 @@ def test_the_first_row_that_matches_explains_an_error_and_what_it_wraps(error, t
 
 def test_branch_and_pull_request_leave_main_alone(hub, run, made):
     repository = hub.repositories["acme/there"]
-    done = run("push", made, "acme/there", "--revision", "pace/v1", "--commit-message", "First words")
+    done = run(
+        "push", made, "acme/there", "--revision", "pace/v1", "--commit-message", "First words"
+    )
     assert done.returncode == 0 and f"{hub.url}/acme/there/tree/pace/v1" in done.stdout, done.stderr
-    asked = json.loads(run("push", made, "acme/there", "--create-pr", "--json", HF_TOKEN="hf_bob").stdout)
-    assert asked["pull_request"] == asked["url"] == f"{hub.url}/acme/there/discussions/1" and asked["branch"] == "refs/pr/1"
+    asked = json.loads(
+        run("push", made, "acme/there", "--create-pr", "--json", HF_TOKEN="hf_bob").stdout
+    )
+    assert (
+        asked["pull_request"] == asked["url"] == f"{hub.url}/acme/there/discussions/1"
+        and asked["branch"] == "refs/pr/1"
+    )
     assert repository.branches["main"] == [FIRST]
     for branch in ("pace/v1", "refs/pr/1"):
-        assert "modeling_pace.py" in repository.files(branch) and len(repository.branches[branch]) == 3
+        assert (
+            "modeling_pace.py" in repository.files(branch) and len(repository.branches[branch]) == 3
+        )
         assert repository.branches[branch][1] in repository.files(branch)["README.md"].decode()
 
 
@@ -298,9 +411,19 @@ def test_a_folder_that_is_not_whole_or_not_its_source_stays_here(hub, run, sourc
     other = shutil.copytree(source, tmp_path / "other")
     shard = next(other.glob("model-00002*"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"\x01")
-    refuse(run("push", out, "acme/new", "--source", other), 1, "is not its source, permuted", "nothing was uploaded")
+    refuse(
+        run("push", out, "acme/new", "--source", other),
+        1,
+        "is not its source, permuted",
+        "nothing was uploaded",
+    )
     (out / "memory_cache.py").unlink()
-    refuse(run("push", out, "acme/new"), 1, "memory_cache.py, which the conversion wrote, is gone", "convert again")
+    refuse(
+        run("push", out, "acme/new"),
+        1,
+        "memory_cache.py, which the conversion wrote, is gone",
+        "convert again",
+    )
     refuse(run("push", source, "acme/new"), 2, "is not a PaceLLM")
     assert "acme/new" not in hub.repositories and not hub.stored
 
@@ -313,9 +436,15 @@ def test_push_to_hub_is_checked_before_any_work(hub, run_many, source, tmp_path)
         ([SOURCE, out, "--push-to-hub", "acme/data"], "hf_ann", ["is the name of a dataset"]),
         ([SOURCE, out, "--push-to-hub", SOURCE], "hf_ann", [f"{SOURCE} is the source itself"]),
         ([SOURCE, out, "--private"], "hf_ann", ["--private", "--push-to-hub"]),
-        ([bad, out, "--push-to-hub", "acme/new"], "hf_ann", ["refuses the metadata", "license", "README.md"]),
+        (
+            [bad, out, "--push-to-hub", "acme/new"],
+            "hf_ann",
+            ["refuses the metadata", "license", "README.md"],
+        ),
     ]
-    done = run_many([(["convert", *arguments, "--experts", 8], token) for arguments, token, _ in cases])
+    done = run_many(
+        [(["convert", *arguments, "--experts", 8], token) for arguments, token, _ in cases]
+    )
     for one, (_, _, words) in zip(done, cases, strict=True):
         refuse(one, 2, *words, out=out)
     assert not any(name.endswith(".safetensors") for name in hub.downloaded())
@@ -325,7 +454,13 @@ def test_an_upload_that_fails_leaves_the_conversion_finished(hub, run, source, t
     out = tmp_path / "out"
     hub.hook = lambda _, path: 403 if "/commit/" in path else None
     done = run("convert", source, out, "--experts", 8, "--push-to-hub", "acme/failed")
-    refuse(done, 1, "may not write to acme/failed", f"{out} is finished", f"pace push {out} acme/failed --source {source}")
+    refuse(
+        done,
+        1,
+        "may not write to acme/failed",
+        f"{out} is finished",
+        f"pace push {out} acme/failed --source {source}",
+    )
     assert f"Made {out}" in done.stdout and open_converted(out)
     hub.hook = None
     assert run("push", out, "acme/failed").returncode == 0

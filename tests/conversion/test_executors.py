@@ -1,4 +1,6 @@
-"""Side by side, or on a Ray cluster: the same bytes as one process alone, whoever dies meanwhile."""
+"""Side by side, or on a Ray cluster: the same bytes as one process alone, whoever dies
+meanwhile.
+"""
 
 import json
 import os
@@ -20,7 +22,9 @@ OPTIONS = ("--experts", "16", "--cluster-method", "exact", "--exact-restarts", "
 
 @pytest.fixture(scope="module")
 def source(make_source) -> Path:
-    return make_source("llama", shards=True, hidden_size=128, intermediate_size=1024, num_hidden_layers=6)
+    return make_source(
+        "llama", shards=True, hidden_size=128, intermediate_size=1024, num_hidden_layers=6
+    )
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +46,9 @@ def start(source: Path, out: Path, *options: str) -> subprocess.Popen:
         *options,
     ]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, env={**os.environ, "RAY_AUTH_MODE": "disabled"}, text=True, **pipes)
+    return subprocess.Popen(
+        command, env={**os.environ, "RAY_AUTH_MODE": "disabled"}, text=True, **pipes
+    )
 
 
 def done_tasks(out: Path) -> int:
@@ -121,17 +127,23 @@ def test_ctrl_c(source, alone, tmp_path, jobs):
         os.kill(one.pid, signal.SIGINT)
     _, stderr = process.communicate()
     assert process.returncode == 130 and "Traceback" not in stderr, stderr
-    assert stderr.strip().splitlines()[-2:] == ["error: stopped", "       run the same command with --resume to go on"]
+    assert stderr.strip().splitlines()[-2:] == [
+        "error: stopped",
+        "       run the same command with --resume to go on",
+    ]
     assert not (out / "config.json").exists() and done_tasks(out) > 1
 
 
 def test_a_second_conversion_into_the_same_folder_is_refused(source, alone, tmp_path):
     out = tmp_path / "out"
-    assert pace_convert("--help").returncode == 0  # starts the server of forks, so that the next ones are quick
+    # Starts the server of forks, so that the next ones are quick.
+    assert pace_convert("--help").returncode == 0
     first = start(source, out, "-j", "1")
     wait_for(lambda: done_tasks(out) >= 1, first)
     for options in ((), ("--resume",), ("--overwrite",)):
-        refuse(pace_convert(source, out, *OPTIONS, *options), 2, "another process is converting into")
+        refuse(
+            pace_convert(source, out, *OPTIONS, *options), 2, "another process is converting into"
+        )
     assert first.wait() == 0, first.stderr.read()
     assert hashes(out) == alone
 

@@ -1,4 +1,6 @@
-"""What goes wrong on the way is said in words; nothing looks finished, and what is done is kept where it helps."""
+"""What goes wrong on the way is said in words; nothing looks finished, and what is done is kept
+where it helps.
+"""
 
 import errno
 import os
@@ -29,7 +31,9 @@ def source(make_source, tmp_path) -> Path:
 
 def run(source, out, between=lambda: None, overwrite=False, resume=False) -> None:
     opened = open_source(str(source))
-    prepared = prepare(opened, out, OPTIONS, RunOptions(device="cpu"), overwrite=overwrite, resume=resume)
+    prepared = prepare(
+        opened, out, OPTIONS, RunOptions(device="cpu"), overwrite=overwrite, resume=resume
+    )
     between()
     carry_out(prepared, Progress(quiet=True))
 
@@ -48,8 +52,16 @@ def fail_at(monkeypatch, error: BaseException, count: int):
 
 
 FAILURES = [
-    (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "shard"), PaceError, "the disk is full: shard"),
-    (PermissionError(errno.EACCES, os.strerror(errno.EACCES), "shard"), PaceError, "Permission denied: shard"),
+    (
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "shard"),
+        PaceError,
+        "the disk is full: shard",
+    ),
+    (
+        PermissionError(errno.EACCES, os.strerror(errno.EACCES), "shard"),
+        PaceError,
+        "Permission denied: shard",
+    ),
     (OSError(errno.EIO, os.strerror(errno.EIO), "shard"), PaceError, "Input/output error: shard"),
     (KeyboardInterrupt(), Stopped, "stopped"),
 ]
@@ -78,7 +90,9 @@ def test_a_disk_that_fills_up(source, tmp_path):
     """A real one, of a few hundred kilobytes."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True
+    ).returncode:
         pytest.skip("file systems can't be mounted here")
     try:
         with pytest.raises(PaceError, match="the disk is full") as raised:
@@ -109,7 +123,9 @@ def test_source_that_changes_meanwhile(source, tmp_path, change, existed):
     if existed:
         out.mkdir()
     shard = sorted(source.glob("*.safetensors"))[-1]
-    with pytest.raises(DamagedSourceError, match=r"changed while it was converted|is not there \(any more\)"):
+    with pytest.raises(
+        DamagedSourceError, match=r"changed while it was converted|is not there \(any more\)"
+    ):
         run(source, out, between=lambda: change(shard))
     assert out.exists() == existed and not (existed and any(out.iterdir()))
 
@@ -152,7 +168,10 @@ def test_a_gpu_that_is_not_there(source, tmp_path):
 
     name = f"cuda:{torch.cuda.device_count()}"
     refuse(
-        pace_convert(source, tmp_path / "out", "--experts", 8, "--device", name), 2, f"--device {name}", out=tmp_path / "out"
+        pace_convert(source, tmp_path / "out", "--experts", 8, "--device", name),
+        2,
+        f"--device {name}",
+        out=tmp_path / "out",
     )
 
 

@@ -1,4 +1,6 @@
-"""Nothing of the user's is lost, nothing is called finished that is not, and an option that can't act is refused."""
+"""Nothing of the user's is lost, nothing is called finished that is not, and an option that can't
+act is refused.
+"""
 
 import json
 import os
@@ -46,7 +48,9 @@ def out(source, tmp_path) -> Path:
 
 
 def killed(source, out, at: int, *options) -> int:
-    process = forked.start(["convert", source, out, *OPTIONS, *options], Path(os.devnull), Path(os.devnull), kill_at=at)
+    process = forked.start(
+        ["convert", source, out, *OPTIONS, *options], Path(os.devnull), Path(os.devnull), kill_at=at
+    )
     process.join()
     return process.exitcode
 
@@ -100,9 +104,15 @@ def test_resume_does_what_was_lost_again(source, expected, tmp_path, lose):
 def test_a_file_lost_between_making_and_moving_is_noticed(source, tmp_path):
     out = tmp_path / "out"
     killed_in_the_move(source, out)
-    lost = next(path for path in (out / UNFINISHED).iterdir() if path.name.startswith("memory_") or path.suffix == ".json")
+    lost = next(
+        path
+        for path in (out / UNFINISHED).iterdir()
+        if path.name.startswith("memory_") or path.suffix == ".json"
+    )
     lost.unlink()
-    refuse(pace_convert(source, out, *OPTIONS, "--resume"), 2, f"{lost.name} is gone", "--overwrite")
+    refuse(
+        pace_convert(source, out, *OPTIONS, "--resume"), 2, f"{lost.name} is gone", "--overwrite"
+    )
     assert not (out / "config.json").exists()
 
 
@@ -181,4 +191,9 @@ def test_a_seal_that_came_with_the_source_is_not_taken_along(source, tmp_path):
     ],
 )
 def test_options_that_could_not_act_are_refused_before_any_work(source, tmp_path, options, words):
-    refuse(pace_convert(source, tmp_path / "out", "--experts", 8, *options), 2, words, out=tmp_path / "out")
+    refuse(
+        pace_convert(source, tmp_path / "out", "--experts", 8, *options),
+        2,
+        words,
+        out=tmp_path / "out",
+    )

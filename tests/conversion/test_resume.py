@@ -1,4 +1,6 @@
-"""A conversion can be killed at any moment and goes on where it was, to the same bytes (promise 8)."""
+"""A conversion can be killed at any moment and goes on where it was, to the same bytes
+(promise 8).
+"""
 
 import os
 import random
@@ -20,7 +22,9 @@ OPTIONS = ("--experts", 8, "-j", 1)
 
 @pytest.fixture(scope="module")
 def source(make_source) -> Path:
-    folder = make_source("qwen2", dtype=torch.bfloat16, hidden_size=64, intermediate_size=256, shards=True)
+    folder = make_source(
+        "qwen2", dtype=torch.bfloat16, hidden_size=64, intermediate_size=256, shards=True
+    )
     build_tokenizer(512).save_pretrained(folder)
     return folder
 
@@ -36,7 +40,9 @@ def undisturbed(source, tmp_path_factory) -> tuple[dict[str, str], float]:
 
 
 def run(source, out, log, *options, kill_after=None, kill_at=None) -> int:
-    process = forked.start(["convert", source, out, *OPTIONS, *options], Path(os.devnull), log, kill_at=kill_at)
+    process = forked.start(
+        ["convert", source, out, *OPTIONS, *options], Path(os.devnull), log, kill_at=kill_at
+    )
     if kill_after is not None:
         process.join(kill_after)
         process.kill()
@@ -49,7 +55,9 @@ def looks_finished(out: Path) -> bool:
 
 
 def kill_again_and_again(source, tmp_path, expected, kills: int, draw) -> None:
-    """Kill runs where `draw` says until so many died; whatever finishes in between must be the expected bytes."""
+    """Kill runs where `draw` says until so many died; whatever finishes in between must be the
+    expected bytes.
+    """
     out, died = tmp_path / "out", 0
     while died < kills:
         code = run(source, out, tmp_path / "log", "--resume", **draw())
@@ -67,19 +75,25 @@ def kill_again_and_again(source, tmp_path, expected, kills: int, draw) -> None:
 def test_killed_at_random_moments(source, undisturbed, tmp_path, kills):
     expected, seconds = undisturbed
     moment = random.Random(kills)
-    kill_again_and_again(source, tmp_path, expected, kills, lambda: {"kill_after": moment.uniform(0, seconds)})
+    kill_again_and_again(
+        source, tmp_path, expected, kills, lambda: {"kill_after": moment.uniform(0, seconds)}
+    )
 
 
 @pytest.mark.parametrize("every", [31, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_before_each_change_of_a_file(source, undisturbed, tmp_path, every):
-    """From the first file that is opened for writing to the last that is removed, each from a fresh start."""
+    """From the first file that is opened for writing to the last that is removed, each from a fresh
+    start.
+    """
     at, code = 1, -9
     while code == -9:
         out = tmp_path / str(at) / "out"
         code = run(source, out, tmp_path / "log", kill_at=at)
         assert code in (0, -9), (tmp_path / "log").read_text()
         if not (code == 0 or (out.exists() and not any(out.iterdir()))):
-            assert run(source, out, tmp_path / "log", "--resume") == 0, (tmp_path / "log").read_text()
+            assert run(source, out, tmp_path / "log", "--resume") == 0, (
+                tmp_path / "log"
+            ).read_text()
             assert hashes(out) == undisturbed[0]
         shutil.rmtree(out, ignore_errors=True)
         at += every
@@ -87,7 +101,9 @@ def test_killed_before_each_change_of_a_file(source, undisturbed, tmp_path, ever
 
 
 def test_killed_while_overwriting(source, undisturbed, tmp_path):
-    """An earlier conversion stays whole until the new one is made; then --resume finishes the exchange."""
+    """An earlier conversion stays whole until the new one is made; then --resume finishes the
+    exchange.
+    """
     out, earlier = tmp_path / "out", tmp_path / "earlier"
     assert run(source, earlier, tmp_path / "log", "--seed", 7, "--no-memory") == 0
     before, whole, mixed = hashes(earlier), 0, 0
@@ -132,11 +148,15 @@ def test_overwrite_starts_again(source, half_done, undisturbed, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "words"), [(("--seed", 1), "--seed was 0 and is 1"), (("--slots", 5), "--slots was 100 and is 5")]
+    ("options", "words"),
+    [(("--seed", 1), "--seed was 0 and is 1"), (("--slots", 5), "--slots was 100 and is 5")],
 )
 def test_changed_options_are_refused(source, half_done, undisturbed, tmp_path, options, words):
     assert words in refused(source, half_done, tmp_path, "--resume", *options)
-    assert run(source, half_done, tmp_path / "log", "--resume") == 0 and hashes(half_done) == undisturbed[0]
+    assert (
+        run(source, half_done, tmp_path / "log", "--resume") == 0
+        and hashes(half_done) == undisturbed[0]
+    )
 
 
 @pytest.mark.parametrize("name", ["config.json", "model-00002-of-*.safetensors", "tokenizer.json"])
@@ -146,7 +166,9 @@ def test_a_changed_source_is_refused(source, tmp_path, name):
     assert run(copy, tmp_path / "out", tmp_path / "log", kill_at=25) == -9
     path = next(copy.glob(name))
     path.write_bytes(path.read_bytes())  # the same bytes, but who knows without reading all of them
-    assert f"{path.name} of the source has changed" in refused(copy, tmp_path / "out", tmp_path, "--resume")
+    assert f"{path.name} of the source has changed" in refused(
+        copy, tmp_path / "out", tmp_path, "--resume"
+    )
 
 
 def test_resume_with_nothing_to_resume_is_an_ordinary_start(source, undisturbed, tmp_path):

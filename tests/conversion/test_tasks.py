@@ -23,14 +23,18 @@ from pace_convert.evaluation.cost.shapes import SHAPES
 from pace_convert.journal import Journal
 from pace_convert.options import ConvertOptions, RunOptions
 
-ranges = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)).map(sorted).map(tuple), max_size=6)
+ranges = st.lists(
+    st.tuples(st.integers(0, 60), st.integers(0, 60)).map(sorted).map(tuple), max_size=6
+)
 
 
 @given(ranges, st.integers(60, 80))
 def test_gaps_and_ranges_cover_each_byte(taken, end):
     gaps = list(tasks._gaps(taken, end))
     covered = sorted(byte for start, stop in gaps for byte in range(start, stop))
-    assert covered == sorted(set(range(end)) - {byte for start, stop in taken for byte in range(start, stop)})
+    assert covered == sorted(
+        set(range(end)) - {byte for start, stop in taken for byte in range(start, stop)}
+    )
 
 
 DTYPES = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
@@ -38,7 +42,9 @@ DTYPES = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
 
 @given(st.sampled_from(list(DTYPES)), st.integers(1, 9), st.integers(1, 7), st.data())
 def test_first_bad_row_is_numpys(dtype, rows, columns, data):
-    values = np.random.default_rng(rows * columns).normal(size=(rows, columns)).astype(DTYPES[dtype])
+    values = (
+        np.random.default_rng(rows * columns).normal(size=(rows, columns)).astype(DTYPES[dtype])
+    )
     values.flat[0] = np.finfo(DTYPES[dtype]).max
     for _ in range(data.draw(st.integers(0, 2))):
         row, column = data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, columns - 1))
@@ -58,7 +64,12 @@ def test_first_bad_row_of_large_and_of_bf16_tensors():
 
 @settings(deadline=None)
 @given(
-    st.integers(1, 12), st.integers(1, 6), st.integers(0, 1), st.integers(1, 2), st.sampled_from([8, 40, 1 << 20]), st.data()
+    st.integers(1, 12),
+    st.integers(1, 6),
+    st.integers(0, 1),
+    st.integers(1, 2),
+    st.sampled_from([8, 40, 1 << 20]),
+    st.data(),
 )
 def test_permuted_pieces_are_the_whole(tmp_path_factory, neurons, other, axis, parts, block, data):
     """However few rows a piece has: the pieces put together are numpy's own take."""
@@ -68,7 +79,9 @@ def test_permuted_pieces_are_the_whole(tmp_path_factory, neurons, other, axis, p
     (folder / "a").write_bytes(b"12345" + values.tobytes() + b"678")
     (folder / "b").write_bytes(b"12345" + bytes(values.nbytes) + b"678")
     info = shards.TensorInfo("a", "I16", shape, 5, values.nbytes)
-    shard = tasks.Shard(folder / "a", folder / "b", (folder / "a").stat().st_size, (folder / "a").stat().st_mtime_ns)
+    shard = tasks.Shard(
+        folder / "a", folder / "b", (folder / "a").stat().st_size, (folder / "a").stat().st_mtime_ns
+    )
     permutation = np.array(data.draw(st.permutations(range(neurons))), dtype=np.int32)
     permutation = tasks.repeat(permutation, parts)
     before, shards.BLOCK_BYTES = shards.BLOCK_BYTES, block
@@ -77,7 +90,9 @@ def test_permuted_pieces_are_the_whole(tmp_path_factory, neurons, other, axis, p
             shards.write(folder / "b", info, first, bits)
     finally:
         shards.BLOCK_BYTES = before
-    assert (folder / "b").read_bytes() == b"12345" + np.take(values, permutation, axis).tobytes() + b"678"
+    assert (folder / "b").read_bytes() == b"12345" + np.take(
+        values, permutation, axis
+    ).tobytes() + b"678"
 
 
 def test_ranges_are_copied_also_where_the_kernel_can_not(tmp_path, monkeypatch):
@@ -85,14 +100,21 @@ def test_ranges_are_copied_also_where_the_kernel_can_not(tmp_path, monkeypatch):
     for refuses in (False, True):
         (tmp_path / "b").write_bytes(bytes(100))
         if refuses:
-            monkeypatch.setattr(os, "copy_file_range", lambda *_: (_ for _ in ()).throw(OSError(18, "EXDEV")), raising=False)
+            monkeypatch.setattr(
+                os,
+                "copy_file_range",
+                lambda *_: (_ for _ in ()).throw(OSError(18, "EXDEV")),
+                raising=False,
+            )
         shards.copy_range(tmp_path / "a", tmp_path / "b", 10, 90)
         assert (tmp_path / "b").read_bytes() == bytes(10) + bytes(range(10, 90)) + bytes(10)
 
 
 def test_tasks_in_any_order_and_twice_give_the_same_bytes(make_source, tmp_path):
     opened = open_source(str(make_source("phi3", shards=True)))
-    plan = prepare(opened, tmp_path / "out", ConvertOptions(**ACTIVE), RunOptions(device="cpu")).plan
+    plan = prepare(
+        opened, tmp_path / "out", ConvertOptions(**ACTIVE), RunOptions(device="cpu")
+    ).plan
     for name, order in (("a", lambda work: work), ("b", lambda work: [*work[::-1], *work[::2]])):
         (tmp_path / name).mkdir()
         for task in order(tasks.make_tasks(opened, plan, tmp_path / name, "cpu")):
@@ -147,7 +169,18 @@ def test_memory_does_not_grow_with_the_model(make_source, tmp_path):
     """2 GB of embeddings beside a small FFN: they must never be in memory."""
     source = make_source("qwen2")
     add_embedding(source / "model.safetensors", 2 << 30)
-    command = [sys.executable, "-c", PEAK, source, tmp_path / "out", "--experts", "8", "-q", "--device", "cpu"]
+    command = [
+        sys.executable,
+        "-c",
+        PEAK,
+        source,
+        tmp_path / "out",
+        "--experts",
+        "8",
+        "-q",
+        "--device",
+        "cpu",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (tmp_path / "out" / "config.json").exists(), done.stderr
     assert int(done.stdout.splitlines()[-1]) < 1 << 30
@@ -158,7 +191,11 @@ def add_embedding(path: Path, nbytes: int) -> None:
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
     header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
-    header["model.huge"] = {"dtype": "F32", "shape": [nbytes // 4096, 1024], "data_offsets": [len(body), len(body) + nbytes]}
+    header["model.huge"] = {
+        "dtype": "F32",
+        "shape": [nbytes // 4096, 1024],
+        "data_offsets": [len(body), len(body) + nbytes],
+    }
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + body)
     os.truncate(path, 8 + len(text) + len(body) + nbytes)
@@ -169,10 +206,18 @@ def test_dry_run_of_a_model_far_larger_than_the_machine(tmp_path, name):
     """From headers alone, real shapes: all is said, and then whether the disk has room."""
     shape = SHAPES[name]
     synthetic.write_headers(tmp_path / "source", shape.config())
-    done = pace_convert(tmp_path / "source", tmp_path / "out", "--dry-run", "--json", "-j", 1, "--device", "cpu")
+    done = pace_convert(
+        tmp_path / "source", tmp_path / "out", "--dry-run", "--json", "-j", 1, "--device", "cpu"
+    )
     plan = json.loads(done.stdout)
-    assert plan["event"] == "plan" and plan["layers"] == shape.layers and plan["tensors_permuted"] == 3 * shape.layers
-    assert plan["bytes_to_read"] == sum(info.nbytes for info in open_source(str(tmp_path / "source")).tensors.values())
+    assert (
+        plan["event"] == "plan"
+        and plan["layers"] == shape.layers
+        and plan["tensors_permuted"] == 3 * shape.layers
+    )
+    assert plan["bytes_to_read"] == sum(
+        info.nbytes for info in open_source(str(tmp_path / "source")).tensors.values()
+    )
     assert plan["bytes_of_memory"] <= 3 * 2 * shape.hidden * shape.neurons + (1 << 30)
     assert plan["seconds_clustering"] > 0 and plan["seconds_copying"] > 0
     room = shutil.disk_usage(tmp_path).free

@@ -1,4 +1,6 @@
-"""The reference model with a memory that acts within a paragraph, for the tools that need a tokenizer."""
+"""The reference model with a memory that acts within a paragraph, for the tools that need a
+tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,14 @@ def reference_out(tmp_path_factory) -> Path:
     settings = json.loads((folder / "source" / "generation_config.json").read_text())
     del settings["max_new_tokens"]  # made for one-word answers
     (folder / "source" / "generation_config.json").write_text(json.dumps(settings))
-    convert_folder(folder / "source", folder / "out", experts=16, slots=20, update_interval=16, fusion_weight=0.6)
+    convert_folder(
+        folder / "source",
+        folder / "out",
+        experts=16,
+        slots=20,
+        update_interval=16,
+        fusion_weight=0.6,
+    )
     return folder / "out"
 
 

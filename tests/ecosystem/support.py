@@ -1,4 +1,6 @@
-"""What the ecosystem's tests share: greedy generation that shows its memory, and texts of the reference task."""
+"""What the ecosystem's tests share: greedy generation that shows its memory, and texts of the
+reference task.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from pace_convert.reference.task import as_text, make_story
 NEW_TOKENS = 10
 
 
-def generate(model, ids: torch.Tensor, mask: torch.Tensor | None = None, **kwargs) -> tuple[torch.Tensor, DynamicCache]:
+def generate(
+    model, ids: torch.Tensor, mask: torch.Tensor | None = None, **kwargs
+) -> tuple[torch.Tensor, DynamicCache]:
     """The new tokens [B, NEW_TOKENS], greedily, and the cache that holds their memory."""
     cache = DynamicCache(config=model.config)
     mask = torch.ones_like(ids) if mask is None else mask
@@ -31,7 +35,10 @@ def assert_memory_acted(summary: dict[int, dict], layers: tuple[int, ...] = (1, 
 def left_padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """ids and mask [B, L] of prompts of different lengths."""
     width = max(map(len, rows))
-    ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
+    ids, mask = (
+        torch.zeros(len(rows), width, dtype=torch.long),
+        torch.zeros(len(rows), width, dtype=torch.long),
+    )
     for i, row in enumerate(rows):
         ids[i, width - len(row) :], mask[i, width - len(row) :] = row, 1
     return ids, mask

@@ -8,7 +8,10 @@ from transformers import AutoModelForCausalLM
 
 # How far the sum over permuted neurons may be from the source's, at logits of about 7.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 5e-1}
-DTYPES, ATTENTIONS = pytest.mark.parametrize("dtype", TOLERANCE), pytest.mark.parametrize("attention", ["sdpa", "eager"])
+DTYPES, ATTENTIONS = (
+    pytest.mark.parametrize("dtype", TOLERANCE),
+    pytest.mark.parametrize("attention", ["sdpa", "eager"]),
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +44,9 @@ def test_forward_and_generate(qwen2_pair, dtype, attention):
 def test_memory_off_is_the_base_model(qwen2_pair, no_memory, dtype, attention):
     model = load(qwen2_pair[1], dtype, attn_implementation=attention)
     permuted, source = (
-        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention).eval()
+        AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation=attention
+        ).eval()
         for folder in (no_memory, qwen2_pair[0])
     )
     ids = random_ids(2, 40)
@@ -55,7 +60,9 @@ def test_memory_off_is_the_base_model(qwen2_pair, no_memory, dtype, attention):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @torch.no_grad()
 def test_attentions_agree(qwen2_pair, dtype):
-    sdpa, eager = (load(qwen2_pair[1], dtype, attn_implementation=name) for name in ("sdpa", "eager"))
+    sdpa, eager = (
+        load(qwen2_pair[1], dtype, attn_implementation=name) for name in ("sdpa", "eager")
+    )
     ids = random_ids(3, 40)
     torch.testing.assert_close(sdpa(ids).logits, eager(ids).logits, rtol=1e-4, atol=1e-4)
     tokens, cache = generate(sdpa, ids)

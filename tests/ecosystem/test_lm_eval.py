@@ -1,4 +1,6 @@
-"""lm-eval's Hugging Face model: the same numbers and texts for any batch size, and the memory acts in them."""
+"""lm-eval's Hugging Face model: the same numbers and texts for any batch size, and the memory acts
+in them.
+"""
 
 import pytest
 from ecosystem.support import story
@@ -29,8 +31,15 @@ def answers(lm: HFLM, kind: str) -> list:
 def wrap(request, reference, reference_out):
     """wrap(batch_size) -> HFLM around a loaded model, or around the folder."""
     if request.param == "object":
-        return lambda batch_size: HFLM(pretrained=reference[0], tokenizer=reference[1], batch_size=batch_size)
-    path = {"pretrained": str(reference_out), "trust_remote_code": True, "dtype": "float64", "device": "cpu"}
+        return lambda batch_size: HFLM(
+            pretrained=reference[0], tokenizer=reference[1], batch_size=batch_size
+        )
+    path = {
+        "pretrained": str(reference_out),
+        "trust_remote_code": True,
+        "dtype": "float64",
+        "device": "cpu",
+    }
     return lambda batch_size: HFLM(**path, batch_size=batch_size)
 
 
@@ -54,7 +63,9 @@ def test_generate_until(wrap):
 
 
 def test_both_ways_to_load_agree(reference, reference_out):
-    path = HFLM(pretrained=str(reference_out), trust_remote_code=True, dtype="float64", device="cpu")
+    path = HFLM(
+        pretrained=str(reference_out), trust_remote_code=True, dtype="float64", device="cpu"
+    )
     loaded = HFLM(pretrained=reference[0], tokenizer=reference[1])
     assert type(path.model).__name__ == type(loaded.model).__name__ == "PaceQwen2ForCausalLM"
     assert answers(path, "loglikelihood") == answers(loaded, "loglikelihood")

@@ -1,4 +1,6 @@
-"""PEFT: LoRA on attention and FFN, the memory's projection among them; trained, merged, saved, loaded."""
+"""PEFT: LoRA on attention and FFN, the memory's projection among them; trained, merged, saved,
+loaded.
+"""
 
 import pytest
 import torch
@@ -7,13 +9,17 @@ from helpers import load, random_ids
 
 peft = pytest.importorskip("peft")
 # PEFT asks the model under a name that transformers 5.21 renamed
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
+)
 TARGETS = ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def with_lora(folder):
     torch.manual_seed(0)
-    return peft.get_peft_model(load(folder), peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=TARGETS))
+    return peft.get_peft_model(
+        load(folder), peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=TARGETS)
+    )
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
@@ -21,7 +27,11 @@ def gradients(model) -> dict[str, torch.Tensor]:
     ids = random_ids(2, 40)
     model.zero_grad()
     model(input_ids=ids, labels=ids).loss.backward()
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +48,9 @@ def trained(qwen2_pair):
 def test_fresh_adapter_changes_nothing(qwen2_pair):
     ids = random_ids(2, 40)
     with torch.no_grad():
-        assert torch.equal(with_lora(qwen2_pair[1]).eval()(input_ids=ids).logits, load(qwen2_pair[1])(ids).logits)
+        assert torch.equal(
+            with_lora(qwen2_pair[1]).eval()(input_ids=ids).logits, load(qwen2_pair[1])(ids).logits
+        )
 
 
 def test_gradients_reach_all_layers_through_the_memory(trained):
@@ -73,7 +85,9 @@ def test_adapter_loads_again(trained, qwen2_pair, tmp_path):
     logits = trained(input_ids=ids).logits
     assert (logits - load(qwen2_pair[1])(ids).logits).abs().max() > 0.5
     on_model = peft.PeftModel.from_pretrained(load(qwen2_pair[1]), tmp_path).eval()
-    auto = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True, dtype=torch.float64).eval()
+    auto = peft.AutoPeftModelForCausalLM.from_pretrained(
+        tmp_path, trust_remote_code=True, dtype=torch.float64
+    ).eval()
     for again in (on_model, auto):
         assert torch.equal(again(input_ids=ids).logits, logits)
     inside = load(qwen2_pair[1])
@@ -87,7 +101,9 @@ def test_merged_model_is_saved_and_loads_again(qwen2_pair, trained, tmp_path):
     ids = random_ids(2, 40)
     logits = trained(input_ids=ids).logits
     trained.save_pretrained(tmp_path / "adapter")
-    merged = peft.PeftModel.from_pretrained(load(qwen2_pair[1]), tmp_path / "adapter").merge_and_unload()
+    merged = peft.PeftModel.from_pretrained(
+        load(qwen2_pair[1]), tmp_path / "adapter"
+    ).merge_and_unload()
     assert type(merged).__name__ == "PaceQwen2ForCausalLM"
     merged.save_pretrained(tmp_path / "merged")
     for model in (merged.eval(), load(tmp_path / "merged")):

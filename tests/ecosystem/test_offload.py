@@ -1,4 +1,6 @@
-"""accelerate: parts of the model wait elsewhere until they are needed; the result is that of the whole model."""
+"""accelerate: parts of the model wait elsewhere until they are needed; the result is that of the
+whole model.
+"""
 
 import pytest
 import torch
@@ -28,11 +30,14 @@ def assert_same(model, expected):
     assert_memory_acted(summary)
 
 
-# The model has 385 kB in float64, a layer 81 kB: the first memory layer stays and the second goes, both go, all goes.
+# The model has 385 kB in float64, a layer 81 kB: the first memory layer stays and the second goes,
+# both go, all goes.
 @pytest.mark.works('device_map="auto" with disk offload')
 @pytest.mark.parametrize(("budget", "stays"), [(280_000, [1]), (240_000, []), (80_000, [])])
 def test_device_map_auto_with_disk_offload(qwen2_pair, tmp_path, expected, budget, stays):
-    model = load(qwen2_pair[1], device_map="auto", max_memory={"cpu": budget}, offload_folder=tmp_path)
+    model = load(
+        qwen2_pair[1], device_map="auto", max_memory={"cpu": budget}, offload_folder=tmp_path
+    )
     places = {i: _place(model.hf_device_map, f"model.layers.{i}") for i in (1, 2)}
     assert places == {i: "cpu" if i in stays else "disk" for i in (1, 2)}
     assert model.model.layers[2].mlp.down_proj.weight.is_meta

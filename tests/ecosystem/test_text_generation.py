@@ -1,4 +1,6 @@
-"""transformers' own ways to generate: pipelines, streamers, stopping criteria, scores and hidden states."""
+"""transformers' own ways to generate: pipelines, streamers, stopping criteria, scores and hidden
+states.
+"""
 
 import threading
 
@@ -32,7 +34,9 @@ def test_pipeline_batch_is_one_by_one(reference, reference_out, way):
     if way == "object":
         ask = pipeline("text-generation", model=model, tokenizer=tokenizer)
     else:
-        ask = pipeline("text-generation", model=str(reference_out), trust_remote_code=True, dtype=torch.float64)
+        ask = pipeline(
+            "text-generation", model=str(reference_out), trust_remote_code=True, dtype=torch.float64
+        )
     kwargs = {**SETTINGS, "return_full_text": False}
     alone = [ask(prompt, **kwargs)[0]["generated_text"] for prompt in PROMPTS]
     together = [result[0]["generated_text"] for result in ask(PROMPTS, batch_size=3, **kwargs)]
@@ -47,7 +51,9 @@ def streamed(reference):
     model, tokenizer = reference
     inputs = tokenizer(PROMPTS[:1], return_tensors="pt")
     cache = DynamicCache(config=model.config)
-    tokens = model.generate(**inputs, past_key_values=cache, **SETTINGS)[0, inputs["input_ids"].shape[1] :]
+    tokens = model.generate(**inputs, past_key_values=cache, **SETTINGS)[
+        0, inputs["input_ids"].shape[1] :
+    ]
     assert_memory_acted(model.memory_summary(cache))
     return inputs, tokenizer.decode(tokens)
 
@@ -64,7 +70,9 @@ def test_text_iterator_streamer_in_a_thread(reference, streamed):
     model, tokenizer = reference
     inputs, expected = streamed
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
-    thread = threading.Thread(target=model.generate, kwargs={**inputs, **SETTINGS, "streamer": streamer})
+    thread = threading.Thread(
+        target=model.generate, kwargs={**inputs, **SETTINGS, "streamer": streamer}
+    )
     thread.start()
     parts = list(streamer)
     thread.join()
@@ -101,7 +109,11 @@ def test_scores_logits_and_hidden_states(qwen):
     ids = random_ids(2, 40)
     wanted = ("return_dict_in_generate", "output_scores", "output_logits", "output_hidden_states")
     output = qwen.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False, **dict.fromkeys(wanted, True)
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        **dict.fromkeys(wanted, True),
     )
     text = output.sequences
     whole = qwen(text, output_hidden_states=True)
@@ -115,4 +127,6 @@ def test_scores_logits_and_hidden_states(qwen):
         assert len(output.hidden_states[i]) == len(whole.hidden_states) == 5
         for step, states in zip(output.hidden_states[i], whole.hidden_states):
             torch.testing.assert_close(step[:, -1], states[:, at], rtol=1e-6, atol=1e-6)
-    assert torch.equal(text[:, 40:], torch.stack([scores.argmax(-1) for scores in output.scores], 1))
+    assert torch.equal(
+        text[:, 40:], torch.stack([scores.argmax(-1) for scores in output.scores], 1)
+    )

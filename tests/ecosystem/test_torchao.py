@@ -1,4 +1,6 @@
-"""torchao: int8 weights, quantised while loading or afterwards; the memory acts on what the quantised layers compute."""
+"""torchao: int8 weights, quantised while loading or afterwards; the memory acts on what the
+quantised layers compute.
+"""
 
 import pytest
 import torch
@@ -40,7 +42,9 @@ def test_rows_of_a_batch_are_alone(quantised):
 
 @torch.no_grad()
 def test_logits_are_near_the_float_model(quantised, qwen2_pair):
-    """Random weights are the hard case for int8, so the bound is what the base model itself loses."""
+    """Random weights are the hard case for int8, so the bound is what the base model itself
+    loses.
+    """
     model, ids = load(qwen2_pair[1], torch.float32), random_ids(2, 40)
     with model.memory_disabled(), quantised.memory_disabled():
         base = _relative_error(quantised(ids).logits, model(ids).logits)

@@ -1,4 +1,6 @@
-"""transformers' Trainer: steps, accumulation, checkpoints and predictions of a model whose memory is on."""
+"""transformers' Trainer: steps, accumulation, checkpoints and predictions of a model whose memory
+is on.
+"""
 
 import pytest
 import torch
@@ -9,7 +11,9 @@ pytest.importorskip("accelerate")
 ROWS = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in random_ids(8, 40)]
 # Its name since 5.21; before, the second.
 CHECKPOINTING = next(
-    name for name in ("activation_checkpointing", "gradient_checkpointing") if name in TrainingArguments.__dataclass_fields__
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in TrainingArguments.__dataclass_fields__
 )
 
 
@@ -17,9 +21,17 @@ def trainer(folder, out, memory=True, **arguments):
     """SGD in float64, so that steps that should be equal are."""
     model = load(folder)
     model.set_memory_enabled(memory)
-    settings = {"max_steps": 1, "per_device_train_batch_size": 4, "optim": "sgd", "learning_rate": 0.1, "save_steps": 1}
+    settings = {
+        "max_steps": 1,
+        "per_device_train_batch_size": 4,
+        "optim": "sgd",
+        "learning_rate": 0.1,
+        "save_steps": 1,
+    }
     fixed = {"use_cpu": True, "report_to": [], "disable_tqdm": True}
-    return Trainer(model, TrainingArguments(str(out), **{**settings, **fixed, **arguments}), train_dataset=ROWS)
+    return Trainer(
+        model, TrainingArguments(str(out), **{**settings, **fixed, **arguments}), train_dataset=ROWS
+    )
 
 
 def weights_after_training(*args, **kwargs) -> dict[str, torch.Tensor]:
@@ -45,7 +57,9 @@ def test_step_trains_every_weight_with_the_memory(qwen2_pair, one_step, tmp_path
     before, after = load(qwen2_pair[1]).state_dict(), one_step[0]
     assert all(not torch.equal(after[name], weight) for name, weight in before.items())
     plain = weights_after_training(qwen2_pair[1], tmp_path, memory=False)
-    assert (plain["model.layers.0.mlp.up_proj.weight"] - after["model.layers.0.mlp.up_proj.weight"]).abs().max() > 1e-4
+    assert (
+        plain["model.layers.0.mlp.up_proj.weight"] - after["model.layers.0.mlp.up_proj.weight"]
+    ).abs().max() > 1e-4
 
 
 def test_accumulated_gradients_are_those_of_the_batch(qwen2_pair, one_step, tmp_path):
@@ -81,5 +95,7 @@ def test_predictions_are_the_models_own(qwen2_pair, tmp_path, batch):
     job = trainer(qwen2_pair[1], tmp_path, per_device_eval_batch_size=batch)
     got, model = job.predict(ROWS), load(qwen2_pair[1])
     for row, logits in zip(ROWS, torch.as_tensor(got.predictions)):
-        torch.testing.assert_close(logits.double(), model(torch.tensor([row["input_ids"]])).logits[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            logits.double(), model(torch.tensor([row["input_ids"]])).logits[0], rtol=1e-5, atol=1e-5
+        )
     assert got.metrics["test_loss"] > 0

@@ -37,11 +37,11 @@ def memory_settings(draw):
 
 @st.composite
 def activations(draw, config):
-    """One sequence: clustered vectors, so that every decision occurs, some with enormous norms, and perhaps a zero among
-    them.
+    """One sequence: clustered vectors, so that every decision occurs, some with enormous norms, and
+    perhaps a zero among them.
 
-    Zeros make keys that are parallel: two of them, once the same tokens merge with both; one, without momentum. That is
-    a tie that rounding breaks one way or the other.
+    Zeros make keys that are parallel: two of them, once the same tokens merge with both; one,
+    without momentum. That is a tie that rounding breaks one way or the other.
     """
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     length = draw(st.integers(1, 40))
@@ -102,29 +102,36 @@ def test_one_sequence_however_split(data):
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_padded_batch_however_split(data):
-    """Rows of different lengths with padding anywhere (NaN in it), split anywhere, one token at a time too."""
+    """Rows of different lengths with padding anywhere (NaN in it), split anywhere, one token at a
+    time too.
+    """
     config = data.draw(memory_settings())
     rows = [data.draw(activations(config)) for _ in range(data.draw(st.integers(1, 3)))]
     width = max(map(len, rows)) + data.draw(st.integers(0, 3))
     batch, real = np.full((len(rows), width, D), np.nan), np.zeros((len(rows), width), bool)
     for i, h in enumerate(rows):
         columns = np.sort(np.random.default_rng(i).choice(width, len(h), replace=False))
-        columns = {"left": columns * 0 + np.arange(width - len(h), width), "right": np.arange(len(h))}.get(
-            data.draw(st.sampled_from(["left", "right", "anywhere"])), columns
-        )
+        columns = {
+            "left": columns * 0 + np.arange(width - len(h), width),
+            "right": np.arange(len(h)),
+        }.get(data.draw(st.sampled_from(["left", "right", "anywhere"])), columns)
         batch[i, columns], real[i, columns] = h, True
     step = data.draw(st.sampled_from([1, None]))
     parts = [(i, i + 1) for i in range(width)] if step else split(data.draw, width)
 
     entry = MemoryEntry(config)
-    got = torch.cat([run(entry, batch[:, a:b], torch.as_tensor(real[:, a:b])) for a, b in parts], 1).numpy()
+    got = torch.cat(
+        [run(entry, batch[:, a:b], torch.as_tensor(real[:, a:b])) for a, b in parts], 1
+    ).numpy()
     assert np.isnan(got[~real]).all()  # padding passes through
     for i, h in enumerate(rows):
         np.testing.assert_allclose(got[i, real[i]], slow(h, config)[0], rtol=1e-9, atol=1e-9)
 
 
 def test_row_of_padding_beside_one_that_reads():
-    """Was left as the memory happened to be: one row's tokens fill the call's columns, the others' are padding."""
+    """Was left as the memory happened to be: one row's tokens fill the call's columns, the others'
+    are padding.
+    """
     config = MemorySettings(layers=(0,), slots=4, theta_low=-1.0, update_interval=3)
     entry = MemoryEntry(config)
     run(entry, torch.randn(3, 4, D, dtype=torch.float64))
@@ -164,7 +171,9 @@ def test_crop_inside_a_block_takes_tokens_back():
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_tokens_can_be_taken_back(data):
-    """Any order of calls and crops leaves what the tokens that stayed would have made; too deep a crop is refused."""
+    """Any order of calls and crops leaves what the tokens that stayed would have made; too deep a
+    crop is refused.
+    """
     config = data.draw(memory_settings())
     h = data.draw(activations(config))
     window = Rhythm.of(config.update_interval).window
@@ -190,7 +199,9 @@ def test_tokens_can_be_taken_back(data):
     assert summary["hits"][0] == memory.hits
     more = h[:1] + 0.1 * rng.normal(size=(1, D))
     got = run(entry, more[None])
-    np.testing.assert_allclose(got[0], slow(np.concatenate([h, more]), config)[0][-1:], rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(
+        got[0], slow(np.concatenate([h, more]), config)[0][-1:], rtol=1e-9, atol=1e-9
+    )
 
 
 def test_crop_that_is_too_deep_is_refused():
@@ -202,7 +213,9 @@ def test_crop_that_is_too_deep_is_refused():
 
 
 def test_memory_does_not_grow_with_the_context():
-    """And it is what README says: bank and draft, three times slots x D, the ring, and some numbers per slot."""
+    """And it is what README says: bank and draft, three times slots x D, the ring, and some numbers
+    per slot.
+    """
 
     def size(entry):
         memory = entry.memories[0]

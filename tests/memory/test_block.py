@@ -13,7 +13,15 @@ from modeling.memory_settings import MemorySettings
 
 SETTINGS = [
     MemorySettings(layers=(0,), slots=4, theta_low=0.0, update_interval=7),
-    MemorySettings(layers=(0,), slots=3, theta_low=-0.2, theta_high=0.4, update_interval=5, experts=3, granularity="expert"),
+    MemorySettings(
+        layers=(0,),
+        slots=3,
+        theta_low=-0.2,
+        theta_high=0.4,
+        update_interval=5,
+        experts=3,
+        granularity="expert",
+    ),
 ]
 
 
@@ -42,7 +50,9 @@ def test_a_sequence_by_hand_is_the_shipped_memorys(settings, step):
 def test_tokens_over_the_end_of_a_block_are_refused():
     h = torch.randn(1, 8, 6)
     block = Block.begin(Bank.empty(1, SETTINGS[0], h), SETTINGS[0]).absorb(h[:, :5])
-    with pytest.raises(ValueError, match="3 tokens go over the end of a block of 7, of which 5 have come"):
+    with pytest.raises(
+        ValueError, match="3 tokens go over the end of a block of 7, of which 5 have come"
+    ):
         block.absorb(h[:, 5:])
 
 

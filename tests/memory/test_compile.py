@@ -1,4 +1,6 @@
-"""Promise 4: a decode step has no graph break, does not recompile per token, and waits for nothing."""
+"""Promise 4: a decode step has no graph break, does not recompile per token, and waits for
+nothing.
+"""
 
 import pytest
 import torch
@@ -32,7 +34,9 @@ def prompts():
 
 
 class Steps:
-    """Greedy decoding as a user writes it: prefill, then steps with the inputs that the model prepares."""
+    """Greedy decoding as a user writes it: prefill, then steps with the inputs that the model
+    prepares.
+    """
 
     def __init__(self, model, cache):
         self.model, self.cache = model, cache
@@ -55,7 +59,8 @@ class Steps:
 
 
 @pytest.mark.works("torch.compile of the decode step, fullgraph, static cache")
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # inductor's own
+# Inductor's own.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
 @pytest.mark.parametrize(
     "backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)]
 )  # both trace; inductor also makes the kernels, which takes minutes
@@ -68,7 +73,10 @@ def test_decode_step_is_two_graphs(pace, backend):
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
     ids, mask = prompts()
-    assert torch.equal(steps.ids, pace.generate(ids, attention_mask=mask, max_new_tokens=3 * U + 5, do_sample=False))
+    assert torch.equal(
+        steps.ids,
+        pace.generate(ids, attention_mask=mask, max_new_tokens=3 * U + 5, do_sample=False),
+    )
 
 
 def test_generate_compiles(pace):
@@ -87,14 +95,21 @@ def test_compiled_model_in_a_plain_loop(pace):
     compiled = torch.compile(pace, backend="eager")
     edges = [0, 11, *range(12, 25), 30]
     with torch.no_grad():
-        parts = [compiled(ids[:, a:b], past_key_values=cache).logits for a, b in zip(edges, edges[1:])]
+        parts = [
+            compiled(ids[:, a:b], past_key_values=cache).logits for a, b in zip(edges, edges[1:])
+        ]
         torch.testing.assert_close(torch.cat(parts, 1), pace(ids).logits, rtol=1e-8, atol=1e-8)
 
 
 def test_unprepared_step_in_one_graph_says_what_to_do(pace):
     cache = DynamicCache(config=pace.config)
-    with torch.no_grad(), pytest.raises(torch._dynamo.exc.Unsupported, match="prepare_inputs_for_generation"):
-        torch.compile(pace, backend="eager", fullgraph=True)(random_ids(1, 1), past_key_values=cache)
+    with (
+        torch.no_grad(),
+        pytest.raises(torch._dynamo.exc.Unsupported, match="prepare_inputs_for_generation"),
+    ):
+        torch.compile(pace, backend="eager", fullgraph=True)(
+            random_ids(1, 1), past_key_values=cache
+        )
 
 
 class Waits(TorchDispatchMode):
@@ -116,7 +131,11 @@ def test_decode_steps_wait_for_nothing(pace, kind):
     found = {}
     for enabled in (True, False):
         pace.set_memory_enabled(enabled)
-        cache = StaticCache(config=pace.config, max_cache_len=64) if kind is StaticCache else DynamicCache(config=pace.config)
+        cache = (
+            StaticCache(config=pace.config, max_cache_len=64)
+            if kind is StaticCache
+            else DynamicCache(config=pace.config)
+        )
         steps = Steps(pace, cache)
         with Waits() as waits:
             for _ in range(3 * U):

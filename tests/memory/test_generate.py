@@ -1,7 +1,8 @@
-"""Every way transformers generates: the tokens of a plain, unbatched, unpadded run of the same sequence.
+"""Every way transformers generates: the tokens of a plain, unbatched, unpadded run of the same
+sequence.
 
-The check is teacher forcing: whatever the mode did with batches, beams, drafts and caches, one plain forward
-over a finished sequence must give the logits from which its tokens were chosen.
+The check is teacher forcing: whatever the mode did with batches, beams, drafts and caches, one
+plain forward over a finished sequence must give the logits from which its tokens were chosen.
 """
 
 import concurrent.futures
@@ -18,7 +19,9 @@ LENGTHS = (13, 61, 34)
 
 @pytest.fixture(scope="module")
 def folders(make_source, tmp_path_factory):
-    """A base model and its PaceLLM with blocks of 24 tokens, of which the latest 12 can be taken back."""
+    """A base model and its PaceLLM with blocks of 24 tokens, of which the latest 12 can be taken
+    back.
+    """
     source = make_source("qwen2")
     out = tmp_path_factory.mktemp("generate") / "converted"
     convert_folder(source, out, update_interval=24)
@@ -38,7 +41,10 @@ def base(folders):
 @pytest.fixture(scope="module")
 def batch():
     """Left-padded prompts and their mask."""
-    ids, mask = torch.zeros(len(LENGTHS), max(LENGTHS), dtype=torch.long), torch.zeros(len(LENGTHS), max(LENGTHS))
+    ids, mask = (
+        torch.zeros(len(LENGTHS), max(LENGTHS), dtype=torch.long),
+        torch.zeros(len(LENGTHS), max(LENGTHS)),
+    )
     for i, length in enumerate(LENGTHS):
         ids[i, -length:], mask[i, -length:] = random_ids(1, length, seed=length)[0], 1
     return {"input_ids": ids, "attention_mask": mask.long()}
@@ -83,7 +89,11 @@ def test_greedy(pace, batch):
 @pytest.mark.works("sampling with a seed")
 def test_sampling(pace, batch):
     runs = []
-    for kwargs in ({}, {"prefill_chunk_size": 7}, {"cache_implementation": "static", "disable_compile": True}):
+    for kwargs in (
+        {},
+        {"prefill_chunk_size": 7},
+        {"cache_implementation": "static", "disable_compile": True},
+    ):
         torch.manual_seed(3)
         runs.append(alone(pace, batch, 1, max_new_tokens=NEW, do_sample=True, **kwargs))
     assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
@@ -92,10 +102,19 @@ def test_sampling(pace, batch):
 @pytest.mark.works("sampling, several sequences per prompt, padded batch")
 def test_num_return_sequences(pace, batch):
     torch.manual_seed(4)
-    output = generate(pace, batch, do_sample=True, num_return_sequences=2, output_logits=True, return_dict_in_generate=True)
+    output = generate(
+        pace,
+        batch,
+        do_sample=True,
+        num_return_sequences=2,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
     logits = torch.stack(output.logits, 1)
     for i, (sequence, prompt) in enumerate(unpadded(batch, output.sequences, repeats=2)):
-        torch.testing.assert_close(logits[i].double(), plain(pace, sequence)[prompt - 1 :], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            logits[i].double(), plain(pace, sequence)[prompt - 1 :], rtol=1e-5, atol=1e-5
+        )
     assert not torch.equal(output.sequences[0], output.sequences[1])
 
 
@@ -109,8 +128,12 @@ def test_beam_search(pace, batch):
     output = generate(pace, batch, num_beams=3, output_scores=True, return_dict_in_generate=True)
     for i, (sequence, prompt) in enumerate(unpadded(batch, output.sequences)):
         expected = sequence_score(pace, sequence, prompt)
-        torch.testing.assert_close(output.sequences_scores[i].double(), expected, rtol=1e-5, atol=1e-5)
-        assert torch.equal(alone(pace, batch, i, max_new_tokens=NEW, num_beams=3, do_sample=False)[0], sequence)
+        torch.testing.assert_close(
+            output.sequences_scores[i].double(), expected, rtol=1e-5, atol=1e-5
+        )
+        assert torch.equal(
+            alone(pace, batch, i, max_new_tokens=NEW, num_beams=3, do_sample=False)[0], sequence
+        )
 
 
 @pytest.mark.works("beam sampling, padded batch")
@@ -120,7 +143,9 @@ def test_beam_sampling(pace, batch):
     output = generate(pace, batch, output_scores=True, return_dict_in_generate=True, **kwargs)
     for i, (sequence, prompt) in enumerate(unpadded(batch, output.sequences, repeats=2)):
         expected = sequence_score(pace, sequence, prompt)
-        torch.testing.assert_close(output.sequences_scores[i].double(), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            output.sequences_scores[i].double(), expected, rtol=1e-5, atol=1e-5
+        )
 
 
 @pytest.mark.works("assisted decoding, plain assistant")
@@ -139,7 +164,9 @@ def test_pace_assistant(pace, folders, batch):
     assistant = load(folders[1])
     with torch.no_grad():  # another model, so that some of its drafts are wrong
         for parameter in assistant.parameters():
-            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+            parameter.add_(
+                0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+            )
     assistant.generation_config.num_assistant_tokens = 6
     assistant.generation_config.assistant_confidence_threshold = 0.0
     output = alone(pace, batch, 1, max_new_tokens=90, do_sample=False, assistant_model=assistant)
@@ -165,14 +192,17 @@ def test_prompt_lookup(pace):
 @pytest.mark.parametrize("chunk", [1, 7, 24, 50])
 def test_chunked_prefill(pace, batch, chunk):
     assert torch.equal(
-        generate(pace, batch, prefill_chunk_size=chunk, max_new_tokens=12), generate(pace, batch, max_new_tokens=12)
+        generate(pace, batch, prefill_chunk_size=chunk, max_new_tokens=12),
+        generate(pace, batch, max_new_tokens=12),
     )
 
 
 @pytest.mark.works("static cache, padded batch")
 @pytest.mark.parametrize("chunk", [None, 10])
 def test_static_cache(pace, batch, chunk):
-    output = generate(pace, batch, cache_implementation="static", disable_compile=True, prefill_chunk_size=chunk)
+    output = generate(
+        pace, batch, cache_implementation="static", disable_compile=True, prefill_chunk_size=chunk
+    )
     for sequence, prompt in unpadded(batch, output):
         assert_greedy(pace, sequence, prompt)
 
@@ -181,7 +211,10 @@ def test_static_cache(pace, batch, chunk):
 def test_static_cache_after_reset(pace, batch):
     cache = StaticCache(config=pace.config, max_cache_len=max(LENGTHS) + NEW)
     for seed in (0, 1):
-        prompts = {**batch, "input_ids": torch.where(batch["attention_mask"] > 0, random_ids(3, 61, seed=seed), 0)}
+        prompts = {
+            **batch,
+            "input_ids": torch.where(batch["attention_mask"] > 0, random_ids(3, 61, seed=seed), 0),
+        }
         output = generate(pace, prompts, past_key_values=cache, disable_compile=True)
         for sequence, prompt in unpadded(prompts, output):
             assert_greedy(pace, sequence, prompt)
@@ -193,13 +226,20 @@ def test_inputs_embeds(pace, batch):
     kwargs = {"attention_mask": batch["attention_mask"], "max_new_tokens": NEW, "do_sample": False}
     output = pace.generate(inputs_embeds=pace.get_input_embeddings()(batch["input_ids"]), **kwargs)
     assert torch.equal(output, generate(pace, batch)[:, max(LENGTHS) :])
-    both = pace.generate(input_ids=batch["input_ids"], inputs_embeds=pace.get_input_embeddings()(batch["input_ids"]), **kwargs)
+    both = pace.generate(
+        input_ids=batch["input_ids"],
+        inputs_embeds=pace.get_input_embeddings()(batch["input_ids"]),
+        **kwargs,
+    )
     assert torch.equal(both, generate(pace, batch))
 
 
 @pytest.mark.works("without a KV cache (use_cache=False)")
 def test_without_cache(pace, batch):
-    assert torch.equal(generate(pace, batch, use_cache=False, max_new_tokens=9), generate(pace, batch, max_new_tokens=9))
+    assert torch.equal(
+        generate(pace, batch, use_cache=False, max_new_tokens=9),
+        generate(pace, batch, max_new_tokens=9),
+    )
 
 
 @pytest.mark.works("multi-turn chat on one cache")
@@ -220,7 +260,9 @@ def test_prefix_is_prefilled_once(pace):
         pace(prefix, past_key_values=cache)
     for seed in (1, 2):
         text = torch.cat([prefix, random_ids(1, 6, seed=seed)], 1)
-        output = pace.generate(text, past_key_values=copy.deepcopy(cache), max_new_tokens=NEW, do_sample=False)
+        output = pace.generate(
+            text, past_key_values=copy.deepcopy(cache), max_new_tokens=NEW, do_sample=False
+        )
         assert_greedy(pace, output[0], text.shape[1])
 
 
@@ -257,7 +299,10 @@ def test_rows_of_a_cache(pace):
 def test_threads(pace, batch):
     expected = [alone(pace, batch, i % 3, max_new_tokens=NEW, do_sample=False) for i in range(4)]
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        jobs = [pool.submit(alone, pace, batch, i % 3, max_new_tokens=NEW, do_sample=False) for i in range(4)]
+        jobs = [
+            pool.submit(alone, pace, batch, i % 3, max_new_tokens=NEW, do_sample=False)
+            for i in range(4)
+        ]
         for job, tokens in zip(jobs, expected):
             assert torch.equal(job.result(), tokens)
 
@@ -267,7 +312,9 @@ def test_switch_per_call(pace, base, batch):
     assert torch.equal(generate(pace, batch, memory_enabled=False), generate(base, batch))
     ids = random_ids(1, 60)
     with torch.no_grad():
-        torch.testing.assert_close(pace(ids, memory_enabled=False).logits, base(ids).logits, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            pace(ids, memory_enabled=False).logits, base(ids).logits, rtol=1e-9, atol=1e-9
+        )
         with pace.memory_disabled():
             on = pace(ids, memory_enabled=True).logits
         torch.testing.assert_close(on, pace(ids).logits, rtol=1e-9, atol=1e-9)
@@ -277,14 +324,29 @@ def test_switch_per_call(pace, base, batch):
 @pytest.mark.slow  # quanto compiles its kernels when it is first used
 @pytest.mark.works("quantised KV cache (quanto, 4 bits)")
 def test_quantised_cache(pace):
-    """Its rounding changes the logits, so: the memory counts every token, and off it is the base model's own."""
+    """Its rounding changes the logits, so: the memory counts every token, and off it is the base
+    model's own.
+    """
     pytest.importorskip("optimum.quanto")
     model, prompt = copy.deepcopy(pace).float(), random_ids(1, 61, seed=2)
-    quantised = {"cache_implementation": "quantized", "cache_config": {"backend": "quanto", "nbits": 4, "q_group_size": 16}}
-    kwargs = {**quantised, "max_new_tokens": 20, "do_sample": False, "return_dict_in_generate": True}
-    on, off = (model.generate(prompt, memory_enabled=enabled, **kwargs) for enabled in (True, False))
+    quantised = {
+        "cache_implementation": "quantized",
+        "cache_config": {"backend": "quanto", "nbits": 4, "q_group_size": 16},
+    }
+    kwargs = {
+        **quantised,
+        "max_new_tokens": 20,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+    }
+    on, off = (
+        model.generate(prompt, memory_enabled=enabled, **kwargs) for enabled in (True, False)
+    )
     summary = model.memory_summary(on.past_key_values)[1]
-    assert summary["blocks"] == [3] and summary["kept"][0] + summary["mixed"][0] + summary["reused"][0] == 80
+    assert (
+        summary["blocks"] == [3]
+        and summary["kept"][0] + summary["mixed"][0] + summary["reused"][0] == 80
+    )
     assert summary["reused"][0] > 0 and not torch.equal(on.sequences, off.sequences)
     assert not model.memory_summary(off.past_key_values)
 

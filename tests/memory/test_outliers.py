@@ -1,5 +1,6 @@
-"""Tokens of enormous norm, as attention sinks are in real models, neither enter the memory nor are changed by it, and
-what is retrieved has the norm of the token that reads it."""
+"""Tokens of enormous norm, as attention sinks are in real models, neither enter the memory nor are
+changed by it, and what is retrieved has the norm of the token that reads it.
+"""
 
 import pytest
 import torch
@@ -15,17 +16,26 @@ UNEQUAL = [[100], [1] * 100, [37, 1, 1, 40, 21], [16, 16, 16, 52]]
 
 
 def activations(dtype=torch.float64):
-    """One text of 100 tokens: clustered, norms between 1 and 3, but for the sinks', 1000 times as large."""
+    """One text of 100 tokens: clustered, norms between 1 and 3, but for the sinks', 1000 times as
+    large.
+    """
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(6, D, generator=generator, dtype=torch.float64)
-    h = centres[torch.randint(6, (100,), generator=generator)] + 0.5 * torch.randn(100, D, generator=generator).double()
-    h = torch.nn.functional.normalize(h, dim=-1) * (1 + 2 * torch.rand(100, 1, generator=generator).double())
+    h = (
+        centres[torch.randint(6, (100,), generator=generator)]
+        + 0.5 * torch.randn(100, D, generator=generator).double()
+    )
+    h = torch.nn.functional.normalize(h, dim=-1) * (
+        1 + 2 * torch.rand(100, 1, generator=generator).double()
+    )
     h[SINKS] *= 1000
     return h.to(dtype)[None]
 
 
 def settings(**changes):
-    return MemorySettings(**{"layers": (0,), "slots": 12, "theta_low": 0.1, "update_interval": 16, **changes})
+    return MemorySettings(
+        **{"layers": (0,), "slots": 12, "theta_low": 0.1, "update_interval": 16, **changes}
+    )
 
 
 def read(h, config, lengths=(100,)):
@@ -37,11 +47,15 @@ def norm(x):
     return torch.linalg.vector_norm(x.float(), dim=-1)
 
 
-EXPERTS = pytest.mark.parametrize("granularity", [{}, {"granularity": "expert", "experts": 4}], ids=["token", "expert"])
+EXPERTS = pytest.mark.parametrize(
+    "granularity", [{}, {"granularity": "expert", "experts": 4}], ids=["token", "expert"]
+)
 
 
 @EXPERTS
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
 def test_outliers_are_never_stored_nor_changed(granularity, dtype):
     h = activations(dtype)
     fused, entry = read(h, settings(**granularity))
@@ -63,14 +77,18 @@ def test_without_the_rule_they_are_stored():
 @EXPERTS
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_what_is_fused_has_the_tokens_norm(granularity, dtype):
-    """Even where outliers are stored: each part of r is a mean of vectors of |h|, so |h'| is at most the weights' sum."""
+    """Even where outliers are stored: each part of r is a mean of vectors of |h|, so |h'| is at
+    most the weights' sum.
+    """
     h = activations(dtype)
     for outlier_norm in (0.0, 8.0):
         fused, _ = read(h, settings(outlier_norm=outlier_norm, fusion_weight=0.5, **granularity))
         ratio = norm(fused) / norm(h)
         assert torch.isfinite(fused).all()
         assert ratio.max() <= 0.5 + 0.5 * 1.1 + 0.01 and ratio.min() > 0.2
-    as_released, _ = read(h.double(), settings(match_norm=False, outlier_norm=0.0, fusion_weight=0.5, **granularity))
+    as_released, _ = read(
+        h.double(), settings(match_norm=False, outlier_norm=0.0, fusion_weight=0.5, **granularity)
+    )
     assert (norm(as_released) / norm(h)).max() > 10
 
 
@@ -79,11 +97,15 @@ def test_what_is_fused_has_the_tokens_norm(granularity, dtype):
 def test_however_the_text_is_split(granularity, lengths):
     h = activations()
     whole, _ = read(h, settings(**granularity))
-    torch.testing.assert_close(read(h, settings(**granularity), lengths)[0], whole, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        read(h, settings(**granularity), lengths)[0], whole, rtol=1e-9, atol=1e-9
+    )
 
 
 def test_first_blocks_outliers_are_told_by_its_own_tokens():
-    """With as many sinks as two fifths of the first block; what is left are the others, in their order."""
+    """With as many sinks as two fifths of the first block; what is left are the others, in their
+    order.
+    """
     h = activations()
     h[:, 1:7] *= torch.tensor([1000, 1, 1000, 1, 1, 1000])[:, None]
     h[:, 5] /= 1000
@@ -104,7 +126,12 @@ def test_paper_preset_is_the_released_code():
     """And stores everything, unscaled: no default can leak into it."""
     assert set(PRESETS["paper"]) == set(MemorySettings.parameters())
     released = MemorySettings(layers=(0,), **PRESETS["paper"])
-    assert (released.fusion_weight, released.bottom_k, released.outlier_norm, released.match_norm) == (0.2, 2, 0.0, False)
+    assert (
+        released.fusion_weight,
+        released.bottom_k,
+        released.outlier_norm,
+        released.match_norm,
+    ) == (0.2, 2, 0.0, False)
     _, entry = read(activations().repeat(1, 11, 1)[:, :1024], released, (1024,))
     entry.summary()
     assert torch.equal(entry.memories[0].state.bank.keys[0], activations()[0])
@@ -112,7 +139,9 @@ def test_paper_preset_is_the_released_code():
 
 @torch.no_grad()
 def test_a_whole_model_with_a_sink(qwen2_pair):
-    """Where the first token's activation is a thousand times as large, the bank holds others alone."""
+    """Where the first token's activation is a thousand times as large, the bank holds
+    others alone.
+    """
     model, ids = load(qwen2_pair[1]), random_ids(1, 60)
     layer = model.config.pace["memory"]["layers"][-1]
     scale = torch.ones(60, 1).index_fill(0, torch.tensor([0]), 1000.0)

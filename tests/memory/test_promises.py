@@ -1,4 +1,6 @@
-"""Promises 1, 2 (in part), 3 and 5 on whole models: what a sequence yields depends on that sequence alone."""
+"""Promises 1, 2 (in part), 3 and 5 on whole models: what a sequence yields depends on that sequence
+alone.
+"""
 
 import concurrent.futures
 import copy
@@ -15,7 +17,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, DynamicCache
 
-# transformers gives these eager attention alone: its softmax is fp32, and a mask in float64 overflows there to NaN.
+# transformers gives these eager attention alone: its softmax is fp32, and a mask in float64
+# overflows there to NaN.
 EAGER = ("PaceGemma2ForCausalLM", "PaceGPTJForCausalLM", "PaceBloomForCausalLM")
 
 
@@ -50,7 +53,11 @@ def in_parts(model, ids, mask, cuts):
     parts = []
     for a, b in zip(edges, edges[1:]):
         output = model(
-            ids[:, a:b], attention_mask=mask[:, :b], position_ids=positions[:, a:b], past_key_values=cache, use_cache=True
+            ids[:, a:b],
+            attention_mask=mask[:, :b],
+            position_ids=positions[:, a:b],
+            past_key_values=cache,
+            use_cache=True,
         )
         parts.append(output.logits)
     return torch.cat(parts, 1), cache
@@ -68,13 +75,18 @@ def test_memory_acts(pace):
     layers = pace.memory_summary(output.past_key_values).values()
     assert len(layers) == 2 and max(memory["filled"] for memory in layers) == [6]
     for memory in layers:
-        assert memory["blocks"] == [12] and memory["kept"][0] + memory["mixed"][0] + memory["reused"][0] == 60
+        assert (
+            memory["blocks"] == [12]
+            and memory["kept"][0] + memory["mixed"][0] + memory["reused"][0] == 60
+        )
     for decision in ("kept", "mixed", "reused"):
         assert sum(memory[decision][0] for memory in layers) > 0, decision
 
 
 @pytest.mark.works("batch, padding, split")
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
 def test_batch_padding_and_split_change_nothing(pace, data):
     lengths = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=3))
@@ -83,12 +95,16 @@ def test_batch_padding_and_split_change_nothing(pace, data):
     cuts = sorted(data.draw(st.sets(st.integers(1, max(1, width - 1)), max_size=5)) - {width})
     if data.draw(st.booleans()):
         cuts = list(range(1, width))  # token by token
-    ids, mask = torch.zeros(len(lengths), width, dtype=torch.long), torch.zeros(len(lengths), width, dtype=torch.long)
+    ids, mask = (
+        torch.zeros(len(lengths), width, dtype=torch.long),
+        torch.zeros(len(lengths), width, dtype=torch.long),
+    )
     for i, length in enumerate(lengths):
         columns = slice(width - length, width) if side == "left" else slice(0, length)
         ids[i, columns], mask[i, columns] = random_ids(1, length, seed=i)[0], 1
     got, _ = in_parts(pace, ids, mask, cuts)
-    if got[mask.bool()].isnan().any():  # some base models give that where a call has rows of nothing but padding
+    # Some base models give that where a call has rows of nothing but padding.
+    if got[mask.bool()].isnan().any():
         with pace.memory_disabled():
             plain, _ = in_parts(pace, ids, mask, cuts)
         assume(not torch.equal(plain.isnan(), got.isnan()))
@@ -150,13 +166,18 @@ def test_sampled_generate_repeats_with_a_seed(qwen):
     runs = []
     for chunk in (None, 4):
         torch.manual_seed(7)
-        runs.append(generate_alone(qwen, ids, max_new_tokens=15, do_sample=True, prefill_chunk_size=chunk))
+        runs.append(
+            generate_alone(qwen, ids, max_new_tokens=15, do_sample=True, prefill_chunk_size=chunk)
+        )
     assert torch.equal(*runs)
 
 
 def test_generate_without_cache_recomputes_the_same(qwen):
     ids = random_ids(1, 23)
-    with_cache, without = (generate_alone(qwen, ids, max_new_tokens=9, do_sample=False, use_cache=c) for c in (True, False))
+    with_cache, without = (
+        generate_alone(qwen, ids, max_new_tokens=9, do_sample=False, use_cache=c)
+        for c in (True, False)
+    )
     assert torch.equal(with_cache, without)
 
 
@@ -177,7 +198,9 @@ def test_copied_cache_continues_on_two_branches(qwen, clone):
     with torch.no_grad():
         for end, branch in zip(ends, (clone(cache), cache)):
             got = qwen(end, past_key_values=branch).logits
-            torch.testing.assert_close(got, logits(qwen, torch.cat([prompt, end], 1))[:, 27:], rtol=1e-8, atol=1e-8)
+            torch.testing.assert_close(
+                got, logits(qwen, torch.cat([prompt, end], 1))[:, 27:], rtol=1e-8, atol=1e-8
+            )
 
 
 @pytest.mark.works("two caches in turn")
@@ -199,7 +222,9 @@ def test_rows_can_be_selected_and_repeated(qwen):
     cache.batch_select_indices(torch.tensor([2, 0]))
     with torch.no_grad():
         got = qwen(end, past_key_values=cache).logits
-    torch.testing.assert_close(got, logits(qwen, torch.cat([ids[[2, 0]], end], 1))[:, 27:], rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(
+        got, logits(qwen, torch.cat([ids[[2, 0]], end], 1))[:, 27:], rtol=1e-8, atol=1e-8
+    )
 
 
 def test_reset_cache_is_a_new_memory(qwen):
@@ -288,19 +313,26 @@ class TestTraining:
             model.zero_grad()
             model(ids, attention_mask=mask, labels=ids).loss.backward()
             gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
-            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # before 5.21
+            # Before 5.21.
+            enable = getattr(
+                model, "activation_checkpointing_enable", model.gradient_checkpointing_enable
+            )
             enable({"use_reentrant": reentrant})
             if reentrant:
                 model.enable_input_require_grads()
         for name, gradient in gradients[0].items():
-            torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-8, atol=1e-12, msg=name)
+            torch.testing.assert_close(
+                gradients[1][name], gradient, rtol=1e-8, atol=1e-12, msg=name
+            )
 
     def test_loss_is_that_of_evaluation(self, qwen2_pair):
         model = load(qwen2_pair[1])
         ids = random_ids(2, 30)
         with torch.no_grad():
             evaluated = model(ids, labels=ids).loss
-        torch.testing.assert_close(model.train()(ids, labels=ids).loss, evaluated, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            model.train()(ids, labels=ids).loss, evaluated, rtol=1e-9, atol=1e-9
+        )
 
 
 class TestFound:
@@ -314,11 +346,23 @@ class TestFound:
         text = random_ids(1, 23)
         pad = torch.zeros(1, 4, dtype=torch.long)
         ids = torch.cat([pad, text] if side == "left" else [text, pad], 1)
-        mask = torch.cat([pad, torch.ones_like(text)] if side == "left" else [torch.ones_like(text), pad], 1)
-        positions, cache, parts, start = (mask.cumsum(1) - 1).clamp_min(0), DynamicCache(config=qwen.config), [], 0
+        mask = torch.cat(
+            [pad, torch.ones_like(text)] if side == "left" else [torch.ones_like(text), pad], 1
+        )
+        positions, cache, parts, start = (
+            (mask.cumsum(1) - 1).clamp_min(0),
+            DynamicCache(config=qwen.config),
+            [],
+            0,
+        )
         for size in (3, 7, 1, 1, 10, 5):
             here = slice(start, start + size)
-            output = qwen(ids[:, here], attention_mask=mask, position_ids=positions[:, here], past_key_values=cache)
+            output = qwen(
+                ids[:, here],
+                attention_mask=mask,
+                position_ids=positions[:, here],
+                past_key_values=cache,
+            )
             parts.append(output.logits)
             start += size
         got = torch.cat(parts, 1)[mask.bool()]
@@ -347,7 +391,9 @@ class TestFound:
                     results = [future.result() for future in [pool.submit(call) for _ in range(4)]]
                 for result in results:
                     torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-9)
-                assert [len(layer.mlp.down_proj._forward_pre_hooks) for layer in fresh.model.layers] == [0, 1, 1, 0]
+                assert [
+                    len(layer.mlp.down_proj._forward_pre_hooks) for layer in fresh.model.layers
+                ] == [0, 1, 1, 0]
         finally:
             sys.setswitchinterval(before)
 
@@ -375,7 +421,9 @@ class TestFound:
         cache.crop(-2)  # two tokens of row 0, one of row 1
         end = random_ids(2, 12, seed=4)
         got = qwen(end, past_key_values=cache).logits
-        torch.testing.assert_close(got, logits(qwen, torch.cat([ids[:, :11], end], 1))[:, 11:], rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(
+            got, logits(qwen, torch.cat([ids[:, :11], end], 1))[:, 11:], rtol=1e-8, atol=1e-8
+        )
 
     @pytest.mark.works("inference_mode, then no_grad, on one cache")
     def test_inference_mode_then_no_grad(self, qwen):
@@ -406,7 +454,11 @@ class TestFound:
 
     @pytest.mark.parametrize(
         ("change", "words"),
-        [({"layers": [9]}, "no such layer"), ({"slots": "6"}, "slots is .6., not a whole number"), ({"slotz": 6}, "unknown")],
+        [
+            ({"layers": [9]}, "no such layer"),
+            ({"slots": "6"}, "slots is .6., not a whole number"),
+            ({"slotz": 6}, "unknown"),
+        ],
     )
     def test_edited_config(self, qwen2_pair, tmp_path, change, words):
         shutil.copytree(qwen2_pair[1], tmp_path / "edited")

@@ -1,4 +1,6 @@
-"""Parameters switched at run time are those of a fresh conversion, and a running sequence keeps its own."""
+"""Parameters switched at run time are those of a fresh conversion, and a running sequence keeps its
+own.
+"""
 
 import copy
 
@@ -19,15 +21,21 @@ CHANGES = [
 def test_is_a_fresh_conversion(make_source, tmp_path, changes):
     source = make_source("qwen2")
     convert_folder(source, tmp_path / "before", **ACTIVE)
-    options = {"memory_layers" if name == "layers" else name: value for name, value in changes.items()}
+    options = {
+        "memory_layers" if name == "layers" else name: value for name, value in changes.items()
+    }
     convert_folder(source, tmp_path / "after", **{**ACTIVE, **options})
     model, expected = load(tmp_path / "before"), load(tmp_path / "after")
     ids = random_ids(2, 50)
     before = model(ids).logits
     model.set_memory(**changes)
-    assert torch.equal(model(ids).logits, expected(ids).logits) and not torch.equal(model(ids).logits, before)
+    assert torch.equal(model(ids).logits, expected(ids).logits) and not torch.equal(
+        model(ids).logits, before
+    )
     model.save_pretrained(tmp_path / "saved")
-    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", trust_remote_code=True, dtype=torch.float64).eval()
+    saved = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "saved", trust_remote_code=True, dtype=torch.float64
+    ).eval()
     assert torch.equal(saved(ids).logits, expected(ids).logits)
 
 
@@ -54,7 +62,11 @@ def test_a_running_sequence_keeps_its_own(qwen2_pair):
 @torch.no_grad()
 def test_what_cannot_be_changes_nothing(qwen2_pair, changes, words):
     model, ids = load(qwen2_pair[1]), random_ids(1, 40)
-    before, config, enabled = model(ids).logits, copy.deepcopy(model.config.pace), model.memory_enabled
+    before, config, enabled = (
+        model(ids).logits,
+        copy.deepcopy(model.config.pace),
+        model.memory_enabled,
+    )
     with pytest.raises(ValueError, match=words):
         model.set_memory(**changes)
     assert torch.equal(model(ids).logits, before)
@@ -62,7 +74,8 @@ def test_what_cannot_be_changes_nothing(qwen2_pair, changes, words):
 
 
 def test_experts_of_unequal_size_are_refused(make_source, tmp_path):
-    convert_folder(make_source("qwen2"), tmp_path / "out", **{**ACTIVE, "experts": 5})  # of 72 neurons
+    # Of 72 neurons.
+    convert_folder(make_source("qwen2"), tmp_path / "out", **{**ACTIVE, "experts": 5})
     with pytest.raises(ValueError, match="5 does not divide 72"):
         load(tmp_path / "out").set_memory(granularity="expert")
 

@@ -13,10 +13,14 @@ from pydantic import ValidationError
 from pace_convert.modeling.memory_settings import MemorySettings
 from pace_convert.options import EXPERT_OPTIONS, ConvertOptions
 
-PARAMETERS = sorted(set(ConvertOptions.model_fields) - {*EXPERT_OPTIONS, "memory_layers", "preset", "no_memory"})
+PARAMETERS = sorted(
+    set(ConvertOptions.model_fields) - {*EXPERT_OPTIONS, "memory_layers", "preset", "no_memory"}
+)
 VALUES = st.one_of(
     st.integers(-3, 3),
-    st.sampled_from([10**400, -(10**400), -1.0, 0.0, 1.0, math.nextafter(1.0, 2.0), math.nextafter(-1.0, -2.0)]),
+    st.sampled_from(
+        [10**400, -(10**400), -1.0, 0.0, 1.0, math.nextafter(1.0, 2.0), math.nextafter(-1.0, -2.0)]
+    ),
     st.floats(),
     st.floats(-1.5, 1.5),
     st.booleans(),
@@ -43,7 +47,9 @@ def options_accept(**values):
 def test_the_parameters_and_their_defaults_are_the_same():
     by_name = {field.name: field.default for field in fields(MemorySettings)}
     assert set(PARAMETERS) == set(by_name) - {"enabled", "layers", "experts"}
-    assert {name: getattr(ConvertOptions(), name) for name in PARAMETERS} == {name: by_name[name] for name in PARAMETERS}
+    assert {name: getattr(ConvertOptions(), name) for name in PARAMETERS} == {
+        name: by_name[name] for name in PARAMETERS
+    }
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -65,7 +71,10 @@ def test_thresholds_in_the_wrong_order_are_refused_by_both(low, high):
 @given(st.lists(st.one_of(st.integers(-2, 5), st.booleans(), st.floats(0, 2)), max_size=4))
 def test_layers(layers):
     expected = all(type(layer) is int and layer >= 0 for layer in layers)
-    assert (settings_accept(layers=layers), options_accept(memory_layers=layers)) == (expected, expected)
+    assert (settings_accept(layers=layers), options_accept(memory_layers=layers)) == (
+        expected,
+        expected,
+    )
 
 
 @pytest.mark.parametrize(
@@ -93,7 +102,9 @@ def test_what_was_written_before_a_parameter_existed_means_what_it_meant():
     written = {"enabled": True, "layers": [1], "slots": 9}
     settings = MemorySettings.from_config({"memory": written})
     assert (settings.slots, settings.match_norm, settings.outlier_norm) == (9, False, 0.0)
-    assert MemorySettings.from_config({"memory": {**written, "match_norm": True}}).match_norm is True
+    assert (
+        MemorySettings.from_config({"memory": {**written, "match_norm": True}}).match_norm is True
+    )
     assert MemorySettings.from_config({}) == MemorySettings()
 
 

@@ -1,4 +1,6 @@
-"""The documents: what is generated is up to date, the site builds, and what they promise is there."""
+"""The documents: what is generated is up to date, the site builds, and what they promise is
+there.
+"""
 
 import os
 import re
@@ -22,12 +24,19 @@ def block(name: str, page: str) -> str:
 
 def table(name: str) -> list[list[str]]:
     lines = block(name, FROM_TESTS[name][0]).splitlines()
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in lines
+        if line.startswith("|")
+    ]
 
 
 def test_tables_name_what_the_tests_back():
     text = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
-    backed = {name.replace('\\"', '"') for name in re.findall(r'@pytest\.mark\.works\("((?:[^"\\]|\\.)*)"\)', text)}
+    backed = {
+        name.replace('\\"', '"')
+        for name in re.findall(r'@pytest\.mark\.works\("((?:[^"\\]|\\.)*)"\)', text)
+    }
     backed |= set(re.findall(r"@pytest\.mark\.works\('([^']*)'\)", text))
     uses = {row[0] for row in table("uses")[2:]}
     columns = set(table("families")[0][1:])
@@ -40,7 +49,9 @@ def test_nothing_in_the_tables_failed():
     assert "yes" in cells and not any("no**" in cell for cell in cells)
 
 
-@pytest.mark.parametrize(("name", "page", "made"), list(quick_blocks()), ids=lambda value: value.split("\n")[0][:20])
+@pytest.mark.parametrize(
+    ("name", "page", "made"), list(quick_blocks()), ids=lambda value: value.split("\n")[0][:20]
+)
 def test_what_is_made_from_code_and_results_is_up_to_date(name, page, made):
     assert block(name, page) == made.strip(), "run scripts/docs_tables.py --quick"
 
@@ -64,7 +75,12 @@ def site(tmp_path_factory):
     """The built site; nothing may reach out while it is built."""
     folder = tmp_path_factory.mktemp("site")
     proxy = "http://127.0.0.1:9"  # nobody listens
-    environment = {**os.environ, "http_proxy": proxy, "https_proxy": proxy, "NO_MKDOCS_2_WARNING": "1"}
+    environment = {
+        **os.environ,
+        "http_proxy": proxy,
+        "https_proxy": proxy,
+        "NO_MKDOCS_2_WARNING": "1",
+    }
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -80,7 +96,9 @@ def test_the_site_builds_and_holds_every_page(site):
 
 def test_the_site_fetches_nothing_from_elsewhere(site):
     for page in site.glob("*.html"):
-        fetched = re.findall(r"<(?:script|link|img|iframe)\b[^>]*?(?:src|href)=\"([^\"]+)\"", page.read_text())
+        fetched = re.findall(
+            r"<(?:script|link|img|iframe)\b[^>]*?(?:src|href)=\"([^\"]+)\"", page.read_text()
+        )
         assert [link for link in fetched if urlparse(link).netloc] == [], page.name
 
 
@@ -112,7 +130,12 @@ def test_shells_complete_both_commands(program, words, expected):
     variable = f"_{program.upper().replace('-', '_')}_COMPLETE"
     documented = (DOCS / "usage.md").read_text()
     assert f'eval "$({variable}=bash_source {program})"' in documented
-    environment = {**os.environ, variable: "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    environment = {
+        **os.environ,
+        variable: "bash_complete",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(len(words.split()) - 1),
+    }
     command = [str(Path(sys.executable).with_name(program))]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert f"plain,{expected}" in done.stdout.splitlines(), done.stderr

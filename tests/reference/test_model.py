@@ -1,4 +1,6 @@
-"""The embedded reference model: its card tells the truth, and the promises hold on trained weights."""
+"""The embedded reference model: its card tells the truth, and the promises hold on trained
+weights.
+"""
 
 import json
 
@@ -65,7 +67,10 @@ def test_greedy_generation_confirms_the_report(length, facts):
 def test_card_states_the_measured_numbers(report):
     card = (reference_model() / "README.md").read_text()
     for cell in report["accuracy"]:
-        assert f"| {cell['task']} | {cell['length']} | {cell['questions']} | {cell['accuracy']:.2%} |" in card
+        assert (
+            f"| {cell['task']} | {cell['length']} | {cell['questions']} | {cell['accuracy']:.2%} |"
+            in card
+        )
 
 
 def test_weights_are_small_and_qwen2():
@@ -75,7 +80,9 @@ def test_weights_are_small_and_qwen2():
 
 
 def test_conversion_changes_no_weight(converted):
-    result = verify(open_converted(converted), open_source(str(reference_model())), Progress(quiet=True))
+    result = verify(
+        open_converted(converted), open_source(str(reference_model())), Progress(quiet=True)
+    )
     assert result.passed and result.logits_match and result.same_tokens and not result.edited_files
 
 
@@ -92,11 +99,18 @@ def test_memory_acts_and_neither_batch_nor_padding_nor_split_matter(converted):
     for start in range(0, width, 41):
         stop = min(width, start + 41)
         positions = (mask.cumsum(1) - 1).clamp_min(0)[:, start:stop]
-        output = model(ids[:, start:stop], attention_mask=mask[:, :stop], position_ids=positions, past_key_values=cache)
+        output = model(
+            ids[:, start:stop],
+            attention_mask=mask[:, :stop],
+            position_ids=positions,
+            past_key_values=cache,
+        )
         parts.append(output.logits)
     got = torch.cat(parts, 1)
     for i, row in enumerate(rows):
-        torch.testing.assert_close(got[i, -len(row) :], model(row[None]).logits[0], rtol=1e-7, atol=1e-7)
+        torch.testing.assert_close(
+            got[i, -len(row) :], model(row[None]).logits[0], rtol=1e-7, atol=1e-7
+        )
     summary = model.memory_summary(cache)
     assert set(summary) == {1, 2}
     assert all(min(memory["filled"]) > 0 for memory in summary.values())
@@ -114,7 +128,9 @@ def test_short_prompt_is_the_base_model(converted):
 
 def test_stands_alone(converted, tmp_path):
     ids = ids_of(prompts(1, 200)[0]).tolist()
-    first = load_alone([{"folder": converted, "ids": ids, "save_to": tmp_path / "saved"}], modules=tmp_path / "m1")
+    first = load_alone(
+        [{"folder": converted, "ids": ids, "save_to": tmp_path / "saved"}], modules=tmp_path / "m1"
+    )
     second = load_alone([{"folder": tmp_path / "saved", "ids": ids}], modules=tmp_path / "m2")
     assert first == second and first[0]["class"] == "PaceQwen2ForCausalLM"
 

@@ -32,7 +32,10 @@ def test_story(seed, length, facts, links, held_out, depth):
     assert len(story.questions) == min(3, links or facts)
     for question in story.questions:
         assert story.words[question.position] == story.words[question.source] == question.answer
-        assert story.words[question.position - 1] == ASSISTANT and story.words[question.position - 3] == question.name
+        assert (
+            story.words[question.position - 1] == ASSISTANT
+            and story.words[question.position - 3] == question.name
+        )
         fact = story.words[question.source - 2]
         assert is_held_out(fact, question.answer) == held_out
         assert (question.hops == 1) == (fact == question.name) == (links == 0)
@@ -64,7 +67,9 @@ def test_tokenizer_reads_stories_word_by_word():
 
 
 def test_stopped_training_goes_on_to_the_same_weights(tmp_path, monkeypatch):
-    recipe = train_reference.Recipe(seed=5, steps=4, threads=1, tokens_per_batch=1024, guided_steps=2)
+    recipe = train_reference.Recipe(
+        seed=5, steps=4, threads=1, tokens_per_batch=1024, guided_steps=2
+    )
     whole, _ = train_reference.train(recipe, tmp_path / "whole", every=2)
     step = train_reference.train_step
 

@@ -1,4 +1,6 @@
-"""What a probe says of a text is what the model does: checked against its own summary, its bank and its activations."""
+"""What a probe says of a text is what the model does: checked against its own summary, its bank and
+its activations.
+"""
 
 import numpy as np
 import pytest
@@ -26,7 +28,9 @@ def run_whole(folder, text):
     seen = {}
     for layer in range(4):
         projection = model.get_submodule(f"layers.{layer}.mlp.down_proj")
-        projection.register_forward_pre_hook(lambda _, args, layer=layer: seen.update({layer: args[0][0]}), prepend=True)
+        projection.register_forward_pre_hook(
+            lambda _, args, layer=layer: seen.update({layer: args[0][0]}), prepend=True
+        )
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(input_ids=torch.tensor([text.ids]), past_key_values=cache, use_cache=True)
@@ -60,7 +64,10 @@ def test_totals_are_the_models_own(found, whole):
     for layer, trace in found.traces.items():
         made = dict(zip(("kept", "mixed", "reused"), np.sum(trace.made, 0)))
         assert made == {name: summary[layer][name][0] for name in made} and min(made.values()) > 0
-        assert trace.filled[-1] == summary[layer]["filled"][0] and len(trace.filled) == summary[layer]["blocks"][0]
+        assert (
+            trace.filled[-1] == summary[layer]["filled"][0]
+            and len(trace.filled) == summary[layer]["blocks"][0]
+        )
         assert found.hits[layer] == summary[layer]["hits"][0]
         assert [similarity is None for similarity in trace.similarity] == [t < 5 for t in range(62)]
 
@@ -82,10 +89,16 @@ def test_slots_hold_the_tokens_they_are_said_to_come_from(found, whole):
 
 def test_activation_shares(found, whole, text):
     activations, _, _ = whole
-    assert found.segments == sorted(set(found.segments)) and found.segments[0] == 0 and found.segments[-1] == 62
+    assert (
+        found.segments == sorted(set(found.segments))
+        and found.segments[0] == 0
+        and found.segments[-1] == 62
+    )
     energy = activations[1].double().numpy().reshape(62, 8, 9) ** 2
     share = energy.sum(2) / energy.sum((1, 2))[:, None]
-    expected = [share[first:stop].mean(0) for first, stop in zip(found.segments, found.segments[1:])]
+    expected = [
+        share[first:stop].mean(0) for first, stop in zip(found.segments, found.segments[1:])
+    ]
     np.testing.assert_allclose(found.activation[1], expected, rtol=1e-4)
 
 
@@ -94,8 +107,15 @@ def test_calls_of_another_length_find_the_same(folder, text, found, monkeypatch)
     again = probe(open_converted(folder), text, QUIET)
     for layer, trace in found.traces.items():
         other = again.traces[layer]
-        assert other.made == trace.made and other.filled == trace.filled and other.replaced == trace.replaced
-        assert other.origin.tolist() == trace.origin.tolist() and other.merged.tolist() == trace.merged.tolist()
+        assert (
+            other.made == trace.made
+            and other.filled == trace.filled
+            and other.replaced == trace.replaced
+        )
+        assert (
+            other.origin.tolist() == trace.origin.tolist()
+            and other.merged.tolist() == trace.merged.tolist()
+        )
 
 
 def test_without_a_memory_the_experts_are_probed_alone(make_source, tmp_path):
@@ -107,13 +127,22 @@ def test_without_a_memory_the_experts_are_probed_alone(make_source, tmp_path):
 
 @pytest.mark.parametrize("family", ["opt", "gpt2", "falcon-alibi"])
 def test_other_layouts(family_pairs, family):
-    """A stack below the base model, flattened activations, transposed weights; experts of unequal sizes."""
+    """A stack below the base model, flattened activations, transposed weights; experts of unequal
+    sizes.
+    """
     found = probe(open_converted(family_pairs(family)[1]), text_of(23), QUIET)
-    assert all(trace.filled == sorted(trace.filled) and len(trace.filled) == 4 for trace in found.traces.values())
-    assert len(found.traces) == 2 and all(np.allclose(share.sum(1), 1) for share in found.activation)
+    assert all(
+        trace.filled == sorted(trace.filled) and len(trace.filled) == 4
+        for trace in found.traces.values()
+    )
+    assert len(found.traces) == 2 and all(
+        np.allclose(share.sum(1), 1) for share in found.activation
+    )
 
 
 @pytest.mark.slow
 def test_every_family(family_pair):
     found = probe(open_converted(family_pair[1]), text_of(23), QUIET)
-    assert len(found.traces) == 2 and all(np.allclose(share.sum(1), 1) for share in found.activation)
+    assert len(found.traces) == 2 and all(
+        np.allclose(share.sum(1), 1) for share in found.activation
+    )

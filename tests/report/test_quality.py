@@ -1,4 +1,6 @@
-"""The measures of quality mean what they say: against scikit-learn, against every grouping there is, and on noise."""
+"""The measures of quality mean what they say: against scikit-learn, against every grouping there
+is, and on noise.
+"""
 
 from itertools import permutations
 
@@ -25,7 +27,9 @@ def directions(rng, count, width, zeros=0):
 
 def grouped(rows, experts):
     """Rows in the order of a conversion, and the experts' sizes."""
-    permutation, sizes = canonical_permutation(KMeans(experts, n_init=1, random_state=0).fit_predict(rows))
+    permutation, sizes = canonical_permutation(
+        KMeans(experts, n_init=1, random_state=0).fit_predict(rows)
+    )
     return rows[permutation], sizes
 
 
@@ -35,14 +39,21 @@ def test_silhouettes_are_scikit_learns(seed, clusters, zeros):
     rng = np.random.default_rng(seed)
     rows = directions(rng, 40, 5, zeros)
     labels = np.concatenate([np.arange(clusters), rng.integers(0, clusters, 40 - clusters)])
-    np.testing.assert_allclose(silhouettes(rows, labels), silhouette_samples(rows, labels, metric="cosine"), atol=1e-5)
+    np.testing.assert_allclose(
+        silhouettes(rows, labels), silhouette_samples(rows, labels, metric="cosine"), atol=1e-5
+    )
 
 
 def test_random_is_the_mean_over_all_groupings():
     rows = directions(np.random.default_rng(0), 6, 3)
     sizes = np.array([3, 2, 1])
-    explained = [layer_quality(rows[list(order)], sizes).experts.explained for order in permutations(range(6))]
-    assert layer_quality(rows.copy(), sizes).random.explained == pytest.approx(np.mean(explained), abs=1e-6)
+    explained = [
+        layer_quality(rows[list(order)], sizes).experts.explained
+        for order in permutations(range(6))
+    ]
+    assert layer_quality(rows.copy(), sizes).random.explained == pytest.approx(
+        np.mean(explained), abs=1e-6
+    )
     assert max(explained) - min(explained) > 0.2
 
 
@@ -52,16 +63,23 @@ def test_clusters_stand_above_the_noise_and_noise_does_not():
     planted = (np.repeat(centres, 40, 0) + rng.standard_normal((320, 24))).astype(np.float32)
     found = layer_quality(*grouped(rng.permutation(planted), 8))
     assert found.experts.explained > found.noise.explained + 0.2 > found.random.explained + 0.2
-    assert found.experts.silhouette > found.noise.silhouette + 0.2 and found.experts.placed > found.noise.placed
+    assert (
+        found.experts.silhouette > found.noise.silhouette + 0.2
+        and found.experts.placed > found.noise.placed
+    )
 
     found = layer_quality(*grouped(directions(rng, 320, 24), 8))
     assert abs(found.experts.explained - found.noise.explained) < 0.03
-    assert found.experts.explained > 2 * found.random.explained  # which alone would look like structure
+    # Which alone would look like structure.
+    assert found.experts.explained > 2 * found.random.explained
 
 
 def test_sizes_without_a_silhouette():
     rows = directions(np.random.default_rng(0), 12, 4)
-    one, each = layer_quality(rows.copy(), np.array([12])), layer_quality(rows.copy(), np.ones(12, dtype=int))
+    one, each = (
+        layer_quality(rows.copy(), np.array([12])),
+        layer_quality(rows.copy(), np.ones(12, dtype=int)),
+    )
     assert one.experts.explained == one.random.explained == pytest.approx(0)
     assert each.experts.explained == each.random.explained == pytest.approx(1)
     assert one.experts.silhouette is None and each.by_expert is None

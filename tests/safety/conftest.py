@@ -10,7 +10,10 @@ from damage import SIZES
 @pytest.fixture(scope="session")
 def pristine(make_source) -> dict[bool, Path]:
     """In one file, and in several."""
-    return {shards: make_source("qwen2", shards=shards, shard_size="8KB", **SIZES) for shards in (False, True)}
+    return {
+        shards: make_source("qwen2", shards=shards, shard_size="8KB", **SIZES)
+        for shards in (False, True)
+    }
 
 
 @pytest.fixture

@@ -1,4 +1,6 @@
-"""docs/bad_inputs.md says what the tests saw: `refuse` checks each row, this the rows whose test is gone."""
+"""docs/bad_inputs.md says what the tests saw: `refuse` checks each row, this the rows whose test is
+gone.
+"""
 
 import bad_inputs
 import pytest

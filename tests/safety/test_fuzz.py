@@ -1,4 +1,5 @@
-"""Sources damaged at random: each ends in a conversion that verifies and can be undone, or in a clean error.
+"""Sources damaged at random: each ends in a conversion that verifies and can be undone, or in a
+clean error.
 
 And so are conversions.
 """
@@ -32,7 +33,11 @@ from pace_convert.options import ConvertOptions, RunOptions
 from pace_convert.progress import Progress
 from pace_convert.reference.tokenizer import build_tokenizer
 
-QUIET, OPTIONS, HERE = Progress(quiet=True), ConvertOptions(experts=4), RunOptions(device="cpu", jobs=1)
+QUIET, OPTIONS, HERE = (
+    Progress(quiet=True),
+    ConvertOptions(experts=4),
+    RunOptions(device="cpu", jobs=1),
+)
 SECONDS = 60  # of one case; most take a twentieth of a second
 
 Files = dict[str, bytes]
@@ -41,11 +46,43 @@ NASTY = [
     "/etc/passwd", "\x1b[2J", "a\nb", "\ud800", "a" * 3000, [], {}, [1], [[]], {"a": 1}, [None, "x"],
     ["Qwen2ForCausalLM"], {"quant_method": "gptq"},
 ]  # fmt: skip
-LITERALS = ["NaN", "-Infinity", "1e999", "1" * 5000, "[" * 5000, '{"a": 1, "a": 2}', "01", "'x'", "tru", '"\\ud800"', "\x00"]
+LITERALS = [
+    "NaN",
+    "-Infinity",
+    "1e999",
+    "1" * 5000,
+    "[" * 5000,
+    '{"a": 1, "a": 2}',
+    "01",
+    "'x'",
+    "tru",
+    '"\\ud800"',
+    "\x00",
+]
 KEYS = sorted(
-    {key for spec in FAMILIES.values() for key in (*spec.layer_keys, *spec.size_keys, *spec.width_keys)}
-    | {"model_type", "architectures", "auto_map", "quantization_config", "text_config", "pace", "num_experts", "layer_types"}
-    | {"is_encoder_decoder", "tie_word_embeddings", "tokenizer_class", "__metadata__", "weight_map", "metadata"}
+    {
+        key
+        for spec in FAMILIES.values()
+        for key in (*spec.layer_keys, *spec.size_keys, *spec.width_keys)
+    }
+    | {
+        "model_type",
+        "architectures",
+        "auto_map",
+        "quantization_config",
+        "text_config",
+        "pace",
+        "num_experts",
+        "layer_types",
+    }
+    | {
+        "is_encoder_decoder",
+        "tie_word_embeddings",
+        "tokenizer_class",
+        "__metadata__",
+        "weight_map",
+        "metadata",
+    }
 )
 NAMES = [
     "README.md", "readme.md", "LICENSE", "notes/a.txt", "README.md/x", "config.source.json", "memory_bank.py", "journal.jsonl",
@@ -59,7 +96,13 @@ CARDS = [
     b"---\nlicense: \xff\n---\n",
     b"---\nlanguage: [a, {b: c}]\n---\n",
 ]
-values = st.sampled_from(NASTY) | st.integers() | st.floats() | st.text(max_size=5) | st.lists(st.integers(0, 50), max_size=3)
+values = (
+    st.sampled_from(NASTY)
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.lists(st.integers(0, 50), max_size=3)
+)
 
 
 def bytes_changed(draw: Callable, data: bytes, end: int) -> bytes:
@@ -69,7 +112,9 @@ def bytes_changed(draw: Callable, data: bytes, end: int) -> bytes:
 
 
 def json_changed(draw: Callable, data: bytes) -> bytes:
-    """A JSON object with one key set, removed or given as a literal that is not JSON; or other bytes."""
+    """A JSON object with one key set, removed or given as a literal that is not JSON; or other
+    bytes.
+    """
     value = json.loads(data)
     key = draw(st.sampled_from([*value, *KEYS]))
     kind = draw(st.sampled_from(["set", "set", "remove", "literal", "inside", "bytes"]))
@@ -90,13 +135,31 @@ def entry_changed(draw: Callable, header: dict, name: str) -> None:
     """One tensor of a header: some changes leave a sound file with other contents."""
     entry, other = header[name], draw(st.sampled_from(sorted(set(header) - {"__metadata__"})))
     kind = draw(
-        st.sampled_from(["field", "rename", "remove", "twin", "swap", "turn", "flatten", "integers", "halves", "offsets"])
+        st.sampled_from(
+            [
+                "field",
+                "rename",
+                "remove",
+                "twin",
+                "swap",
+                "turn",
+                "flatten",
+                "integers",
+                "halves",
+                "offsets",
+            ]
+        )
     )
     if kind == "field":
         entry[draw(st.sampled_from(["dtype", "shape", "data_offsets", "more"]))] = draw(values)
     elif kind == "rename":
         header[
-            draw(st.sampled_from([name.upper(), "x" * 2000, "a\nb", "lm_head.weight", name + ".bias"]) | st.text(max_size=4))
+            draw(
+                st.sampled_from(
+                    [name.upper(), "x" * 2000, "a\nb", "lm_head.weight", name + ".bias"]
+                )
+                | st.text(max_size=4)
+            )
         ] = header.pop(name)
     elif kind == "remove":
         del header[name]
@@ -108,14 +171,26 @@ def entry_changed(draw: Callable, header: dict, name: str) -> None:
         entry["shape"] = entry["shape"][::-1]
     elif kind == "flatten":
         entry["shape"] = draw(
-            st.sampled_from([[1, *entry["shape"]], [*entry["shape"], 1], [0, *entry["shape"]], entry["shape"][:-1]])
+            st.sampled_from(
+                [
+                    [1, *entry["shape"]],
+                    [*entry["shape"], 1],
+                    [0, *entry["shape"]],
+                    entry["shape"][:-1],
+                ]
+            )
         )
     elif kind == "integers":
         entry["dtype"] = draw(st.sampled_from(["I32", "U32", "F32", "F8_E4M3", "BF16", "BOOL"]))
     elif kind == "halves":
-        entry["dtype"], entry["shape"] = draw(st.sampled_from(["F16", "BF16"])), [*entry["shape"][:-1], 2 * entry["shape"][-1]]
+        entry["dtype"], entry["shape"] = (
+            draw(st.sampled_from(["F16", "BF16"])),
+            [*entry["shape"][:-1], 2 * entry["shape"][-1]],
+        )
     else:
-        entry["data_offsets"] = [at + draw(st.sampled_from([-4, 0, 4, 2**40])) for at in entry["data_offsets"]]
+        entry["data_offsets"] = [
+            at + draw(st.sampled_from([-4, 0, 4, 2**40])) for at in entry["data_offsets"]
+        ]
 
 
 def shard_changed(draw: Callable, data: bytes) -> bytes:
@@ -146,7 +221,18 @@ def folder_changed(draw: Callable, files: Files, links: dict[str, str]) -> None:
     content = files.pop(name, b"{}")
     if kind == "link":
         links[name] = draw(
-            st.sampled_from(["/etc/passwd", "/dev/zero", name.split("/")[-1], "gone", "config.json", "..", ".", "PIPE"])
+            st.sampled_from(
+                [
+                    "/etc/passwd",
+                    "/dev/zero",
+                    name.split("/")[-1],
+                    "gone",
+                    "config.json",
+                    "..",
+                    ".",
+                    "PIPE",
+                ]
+            )
         )
     elif kind == "add":
         files[name] = bytes_changed(draw, content, len(content))
@@ -173,14 +259,23 @@ def json_or_bytes(draw: Callable, data: bytes) -> bytes:
         return bytes_changed(draw, data, len(data))
 
 
-def change(draw: Callable, files: Files, ending: str, how: Callable[[Callable, bytes], bytes]) -> None:
+def change(
+    draw: Callable, files: Files, ending: str, how: Callable[[Callable, bytes], bytes]
+) -> None:
     names = sorted(name for name in files if name.endswith(ending))
-    names += [name for name in ("config.json", INDEX) if name in names] * 2  # most of what can go wrong goes wrong there
+    # Most of what can go wrong goes wrong there.
+    names += [name for name in ("config.json", INDEX) if name in names] * 2
     if names:
         name = draw(st.sampled_from(names))
         try:
             files[name] = how(draw, files[name])
-        except (ValueError, AttributeError, TypeError, KeyError, OverflowError):  # damaged before, past reading
+        except (
+            ValueError,
+            AttributeError,
+            TypeError,
+            KeyError,
+            OverflowError,
+        ):  # damaged before, past reading
             files[name] = bytes_changed(draw, files[name], len(files[name]))
 
 
@@ -210,7 +305,10 @@ def put(folder: Path, files: Files, links: dict[str, str]) -> None:
         os.mkfifo(path) if target == "PIPE" else path.symlink_to(target)
     for name, data in files.items():
         path = folder / name
-        if not any(part.is_symlink() or part.is_file() for part in (path, *path.parents)) and not path.exists():
+        if (
+            not any(part.is_symlink() or part.is_file() for part in (path, *path.parents))
+            and not path.exists()
+        ):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
 
@@ -232,7 +330,9 @@ def in_time() -> Iterator[None]:
 
 
 def is_clean(error: PaceError) -> bool:
-    return error.message.isprintable() and error.hint.isprintable() and len(error.message) <= MAX_LINE
+    return (
+        error.message.isprintable() and error.hint.isprintable() and len(error.message) <= MAX_LINE
+    )
 
 
 def try_source(files: Files, links: dict[str, str]) -> bool:

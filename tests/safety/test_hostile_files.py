@@ -1,4 +1,6 @@
-"""A source may come from anywhere: what is wrong with it is said in a line, and nothing is written."""
+"""A source may come from anywhere: what is wrong with it is said in a line, and nothing is
+written.
+"""
 
 import json
 import os
@@ -107,7 +109,12 @@ def test_a_family_with_an_endless_name(source, tmp_path):
 
 
 def test_tensor_larger_than_its_file(source, tmp_path):
-    edit_header(source / SINGLE, lambda h: h[GATE].update(shape=[2**40, 16], data_offsets=[h[GATE]["data_offsets"][0], 2**46]))
+    edit_header(
+        source / SINGLE,
+        lambda h: h[GATE].update(
+            shape=[2**40, 16], data_offsets=[h[GATE]["data_offsets"][0], 2**46]
+        ),
+    )
     refused(source, tmp_path, "not a whole safetensors file")
 
 
@@ -218,7 +225,11 @@ def test_ffn_of_no_size(source, tmp_path):
             entry["data_offsets"] = [offset, offset := offset + size]
             if name in gates:
                 entry["shape"] = [0 if side == 16 else side for side in entry["shape"]]
-        header["rest"] = {"dtype": "U8", "shape": [2 * 3 * 24 * 16 * 4], "data_offsets": [offset, offset + 2 * 3 * 24 * 16 * 4]}
+        header["rest"] = {
+            "dtype": "U8",
+            "shape": [2 * 3 * 24 * 16 * 4],
+            "data_offsets": [offset, offset + 2 * 3 * 24 * 16 * 4],
+        }
 
     edit_header(source / SINGLE, empty)
     refused(source, tmp_path, "hidden size of 0")
@@ -237,7 +248,9 @@ def test_index_leads_elsewhere(sharded, tmp_path, place):
     shutil.copy(shard, tmp_path / shard.name)
     edit_json(
         sharded / INDEX,
-        lambda i: i["weight_map"].update({n: place.format(s) for n, s in i["weight_map"].items() if s == shard.name}),
+        lambda i: i["weight_map"].update(
+            {n: place.format(s) for n, s in i["weight_map"].items() if s == shard.name}
+        ),
     )
     refused(sharded, tmp_path, "which is not a shard of this folder")
 
@@ -254,10 +267,20 @@ def test_index_is_no_map(sharded, tmp_path):
 
 def test_tensor_in_two_shards(sharded, tmp_path):
     first, second = shards_of(sharded)[:2]
-    edit_header(second, lambda h: h.update({"lm_head.weight": h.pop(sorted(set(h) - {"__metadata__"})[0])}))
-    edit_header(first, lambda h: h.update({"lm_head.weight": h.pop(sorted(set(h) - {"__metadata__"})[0])}))
-    edit_json(sharded / INDEX, lambda index: index.update(weight_map={"lm_head.weight": first.name, "x": second.name}))
-    edit_header(second, lambda h: h.update({"x": h.pop(sorted(set(h) - {"__metadata__", "lm_head.weight"})[0])}))
+    edit_header(
+        second, lambda h: h.update({"lm_head.weight": h.pop(sorted(set(h) - {"__metadata__"})[0])})
+    )
+    edit_header(
+        first, lambda h: h.update({"lm_head.weight": h.pop(sorted(set(h) - {"__metadata__"})[0])})
+    )
+    edit_json(
+        sharded / INDEX,
+        lambda index: index.update(weight_map={"lm_head.weight": first.name, "x": second.name}),
+    )
+    edit_header(
+        second,
+        lambda h: h.update({"x": h.pop(sorted(set(h) - {"__metadata__", "lm_head.weight"})[0])}),
+    )
     refused(sharded, tmp_path, "both hold lm_head.weight")
 
 
@@ -266,7 +289,9 @@ def test_shard_with_the_name_of_ours(sharded, tmp_path):
     shard.rename(sharded / "pace_permutation.safetensors")
     text = (sharded / INDEX).read_text().replace(shard.name, "pace_permutation.safetensors")
     (sharded / INDEX).write_text(text)
-    refused(sharded, tmp_path, "pace_permutation.safetensors, which a conversion writes itself", code=2)
+    refused(
+        sharded, tmp_path, "pace_permutation.safetensors, which a conversion writes itself", code=2
+    )
 
 
 def test_shard_is_a_link_that_leaves(sharded, tmp_path):

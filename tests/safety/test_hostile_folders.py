@@ -1,4 +1,6 @@
-"""A folder may hold anything beside weights and config: what can't be taken is said in a line, and nothing is written."""
+"""A folder may hold anything beside weights and config: what can't be taken is said in a line, and
+nothing is written.
+"""
 
 import json
 import os
@@ -59,7 +61,13 @@ def test_side_file_whose_name_is_no_text(source, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "pair", [("a.txt", "A.TXT"), ("stra\u00dfe", "STRASSE"), ("caf\u00e9", "cafe\u0301"), ("Readme.md", "x")]
+    "pair",
+    [
+        ("a.txt", "A.TXT"),
+        ("stra\u00dfe", "STRASSE"),
+        ("caf\u00e9", "cafe\u0301"),
+        ("Readme.md", "x"),
+    ],
 )
 def test_files_that_differ_only_in_case(source, tmp_path, pair):
     for name in pair:
@@ -67,7 +75,9 @@ def test_files_that_differ_only_in_case(source, tmp_path, pair):
     refused(source, tmp_path, "two files differ only in case")
 
 
-@pytest.mark.parametrize("name", ["memory_bank.py", "MODELING_pace.py", "config.source.json/x", "journal.jsonl", "lock"])
+@pytest.mark.parametrize(
+    "name", ["memory_bank.py", "MODELING_pace.py", "config.source.json/x", "journal.jsonl", "lock"]
+)
 def test_side_file_where_a_conversion_writes(source, tmp_path, name):
     (source / name).parent.mkdir(exist_ok=True)
     (source / name).touch()
@@ -89,7 +99,9 @@ def test_very_many_files(source, tmp_path):
 @pytest.mark.parametrize("name", ["../x", "a/../../x", "/x", "a\\..\\x", "a//x"])
 def test_names_on_the_hub_that_lead_elsewhere(monkeypatch, name):
     listed = [SimpleNamespace(rfilename=file) for file in ("config.json", SINGLE, name)]
-    api = SimpleNamespace(model_info=lambda *_, **__: SimpleNamespace(siblings=listed, sha="1" * 40))
+    api = SimpleNamespace(
+        model_info=lambda *_, **__: SimpleNamespace(siblings=listed, sha="1" * 40)
+    )
     monkeypatch.setattr("pace_convert.checkpoint.checkpoint.HfApi", lambda **_: api)
     monkeypatch.setattr("pace_convert.checkpoint.checkpoint.snapshot_download", pytest.fail)
     with pytest.raises(DamagedSourceError, match="the name of a file can't be taken"):
@@ -107,7 +119,10 @@ def converts(source, out) -> None:
 @pytest.mark.parametrize("store", ["models--acme--tiny/blobs", "blobs/ab"])
 def test_links_of_the_hubs_cache(source, tmp_path, store):
     """Into the repository's blobs, and into those that repositories share."""
-    snapshot, blobs = tmp_path / "hub" / "models--acme--tiny" / "snapshots" / "1234", tmp_path / "hub" / store
+    snapshot, blobs = (
+        tmp_path / "hub" / "models--acme--tiny" / "snapshots" / "1234",
+        tmp_path / "hub" / store,
+    )
     snapshot.mkdir(parents=True)
     blobs.mkdir(parents=True)
     for path in source.iterdir():
@@ -121,7 +136,9 @@ def test_links_inside_the_folder_and_a_folder_that_is_a_link(source, tmp_path):
     (source / "copy.txt").symlink_to("generation_config.json")
     (tmp_path / "link").symlink_to(source)
     converts(tmp_path / "link", tmp_path / "out")
-    assert (tmp_path / "out" / "copy.txt").read_text() == (source / "generation_config.json").read_text()
+    assert (tmp_path / "out" / "copy.txt").read_text() == (
+        source / "generation_config.json"
+    ).read_text()
 
 
 def test_a_link_among_files_that_are_not_taken_anyway(source, tmp_path):
@@ -136,7 +153,9 @@ def test_a_link_among_files_that_are_not_taken_anyway(source, tmp_path):
     "head",
     [
         "a: &a [x,x,x,x,x,x,x,x,x]\n"
-        + "".join(f"{b}: &{b} [{','.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi"))
+        + "".join(
+            f"{b}: &{b} [{','.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi")
+        )
         + "license: *i",
         "license: " + "[" * 5000,
         "license: [&x [*x]]",
@@ -155,5 +174,7 @@ def test_a_tokenizer_that_loads_and_does_not_read(source, tmp_path):
     build_tokenizer(512).save_pretrained(source)
     edit_json(source / "tokenizer_config.json", lambda config: config.update(model_max_length=""))
     converts(source, tmp_path / "out")
-    done = pace_convert(tmp_path / "out", "--source", source, "--no-logits", "--json", "-q", command=("verify",))
+    done = pace_convert(
+        tmp_path / "out", "--source", source, "--no-logits", "--json", "-q", command=("verify",)
+    )
     assert done.returncode == 0 and json.loads(done.stdout)["same_tokens"] is None, done.stderr

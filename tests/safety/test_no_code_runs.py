@@ -27,14 +27,29 @@ def hostile(source, tmp_path) -> tuple[Path, Path]:
     """A source in which everything that could be run leaves a mark."""
     marker = tmp_path / "marker"
     build_tokenizer(512).save_pretrained(source)
-    auto = {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}
+    auto = {
+        "AutoConfig": "evil.Evil",
+        "AutoModel": "evil.Evil",
+        "AutoModelForCausalLM": "evil.Evil",
+    }
     edit_json(
-        source / "config.json", lambda config: config.update(auto_map=auto | {"AutoTokenizer": ["evil.Evil", "evil.Evil"]})
+        source / "config.json",
+        lambda config: config.update(auto_map=auto | {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}),
     )
-    tokenizer = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    tokenizer = {
+        "tokenizer_class": "Evil",
+        "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]},
+    }
     edit_json(source / "tokenizer_config.json", lambda config: config.update(tokenizer))
     (source / "custom_generate").mkdir()
-    names = ["evil.py", "__init__.py", "conftest.py", "sitecustomize.py", "transformers.py", "tokenization_evil.py"]
+    names = [
+        "evil.py",
+        "__init__.py",
+        "conftest.py",
+        "sitecustomize.py",
+        "transformers.py",
+        "tokenization_evil.py",
+    ]
     for name in [*names, "custom_generate/generate.py"]:
         (source / name).write_text(CODE.format(marker=str(marker)))
     for name in ["pytorch_model.bin", "training_args.bin", "optimizer.pt", "vocab.pkl"]:

@@ -45,7 +45,9 @@ def test_the_source_comes_back(make_source, tmp_path, row, dtype, shards, no_mem
 
 
 def decorate(source: Path) -> None:
-    """What a conversion replaces, each as no program would write it; a tokenizer_config that it writes anew."""
+    """What a conversion replaces, each as no program would write it; a tokenizer_config that it
+    writes anew.
+    """
     build_tokenizer(512).save_pretrained(source)
     for name in ("config.json", "tokenizer_config.json", INDEX):
         value = json.loads((source / name).read_text())
@@ -68,7 +70,9 @@ def test_what_the_source_did_not_have_does_not_come_back(source, tmp_path):
     build_tokenizer(512).save_pretrained(source)
     (source / "tokenizer_config.json").unlink()
     convert_folder(source, tmp_path / "out")
-    assert (tmp_path / "out" / "tokenizer_config.json").exists() and (tmp_path / "out" / INDEX).exists()
+    assert (tmp_path / "out" / "tokenizer_config.json").exists() and (
+        tmp_path / "out" / INDEX
+    ).exists()
     assert undone(tmp_path / "out", tmp_path / "original") == hashes(source)
 
 
@@ -80,14 +84,20 @@ def test_an_index_beside_a_single_file_comes_back(source, tmp_path):
 
 def test_settings_changed_since_do_not_matter(source, tmp_path):
     convert_folder(source, tmp_path / "out")
-    edit_json(tmp_path / "out" / "config.json", lambda config: config["pace"]["memory"].update(slots=3))
+    edit_json(
+        tmp_path / "out" / "config.json", lambda config: config["pace"]["memory"].update(slots=3)
+    )
     assert undone(tmp_path / "out", tmp_path / "original") == hashes(source)
 
 
 def test_the_command_says_what_it_wrote(sharded, tmp_path):
     convert_folder(sharded, tmp_path / "out")
     done = pace_convert(tmp_path / "out", tmp_path / "original", command=("undo",))
-    assert done.returncode == 0 and "byte for byte" in done.stdout and "restored 2 layers" in done.stderr
+    assert (
+        done.returncode == 0
+        and "byte for byte" in done.stdout
+        and "restored 2 layers" in done.stderr
+    )
     assert hashes(tmp_path / "original") == hashes(sharded)
     done = pace_convert(tmp_path / "out", tmp_path / "again", "--json", "-q", command=("undo",))
     assert json.loads(done.stdout)["files"] == sorted(hashes(sharded)) and not done.stderr
@@ -97,7 +107,10 @@ def test_the_command_says_what_it_wrote(sharded, tmp_path):
 @pytest.mark.slow
 def test_several_processes_write_the_same_bytes(sharded, tmp_path):
     convert_folder(sharded, tmp_path / "out")
-    assert pace_convert(tmp_path / "out", tmp_path / "original", "-j", 2, command=("undo",)).returncode == 0
+    assert (
+        pace_convert(tmp_path / "out", tmp_path / "original", "-j", 2, command=("undo",)).returncode
+        == 0
+    )
     assert hashes(tmp_path / "original") == hashes(sharded)
 
 
@@ -113,7 +126,9 @@ def test_killed_before_each_change_of_a_file_and_run_again(sharded, tmp_path, ev
         code = process.exitcode
         assert code in (0, -9), (tmp_path / "log").read_text()
         if (original / "config.json").exists():  # it looks finished, so it is
-            assert {name: value for name, value in hashes(original).items() if UNFINISHED not in name} == hashes(sharded)
+            assert {
+                name: value for name, value in hashes(original).items() if UNFINISHED not in name
+            } == hashes(sharded)
         assert code == 0 or pace_convert(*arguments[1:], command=("undo",)).returncode == 0
         assert hashes(original) == hashes(sharded)
         at += every
@@ -144,7 +159,9 @@ def test_undo_of_what_is_no_conversion(source, tmp_path):
 
 def test_undo_over_an_unfinished_conversion(sharded, tmp_path):
     convert_folder(sharded, tmp_path / "out")
-    process = forked.start(["convert", sharded, tmp_path / "half", "--experts", 4], *[tmp_path / "log"] * 2, kill_at=25)
+    process = forked.start(
+        ["convert", sharded, tmp_path / "half", "--experts", 4], *[tmp_path / "log"] * 2, kill_at=25
+    )
     process.join()
     refused(tmp_path / "out", tmp_path / "half", "something else that is unfinished", code=2)
 
@@ -173,7 +190,9 @@ def test_undo_does_not_go_on_after_the_conversion_has_changed(sharded, tmp_path)
 
 
 def forge(out: Path, files: object) -> None:
-    save_file(load_file(out / PERMUTATION), out / PERMUTATION, metadata={"files": json.dumps(files)})
+    save_file(
+        load_file(out / PERMUTATION), out / PERMUTATION, metadata={"files": json.dumps(files)}
+    )
 
 
 @pytest.mark.parametrize("name", ["../stolen", "/tmp/stolen", "a/../../stolen", ""])

@@ -39,14 +39,27 @@ def test_a_conversion_is_whole(out, family_pair):
 
 def test_the_command_says_so(out):
     done = pace_convert(out, command=("verify",))
-    assert done.returncode == 0 and done.stdout.splitlines()[-1].startswith("whole") and "3 shards" in done.stdout
+    assert (
+        done.returncode == 0
+        and done.stdout.splitlines()[-1].startswith("whole")
+        and "3 shards" in done.stdout
+    )
     (out / "memory_bank.py").write_text("")
     (out / "generation_config.json").unlink()
     done = pace_convert(out, command=("verify",))
-    assert done.returncode == 1 and "generation_config.json, which the conversion wrote, is gone" in done.stdout
-    assert "edited     memory_bank.py" in done.stdout and done.stdout.splitlines()[-1] == "NOT whole"
+    assert (
+        done.returncode == 1
+        and "generation_config.json, which the conversion wrote, is gone" in done.stdout
+    )
+    assert (
+        "edited     memory_bank.py" in done.stdout and done.stdout.splitlines()[-1] == "NOT whole"
+    )
     result = json.loads(pace_convert(out, "--json", command=("verify",)).stdout)
-    assert not result["passed"] and result["edited_files"] == ["memory_bank.py"] and len(result["problems"]) == 1
+    assert (
+        not result["passed"]
+        and result["edited_files"] == ["memory_bank.py"]
+        and len(result["problems"]) == 1
+    )
 
 
 def edit_permutation(out: Path, change) -> None:
@@ -77,12 +90,32 @@ def unbalance(arrays: dict) -> None:
     ("change", "words"),
     [
         (lambda out: edit_permutation(out, swap), "layer 1: its experts are not in their order"),
-        (lambda out: edit_permutation(out, unbalance), "layer 1 does not have 4 experts of equal size"),
-        (lambda out: edit_json(out / INDEX, lambda i: i["metadata"].update(total_size=1)), "total_size is 1"),
-        (lambda out: edit_json(out / INDEX, lambda i: i.update(metadata=None)), "lacks its metadata"),
-        (lambda out: edit_json(out / INDEX, lambda i: i["weight_map"].pop("lm_head.weight")), "lm_head.weight does not lie"),
-        (lambda out: edit_json(out / "config.json", lambda c: c["pace"]["memory"].update(layers=[7])), "memory in layers [7]"),
-        (lambda out: (out / "README.md").unlink(), "README.md, which the conversion wrote, is gone"),
+        (
+            lambda out: edit_permutation(out, unbalance),
+            "layer 1 does not have 4 experts of equal size",
+        ),
+        (
+            lambda out: edit_json(out / INDEX, lambda i: i["metadata"].update(total_size=1)),
+            "total_size is 1",
+        ),
+        (
+            lambda out: edit_json(out / INDEX, lambda i: i.update(metadata=None)),
+            "lacks its metadata",
+        ),
+        (
+            lambda out: edit_json(out / INDEX, lambda i: i["weight_map"].pop("lm_head.weight")),
+            "lm_head.weight does not lie",
+        ),
+        (
+            lambda out: edit_json(
+                out / "config.json", lambda c: c["pace"]["memory"].update(layers=[7])
+            ),
+            "memory in layers [7]",
+        ),
+        (
+            lambda out: (out / "README.md").unlink(),
+            "README.md, which the conversion wrote, is gone",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(out, change, words):
@@ -91,9 +124,15 @@ def test_what_is_wrong_is_named(out, change, words):
 
 
 def cut_a_weight(out: Path) -> None:
-    shard = next(path for path in out.glob("model-*.safetensors") if "model.layers.1.mlp.up_proj.weight" in load_file(path))
+    shard = next(
+        path
+        for path in out.glob("model-*.safetensors")
+        if "model.layers.1.mlp.up_proj.weight" in load_file(path)
+    )
     weights = load_file(shard)
-    weights["model.layers.1.mlp.up_proj.weight"] = weights["model.layers.1.mlp.up_proj.weight"][:, :-1]
+    weights["model.layers.1.mlp.up_proj.weight"] = weights["model.layers.1.mlp.up_proj.weight"][
+        :, :-1
+    ]
     save_file(weights, shard, metadata={"format": "pt"})
 
 
@@ -105,7 +144,9 @@ def test_shapes_are_compared_with_the_config(out):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda arrays: arrays.update({"layers.0.permutation": arrays["layers.0.permutation"].astype(np.float32)}),
+        lambda arrays: arrays.update(
+            {"layers.0.permutation": arrays["layers.0.permutation"].astype(np.float32)}
+        ),
         lambda arrays: arrays.update({"layers.0.permutation": np.zeros(24, np.int32)}),
         lambda arrays: arrays.update({"layers.0.permutation": np.zeros((), np.int32)}),
         lambda arrays: arrays.update({"layers.0.expert_sizes": np.array([-1, 25], np.int32)}),
@@ -120,7 +161,15 @@ def test_permutation_that_is_none(out, change):
 
 @pytest.mark.parametrize(
     "change",
-    [{"slots": -1}, {"slots": "many"}, {"layers": 5}, {"layers": [-1]}, {"enabled": "yes"}, {"unknown": 1}, {"theta_low": 2.0}],
+    [
+        {"slots": -1},
+        {"slots": "many"},
+        {"layers": 5},
+        {"layers": [-1]},
+        {"enabled": "yes"},
+        {"unknown": 1},
+        {"theta_low": 2.0},
+    ],
 )
 def test_memory_settings_that_no_conversion_has(out, change):
     edit_json(out / "config.json", lambda config: config["pace"]["memory"].update(change))
@@ -133,18 +182,32 @@ def test_model_type_that_is_not_its_bases(out):
 
 
 def test_hashes_without_a_source(out):
-    refuse(pace_convert(out, "--hashes", command=("verify",)), 2, "--hashes is for the tensors of a source", "--source")
+    refuse(
+        pace_convert(out, "--hashes", command=("verify",)),
+        2,
+        "--hashes is for the tensors of a source",
+        "--source",
+    )
 
 
 def test_hashes_are_those_of_the_sources_tensors(out, pristine):
     source = pristine[True]
     expected = {}
     for shard in source.glob("*.safetensors"):
-        expected |= {name: hashlib.sha256(tensor.tobytes()).hexdigest() for name, tensor in load_file(shard).items()}
-    done = pace_convert(out, "--source", source, "--no-logits", "--hashes", "-q", command=("verify",))
+        expected |= {
+            name: hashlib.sha256(tensor.tobytes()).hexdigest()
+            for name, tensor in load_file(shard).items()
+        }
+    done = pace_convert(
+        out, "--source", source, "--no-logits", "--hashes", "-q", command=("verify",)
+    )
     lines = [f"{value}  {name}" for name, value in sorted(expected.items())]
     assert done.returncode == 0 and set(lines) < set(done.stdout.splitlines())
     digest = hashlib.sha256("".join(line + "\n" for line in lines).encode()).hexdigest()
     assert f"sha256     {digest}" in done.stdout
-    result = json.loads(pace_convert(out, "--source", source, "--no-logits", "--json", "-q", command=("verify",)).stdout)
+    result = json.loads(
+        pace_convert(
+            out, "--source", source, "--no-logits", "--json", "-q", command=("verify",)
+        ).stdout
+    )
     assert result["hashes"] == expected and result["sha256"] == digest

@@ -43,23 +43,30 @@ def inertia(rows: torch.Tensor, labels: np.ndarray) -> float:
 @given(st.integers(1, 60), st.data())
 def test_sizes_differ_by_at_most_one(neurons, data):
     experts = data.draw(st.integers(1, neurons))
-    assert_balanced(cluster_neurons(random_rows(neurons, 5, seed=neurons), experts).labels, neurons, experts)
+    assert_balanced(
+        cluster_neurons(random_rows(neurons, 5, seed=neurons), experts).labels, neurons, experts
+    )
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 7), st.integers(1, 30), st.integers(0, 3), st.integers(0, 2**32 - 1))
 def test_the_repaired_assignment_is_the_best_balanced_one(experts, more, digits, seed):
-    """Rounded scores tie often. The reference, scipy's, assigns neurons to places: sizes as even as can be, which
-    clusters are larger left open by places that stay empty."""
+    """Rounded scores tie often. The reference, scipy's, assigns neurons to places: sizes as even as
+    can be, which clusters are larger left open by places that stay empty.
+    """
     neurons, rng = experts + more, np.random.default_rng(seed)
     scores = rng.normal(size=(neurons, experts)).round(digits).astype(np.float32)
     labels = balanced_labels(scores, rng.normal(size=experts))
     assert_balanced(labels.astype(np.int32), neurons, experts)
     best = _best_balanced(scores.astype(np.float64))
-    assert scores.astype(np.float64)[np.arange(neurons), labels].sum() == pytest.approx(best, abs=1e-5)
+    assert scores.astype(np.float64)[np.arange(neurons), labels].sum() == pytest.approx(
+        best, abs=1e-5
+    )
     flow = _cheapest_flow(scores)
     assert_balanced(flow.astype(np.int32), neurons, experts)
-    assert scores.astype(np.float64)[np.arange(neurons), flow].sum() == pytest.approx(best, abs=1e-5)
+    assert scores.astype(np.float64)[np.arange(neurons), flow].sum() == pytest.approx(
+        best, abs=1e-5
+    )
 
 
 def _best_balanced(scores: np.ndarray) -> float:
@@ -71,7 +78,9 @@ def _best_balanced(scores: np.ndarray) -> float:
     once = np.kron(np.eye(neurons), np.ones(experts))
     filled = np.kron(np.ones(neurons), np.eye(experts))
     limits = np.repeat([small + 1, -small], experts)
-    found = linprog(-scores.ravel(), np.vstack([filled, -filled]), limits, once, np.ones(neurons), bounds=(0, 1))
+    found = linprog(
+        -scores.ravel(), np.vstack([filled, -filled]), limits, once, np.ones(neurons), bounds=(0, 1)
+    )
     return -found.fun
 
 
@@ -94,7 +103,12 @@ def test_finds_planted_clusters_whatever_the_norms(method):
 @pytest.mark.parametrize("method", ["fast", "exact"])
 def test_degenerate_rows_are_still_balanced(dtype, method):
     rows = random_rows(90, 8)
-    cases = {"zeros": torch.zeros(90, 8), "ones": torch.ones(90, 8), "twins": rows[:9].repeat(10, 1), "half": rows.clone()}
+    cases = {
+        "zeros": torch.zeros(90, 8),
+        "ones": torch.ones(90, 8),
+        "twins": rows[:9].repeat(10, 1),
+        "half": rows.clone(),
+    }
     cases["half"][::2] = 0
     for values in cases.values():
         assert_balanced(cluster_neurons(values.to(dtype), 7, method=method).labels, 90, 7)
@@ -122,7 +136,13 @@ def test_equal_values_give_equal_labels_however_they_are_stored():
     rows = random_rows(1100, 48, planted=30).bfloat16()
     expected = cluster_neurons(rows, 16).labels
     unaligned = torch.empty(rows.numel() + 1, dtype=torch.bfloat16)[1:].view_as(rows).copy_(rows)
-    for stored in (rows.float(), rows.double(), rows.T.contiguous().T, unaligned, torch.nn.Parameter(rows)):
+    for stored in (
+        rows.float(),
+        rows.double(),
+        rows.T.contiguous().T,
+        unaligned,
+        torch.nn.Parameter(rows),
+    ):
         assert np.array_equal(cluster_neurons(stored, 16).labels, expected)
 
 
@@ -146,7 +166,9 @@ print(hashlib.sha256(cluster_neurons(rows.bfloat16(), 24).labels.tobytes()).hexd
 def test_labels_do_not_depend_on_the_number_of_threads():
     threads = ["1", "2", "3", "8"]
     command = [sys.executable, "-c", LABELS_HASH]
-    runs = [subprocess.Popen([*command, count], stdout=subprocess.PIPE, text=True) for count in threads]
+    runs = [
+        subprocess.Popen([*command, count], stdout=subprocess.PIPE, text=True) for count in threads
+    ]
     printed = [run.communicate(timeout=300)[0].split() for run in runs]
     assert [count for _, count in printed] == threads  # and torch has its threads back afterwards
     assert len({labels for labels, _ in printed}) == 1
@@ -154,10 +176,15 @@ def test_labels_do_not_depend_on_the_number_of_threads():
 
 @pytest.mark.parametrize("planted", [0, 40])
 def test_as_good_as_the_library(planted):
-    """Sum of squared distances at most 1.002 times that of k-means-constrained's best of three, for three seeds."""
+    """Sum of squared distances at most 1.002 times that of k-means-constrained's best of three, for
+    three seeds.
+    """
     rows = random_rows(1200, 96, planted=planted)
     library = inertia(rows, cluster_neurons(rows, 16, method="exact", restarts=3).labels)
-    assert max(inertia(rows, cluster_neurons(rows, 16, seed=seed).labels) for seed in range(3)) <= 1.002 * library
+    assert (
+        max(inertia(rows, cluster_neurons(rows, 16, seed=seed).labels) for seed in range(3))
+        <= 1.002 * library
+    )
 
 
 def test_exact_certifies_the_fast_result():

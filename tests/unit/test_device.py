@@ -17,7 +17,9 @@ HEAVY = ("torch", "transformers", "numpy", "scipy", "matplotlib", "safetensors",
 def test_a_device_is_one_of_this_machine(monkeypatch, gpus, auto):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     assert resolve_device("auto") == auto and resolve_device("cpu") == "cpu"
-    assert [resolve_device(name) for name in ("cuda", "cuda:1") if gpus] == ["cuda", "cuda:1"][:gpus]
+    assert [resolve_device(name) for name in ("cuda", "cuda:1") if gpus] == ["cuda", "cuda:1"][
+        :gpus
+    ]
     for name in (f"cuda:{gpus}", *(["cuda"] if not gpus else [])):
         with pytest.raises(CallError, match=f"--device {name}: there is no such GPU"):
             resolve_device(name)
@@ -33,11 +35,25 @@ def test_small_models_are_loaded_in_fp32_on_a_cpu():
 
 def test_numbers_as_people_write_them():
     assert [units.size(n) for n in (0, 1_234_567, 10**9)] == ["0.00 MB", "1.23 MB", "1.00 GB"]
-    assert [units.duration(s) for s in (0, 99, 100, 5999, 9000)] == ["1 s", "99 s", "2 min", "100 min", "2.5 h"]
-    assert [units.tokens_text(n) for n in (96, 1000, 1024, 1152, 204800)] == ["96", "1000", "1K", "1.125K", "200K"]
+    assert [units.duration(s) for s in (0, 99, 100, 5999, 9000)] == [
+        "1 s",
+        "99 s",
+        "2 min",
+        "100 min",
+        "2.5 h",
+    ]
+    assert [units.tokens_text(n) for n in (96, 1000, 1024, 1152, 204800)] == [
+        "96",
+        "1000",
+        "1K",
+        "1.125K",
+        "200K",
+    ]
 
 
-@pytest.mark.parametrize("arguments", ["pace --help", "pace convert --help", "pace eval needle --help"])
+@pytest.mark.parametrize(
+    "arguments", ["pace --help", "pace convert --help", "pace eval needle --help"]
+)
 def test_help_imports_nothing_heavy(arguments):
     code = f"""
 import sys

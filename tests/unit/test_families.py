@@ -4,7 +4,10 @@ import pytest
 import transformers
 from helpers import FAMILY_CONFIGS, family_of
 from transformers import AutoConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 
 from pace_convert.errors import CallError
 from pace_convert.families import FAMILIES, find_family
@@ -36,14 +39,20 @@ def test_every_family_is_tested():
     assert {family_of(row).model_type for row in FAMILY_CONFIGS} == set(FAMILIES)
 
 
-@pytest.mark.parametrize(("kind", "model_type"), [(kind, name) for kind, names in KINDS.items() for name in names.split()])
+@pytest.mark.parametrize(
+    ("kind", "model_type"),
+    [(kind, name) for kind, names in KINDS.items() for name in names.split()],
+)
 def test_what_can_not_be_converted_is_refused_with_the_reason(kind, model_type):
     with pytest.raises(CallError, match=kind) as error:
         find_family(AutoConfig.for_model(model_type).to_dict(), [])
     assert model_type in error.value.message and error.value.hint
 
 
-@pytest.mark.parametrize("keys", [{"num_experts": 8}, {"num_local_experts": 4}, {"n_routed_experts": 64}, {"num_experts": [4]}])
+@pytest.mark.parametrize(
+    "keys",
+    [{"num_experts": 8}, {"num_local_experts": 4}, {"n_routed_experts": 64}, {"num_experts": [4]}],
+)
 def test_mixtures_of_experts_are_known_by_their_keys(keys):
     with pytest.raises(CallError, match="mixture of experts"):
         find_family({"model_type": "brand_new", **keys}, [])
@@ -51,7 +60,15 @@ def test_mixtures_of_experts_are_known_by_their_keys(keys):
 
 def test_one_expert_is_no_mixture():
     with pytest.raises(CallError, match="'brand_new' is not supported"):
-        find_family({"model_type": "brand_new", "num_experts": 1, "num_local_experts": None, "layer_types": None}, [])
+        find_family(
+            {
+                "model_type": "brand_new",
+                "num_experts": 1,
+                "num_local_experts": None,
+                "layer_types": None,
+            },
+            [],
+        )
 
 
 def test_hint_says_which_part_of_a_multimodal_model_is_supported():

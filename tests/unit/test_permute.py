@@ -33,7 +33,9 @@ def test_inverse_gives_back_the_bits(labels, axis, seed):
     permutation, _ = canonical_permutation(labels)
     shape = (len(labels), 3) if axis == 0 else (3, len(labels))
     bits = np.random.default_rng(seed).integers(0, 2**16, shape, dtype=np.uint16)
-    assert np.array_equal(np.take(np.take(bits, permutation, axis), invert(permutation), axis), bits)
+    assert np.array_equal(
+        np.take(np.take(bits, permutation, axis), invert(permutation), axis), bits
+    )
 
 
 def test_what_is_no_permutation():

@@ -10,7 +10,8 @@ import pace_convert
 from pace_convert.writing import write_json, write_whole
 
 PACKAGE = Path(pace_convert.__file__).parent
-# Where a file is made in a folder of its own that is moved, flushed or thrown away as a whole; and the kernel's.
+# Where a file is made in a folder of its own that is moved, flushed or thrown away as a whole; and
+# the kernel's.
 ELSEWHERE = {"conversion/output.py", "evaluation/cost/shapes.py", "evaluation/cost/walk.py"}
 
 
@@ -20,17 +21,22 @@ def steps(monkeypatch):
     made = []
     for name in ("fsync", "replace", "rename"):
         real = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *args, name=name, real=real: (made.append(name), real(*args))[1])
+        monkeypatch.setattr(
+            os, name, lambda *args, name=name, real=real: (made.append(name), real(*args))[1]
+        )
     return made
 
 
-@pytest.mark.parametrize("content", ["ä\n", "ä\n".encode(), lambda path: path.write_bytes("ä\n".encode())])
+@pytest.mark.parametrize(
+    "content", ["ä\n", "ä\n".encode(), lambda path: path.write_bytes("ä\n".encode())]
+)
 def test_what_was_written_is_there_and_nothing_else(tmp_path, steps, content):
     path = tmp_path / "results.json"
     for _ in range(2):
         write_whole(path, content)
         assert path.read_bytes() == "ä\n".encode() and list(tmp_path.iterdir()) == [path]
-    assert steps[0] == "fsync" and len(steps) == 4 and steps[2] == "fsync"  # on the disk before it has its name
+    # On the disk before it has its name.
+    assert steps[0] == "fsync" and len(steps) == 4 and steps[2] == "fsync"
 
 
 def test_a_failure_leaves_what_was_there(tmp_path):
@@ -54,8 +60,16 @@ def test_a_failure_leaves_what_was_there(tmp_path):
 def test_another_place_for_the_part(tmp_path):
     (tmp_path / "staging").mkdir()
     seen = []
-    write_whole(tmp_path / "a", lambda part: (seen.append(part), part.write_text("x")), tmp_path / "staging" / "b")
-    assert seen == [tmp_path / "staging" / "b"] and (tmp_path / "a").read_text() == "x" and not seen[0].exists()
+    write_whole(
+        tmp_path / "a",
+        lambda part: (seen.append(part), part.write_text("x")),
+        tmp_path / "staging" / "b",
+    )
+    assert (
+        seen == [tmp_path / "staging" / "b"]
+        and (tmp_path / "a").read_text() == "x"
+        and not seen[0].exists()
+    )
 
 
 def _writes(tree: ast.AST) -> list[int]:
