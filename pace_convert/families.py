@@ -70,8 +70,8 @@ class FamilySpec:
     holds the base model. Checkpoints name tensors with or without it. stack: path of the decoder
     stack below the base model, where it is another module. blocks: path of the list of layers below
     the stack. layer_keys, size_keys: keys in config.json of the number of layers and of the
-    intermediate size, the first
-        that is set counts. Where no size is set it is four times the hidden size, given as one of width_keys.
+    intermediate size, the first that is set counts. Where no size is set it is four times the
+    hidden size, given as one of width_keys.
     """
 
     model_type: str
@@ -131,8 +131,9 @@ class FamilySpec:
 def _gpt(model_type: str, name: str, models: str, ffn: Ffn, causal_lm: str = "") -> FamilySpec:
     """GPT-2 and what took over its names."""
     return FamilySpec(
-        model_type, name, models, ffn, causal_lm, base="transformer", blocks="h", layer_keys=("n_layer", "num_hidden_layers"),
-        size_keys=("n_inner",), width_keys=("n_embd", "hidden_size"),
+        model_type, name, models, ffn, causal_lm, base="transformer", blocks="h",
+        layer_keys=("n_layer", "num_hidden_layers"), size_keys=("n_inner",),
+        width_keys=("n_embd", "hidden_size"),
     )  # fmt: skip
 
 
@@ -143,21 +144,28 @@ FAMILIES = {
         FamilySpec("arcee", "Arcee", "AFM-4.5B", UP_DOWN),
         FamilySpec(
             "bloom", "Bloom", "BLOOM, BLOOMZ", FOUR_H, base="transformer", blocks="h",
-            layer_keys=("n_layer", "num_hidden_layers"), size_keys=(), width_keys=("n_embed", "hidden_size"),
+            layer_keys=("n_layer", "num_hidden_layers"), size_keys=(),
+            width_keys=("n_embed", "hidden_size"),
         ),
         FamilySpec("cohere", "Cohere", "Command R, Aya"),
         FamilySpec("cohere2", "Cohere2", "Command R7B, Command A"),
         FamilySpec("exaone4", "Exaone4", "EXAONE 4"),
         FamilySpec(
             "falcon", "Falcon", "Falcon", FOUR_H, base="transformer", blocks="h",
-            layer_keys=("num_hidden_layers", "n_layer"), size_keys=("ffn_hidden_size",), width_keys=("hidden_size",),
+            layer_keys=("num_hidden_layers", "n_layer"), size_keys=("ffn_hidden_size",),
+            width_keys=("hidden_size",),
         ),
         FamilySpec("gemma", "Gemma", "Gemma"),
         FamilySpec("gemma2", "Gemma2", "Gemma 2"),
-        FamilySpec("gemma3_text", "Gemma3Text", "Gemma 3, text only", causal_lm="Gemma3ForCausalLM"),
+        FamilySpec(
+            "gemma3_text", "Gemma3Text", "Gemma 3, text only", causal_lm="Gemma3ForCausalLM"
+        ),
         FamilySpec("glm", "Glm", "GLM-4 9B, GLM-Edge", FUSED),
         FamilySpec("glm4", "Glm4", "GLM-4-0414, GLM-Z1", FUSED),
-        _gpt("gpt2", "GPT2", "GPT-2, Cerebras-GPT", Ffn(("mlp.c_fc",), "mlp.c_proj", transposed=True), "GPT2LMHeadModel"),
+        _gpt(
+            "gpt2", "GPT2", "GPT-2, Cerebras-GPT",
+            Ffn(("mlp.c_fc",), "mlp.c_proj", transposed=True), "GPT2LMHeadModel",
+        ),
         FamilySpec("gpt_neox", "GPTNeoX", "GPT-NeoX, Pythia", FOUR_H, base="gpt_neox"),
         _gpt("gptj", "GPTJ", "GPT-J", Ffn(("mlp.fc_in",), "mlp.fc_out")),
         FamilySpec("granite", "Granite", "Granite 3"),
@@ -170,7 +178,9 @@ FAMILIES = {
         FamilySpec("olmo", "Olmo", "OLMo"),
         FamilySpec("olmo2", "Olmo2", "OLMo 2"),
         FamilySpec("olmo3", "Olmo3", "OLMo 3"),
-        FamilySpec("opt", "OPT", "OPT", Ffn(("fc1",), "fc2"), stack="decoder", size_keys=("ffn_dim",)),
+        FamilySpec(
+            "opt", "OPT", "OPT", Ffn(("fc1",), "fc2"), stack="decoder", size_keys=("ffn_dim",)
+        ),
         FamilySpec("phi", "Phi", "Phi-1, Phi-1.5, Phi-2", Ffn(("mlp.fc1",), "mlp.fc2")),
         FamilySpec("phi3", "Phi3", "Phi-3, Phi-3.5 mini, Phi-4", FUSED),
         FamilySpec("qwen2", "Qwen2", "Qwen1.5, Qwen2, Qwen2.5, QwQ"),
@@ -227,14 +237,15 @@ PARTS = (
     "decoder",
 )
 RECURRENT_KEYS = (
-    "state_size", "ssm_state_size", "mamba_d_state", "mamba_expand", "lru_width", "attention_hidden_size", "mlstm_round_up_to",
-    "linear_num_value_heads", "linear_key_head_dim", "linear_attn_config", "conv_L_cache", "layers_block_type",
+    "state_size", "ssm_state_size", "mamba_d_state", "mamba_expand", "lru_width",
+    "attention_hidden_size", "mlstm_round_up_to", "linear_num_value_heads", "linear_key_head_dim",
+    "linear_attn_config", "conv_L_cache", "layers_block_type",
 )  # fmt: skip
 RECURRENT_NAMES = ("mamba", "rwkv", "xlstm", "recurrent", "lfm2")
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 EXPERT_KEYS = (
-    "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts", "n_experts",
-    "moe_num_primary_experts",
+    "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts",
+    "n_experts", "moe_num_primary_experts",
 )  # fmt: skip
 EXPERT_NAMES = ("moe", "mixtral", "gpt_oss", "dbrx", "deepseek_v2", "deepseek_v3", "llama4")
 
@@ -264,7 +275,10 @@ def _what_of_parts(config: dict, families: Container[str]) -> str:
     text = config.get("text_config")
     inner = text.get("model_type") if isinstance(text, dict) else None
     if isinstance(inner, str) and inner in families:
-        return f"save its language model alone ({inner}, which is supported) as a checkpoint, and convert that"
+        return (
+            f"save its language model alone ({inner}, which is supported) as a checkpoint, "
+            "and convert that"
+        )
     return _OTHERS
 
 

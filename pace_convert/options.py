@@ -19,9 +19,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The paper leaves most values open; all of them stand in the released code
     # (github.com/KangcongLi/PaceLLM).
     "paper": {
-        "slots": 100, "theta_high": 0.75, "theta_low": 0.25, "top_k": 5, "bottom_k": 2, "fusion_weight": 0.2,
-        "reuse_weight": 1.0, "mix_weight": 0.5, "noise_weight": 0.1, "match_norm": False, "outlier_norm": 0.0,
-        "momentum": 0.5, "update_interval": 1024, "granularity": "token",
+        "slots": 100, "theta_high": 0.75, "theta_low": 0.25, "top_k": 5, "bottom_k": 2,
+        "fusion_weight": 0.2, "reuse_weight": 1.0, "mix_weight": 0.5, "noise_weight": 0.1,
+        "match_norm": False, "outlier_norm": 0.0, "momentum": 0.5, "update_interval": 1024,
+        "granularity": "token",
     },
 }  # fmt: skip
 Layer = Annotated[int, Field(ge=0)]
@@ -71,12 +72,14 @@ class ConvertOptions(BaseModel):
     )
     cluster_method: Literal["fast", "exact"] = Field(
         "fast",
-        description="Balanced k-means: ours, seconds a layer, or exact (k-means-constrained), started from its result.",
+        description="Balanced k-means: ours, seconds a layer, or exact (k-means-constrained), "
+        "started from its result.",
     )
     exact_restarts: int | None = Field(
         None,
         ge=1,
-        description="With exact: this many random starts instead, minutes each; the released code takes 10.",
+        description="With exact: this many random starts instead, minutes each; "
+        "the released code takes 10.",
     )
     seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of the clustering.")
     memory_layers: Annotated[
@@ -84,7 +87,8 @@ class ConvertOptions(BaseModel):
     ] = Field("auto", description="Layers with memory, 0-based: auto, none or a list like 12,26.")
     preset: Literal["default", "paper"] = Field(
         "default",
-        description="Where the memory's parameters below come from; paper: the released code's, which harm real models.",
+        description="Where the memory's parameters below come from; "
+        "paper: the released code's, which harm real models.",
     )
     slots: int = _memory("slots", "Slots of the bank, M.")
     theta_high: float = _memory("theta_high", "Reuse above this cosine similarity.")
@@ -163,11 +167,13 @@ class RunOptions(BaseModel):
     jobs: int | None = Field(
         None,
         ge=1,
-        description="Processes side by side; by default what cores and memory allow. On Ray: tasks at once.",
+        description="Processes side by side; by default what cores and memory allow. "
+        "On Ray: tasks at once.",
     )
     executor: Literal["local", "ray"] = Field(
         "local",
-        description="Processes on this machine, or tasks on a Ray cluster that shares SOURCE's and OUT's file system.",
+        description="Processes on this machine, or tasks on a Ray cluster that shares SOURCE's "
+        "and OUT's file system.",
     )
     ray_address: str | None = Field(
         None, description="Address of the Ray cluster; without it Ray starts on this machine."

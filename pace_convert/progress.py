@@ -86,8 +86,9 @@ class Progress:
                 if not sys.stderr.isatty() and now - last >= LINE_SECONDS:
                     last = now
                     self.say(
-                        f"{words[0]}: layer {layers_done} of {layers}, {(done + here) / 1e9:.2f} of "
-                        f"{total / 1e9:.2f} GB, about {left or 0:.0f} s left"
+                        f"{words[0]}: layer {layers_done} of {layers}, "
+                        f"{(done + here) / 1e9:.2f} of {total / 1e9:.2f} GB, "
+                        f"about {left or 0:.0f} s left"
                     )
 
             yield report

@@ -69,9 +69,8 @@ def uses_table(recorder: Recorder) -> str:
     rows = ["| use, with the memory on | works | test |", "|---|---|---|"]
     for what, by_family in recorder.outcomes.items():
         if "" in by_family:
-            rows.append(
-                f"| {what} | {mark(by_family[''])} | {', '.join(f'`{f}`' for f in sorted(recorder.files[what]))} |"
-            )
+            files = ", ".join(f"`{file}`" for file in sorted(recorder.files[what]))
+            rows.append(f"| {what} | {mark(by_family[''])} | {files} |")
     return "\n".join(rows)
 
 
@@ -102,12 +101,14 @@ def costs_table(results: dict) -> str:
         for case in ("prefill", "decode"):
             length = "2048" if case == "prefill" else "after 2048"
             rows.append(
-                f"| model: {name}, {case} {length} | {_seconds(row[case + '_s'])} | {row[case]:.3f} | |"
+                f"| model: {name}, {case} {length} | {_seconds(row[case + '_s'])} "
+                f"| {row[case]:.3f} | |"
             )
     for row in results["memory"]:
         name = f"{row['shape']}, {row['dtype']}"
         rows.append(
-            f"| bytes a sequence and layer: {name} | | {_bytes(row['settled'])}, {_bytes(row['window'])} just after a block | |"
+            f"| bytes a sequence and layer: {name} | | {_bytes(row['settled'])}, "
+            f"{_bytes(row['window'])} just after a block | |"
         )
         if row["peak"]:
             cells = [
@@ -115,7 +116,8 @@ def costs_table(results: dict) -> str:
                 for name in ("memory", "released")
             ]
             rows.append(
-                f"| peak beyond the plain FFN's own, prefill 2048: {name} | | {cells[0]} | {cells[1]} |"
+                f"| peak beyond the plain FFN's own, prefill 2048: {name} | "
+                f"| {cells[0]} | {cells[1]} |"
             )
     machine = results["machine"]
     rows += [
@@ -130,14 +132,16 @@ def conversions_table(results: dict) -> str:
     models.
     """
     rows = [
-        "| conversion | weights | copy | 1 process | 2 processes | peak memory, of a layer's FFN | |",
+        "| conversion | weights | copy | 1 process | 2 processes "
+        "| peak memory, of a layer's FFN | |",
         "|---" * 7 + "|",
     ]
     for row in results["conversions"]:
         seconds, peak = row["seconds"], max(row["peak_bytes"].values())
         rows.append(
-            f"| {row['case']} | {row['bytes'] / 1e9:.2f} GB | {_seconds(seconds['copy'])} | {_seconds(seconds['jobs 1'])} | "
-            f"{_seconds(seconds['jobs 2'])} | {_bytes(peak)}, {_bytes(row['ffn_bytes_a_layer'])} | "
+            f"| {row['case']} | {row['bytes'] / 1e9:.2f} GB | {_seconds(seconds['copy'])} | "
+            f"{_seconds(seconds['jobs 1'])} | {_seconds(seconds['jobs 2'])} | "
+            f"{_bytes(peak)}, {_bytes(row['ffn_bytes_a_layer'])} | "
             f"{'verified' if row['verified'] else '**not verified**'} |"
         )
     phases = (
@@ -165,8 +169,9 @@ def conversions_table(results: dict) -> str:
     ]
     for row in results["plans"]:
         rows.append(
-            f"| {row['case']} | {row['layers']} | {row['bytes'] / 1e9:.1f} GB | {_bytes(row['planned_peak_bytes'])} | "
-            f"{_bytes(row['ffn_bytes_a_layer'])} | {_seconds(row['dry_run_seconds'])} |"
+            f"| {row['case']} | {row['layers']} | {row['bytes'] / 1e9:.1f} GB | "
+            f"{_bytes(row['planned_peak_bytes'])} | {_bytes(row['ffn_bytes_a_layer'])} | "
+            f"{_seconds(row['dry_run_seconds'])} |"
         )
     machine = results["machine"]
     return "\n".join(

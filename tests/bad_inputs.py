@@ -15,18 +15,20 @@ PAGE = ROOT / "docs" / "bad_inputs.md"
 LISTED = ("tests/cli/test_errors.py", "tests/safety/")
 HEAD = """# Bad inputs and what is said to them
 
-Each row is a test: exit code 2 is for a call that can't be carried out, 1 for a failure, mostly a damaged model. Nothing is \
-written in any of them, and what was there stays.
+Each row is a test: exit code 2 is for a call that can't be carried out, 1 for a failure, mostly \
+a damaged model. Nothing is written in any of them, and what was there stays.
 
 What is taken, and why:
 
-- A link may lead to another file of the folder, or from a snapshot of the Hub's cache to that cache's blobs. Every other \
-link is refused, weights' too: what is converted gets published, and a folder that was downloaded must not pull other files \
-of the machine into it. The folder itself may be a link.
-- JSON is read as its standard has it: a key once, numbers that are numbers, 64 MB at most. Python's own parser takes more.
+- A link may lead to another file of the folder, or from a snapshot of the Hub's cache to that \
+cache's blobs. Every other link is refused, weights' too: what is converted gets published, and a \
+folder that was downloaded must not pull other files of the machine into it. The folder itself may \
+be a link.
+- JSON is read as its standard has it: a key once, numbers that are numbers, 64 MB at most. \
+Python's own parser takes more.
 - Of the header of a shard `safetensors` checks offsets and sizes; we check names and shapes.
-- Python files, pickles and templates of a source are never run or loaded, by no command. Python files are copied, pickled \
-weights are not.
+- Python files, pickles and templates of a source are never run or loaded, by no command. Python \
+files are copied, pickled weights are not.
 - Hidden files (`.git*`, `.cache`) and weights in other formats are not looked at and not copied.
 
 The page is written by

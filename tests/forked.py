@@ -17,11 +17,11 @@ from pathlib import Path
 
 _context = multiprocessing.get_context("forkserver")
 PRELOAD = """
-    forked torch pace_convert.conversion.convert pace_convert.experts.cluster transformers.models.auto.tokenization_auto
-    pace_convert.evaluation.benchmarks.needle_plot pace_convert.evaluation.cost.curves
-    pace_convert.evaluation.tables pace_convert.evaluation.tune.choose
-    pace_convert.evaluation.benchmarks.qa pace_convert.evaluation.benchmarks.text_plot
-    matplotlib.pyplot
+    forked torch pace_convert.conversion.convert pace_convert.experts.cluster
+    transformers.models.auto.tokenization_auto pace_convert.evaluation.benchmarks.needle_plot
+    pace_convert.evaluation.cost.curves pace_convert.evaluation.tables
+    pace_convert.evaluation.tune.choose pace_convert.evaluation.benchmarks.qa
+    pace_convert.evaluation.benchmarks.text_plot matplotlib.pyplot
     transformers.models.qwen2.modeling_qwen2 transformers.generation
 """
 _context.set_forkserver_preload(PRELOAD.split())

@@ -138,8 +138,8 @@ def family_of(row: str) -> FamilySpec:
 # Blocks of a few tokens and wide thresholds: a memory that reuses, mixes and keeps within a short
 # text.
 ACTIVE = {
-    "experts": 8, "slots": 6, "update_interval": 5, "theta_low": 0.1, "theta_high": 0.3, "top_k": 2, "bottom_k": 1,
-    "fusion_weight": 0.2,
+    "experts": 8, "slots": 6, "update_interval": 5, "theta_low": 0.1, "theta_high": 0.3, "top_k": 2,
+    "bottom_k": 1, "fusion_weight": 0.2,
 }  # fmt: skip
 
 
@@ -232,16 +232,18 @@ done = []
 for job in json.loads(sys.argv[1]):
     folder, ids = job["folder"], torch.tensor(job["ids"])
     print(folder, file=sys.stderr)
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float64).eval()
-    inner = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float64).eval()
+    options = {"trust_remote_code": True, "dtype": torch.float64}
+    model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+    inner = AutoModel.from_pretrained(folder, **options).eval()
     with torch.no_grad():
         logits = model(ids).logits
         tokens = model.generate(ids, max_new_tokens=6, do_sample=False)
         same = torch.equal(model.base_model(ids).last_hidden_state, inner(ids).last_hidden_state)
     if "save_to" in job:
         model.save_pretrained(job["save_to"])
-    done.append({"sum": logits.sum().item(), "tokens": tokens.tolist(), "same": same, "class": type(model).__name__,
-        "type": AutoConfig.from_pretrained(folder, trust_remote_code=True).model_type, "inner": type(inner).__name__})
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    done.append({"sum": logits.sum().item(), "tokens": tokens.tolist(), "same": same,
+        "class": type(model).__name__, "type": config.model_type, "inner": type(inner).__name__})
 print(json.dumps({"pace_convert": "pace_convert" in sys.modules, "done": done}))
 """
 

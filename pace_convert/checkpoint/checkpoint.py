@@ -19,8 +19,8 @@ from .shards import TensorInfo, check_tensors, read_header
 CONFIG = "config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 OTHER_WEIGHTS = (
-    "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.h5",
-    "*.msgpack", "*.ot", "*.onnx", "*.onnx_data", "*.gguf", "*.tflite", "*.pkl",
+    "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth",
+    "*.ckpt", "*.h5", "*.msgpack", "*.ot", "*.onnx", "*.onnx_data", "*.gguf", "*.tflite", "*.pkl",
 )  # fmt: skip
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -233,7 +233,8 @@ def _refuse_pickled_only(name: str, files: list[str]) -> None:
     if any(fnmatch.fnmatch(file, pattern) for file in files for pattern in PICKLED):
         raise CallError(
             f"{name} has only pickled weights, which can run code when loaded",
-            "convert it to safetensors first, on a machine you can lose: huggingface.co/spaces/safetensors/convert",
+            "convert it to safetensors first, on a machine you can lose: "
+            "huggingface.co/spaces/safetensors/convert",
         )
     raise CallError(
         f"{name} has no {SINGLE} and no {INDEX}", "give a checkpoint in safetensors format"

@@ -52,7 +52,8 @@ def check_ffn(
             width = width or info.shape[1 - tensor.axis]
             if info.shape[1 - tensor.axis] != width or not width:
                 raise DamagedSourceError(
-                    f"{tensor.name} has shape {list(info.shape)}; the other FFN tensors have a hidden size of {width}",
+                    f"{tensor.name} has shape {list(info.shape)}; "
+                    f"the other FFN tensors have a hidden size of {width}",
                     "get an undamaged copy of the model",
                 )
     return ffn
@@ -74,7 +75,8 @@ def _check_tensor(tensors: dict[str, TensorInfo], tensor: FfnTensor, neurons: in
     if len(info.shape) != dimensions or info.shape[tensor.axis] != expected:
         times = f"{tensor.parts} times " if tensor.parts > 1 else ""
         raise DamagedSourceError(
-            f"{name} has shape {list(info.shape)}; axis {tensor.axis} should be {times}the model's {neurons} neurons",
+            f"{name} has shape {list(info.shape)}; "
+            f"axis {tensor.axis} should be {times}the model's {neurons} neurons",
             "config.json and weights do not belong together",
         )
     return info

@@ -30,9 +30,8 @@ def run_demo(out: Path, progress: Progress) -> None:
     prepared, verification = convert_reference(out, progress)
     plan = prepared.plan
     print(f"Converted the reference model ({size(prepared.source.nbytes)}) into {out}:")
-    print(
-        f"  {OPTIONS.experts} experts a layer, memory in layers {', '.join(map(str, plan.memory_layers))} of {plan.layers},"
-    )
+    layers = ", ".join(map(str, plan.memory_layers))
+    print(f"  {OPTIONS.experts} experts a layer, memory in layers {layers} of {plan.layers},")
     print(f"  {OPTIONS.slots} slots, updated every {OPTIONS.update_interval} tokens\n")
     print(verification_text(verification) + "\n")
 
@@ -74,5 +73,6 @@ def print_tables(cells: list[Cell]) -> None:
     )
     asked = STORIES * len(cells)
     console.print(
-        f"Right answers to all {asked} questions: base {base}, PaceLLM {pace} (a difference of {pace - base:+d})."
+        f"Right answers to all {asked} questions: "
+        f"base {base}, PaceLLM {pace} (a difference of {pace - base:+d})."
     )

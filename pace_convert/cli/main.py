@@ -69,9 +69,9 @@ class GroupedCommand(click.Command):
 @click.version_option(__version__)
 @friendly
 def pace_convert(
-    source: str, out: Path, revision: str | None, token: str | None, cache_dir: Path | None, config: Path | None,
-    dry_run: bool, overwrite: bool, resume: bool, push_to_hub: str | None, private: bool, as_json: bool, quiet: bool,
-    **given: Any,
+    source: str, out: Path, revision: str | None, token: str | None, cache_dir: Path | None,
+    config: Path | None, dry_run: bool, overwrite: bool, resume: bool, push_to_hub: str | None,
+    private: bool, as_json: bool, quiet: bool, **given: Any,
 ) -> None:  # fmt: skip
     """Convert SOURCE, a model folder or a Hub id, into a PaceLLM in the folder OUT.
 
@@ -238,8 +238,8 @@ def inspect(
 @output_options
 @friendly
 def verify(
-    out: Path, source: str | None, revision: str | None, token: str | None, cache_dir: Path | None, no_logits: bool,
-    hashes: bool, trust_remote_code: bool, as_json: bool, quiet: bool,
+    out: Path, source: str | None, revision: str | None, token: str | None, cache_dir: Path | None,
+    no_logits: bool, hashes: bool, trust_remote_code: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Prove that OUT is SOURCE, permuted: tensors bit for bit, logits with the memory off.
 
@@ -303,8 +303,8 @@ def verify(
 @output_options
 @friendly
 def push(
-    out: Path, repo_id: str, source: str | None, private: bool, branch: str | None, message: str, create_pr: bool,
-    token: str | None, as_json: bool, quiet: bool,
+    out: Path, repo_id: str, source: str | None, private: bool, branch: str | None, message: str,
+    create_pr: bool, token: str | None, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Upload the converted folder OUT to the model repository ORG/NAME on the Hub.
 

@@ -35,7 +35,8 @@ def plan_text(source: str, out: Path, plan: Plan, expected: Duration) -> str:
         f"  family     {plan.family.causal_lm_class}, {plan.layers} layers",
         f"  experts    {options.experts} of {plan.intermediate_size} neurons a layer ({method})",
         f"  memory     {_memory_line(options, plan.memory_layers)}",
-        f"  bytes      {size(plan.weights_bytes)} to read and to write, {len(plan.ffn)} tensors permuted",
+        f"  bytes      {size(plan.weights_bytes)} to read and to write, "
+        f"{len(plan.ffn)} tensors permuted",
         f"  needs      about {size(plan.task_bytes)} of memory in {processes}",
         f"  time       about {duration(expected.total)}, by a short measurement: "
         f"grouping {duration(expected.clustering)}, copying {duration(expected.copying)}",
@@ -57,9 +58,15 @@ def made_text(made: Conversion) -> str:
     certificate = ""
     if made.changed is not None:
         neurons = made.plan.layers * made.plan.intermediate_size
-        certificate = f"k-means-constrained moved {made.changed} of {neurons} neurons from where the fast method had them. "
+        certificate = (
+            f"k-means-constrained moved {made.changed} of {neurons} neurons "
+            "from where the fast method had them. "
+        )
     snippet = loading_snippet(str(made.out), not made.plan.options.no_memory)
-    return f"Made {made.out}: {made.tensors} tensors, {size(made.nbytes)}. {certificate}Load it with\n\n{_indented(snippet)}\n"
+    return (
+        f"Made {made.out}: {made.tensors} tensors, {size(made.nbytes)}. "
+        f"{certificate}Load it with\n\n{_indented(snippet)}\n"
+    )
 
 
 def pushed_text(pushed: Pushed) -> str:
@@ -81,12 +88,13 @@ def facts_text(facts: dict) -> str:
 
     memory = facts["memory"]
     experts = facts["experts"]
+    where = "in layers " + ", ".join(map(str, memory["layers"])) if memory["enabled"] else "none"
     lines = [
         f"{facts['folder']}: {facts['model_type']} made from {facts['base_model_type']}",
         f"  weights    {facts['tensors']} tensors, {size(facts['bytes'])}",
         f"  experts    {experts['count']} a layer over {facts['intermediate_size']} neurons "
         f"({experts['method']}, seed {experts['seed']})",
-        f"  memory     {'in layers ' + ', '.join(map(str, memory['layers'])) if memory['enabled'] else 'none'}",
+        f"  memory     {where}",
     ]
     if memory["enabled"]:
         lines += [
@@ -102,7 +110,8 @@ def facts_text(facts: dict) -> str:
     ]
     if any("quality" in row for row in facts["layers"]):
         lines.append(
-            "  noise: the same clustering of noise with the weights' mean and spread; only what lies above it is structure"
+            "  noise: the same clustering of noise with the weights' mean and spread; "
+            "only what lies above it is structure"
         )
     if "probe" in facts:
         lines += _probe_lines(facts["probe"], memory)
@@ -144,7 +153,8 @@ def _probe_lines(probe: dict, memory: dict) -> list[str]:
     if probe["memory"] and probe["tokens"] <= memory["update_interval"]:
         return [
             *lines,
-            f"    the memory acts from token {memory['update_interval']} on, so it did nothing here",
+            f"    the memory acts from token {memory['update_interval']} on, "
+            "so it did nothing here",
         ]
     for found in probe["memory"]:
         every = found["kept"] + found["mixed"] + found["reused"]
@@ -167,7 +177,8 @@ def verification_text(result: Verification, hashes: bool = False) -> str:
     """A Verification in words. hashes: with the table of them, as sha256sum writes it."""
     same = result.tensors - len(result.different)
     lines = [
-        f"tensors    {same} of {result.tensors} bit-identical to the source ({result.permuted} after undoing the permutation)"
+        f"tensors    {same} of {result.tensors} bit-identical to the source "
+        f"({result.permuted} after undoing the permutation)"
     ]
     lines += [f"  differs  {name}" for name in result.different[:10]]
     if len(result.different) > 10:
@@ -181,7 +192,8 @@ def verification_text(result: Verification, hashes: bool = False) -> str:
     if result.logit_difference is not None:
         verdict = "match" if result.logits_match else "DO NOT MATCH"
         lines.append(
-            f"logits     {verdict} with the memory off: largest difference {result.logit_difference:.2e}, "
+            f"logits     {verdict} with the memory off: "
+            f"largest difference {result.logit_difference:.2e}, "
             f"largest logit {result.largest_logit:.2f}"
         )
     if result.same_tokens is not None:
@@ -192,9 +204,11 @@ def verification_text(result: Verification, hashes: bool = False) -> str:
 
 def integrity_text(whole: Integrity) -> str:
     """An Integrity in words."""
+    shards = "1 shard" if whole.shards == 1 else f"{whole.shards} shards"
     lines = [
-        f"files      {whole.tensors} tensors in {whole.shards} shard{'s' if whole.shards > 1 else ''}",
-        f"experts    {whole.layers} layers of {whole.intermediate_size} neurons, each in the order of its permutation",
+        f"files      {whole.tensors} tensors in {shards}",
+        f"experts    {whole.layers} layers of {whole.intermediate_size} neurons, "
+        "each in the order of its permutation",
     ]
     lines += [f"  wrong    {problem}" for problem in whole.problems[:10]]
     lines += [
@@ -211,7 +225,8 @@ def integrity_text(whole: Integrity) -> str:
 def restored_text(restored: Restored) -> str:
     """A Restored in words."""
     return (
-        f"Wrote {restored.folder}: {len(restored.files)} files, {restored.tensors} tensors, {size(restored.nbytes)}. "
+        f"Wrote {restored.folder}: {len(restored.files)} files, "
+        f"{restored.tensors} tensors, {size(restored.nbytes)}. "
         "They are the source's, byte for byte, if nothing in OUT was changed since."
     )
 

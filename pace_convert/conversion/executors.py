@@ -67,7 +67,8 @@ def check_executor(run: RunOptions, task_bytes: int) -> None:
         if most < task_bytes:
             ray.shutdown()
             raise CallError(
-                f"a task needs {task_bytes / 1e9:.1f} GB, no machine of the Ray cluster has more than {most / 1e9:.1f} GB",
+                f"a task needs {task_bytes / 1e9:.1f} GB, "
+                f"no machine of the Ray cluster has more than {most / 1e9:.1f} GB",
                 "give it larger machines",
             )
 

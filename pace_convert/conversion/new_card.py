@@ -39,8 +39,8 @@ DEMANDS = (
     (r"llama2", "Pass the licence, its attribution notice and its use policy on."),
     (
         r"llama[34].*",
-        'Show "Built with Llama", begin the model\'s name with "Llama", and pass the licence, its attribution notice and '
-        "its use policy on.",
+        'Show "Built with Llama", begin the model\'s name with "Llama", and pass the licence, '
+        "its attribution notice and its use policy on.",
     ),
     (r"gemma", "Pass the terms and their use restrictions on, and say that files were changed."),
     (r".*rail.*", "Its use restrictions bind everyone you pass the model on to."),
@@ -144,8 +144,8 @@ def _licence(metadata: dict, side_files: tuple[str, ...]) -> str:
         sentences.append(f"See also {', '.join(f'[{file}]({file})' for file in files)}.")
     if any(key.startswith(TERMS_OF_ACCESS) for key in metadata):
         sentences.append(
-            "The source is for those who accept its terms; its questions stand in this card's metadata and are asked "
-            "where gating is switched on."
+            "The source is for those who accept its terms; its questions stand in this card's "
+            "metadata and are asked where gating is switched on."
         )
     return " ".join(sentences)
 

@@ -85,12 +85,14 @@ def _check_experts(options: ConvertOptions, intermediate_size: int) -> None:
     """Whether so many neurons can be grouped as asked. Raises CallError."""
     if options.experts > intermediate_size:
         raise CallError(
-            f"--experts {options.experts} is more than the model's {intermediate_size} neurons per layer",
+            f"--experts {options.experts} is more than the model's {intermediate_size} neurons "
+            "per layer",
             "choose fewer experts",
         )
     if options.granularity == "expert" and intermediate_size % options.experts:
         raise CallError(
-            f"--granularity expert needs experts of equal size: {options.experts} does not divide {intermediate_size}",
+            f"--granularity expert needs experts of equal size: "
+            f"{options.experts} does not divide {intermediate_size}",
             f"choose --experts {_divisor_near(intermediate_size, options.experts)}",
         )
 

@@ -78,8 +78,8 @@ class Tuned(BaseModel):
     def sentence(self) -> str:
         """All in a line; its texts may come from elsewhere."""
         return one_line(
-            f"{self.trials} trials on {self.data} ({self.date}); {self.metric}, less the base's, on "
-            f"{self.held_out_items} held-out items: {self.held_out}"
+            f"{self.trials} trials on {self.data} ({self.date}); {self.metric}, less the base's, "
+            f"on {self.held_out_items} held-out items: {self.held_out}"
         )
 
 

@@ -79,7 +79,8 @@ def _index(converted: Converted) -> list[str]:
     problems = [f"{INDEX}: {name} does not lie where it says" for name in wrong[:1]]
     if metadata.get("total_size") != files.nbytes:
         problems.append(
-            f"{INDEX}: total_size is {metadata.get('total_size')}, the tensors have {files.nbytes} bytes"
+            f"{INDEX}: total_size is {metadata.get('total_size')}, "
+            f"the tensors have {files.nbytes} bytes"
         )
     return problems
 

@@ -20,7 +20,10 @@ from ..progress import Progress
 from .load import edited_code, load_model, refuse_edited
 from .opened import Converted
 
-SAMPLE = "The code of Ada is 4711;\n\tit's   written in München, in 東京 and <|here|>. def f(x): return x**2"
+SAMPLE = (
+    "The code of Ada is 4711;\n\tit's   written in München, in 東京 and <|here|>. "
+    "def f(x): return x**2"
+)
 # Reordering the sum over an FFN's neurons moves logits by rounding only; relative to the largest
 # logit.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -70,9 +73,9 @@ class Verification:
             ", and its tokenizer reads a sample as the source's does" if self.same_tokens else ""
         )
         return (
-            f"Before the upload all {self.tensors} tensors ({self.nbytes:,} bytes) were compared with the "
-            f"source's: every one is the same bit for bit, {self.permuted} of them after undoing the "
-            f"permutation{tokens}."
+            f"Before the upload all {self.tensors} tensors ({self.nbytes:,} bytes) were compared "
+            f"with the source's: every one is the same bit for bit, {self.permuted} of them after "
+            f"undoing the permutation{tokens}."
         )
 
 
@@ -93,7 +96,8 @@ def verify(
     source = source.fetch()
     if source.config["model_type"] != converted.family.model_type:
         raise CallError(
-            f"{source.name} is a {source.config['model_type']}, the conversion's base a {converted.family.model_type}",
+            f"{source.name} is a {source.config['model_type']}, "
+            f"the conversion's base a {converted.family.model_type}",
             "give the source that was converted",
         )
     permutations = {

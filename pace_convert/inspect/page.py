@@ -117,7 +117,10 @@ def _quality_charts(facts: dict) -> list[Chart]:
 
 def _busy_chart(facts: dict) -> Chart:
     rows = facts["probe"]["experts"]
-    said = "The fewest experts that together carry half of the squared activation, over the whole text. Line: half of all."
+    said = (
+        "The fewest experts that together carry half of the squared activation, "
+        "over the whole text. Line: half of all."
+    )
     names = [f"layer {row['layer']}" for row in rows]
     half = [facts["layers"][row["layer"]]["experts"] / 2 for row in rows]
     return columns(
@@ -144,7 +147,10 @@ def _layer(converted: Converted, facts: dict, i: int) -> dict:
     view["map"] = heat_map(permutation_map(permutation, sizes))
     if quality["by_expert"] is not None:
         names = [f"expert {expert} ({size} neurons)" for expert, size in enumerate(sizes)]
-        said = "Mean over the expert's neurons; below zero they are on average nearer to another expert."
+        said = (
+            "Mean over the expert's neurons; "
+            "below zero they are on average nearer to another expert."
+        )
         view["experts_chart"] = columns("Silhouette by expert", said, quality["by_expert"], names)
     if "probe" in facts:
         shares = np.array(facts["probe"]["experts"][i]["activation"])

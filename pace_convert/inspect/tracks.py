@@ -91,13 +91,19 @@ def _similarity(memory: dict, settings: dict, segments: list[int]) -> Chart:
         if known:
             middle = known[len(known) // 2]
             x, right = 100 * first / total, 100 * stop / total
-            said = f"tokens {first} to {stop - 1}: median {middle:.2f}, {known[0]:.2f} to {known[-1]:.2f}"
+            said = (
+                f"tokens {first} to {stop - 1}: "
+                f"median {middle:.2f}, {known[0]:.2f} to {known[-1]:.2f}"
+            )
             marks.append(
                 rectangle("range", x, at(known[0]), right - x, at(known[-1]) - at(known[0]), said)
             )
             marks.append(line("middle", x, at(middle), right, at(middle), said))
     labels = [(at(settings[name]), f"{settings[name]:g}") for name in ("theta_low", "theta_high")]
-    said = "Cosine similarity of each token to its nearest slot: median and range. Dashed: the two thresholds."
+    said = (
+        "Cosine similarity of each token to its nearest slot: median and range. "
+        "Dashed: the two thresholds."
+    )
     if settings["granularity"] == "expert":
         said += " Here of whole activations; what is fused is decided expert by expert."
     return Chart("Similarity to the nearest slot", said, marks, y_ticks=labels)
@@ -114,7 +120,10 @@ def _filled(memory: dict, settings: dict, tokens: int) -> Chart:
                 rectangle("filled", 100 * first / tokens, 0, width, 100 * filled / slots, said)
             )
     last = memory["filled"][-1] if memory["filled"] else 0
-    said = f"{last} of {slots} at the end; {memory['replaced']} times a slot was given to another token."
+    said = (
+        f"{last} of {slots} at the end; "
+        f"{memory['replaced']} times a slot was given to another token."
+    )
     return Chart("Slots filled", said, marks, y_ticks=[(0, "0"), (100, str(slots))])
 
 
@@ -126,13 +135,19 @@ def _origins(memory: dict, tokens: int, ticks: list[tuple[float, str]]) -> Chart
         marks.append(
             line("origin", x, 0, x, 12 + 88 * math.sqrt(slot["hits"] / most), _origin(slot))
         )
-    said = "One line a slot, at the token whose activation it was filled with; the higher, the more tokens have hit it since."
+    said = (
+        "One line a slot, at the token whose activation it was filled with; "
+        "the higher, the more tokens have hit it since."
+    )
     return Chart("Where the slots came from", said, marks, ticks)
 
 
 def _origin(slot: dict) -> str:
     merged = f", {slot['merged']} tokens merged into it" if slot["merged"] else ""
-    return f"slot {slot['slot']}: token {slot['token']} “{slot['piece'].strip()}”, hit {slot['hits']} times{merged}"
+    return (
+        f"slot {slot['slot']}: token {slot['token']} “{slot['piece'].strip()}”, "
+        f"hit {slot['hits']} times{merged}"
+    )
 
 
 def painted(memory: dict, pieces: list[str]) -> list[Span]:

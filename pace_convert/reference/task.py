@@ -97,7 +97,8 @@ def make_story(
     room = length - sum(map(len, sentences)) - TURN_WORDS * len(asked)
     if room < 0:
         raise ValueError(
-            f"{facts} facts, {links} links and {questions} questions need {-room} words more than {length}"
+            f"{facts} facts, {links} links and {questions} questions need "
+            f"{-room} words more than {length}"
         )
     return _ask(_hide(rng, sentences, room, depth), asked)
 

@@ -12,10 +12,10 @@ NAMES = tuple(
     ada alan alba alma amir anna anton arno asta axel bela ben berta boris bruno carl carmen cato
     clara cora cyril dan dara diego dina dora edgar edith ella elmo emil emma enzo erik esther eva
     fabio felix fiona flora frank freya gerd gina greta gustav hana harry heidi helga henri hugo ida
-    igor ines ingrid iris ivan ivo jana jasper jonas judith jules karin karl kira klaus lara lena leo
-    lidia lola lotte luca lucy luis magda maria marta max mia mila mona nadia nils nina noah nora
-    olga oscar otto pablo paula pedro petra pia ralph rita rosa ruben sara selma simon sofia sven
-    tara theo tilda tom ulla uma vera victor wanda xenia yara yuri zoe
+    igor ines ingrid iris ivan ivo jana jasper jonas judith jules karin karl kira klaus lara lena
+    leo lidia lola lotte luca lucy luis magda maria marta max mia mila mona nadia nils nina noah
+    nora olga oscar otto pablo paula pedro petra pia ralph rita rosa ruben sara selma simon sofia
+    sven tara theo tilda tom ulla uma vera victor wanda xenia yara yuri zoe
     """.split()
 )
 
@@ -27,8 +27,8 @@ CODES = tuple(
     fern flute fog forest fox garnet ginger glacier globe granite hammer harbor hazel helmet honey
     indigo iron island ivory jacket jade kettle ladder lantern lemon lily linen lotus magnet maple
     marble meadow mirror needle oak ocean olive onyx opal orchid otter paper pearl pepper piano pine
-    planet plum quartz raven ribbon river robin ruby saddle salt sand satin shell silver slate spruce
-    stone sugar thunder tiger topaz tulip velvet violet walnut whale willow winter wolf
+    planet plum quartz raven ribbon river robin ruby saddle salt sand satin shell silver slate
+    spruce stone sugar thunder tiger topaz tulip velvet violet walnut whale willow winter wolf
     """.split()
 )
 
@@ -36,14 +36,15 @@ NOUNS = tuple(
     """
     farmer teacher sailor baker doctor painter singer guard child dog cat horse bird cow goat train
     boat car wagon book letter lamp chair table door window wall roof clock box basket coat hat shoe
-    bread soup cake tea garden field road market school church tower house barn mill shop park square
+    bread soup cake tea garden field road market school church tower house barn mill shop park
+    square
     """.split()
 )
 PLACES = tuple("town village city lake hill valley coast station corner gate fence well".split())
 ADJECTIVES = tuple(
     """
-    old young small large red blue green white black warm cold quiet loud heavy light slow quick clean
-    dusty bright dark empty full narrow wide plain kind tired
+    old young small large red blue green white black warm cold quiet loud heavy light slow quick
+    clean dusty bright dark empty full narrow wide plain kind tired
     """.split()
 )
 VERBS = tuple(

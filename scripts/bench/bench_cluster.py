@@ -1,7 +1,8 @@
 """What clustering costs, and how good the clusters are, beside k-means-constrained and the released
 code.
 
-    python scripts/bench/bench_cluster.py --released-code ~/PaceLLM --out docs/bench_cluster.json    # twenty minutes or more
+    # twenty minutes or more
+    python scripts/bench/bench_cluster.py --released-code ~/PaceLLM --out docs/bench_cluster.json
     python scripts/bench/bench_cluster.py --shapes 0.5b --skip library-10
 
 Layers are synthetic, of real shapes, in bf16: `random` rows, and `structured` ones around 200
@@ -161,7 +162,8 @@ def table(results: dict) -> str:
     run.
     """
     rows = [
-        "| layer | case | seconds | of fast's | inertia, median (worst) | explained, median (worst) | MB | changed |",
+        "| layer | case | seconds | of fast's | inertia, median (worst) "
+        "| explained, median (worst) | MB | changed |",
         "|---" * 8 + "|",
     ]
     found = {(row["shape"], row["kind"], row["case"]): row for row in results["layers"]}
@@ -197,7 +199,8 @@ def table(results: dict) -> str:
         [
             *rows,
             "",
-            f"Measured on {machine['device']}, {machine['threads']} threads, torch {machine['torch']}.",
+            f"Measured on {machine['device']}, {machine['threads']} threads, "
+            f"torch {machine['torch']}.",
         ]
     )
 

@@ -97,8 +97,9 @@ def phases(source: Path, out: Path) -> dict[str, float]:
         return wrapper
 
     places = {
-        "clustering": (cluster, "cluster_neurons"), "reading": (tasks, "read"), "writing": (tasks, "write"),
-        "copying": (tasks, "copy_range"), "flushing": (tasks.Shard, "flush"), "checking": (tasks, "first_bad_row"),
+        "clustering": (cluster, "cluster_neurons"), "reading": (tasks, "read"),
+        "writing": (tasks, "write"), "copying": (tasks, "copy_range"),
+        "flushing": (tasks.Shard, "flush"), "checking": (tasks, "first_bad_row"),
     }  # fmt: skip
     before = {name: getattr(owner, attribute) for name, (owner, attribute) in places.items()}
     shutil.rmtree(out, ignore_errors=True)
@@ -133,7 +134,8 @@ def bench(name: str, work: Path, repeats: int) -> dict:
             times[f"jobs {jobs}"].append(seconds)
             peaks[f"jobs {jobs}"] = max(peaks[f"jobs {jobs}"], peak)
             click.echo(
-                f"{name}: copy {times['copy'][-1]:.2f} s, {jobs} jobs {seconds:.2f} s, {peak / 1e6:.0f} MB",
+                f"{name}: copy {times['copy'][-1]:.2f} s, "
+                f"{jobs} jobs {seconds:.2f} s, {peak / 1e6:.0f} MB",
                 err=True,
             )
     by_phase = phases(source, out)
@@ -176,8 +178,9 @@ def plan(name: str, work: Path) -> dict:
     facts = json.loads(done.stdout.splitlines()[0])
     ffn = 3 * 2 * SHAPES[name].hidden * SHAPES[name].neurons
     return {
-        "case": name, "bytes": facts["bytes_to_read"], "layers": facts["layers"], "ffn_bytes_a_layer": ffn,
-        "planned_peak_bytes": facts["bytes_of_memory"], "dry_run_seconds": median(taken),
+        "case": name, "bytes": facts["bytes_to_read"], "layers": facts["layers"],
+        "ffn_bytes_a_layer": ffn, "planned_peak_bytes": facts["bytes_of_memory"],
+        "dry_run_seconds": median(taken),
     }  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """What the fusion memory costs a real model: nats a token of real text, beside the same model
 without it.
 
-    python scripts/research/fusion_harm.py PACELLM --on TEXTS.jsonl [--arm NAME ...] [--out RESULTS.json]
+    python scripts/research/fusion_harm.py PACELLM --on TEXTS.jsonl \\
+        [--arm NAME ...] [--out RESULTS.json]
 
 TEXTS holds one {"text": …} a line. Every document is read once by the base model; of its layers
 below the first one with memory the outputs are kept, so an arm computes the layers above alone. A

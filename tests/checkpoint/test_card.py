@@ -30,8 +30,9 @@ def source(make_source):
     """With a card written by hand, terms of access, a licence file."""
     folder = make_source("qwen2")
     (folder / "README.md").write_bytes(
-        b"\xef\xbb\xbf---\nlicense: other\nlicense_name: llama3.1\nlicense_link: LICENSE\nlanguage: [en, no]\n"
-        b"extra_gated_prompt: |\n  TERMS: agree\nextra_gated_fields:\n  Name: text\n---\n# hello\nWritten by hand.\n"
+        b"\xef\xbb\xbf---\nlicense: other\nlicense_name: llama3.1\nlicense_link: LICENSE\n"
+        b"language: [en, no]\nextra_gated_prompt: |\n  TERMS: agree\nextra_gated_fields:\n"
+        b"  Name: text\n---\n# hello\nWritten by hand.\n"
     )
     (folder / "LICENSE").write_text("the licence")
     (folder / "NOTICE").write_text("the notice")
@@ -91,10 +92,12 @@ def test_metadata_is_valid_and_complete(out):
 def test_says_what_was_made_how_to_use_it_and_what_it_cannot_do(out):
     text = card_of(out)[1]
     for words in (
-        "takes part in 2 of 4 layers", "first 5 tokens", "layers 1, 2", 'name = "."\n', "(name, trust_remote_code=True)",
-        "memory_disabled()", "| theta_high | 0.3 |", "| update_interval | 5 |", "72 FFN neurons", "8 experts",
-        "Nothing had been compared", "not a promise of better answers", "vLLM", "(README.source.md)", "{2506.17310}",
-        'Show "Built with Llama"', "[llama3.1](LICENSE)", "[NOTICE](NOTICE)", "those who accept its terms",
+        "takes part in 2 of 4 layers", "first 5 tokens", "layers 1, 2", 'name = "."\n',
+        "(name, trust_remote_code=True)", "memory_disabled()", "| theta_high | 0.3 |",
+        "| update_interval | 5 |", "72 FFN neurons", "8 experts", "Nothing had been compared",
+        "not a promise of better answers", "vLLM", "(README.source.md)", "{2506.17310}",
+        'Show "Built with Llama"', "[llama3.1](LICENSE)", "[NOTICE](NOTICE)",
+        "those who accept its terms",
     ):  # fmt: skip
         assert words in text, words
     assert "Written by hand." in (out / "README.source.md").read_text()

@@ -32,16 +32,18 @@ STANDARD = {
 TORCH = {"torch", "torch.nn.functional"}
 TRANSFORMERS = {"transformers", "transformers.cache_utils", "transformers.conversion_mapping"}
 BUILTINS = {
-    "NotImplementedError", "RuntimeError", "TypeError", "ValueError", "abs", "all", "any", "bool", "classmethod", "dict",
-    "float", "getattr", "int", "isinstance", "len", "list", "max", "min", "object", "property", "range", "set", "slice",
-    "sorted", "staticmethod", "str", "sum", "super", "tuple", "type", "zip",
+    "NotImplementedError", "RuntimeError", "TypeError", "ValueError", "abs", "all", "any", "bool",
+    "classmethod", "dict", "float", "getattr", "int", "isinstance", "len", "list", "max", "min",
+    "object", "property", "range", "set", "slice", "sorted", "staticmethod", "str", "sum", "super",
+    "tuple", "type", "zip",
 }  # fmt: skip
 UNDERSCORED = {"__init__", "__name__"}
 # Parts of torch and transformers that read or write files, run other code or reach the network.
 REACHING_OUT = {
-    "_C", "_inductor", "classes", "cpp", "cpp_extension", "distributed", "dynamic_module_utils", "from_file", "from_pretrained",
-    "hub", "jit", "library", "load", "load_library", "multiprocessing", "ops", "package", "pipeline", "push_to_hub", "save",
-    "save_pretrained", "serialization", "utils",
+    "_C", "_inductor", "classes", "cpp", "cpp_extension", "distributed", "dynamic_module_utils",
+    "from_file", "from_pretrained", "hub", "jit", "library", "load", "load_library",
+    "multiprocessing", "ops", "package", "pipeline", "push_to_hub", "save", "save_pretrained",
+    "serialization", "utils",
 }  # fmt: skip
 
 
@@ -137,11 +139,13 @@ def test_lines_are_short(shipped):
 @pytest.mark.parametrize(
     "code",
     [
-        "import os", "from os import path", "import subprocess as s", "import socket", "from .. import secrets",
-        "from .other import x", "import torch.hub", "from torch import hub", "from torch.utils import cpp_extension",
-        "open('x')", "eval('1')", "exec('1')", "compile('1', '', 'eval')", "__import__('os')", "globals()", "breakpoint()",
-        "torch.load('x')", "torch.ops.load_library('x')", "().__class__.__subclasses__()", "getattr(torch, 'hub')",
-        "getattr(x, '__globals__')", "AutoModel.from_pretrained('a/b')", "import urllib.request", "import pickle",
+        "import os", "from os import path", "import subprocess as s", "import socket",
+        "from .. import secrets", "from .other import x", "import torch.hub",
+        "from torch import hub", "from torch.utils import cpp_extension", "open('x')", "eval('1')",
+        "exec('1')", "compile('1', '', 'eval')", "__import__('os')", "globals()", "breakpoint()",
+        "torch.load('x')", "torch.ops.load_library('x')", "().__class__.__subclasses__()",
+        "getattr(torch, 'hub')", "getattr(x, '__globals__')", "AutoModel.from_pretrained('a/b')",
+        "import urllib.request", "import pickle",
     ],
 )  # fmt: skip
 def test_a_way_out_would_be_found(code):

@@ -122,9 +122,10 @@ def test_exact_files(make_source, tmp_path):
     files = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
     assert files == sorted(
         [
-            SEAL, "LICENSE", "README.md", "README.source.md", "chat_template.jinja", "config.json", "config.source.json",
-            "generation_config.json", "model.safetensors", "model.safetensors.index.json", "nested/notes.txt",
-            "pace_permutation.safetensors", "tokenizer.json", *SHIPPED,
+            SEAL, "LICENSE", "README.md", "README.source.md", "chat_template.jinja", "config.json",
+            "config.source.json", "generation_config.json", "model.safetensors",
+            "model.safetensors.index.json", "nested/notes.txt", "pace_permutation.safetensors",
+            "tokenizer.json", *SHIPPED,
         ]
     )  # fmt: skip
     for name in ("LICENSE", "tokenizer.json", "chat_template.jinja", "nested/notes.txt"):

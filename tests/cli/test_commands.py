@@ -111,9 +111,11 @@ def test_families_lists_the_table():
 def test_options_reach_the_config(make_source, tmp_path):
     source = make_source("qwen2")
     values = {
-        "experts": 4, "seed": 3, "memory_layers": "0,3", "slots": 9, "theta_high": 0.6, "theta_low": -0.5, "top_k": 3,
-        "bottom_k": 0, "fusion_weight": 0.3, "reuse_weight": 0.9, "mix_weight": 0.4, "noise_weight": 0.05, "momentum": 0.7,
-        "update_interval": 77, "cluster_method": "exact", "exact_restarts": 2, "granularity": "expert", "outlier_norm": 3.5,
+        "experts": 4, "seed": 3, "memory_layers": "0,3", "slots": 9, "theta_high": 0.6,
+        "theta_low": -0.5, "top_k": 3, "bottom_k": 0, "fusion_weight": 0.3, "reuse_weight": 0.9,
+        "mix_weight": 0.4, "noise_weight": 0.05, "momentum": 0.7, "update_interval": 77,
+        "cluster_method": "exact", "exact_restarts": 2, "granularity": "expert",
+        "outlier_norm": 3.5,
     }  # fmt: skip
     assert {*values, "match_norm"} == set(ConvertOptions.model_fields) - {"no_memory", "preset"}
     arguments = [part for name, value in values.items() for part in (option_name(name), value)]

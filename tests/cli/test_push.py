@@ -112,11 +112,12 @@ def run_many(command):
 
 
 MANY = """
-import contextlib, io, json, os, sys
+import io, json, os, sys
+from contextlib import redirect_stderr, redirect_stdout
 from pace_convert.cli.main import pace
 done = []
 for arguments, os.environ["HF_TOKEN"] in json.loads(sys.argv[1]):
-    with contextlib.redirect_stderr(io.StringIO()) as errors, contextlib.redirect_stdout(io.StringIO()) as out:
+    with redirect_stderr(io.StringIO()) as errors, redirect_stdout(io.StringIO()) as out:
         try:
             pace(arguments)
         except SystemExit as end:
@@ -138,7 +139,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 name, revision = sys.argv[1:]
 options = {"revision": revision, "trust_remote_code": True}
 model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float64, **options).eval()
-ids = AutoTokenizer.from_pretrained(name, **options)("the code of ada is four", return_tensors="pt").input_ids % 120
+tokenizer = AutoTokenizer.from_pretrained(name, **options)
+ids = tokenizer("the code of ada is four", return_tensors="pt").input_ids % 120
 cache = DynamicCache(config=model.config)
 tokens = model.generate(ids, past_key_values=cache, max_new_tokens=20, do_sample=False)
 filled = [layer["filled"] for layer in model.memory_summary(cache).values()]

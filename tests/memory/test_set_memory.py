@@ -52,11 +52,14 @@ def test_a_running_sequence_keeps_its_own(qwen2_pair):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"slots": 0}, "at least 1"), ({"theta_low": 0.9}, "theta_low"), ({"layers": (9,)}, "no such layer"),
-        ({"nonsense": 1}, "nonsense"), ({"granularity": "neuron"}, "granularity"),
-        ({"fusion_weight": 5, "momentum": -3}, "fusion_weight is 5"), ({"slots": 4, "momentum": -3}, "momentum is -3"),
-        ({"theta_high": float("nan")}, "theta_high"), ({"noise_weight": float("inf")}, "noise_weight"),
-        ({"slots": True}, "slots"), ({"enabled": "no"}, "enabled"), ({"layers": 1}, "layers"), ({"layers": (True,)}, "layers"),
+        ({"slots": 0}, "at least 1"), ({"theta_low": 0.9}, "theta_low"),
+        ({"layers": (9,)}, "no such layer"), ({"nonsense": 1}, "nonsense"),
+        ({"granularity": "neuron"}, "granularity"),
+        ({"fusion_weight": 5, "momentum": -3}, "fusion_weight is 5"),
+        ({"slots": 4, "momentum": -3}, "momentum is -3"),
+        ({"theta_high": float("nan")}, "theta_high"),
+        ({"noise_weight": float("inf")}, "noise_weight"), ({"slots": True}, "slots"),
+        ({"enabled": "no"}, "enabled"), ({"layers": 1}, "layers"), ({"layers": (True,)}, "layers"),
     ],
 )  # fmt: skip
 @torch.no_grad()

@@ -76,7 +76,10 @@ def test_wheel_holds_what_travels_and_nothing_else(wheel):
 
 
 def test_converts_with_the_wheel(binaries, tmp_path):
-    where = "import pace_convert, pace_convert.reference as r; print(pace_convert.__file__); print(r.reference_model())"
+    where = (
+        "import pace_convert, pace_convert.reference as r; "
+        "print(pace_convert.__file__); print(r.reference_model())"
+    )
     package, reference = run([binaries / "python", "-c", where], tmp_path).split()
     assert str(binaries.parent) in package and str(binaries.parent) in reference
     run([binaries / "pace-convert", reference, "out", "--experts", "16"], tmp_path)

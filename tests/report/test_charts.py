@@ -65,7 +65,10 @@ def test_tracks_of_texts_of_any_length(tokens, interval, pieces):
     mixed = [int(x is not None) for x in similarity]
     blocks = tokens // interval
     memory = {
-        "tokens": {"kept": [1 - x for x in mixed], "mixed": mixed, "reused": [0] * tokens, "similarity": similarity},
+        "tokens": {
+            "kept": [1 - x for x in mixed], "mixed": mixed, "reused": [0] * tokens,
+            "similarity": similarity,
+        },
         "filled": [2] * blocks, "replaced": 0,
         "slots": [{"slot": 0, "token": 0, "piece": "a", "hits": 3, "merged": 1}] * bool(blocks),
     }  # fmt: skip

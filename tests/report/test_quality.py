@@ -88,9 +88,13 @@ def test_sizes_without_a_silhouette():
 
 
 @pytest.mark.parametrize(
-    "family, name", [("qwen2", "model.layers.2.mlp.gate_proj.weight"), ("phi3", "model.layers.2.mlp.gate_up_proj.weight"),
-                     ("gpt2", "transformer.h.2.mlp.c_fc.weight")],
-)  # fmt: skip
+    "family, name",
+    [
+        ("qwen2", "model.layers.2.mlp.gate_proj.weight"),
+        ("phi3", "model.layers.2.mlp.gate_up_proj.weight"),
+        ("gpt2", "transformer.h.2.mlp.c_fc.weight"),
+    ],
+)
 def test_reads_the_rows_that_were_clustered(family_pairs, family, name):
     source, out = family_pairs(family)
     converted = open_converted(out)

@@ -42,9 +42,9 @@ SECONDS = 60  # of one case; most take a twentieth of a second
 
 Files = dict[str, bytes]
 NASTY = [
-    0, -1, 1, 2, 3, 4, 7, 16, 24, 48, 10**9, -(10**9), 10**30, 0.5, -0.0, 1e308, True, False, None, "", "x", "2", "../x",
-    "/etc/passwd", "\x1b[2J", "a\nb", "\ud800", "a" * 3000, [], {}, [1], [[]], {"a": 1}, [None, "x"],
-    ["Qwen2ForCausalLM"], {"quant_method": "gptq"},
+    0, -1, 1, 2, 3, 4, 7, 16, 24, 48, 10**9, -(10**9), 10**30, 0.5, -0.0, 1e308, True, False, None,
+    "", "x", "2", "../x", "/etc/passwd", "\x1b[2J", "a\nb", "\ud800", "a" * 3000, [], {}, [1], [[]],
+    {"a": 1}, [None, "x"], ["Qwen2ForCausalLM"], {"quant_method": "gptq"},
 ]  # fmt: skip
 LITERALS = [
     "NaN",
@@ -85,10 +85,11 @@ KEYS = sorted(
     }
 )
 NAMES = [
-    "README.md", "readme.md", "LICENSE", "notes/a.txt", "README.md/x", "config.source.json", "memory_bank.py", "journal.jsonl",
-    "lock", "tokenizer_config.json", "tokenizer.json", "generation_config.json", "pytorch_model.bin", "a\nb", "\x1b[2J", "b\\c",
-    INDEX, SINGLE, ".pace-unfinished/x", "pace_permutation.safetensors", "other.safetensors", "custom_generate/generate.py",
-    "config.json",
+    "README.md", "readme.md", "LICENSE", "notes/a.txt", "README.md/x", "config.source.json",
+    "memory_bank.py", "journal.jsonl", "lock", "tokenizer_config.json", "tokenizer.json",
+    "generation_config.json", "pytorch_model.bin", "a\nb", "\x1b[2J", "b\\c", INDEX, SINGLE,
+    ".pace-unfinished/x", "pace_permutation.safetensors", "other.safetensors",
+    "custom_generate/generate.py", "config.json",
 ]  # fmt: skip
 CARDS = [
     b"---\nlicense: &a [*a]\n---\n",
@@ -381,8 +382,8 @@ def fuzz(bases: list[Files], cases: int, try_one: Callable[[Files, dict[str, str
     outcomes = []
 
     @settings(
-        max_examples=cases, deadline=None, database=None, derandomize=cases <= 200, phases=[Phase.generate, Phase.shrink],
-        suppress_health_check=list(HealthCheck),
+        max_examples=cases, deadline=None, database=None, derandomize=cases <= 200,
+        phases=[Phase.generate, Phase.shrink], suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     @given(damaged(bases))
     def run(case: tuple[Files, dict[str, str]]) -> None:

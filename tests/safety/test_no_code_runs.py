@@ -11,7 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from pace_convert.reference.tokenizer import build_tokenizer
 
-CODE = "from pathlib import Path\nPath({marker!r}).touch()\nclass Evil: ...\ndef generate(*_, **__): ...\n"
+CODE = (
+    "from pathlib import Path\nPath({marker!r}).touch()\n"
+    "class Evil: ...\ndef generate(*_, **__): ...\n"
+)
 
 
 class Bomb:

@@ -159,7 +159,8 @@ import hashlib, sys, torch
 from pace_convert.experts.cluster import cluster_neurons
 torch.set_num_threads(int(sys.argv[1]))
 rows = torch.randn(3000, 256, generator=torch.Generator().manual_seed(0)) + 0.3
-print(hashlib.sha256(cluster_neurons(rows.bfloat16(), 24).labels.tobytes()).hexdigest(), torch.get_num_threads())
+labels = cluster_neurons(rows.bfloat16(), 24).labels
+print(hashlib.sha256(labels.tobytes()).hexdigest(), torch.get_num_threads())
 """
 
 

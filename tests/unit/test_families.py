@@ -14,15 +14,19 @@ from pace_convert.families import FAMILIES, find_family
 
 KINDS = {
     "mixture of experts": (
-        "mixtral qwen2_moe qwen3_moe gpt_oss deepseek_v2 deepseek_v3 dbrx olmoe granitemoe phimoe jetmoe glm4_moe ernie4_5_moe "
-        "hunyuan_v1_moe llama4_text minimax_m2 qwen3_next jamba cohere2_moe longcat_flash"
+        "mixtral qwen2_moe qwen3_moe gpt_oss deepseek_v2 deepseek_v3 dbrx olmoe granitemoe phimoe "
+        "jetmoe glm4_moe ernie4_5_moe hunyuan_v1_moe llama4_text minimax_m2 qwen3_next jamba "
+        "cohere2_moe longcat_flash"
     ),
     "several models": (
-        "llava qwen2_vl qwen2_5_vl qwen3_vl gemma3 gemma3n gemma4 mistral3 mllama llama4 idefics3 internvl phi4_multimodal "
-        "qwen3_5 paligemma"
+        "llava qwen2_vl qwen2_5_vl qwen3_vl gemma3 gemma3n gemma4 mistral3 mllama llama4 idefics3 "
+        "internvl phi4_multimodal qwen3_5 paligemma"
     ),
     "encoder-decoder": "t5 mt5 bart mbart pegasus marian whisper",
-    "recurrent or state-space": "mamba mamba2 falcon_mamba rwkv recurrent_gemma falcon_h1 zamba2 bamba lfm2 xlstm olmo_hybrid",
+    "recurrent or state-space": (
+        "mamba mamba2 falcon_mamba rwkv recurrent_gemma falcon_h1 zamba2 bamba lfm2 xlstm "
+        "olmo_hybrid"
+    ),
 }
 
 
