@@ -22,7 +22,7 @@ from ..reference.demo import (
     plot,
 )
 from ..units import size
-from .text import verification_text
+from .in_words import verification_text
 
 
 def run_demo(out: Path, progress: Progress) -> None:

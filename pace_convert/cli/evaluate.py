@@ -12,8 +12,8 @@ from ..errors import CallError
 from ..evaluation.cost.options import CostOptions
 from ..evaluation.options import ComparisonOptions, SweepOptions, validated
 from ..progress import Progress
-from .command import as_json_text, friendly, output_options
 from .options import model_options
+from .shared import as_json_text, friendly, output_options
 
 if TYPE_CHECKING:
     from ..evaluation.benchmarks.table import Benchmark

@@ -14,10 +14,10 @@ from ..options import EXPERT_OPTIONS, ConvertOptions, RunOptions, load_options
 from ..progress import Progress
 from ..units import size
 from ..version import __version__
-from . import text
-from .command import as_json_text, friendly, hub_options, output_options
+from . import in_words
 from .evaluate import evaluation
 from .options import model_options
+from .shared import as_json_text, friendly, hub_options, output_options
 from .tune import tune
 
 GROUPS = {
@@ -115,7 +115,7 @@ def pace_convert(
         **plan.as_dict(),
         **expected.as_dict(),
     )
-    words = text.plan_text(source, out, plan, expected) + (
+    words = in_words.plan_text(source, out, plan, expected) + (
         f"\n  push to    {push_to_hub}" if push_to_hub else ""
     )
     if dry_run:
@@ -127,12 +127,12 @@ def pace_convert(
     made = carry_out(prepared, progress)
     progress.event("done", **made.as_dict())
     if not as_json:
-        click.echo(text.made_text(made))
+        click.echo(in_words.made_text(made))
     if push_to_hub:
         pushed = publish(prepared, made, progress)
         progress.event("pushed", **pushed.as_dict())
         if not as_json:
-            click.echo(text.pushed_text(pushed))
+            click.echo(in_words.pushed_text(pushed))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -168,7 +168,7 @@ def families(as_json: bool) -> None:
         }
         for spec in FAMILIES.values()
     ]
-    click.echo(as_json_text(rows) if as_json else text.table(rows))
+    click.echo(as_json_text(rows) if as_json else in_words.table(rows))
 
 
 @pace.command()
@@ -219,7 +219,7 @@ def inspect(
         page=html,
         trust_remote_code=trust_remote_code,
     )
-    click.echo(as_json_text(facts) if as_json else text.facts_text(facts))
+    click.echo(as_json_text(facts) if as_json else in_words.facts_text(facts))
     if html and not as_json:
         click.echo(f"Wrote {html}: {size(html.stat().st_size)}, opens in any browser.")
 
@@ -254,7 +254,7 @@ def verify(
         raise CallError("--hashes is for the tensors of a source", "give --source")
     if source is None:
         whole = api.verify(out)
-        click.echo(as_json_text(whole.as_dict()) if as_json else text.integrity_text(whole))
+        click.echo(as_json_text(whole.as_dict()) if as_json else in_words.integrity_text(whole))
         sys.exit(0 if whole.passed else 1)
     result = api.verify(
         out,
@@ -267,7 +267,7 @@ def verify(
         progress=Progress(quiet),
     )
     click.echo(
-        as_json_text(result.as_dict()) if as_json else text.verification_text(result, hashes)
+        as_json_text(result.as_dict()) if as_json else in_words.verification_text(result, hashes)
     )
     if not result.passed:
         sys.exit(1)
@@ -325,7 +325,7 @@ def push(
         create_pr=create_pr,
         progress=Progress(quiet),
     )
-    click.echo(as_json_text(pushed.as_dict()) if as_json else text.pushed_text(pushed))
+    click.echo(as_json_text(pushed.as_dict()) if as_json else in_words.pushed_text(pushed))
 
 
 @pace.command()
@@ -348,7 +348,7 @@ def undo(out: Path, original: Path, jobs: int | None, as_json: bool, quiet: bool
     It needs OUT alone. One that was interrupted goes on when the same command is run again.
     """
     restored = api.undo(out, original, jobs=jobs, progress=Progress(quiet))
-    click.echo(as_json_text(restored.as_dict()) if as_json else text.restored_text(restored))
+    click.echo(as_json_text(restored.as_dict()) if as_json else in_words.restored_text(restored))
 
 
 @pace.command()

@@ -9,8 +9,8 @@ import click
 from ..evaluation.options import require_extra, validated
 from ..evaluation.tune.options import TuneOptions
 from ..progress import Progress
-from .command import as_json_text, friendly, output_options
 from .options import model_options
+from .shared import as_json_text, friendly, output_options
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -13,7 +13,7 @@ from helpers import convert_folder
 sys.path.append(str(Path(__file__).parents[1] / "cli"))
 from test_errors import pace_convert, refuse
 
-from pace_convert.cli.text import facts_text
+from pace_convert.cli.in_words import facts_text
 from pace_convert.converted.opened import open_converted
 from pace_convert.errors import CallError, PaceError
 from pace_convert.inspect import report as job
