@@ -67,15 +67,65 @@ def run(name: str, part: str, data: Path, contexts: int) -> None:
     write_json(RESULTS / f"{name}-{part}.json", results.facts)
 
 
+def table(name: str, part: str) -> str:
+    """A part's table in Markdown: the base's values, the others' gains over it with intervals."""
+    facts = json.loads((RESULTS / f"{name}-{part}.json").read_text())
+    subjects = list(dict.fromkeys(row["subject"] for row in facts["table"]))
+    columns = list(dict.fromkeys(_column(row) for row in facts["table"]))
+    rows = {(row["subject"], _column(row)): row for row in facts["table"]}
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for subject in subjects:
+        cells = [_cell(rows[subject, column], part) for column in columns]
+        lines.append(f"| {subject.removeprefix('pace ')} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _column(row: dict) -> str:
+    group, measure = row.get("group"), row.get("measure")
+    if measure is None:
+        return f"{group} tokens" if str(group).isdigit() else str(group)
+    return measure if group in (None, "all") else f"{group}: {measure}"
+
+
+def _cell(row: dict, part: str) -> str:
+    gain = row.get("gain") or row.get("against")
+    scale, digits = (100, 0) if part == "needle" else (1, 1 if "%" in row["measure"] else 4)
+    if gain is None:
+        return f"{scale * row['mean']:.{digits}f}" + (" %" if part == "needle" else "")
+    low, high = scale * gain["low"], scale * gain["high"]
+    return f"{scale * gain['mean']:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
+
+
+def write_tables() -> None:
+    """Every table whose results are there, between its two comments in the document."""
+    text = DOCUMENT.read_text(encoding="utf-8")
+    for path in sorted(RESULTS.glob("*.json")):
+        name, _, part = path.stem.rpartition("-")
+        begin, end = f"<!-- {name} {part}: by real_study.py -->", f"<!-- end of {name} {part} -->"
+        before, found, rest = text.partition(begin)
+        if found:
+            text = f"{before}{begin}\n\n{table(name, part)}\n\n{end}{rest.partition(end)[2]}"
+    write_whole(DOCUMENT, text)
+
+
 @click.command(help=__doc__.split("\n\n")[0])
 @click.option("--data", type=click.Path(path_type=Path), help="Folder of the three files.")
 @click.option("--model", "names", multiple=True, type=click.Choice(list(MODELS)))
 @click.option("--part", "parts", multiple=True, type=click.Choice(PARTS), default=PARTS)
 @click.option("--contexts", default=4, show_default=True, help="Contexts of each question file.")
+@click.option("--tables", is_flag=True, help="Only write the tables into the document.")
 @click.option("--threads", default=1, show_default=True, help="CPU threads.")
 def main(
-    data: Path | None, names: tuple[str, ...], parts: tuple[str, ...], contexts: int, threads: int
+    data: Path | None,
+    names: tuple[str, ...],
+    parts: tuple[str, ...],
+    contexts: int,
+    tables: bool,
+    threads: int,
 ) -> None:
+    if tables:
+        write_tables()
+        return
     import torch
 
     torch.set_num_threads(threads)
