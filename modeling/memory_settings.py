@@ -84,7 +84,7 @@ class MemorySettings:
     theta_low: float = _real(0.25, low=-1, high=1)
     top_k: int = _whole(5, low=1)
     bottom_k: int = _whole(2, low=0)
-    fusion_weight: float = _real(0.05, low=0, high=1)
+    fusion_weight: float = _real(0.02, low=0, high=1)
     reuse_weight: float = _real(1.0)
     mix_weight: float = _real(0.5)
     noise_weight: float = _real(0.1)

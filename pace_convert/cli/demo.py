@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from .. import api
+from ..conversion.convert import carry_out
+from ..evaluation.benchmarks.table import benchmark
 from ..progress import Progress
 from ..reference import reference_model
 from ..reference.demo import (
@@ -23,6 +30,9 @@ from ..reference.demo import (
 )
 from ..units import size
 from .in_words import verification_text
+
+# Sections of Python's documentation: prose, of more than 2048 tokens each.
+SECTIONS = ("specialnames", "compound", "types", "formatstrings", "string-methods", "debugger")
 
 
 def run_demo(out: Path, progress: Progress) -> None:
@@ -40,6 +50,39 @@ def run_demo(out: Path, progress: Progress) -> None:
     picture = out.with_name(out.name + "-needle.png")
     plot(cells, picture)
     print(f"The table as a picture: {picture}")
+
+
+def run_real_demo(model: Path, out: Path, progress: Progress) -> None:
+    """With a model of yours: convert it into `out` with every default, verify, predict a long text
+    and find needles in it.
+
+    The text is Python's own documentation, which every Python brings along. Results and pictures go
+    into `OUT-text` and `OUT-needle`; called again it goes on.
+    """
+    prepared = api.prepare(model, out, overwrite=True)
+    carry_out(prepared, progress)
+    plan = prepared.plan
+    print(f"Converted {model} ({size(prepared.source.nbytes)}) into {out}:")
+    layers = ", ".join(map(str, plan.memory_layers)) or "none"
+    print(f"  {plan.options.experts} experts a layer, memory in layers {layers} of {plan.layers}\n")
+    print(verification_text(api.verify(out, model, progress=progress)) + "\n")
+    with tempfile.TemporaryDirectory() as folder:
+        text, prose = Path(folder) / "python.jsonl", Path(folder) / "python.txt"
+        sections = [topics[name] for name in SECTIONS]
+        text.write_text("".join(json.dumps({"text": section}) + "\n" for section in sections))
+        prose.write_text("\n\n".join(sections))
+        # Blocks of 1024 tokens leave little to see in so short texts.
+        more = {"length": "2k", "variants": ["update_interval=64", "update_interval=256"]}
+        _compare("text", out, progress, on=[text], **more)
+        _compare("needle", out, progress, haystack=str(prose), lengths="1k,2k", depths="0..100:3")
+
+
+def _compare(name: str, out: Path, progress: Progress, **options: Any) -> None:
+    """Run a benchmark on the converted folder and its base, and print what came out."""
+    folder = out.with_name(f"{out.name}-{name}")
+    results = api.evaluate(name, out, out=folder, progress=progress, **options)
+    benchmark(name).show(results, folder)
+    print()
 
 
 def print_tables(cells: list[Cell]) -> None:

@@ -353,13 +353,26 @@ def undo(out: Path, original: Path, jobs: int | None, as_json: bool, quiet: bool
 
 @pace.command()
 @click.argument("out", type=click.Path(path_type=Path), default=Path("pace-demo"))
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    help="A real model's folder, in place of the embedded one.",
+)
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 @friendly
-def demo(out: Path, quiet: bool) -> None:
-    """Convert the embedded reference model into OUT and compare both on needle questions."""
-    from .demo import run_demo
+def demo(out: Path, model: Path | None, quiet: bool) -> None:
+    """Convert a model into OUT and compare both: the small one that comes along, or your own.
 
-    run_demo(out, Progress(quiet))
+    \b
+    pace demo
+    pace demo --model ./SmolLM2-135M-Instruct
+    """
+    from .demo import run_demo, run_real_demo
+
+    if model is None:
+        run_demo(out, Progress(quiet))
+    else:
+        run_real_demo(model, out, Progress(quiet))
 
 
 pace.add_command(evaluation, "eval")

@@ -88,7 +88,7 @@ class ComparisonOptions(JobOptions):
     variants: tuple[str, ...] = Field(
         (),
         description="One arm more: MODEL with these memory parameters, switched at run time: "
-        "update_interval=64 or slots=50,theta_high=0.6,layers=1+2. May be repeated.",
+        "update_interval=64, slots=50,layers=1+2 or preset=paper. May be repeated.",
         json_schema_extra={"option": "--with", "metavar": "NAME=VALUE,..."},
     )
 

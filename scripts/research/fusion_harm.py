@@ -38,6 +38,7 @@ ARMS: dict[str, dict] = {
     "both, k' = 0": {**BOTH, "bottom_k": 0},
     "both, lambda 0.1": {**BOTH, "fusion_weight": 0.1},
     "both, lambda 0.05": {**BOTH, "fusion_weight": 0.05},
+    "both, lambda 0.02": {**BOTH, "fusion_weight": 0.02},
     "default": {name: getattr(ConvertOptions(), name) for name in MEMORY_PARAMETERS},
 }
 

@@ -9,12 +9,12 @@ import forked
 import pytest
 from helpers import pace_convert, refuse
 
-from pace_convert.cli.evaluate import evaluation
 from pace_convert.evaluation.benchmarks.infinitebench import InfiniteBench
 from pace_convert.evaluation.benchmarks.longbench import HUB, LongBench
 from pace_convert.evaluation.benchmarks.needle import NeedleTest
 from pace_convert.evaluation.benchmarks.qa import QuestionAnswering
 from pace_convert.evaluation.benchmarks.ruler import Ruler
+from pace_convert.evaluation.benchmarks.table import BENCHMARKS
 from pace_convert.evaluation.benchmarks.text_loss import TextLoss
 from pace_convert.evaluation.folder import CHANGED, difference
 from pace_convert.reference import reference_model
@@ -189,12 +189,12 @@ def test_what_differs_is_said_by_the_names_that_a_person_gives(changes, words):
 
 def test_every_part_of_an_identity_is_an_option_or_known_by_what_it_gives():
     """So no option is named that does not exist."""
-    options = {
-        parameter.name for command in evaluation.commands.values() for parameter in command.params
-    }
     kinds = (NeedleTest((), ()), LongBench((), HUB), InfiniteBench((), HUB), Ruler((), ()))
-    for test in (*kinds, TextLoss((), (), 1), QuestionAnswering((), ())):
-        assert set(test.identity()) <= options | set(CHANGED), test.name
+    tests = (*kinds, TextLoss((), (), 1), QuestionAnswering((), ()))
+    assert {test.name for test in tests} == set(BENCHMARKS)
+    for test in tests:
+        options = BENCHMARKS[test.name].options.model_fields
+        assert set(test.identity()) <= set(options) | set(CHANGED), test.name
 
 
 def test_a_model_without_tokenizer_says_so(make_source, tmp_path):

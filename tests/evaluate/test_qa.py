@@ -203,7 +203,7 @@ def test_a_killed_run_goes_on(reference, file, tmp_path):
         "log-likelihood, nats a token"
     }
     other = qa(reference, "--on", file, "--out", tmp_path / "killed", "-q")
-    refuse(other, 2, "--no-generate was True and is False")
+    refuse(other, 2, "--no-generate was given and is left out")
 
 
 def test_wrong_calls(reference, file, tmp_path):

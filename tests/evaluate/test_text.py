@@ -20,6 +20,8 @@ from pace_convert.evaluation.benchmarks.documents import digest, found_files, re
 from pace_convert.evaluation.benchmarks.text_loss import TextLoss, bands
 from pace_convert.evaluation.reader import Reader
 from pace_convert.evaluation.subjects import Subject, load
+from pace_convert.evaluation.variants import variants
+from pace_convert.options import PRESETS
 from pace_convert.reference.task import make_story
 
 
@@ -211,8 +213,19 @@ def test_wrong_calls(reference, files, tmp_path, make_source):
         wrong("--with", "layers=single"), 2, "several values of layers", "once for each", out=none
     )
     refuse(wrong("--with", "slots=3,slots=4"), 2, "twice", out=none)
+    refuse(wrong("--with", "preset=papers"), 2, "no preset 'papers'", "paper", out=none)
     refuse(wrong("--with", "theta_high=0.1"), 2, "no combination can be", out=none)
     refuse(wrong("--with", "slots=3", model=make_source("qwen2")), 2, "is not a PaceLLM", out=none)
+
+
+def test_a_preset_and_what_is_given_beside_it(reference):
+    (paper, shorter, as_it_is) = variants(
+        str(reference), ["preset=paper", "update_interval=16,preset=paper", "preset=default"], False
+    )
+    assert dict(paper.memory) == PRESETS["paper"] and paper.name == "pace preset=paper"
+    assert dict(shorter.memory) == {**PRESETS["paper"], "update_interval": 16}
+    assert as_it_is.memory == ()
+    assert len({paper.key(), shorter.key(), as_it_is.key()}) == 3
 
 
 def test_wrong_files(tmp_path):
