@@ -17,7 +17,9 @@ from .hub_errors import READING, hub_errors
 from .shards import TensorInfo, check_tensors, read_header
 
 CONFIG = "config.json"
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# Weights beside the shards that are converted, in this format or another: not copied.
 OTHER_WEIGHTS = (
     "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth",
     "*.ckpt", "*.h5", "*.msgpack", "*.ot", "*.onnx", "*.onnx_data", "*.gguf", "*.tflite", "*.pkl",
@@ -113,7 +115,9 @@ def open_source(
 
 
 def open_folder(folder: Path, name: str | None = None) -> Source:
-    """A source in a local folder."""
+    """A source in a local folder; `name` is what messages call it. Raises CallError,
+    DamagedSourceError.
+    """
     if not os.path.lexists(folder / CONFIG):
         raise CallError(
             f"{folder} is not a model folder: it has no config.json",
@@ -122,13 +126,10 @@ def open_folder(folder: Path, name: str | None = None) -> Source:
     config = _read_config(folder)
     files = list_files(folder)
     _refuse_pickled_only(name or str(folder), files)
-    tensors, side_files = _read_tensors(folder), _side_files(files)
-    read = [
-        *side_files,
-        CONFIG,
-        *sorted({info.shard for info in tensors.values()}),
-        *({INDEX} & set(files)),
-    ]
+    tensors = _read_tensors(folder)
+    side_files = _side_files(files)
+    shards = sorted({info.shard for info in tensors.values()})
+    read = [*side_files, CONFIG, *shards, *({INDEX} & set(files))]
     for file in read:
         check_file(folder, file)
     return Source(name or str(folder), folder, config, tensors, side_files, _states(folder, read))
@@ -144,15 +145,16 @@ def _open_hub(
             raise CallError(
                 f"{repo_id} is not a model repository: it has no config.json", "check the name"
             )
-        check_names(files, "file")
+        check_names(files, "file")  # before any of them is downloaded
         _refuse_pickled_only(repo_id, files)
         side_files = _side_files(files)
-        commit = info.sha or "main"
+        commit = info.sha or "main"  # all that follows is of one commit, whatever is pushed
         folder = snapshot_download(
             repo_id, revision=commit, token=token, cache_dir=cache_dir,
             allow_patterns=_exactly(*side_files, CONFIG, INDEX),
         )  # fmt: skip
         headers = get_safetensors_metadata(repo_id, revision=commit, token=token or None)
+    # The Hub client does not say where the data begins: `fetch` reads the headers again.
     tensors = {
         name: TensorInfo(shard, t.dtype, tuple(t.shape), -1, t.data_offsets[1] - t.data_offsets[0])
         for shard, header in headers.files_metadata.items()
@@ -166,6 +168,7 @@ def _open_hub(
 
 
 def _states(folder: Path, names: list[str]) -> dict[str, tuple[int, int]]:
+    """Size in bytes and time of change in ns of each file, links followed."""
     found = {name: (folder / name).stat() for name in names}
     return {name: (state.st_size, state.st_mtime_ns) for name, state in found.items()}
 
@@ -186,12 +189,18 @@ def _read_config(folder: Path) -> dict:
 
 
 def _read_tensors(folder: Path) -> dict[str, TensorInfo]:
+    """From the shards' headers. Where both are there, transformers too takes the single file and
+    not the index.
+    """
     if os.path.lexists(folder / INDEX) and not os.path.lexists(folder / SINGLE):
         return _read_sharded(folder, read_json(folder, INDEX).get("weight_map"))
     return read_header(check_file(folder, SINGLE))
 
 
 def _read_sharded(folder: Path, weight_map: object) -> dict[str, TensorInfo]:
+    """The tensors of all shards that the index names. Raises DamagedSourceError where index and
+    shards disagree.
+    """
     if not isinstance(weight_map, dict) or not all(
         isinstance(shard, str) for shard in weight_map.values()
     ):
@@ -242,6 +251,8 @@ def _refuse_pickled_only(name: str, files: list[str]) -> None:
 
 
 def _side_files(files: list[str]) -> tuple[str, ...]:
+    """What is copied as it is: all but weights, the config and hidden files."""
+
     def wanted(file: str) -> bool:
         weights = any(fnmatch.fnmatch(Path(file).name, pattern) for pattern in OTHER_WEIGHTS)
         return not weights and not HIDDEN.search(file) and file != CONFIG

@@ -14,7 +14,7 @@ def count_layers(family: FamilySpec, config: dict) -> int:
     return _positive(config, family.layer_keys)
 
 
-def count_neurons(family: FamilySpec, config: dict) -> int:
+def intermediate_size_of(family: FamilySpec, config: dict) -> int:
     """Neurons of a layer's FFN, as config.json states them. Raises CallError."""
     if family.width_keys and not any(config.get(key) is not None for key in family.size_keys):
         return 4 * _positive(config, family.width_keys)
@@ -22,7 +22,7 @@ def count_neurons(family: FamilySpec, config: dict) -> int:
 
 
 def _positive(config: dict, keys: tuple[str, ...]) -> int:
-    """The first of these keys that is set."""
+    """The first of these keys that is set. Raises CallError where that is no positive number."""
     key = next((key for key in keys if config.get(key) is not None), keys[0])
     value = config.get(key)
     if type(value) is not int or value < 1:
@@ -33,34 +33,38 @@ def _positive(config: dict, keys: tuple[str, ...]) -> int:
 
 
 def check_ffn(
-    family: FamilySpec, layers: int, neurons: int, tensors: dict[str, TensorInfo]
+    family: FamilySpec, layers: int, intermediate_size: int, tensors: dict[str, TensorInfo]
 ) -> tuple[FfnTensor, ...]:
     """The tensors of all layers' FFNs, which must be there in the shapes that config.json states.
 
     Raises DamagedSourceError, and CallError for quantised ones.
     """
-    if layers > len(tensors):
+    if layers > len(tensors):  # before so many names are made: the number may be any
         raise DamagedSourceError(
             f"config.json speaks of {layers} layers, the weights have {len(tensors)} tensors",
             "config.json and weights do not belong together",
         )
     ffn = tuple(family.ffn_tensors(layers, tensors))
-    width = None
+    hidden_size = None  # of the first; all others must have it
     for tensor in ffn:
-        info = _check_tensor(tensors, tensor, neurons)
+        info = _check_tensor(tensors, tensor, intermediate_size)
         if len(info.shape) == 2:
-            width = width or info.shape[1 - tensor.axis]
-            if info.shape[1 - tensor.axis] != width or not width:
+            hidden_size = hidden_size or info.shape[1 - tensor.axis]
+            if info.shape[1 - tensor.axis] != hidden_size or not hidden_size:
                 raise DamagedSourceError(
                     f"{tensor.name} has shape {list(info.shape)}; "
-                    f"the other FFN tensors have a hidden size of {width}",
+                    f"the other FFN tensors have a hidden size of {hidden_size}",
                     "get an undamaged copy of the model",
                 )
     return ffn
 
 
-def _check_tensor(tensors: dict[str, TensorInfo], tensor: FfnTensor, neurons: int) -> TensorInfo:
-    name, expected = tensor.name, neurons * tensor.parts
+def _check_tensor(
+    tensors: dict[str, TensorInfo], tensor: FfnTensor, intermediate_size: int
+) -> TensorInfo:
+    """It must be there, of a float type, and have its neurons along its axis."""
+    name = tensor.name
+    expected = intermediate_size * tensor.parts
     info = tensors.get(name)
     if info is None:
         raise DamagedSourceError(
@@ -76,7 +80,7 @@ def _check_tensor(tensors: dict[str, TensorInfo], tensor: FfnTensor, neurons: in
         times = f"{tensor.parts} times " if tensor.parts > 1 else ""
         raise DamagedSourceError(
             f"{name} has shape {list(info.shape)}; "
-            f"axis {tensor.axis} should be {times}the model's {neurons} neurons",
+            f"axis {tensor.axis} should be {times}the model's {intermediate_size} neurons",
             "config.json and weights do not belong together",
         )
     return info

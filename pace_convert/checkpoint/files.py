@@ -35,6 +35,7 @@ def list_files(folder: Path) -> list[str]:
     found: list[str] = []
     for at, folders, files in os.walk(folder, onerror=_raise):
         here = Path(at).relative_to(folder)
+        # In place: `os.walk` goes on into what is left in it.
         folders[:] = [name for name in folders if not HIDDEN.search((here / name).as_posix())]
         for name in folders:
             if (Path(at) / name).is_symlink():
@@ -42,9 +43,8 @@ def list_files(folder: Path) -> list[str]:
                     f"{(here / name).as_posix()} is a link to a folder",
                     "put the folder itself there, or remove it",
                 )
-        found += [
-            name for name in ((here / file).as_posix() for file in files) if not HIDDEN.search(name)
-        ]
+        names = [(here / file).as_posix() for file in files]
+        found += [name for name in names if not HIDDEN.search(name)]
         if len(found) > MAX_FILES:
             raise DamagedSourceError(
                 f"{folder} has more than {MAX_FILES} files", "give the folder of one model"
@@ -84,14 +84,8 @@ def check_names(names: Iterable[str], kind: str) -> None:
             )
     if kind == "file":
         for name in seen.values():
-            above = next(
-                (
-                    seen[_folded(str(p))]
-                    for p in PurePosixPath(name).parents
-                    if _folded(str(p)) in seen
-                ),
-                None,
-            )
+            folders = [_folded(str(folder)) for folder in PurePosixPath(name).parents]
+            above = next((seen[folder] for folder in folders if folder in seen), None)
             if above:
                 raise DamagedSourceError(
                     f"{above} would be a file and the folder of {name}", "rename one of them"
@@ -155,7 +149,7 @@ def parse_json(data: bytes) -> object:
             parse_float=_finite,
             parse_constant=_not_a_number,
         )
-        json.dumps(value, ensure_ascii=False).encode()
+        json.dumps(value, ensure_ascii=False).encode()  # fails for halves of surrogate pairs
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     except UnicodeEncodeError as error:
@@ -164,6 +158,7 @@ def parse_json(data: bytes) -> object:
 
 
 def _once(pairs: list[tuple[str, object]]) -> dict:
+    """An object's members as a dict. Raises ValueError for a key that stands twice."""
     found: dict[str, object] = {}
     for name, value in pairs:
         if name in found:

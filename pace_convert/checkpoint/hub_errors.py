@@ -49,8 +49,8 @@ def _code(error: BaseException) -> int | None:
 
 
 def _from_xet(error: BaseException) -> bool:
-    """hf_xet raises its own errors, and plain ones that name its endpoint,
-    /api/models/ORG/NAME/xet-write-token.
+    """Whether an error comes from the Hub's Xet storage: hf_xet raises its own, and plain ones that
+    name its endpoint, /api/models/ORG/NAME/xet-write-token.
     """
     return type(error).__module__.startswith("hf_xet") or (
         _code(error) is None and "/xet-" in str(error)
@@ -68,6 +68,7 @@ GATED_REPO = Row(
     "{repo} is gated",
     "accept its terms at {site}/{repo} and give --token or HF_TOKEN",
 )
+# In each table the first row that matches speaks, so the special ones stand before the general.
 READING = (
     OFFLINE,
     GATED_REPO,  # before RepositoryNotFoundError, its parent

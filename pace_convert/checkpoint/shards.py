@@ -33,9 +33,13 @@ ITEM_SIZES = {
     "I16": 2,
     "U16": 2,
 }
+# The bits of the exponent, as an unsigned integer of the item size.
 EXPONENTS = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x1F << 10, "BF16": 0xFF << 7}
-BLOCK_BYTES = 32 << 20
-MAX_DIMENSIONS, MAX_SIZE = 32, 1 << 48  # numpy takes no more; no dimension is longer
+BLOCK_BYTES = 32 << 20  # of a tensor that are in memory at once, where it need not be whole
+MAX_DIMENSIONS = 32  # numpy takes no more
+MAX_SIZE = 1 << 48  # of a dimension; none is longer
+# What copy_file_range says where kernel or file system can't; bytes are then read and written.
+_CANNOT_COPY = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
 _SCAN_ITEMS = 1 << 16  # stays in the cache: ten times as fast as whole tensors
 
 
@@ -97,7 +101,7 @@ def read(path: Path, info: TensorInfo, first: int = 0, last: int | None = None) 
     They are read, not mapped: a file that is cut short meanwhile is then an error and not a crash.
     Raises DamagedSourceError for it.
     """
-    size = ITEM_SIZES.get(info.dtype, 1)
+    size = ITEM_SIZES.get(info.dtype, 1)  # other types, fp8 among them, are copied as bytes
     shape = info.shape if info.dtype in ITEM_SIZES else (info.nbytes,)
     if shape:
         shape = (len(range(shape[0])[first:last]), *shape[1:])
@@ -164,9 +168,8 @@ def first_bad_row(bits: np.ndarray, dtype: str) -> int | None:
     for start in range(0, flat.size, _SCAN_ITEMS):
         piece = flat[start : start + _SCAN_ITEMS] & exponent
         if piece.max() == exponent:
-            return (start + int(np.argmax(piece == exponent))) // max(
-                1, flat.size // len(np.atleast_1d(bits))
-            )
+            row_items = max(1, flat.size // len(np.atleast_1d(bits)))
+            return (start + int(np.argmax(piece == exponent))) // row_items
     return None
 
 
@@ -187,17 +190,12 @@ def copy_range(source: Path, target: Path, start: int, stop: int) -> None:
 
 
 def _copy_some(reader: FileIO, writer: FileIO, start: int, length: int) -> int:
-    if hasattr(os, "copy_file_range"):
+    """At most `length` bytes; returns how many."""
+    if hasattr(os, "copy_file_range"):  # Linux
         try:
             return os.copy_file_range(reader.fileno(), writer.fileno(), length, start, start)
         except OSError as error:
-            if error.errno not in (
-                errno.EXDEV,
-                errno.ENOSYS,
-                errno.EINVAL,
-                errno.EOPNOTSUPP,
-                errno.EPERM,
-            ):
+            if error.errno not in _CANNOT_COPY:
                 raise
     reader.seek(start)
     writer.seek(start)
@@ -206,4 +204,5 @@ def _copy_some(reader: FileIO, writer: FileIO, start: int, length: int) -> int:
 
 
 def _row_bytes(info: TensorInfo) -> int:
+    """Bytes of one entry along the first axis; 0 for a scalar and where there is none."""
     return info.nbytes // info.shape[0] if info.shape and info.shape[0] else 0

@@ -39,8 +39,8 @@ def read_with_tokenizer(folder: Path, text: str) -> list[int] | None:
 
 
 def named_tokenizer_config(folder: Path) -> str | None:
-    """tokenizer_config.json with the class that the source's model_type stands for; None if it says
-    so already.
+    """tokenizer_config.json's text with the class that the source's model_type stands for; None if
+    it says so already, or no tokenizer loads.
     """
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:

@@ -110,9 +110,11 @@ def carry_out(prepared: Prepared, progress: Progress) -> Conversion:
     """Convert. What is done by the time of a failure is kept for `resume`, unless the source is
     damaged. Raises PaceError.
     """
-    source, out, plan = prepared.source, prepared.out, prepared.plan
+    source = prepared.source
+    out = prepared.out
+    plan = prepared.plan
     if prepared.finished:
-        # Where it was killed while it tidied up.
+        # Left where it was killed while it tidied up.
         shutil.rmtree(out / UNFINISHED, ignore_errors=True)
         return Conversion(out, plan, len(source.tensors), source.nbytes)
     check_room(source, out)
@@ -125,19 +127,18 @@ def carry_out(prepared: Prepared, progress: Progress) -> Conversion:
         identity = fingerprint(source, plan.options, device)
         journal.open(identity, other_conversion)
         if MOVE not in journal.done:
-            tasks = make_tasks(source, plan, folder.staging, device)
-            words = ("converting", "converted")
             run_remaining(
-                tasks,
+                make_tasks(source, plan, folder.staging, device),
                 journal,
                 progress,
                 run=plan.run,
                 jobs=plan.jobs,
                 task_bytes=plan.task_bytes,
-                words=words,
+                words=("converting", "converted"),
             )
             files = _write_files(source, plan, prepared.card, folder, journal)
             folder.seal(identity, files)
+            # From here on only files are moved; killed meanwhile, it goes on with that.
             journal.add(MOVE, folder.moves([*files, SEAL]))
         folder.move(**journal.done[MOVE])
     records = journal.done.values()
@@ -154,16 +155,18 @@ def publish(prepared: Prepared, made: Conversion, progress: Progress) -> Pushed:
     from ..converted.verify import verify  # needs torch, which checking a call does not
 
     assert prepared.target is not None
-    out, source, target = made.out, prepared.source, prepared.target
+    out = made.out
+    target = prepared.target
     converted = open_converted(out)
-    compared = verify(converted, source, progress, logits=False)
-    command = f"pace push {out} {target.repo_id} --source {source.name}"
+    compared = verify(converted, prepared.source, progress, logits=False)
+    command = f"pace push {out} {target.repo_id} --source {prepared.source.name}"
     again = f"{out} is finished; to upload it: {command}"
     try:
         return push(converted, target, compared, progress)
     except PaceError as error:
         if compared.passed:
-            error.hint, error.exit_code = f"{error.hint}; {again}", 1
+            error.hint = f"{error.hint}; {again}"
+            error.exit_code = 1  # whatever went wrong, the call could be carried out
         raise
     except KeyboardInterrupt:
         progress.say(again)
@@ -193,6 +196,7 @@ def _write_files(
     theirs = [*source.side_files, CONFIG]
     if (source.folder / INDEX).is_file():
         theirs.append(INDEX)
+    # What is written anew keeps the source's own under another name, for `undo`.
     copies = {name: KEPT[name] if name in texts or name == INDEX else name for name in theirs}
     origins: dict[str, str | None] = dict.fromkeys([PERMUTATION, INDEX, *texts])
     origins |= {target: name for name, target in copies.items()}

@@ -49,8 +49,11 @@ def estimate_duration(source: Source, plan: Plan, out: Path) -> Duration:
     proportion.
     """
     options = plan.options
-    rows, width = 1024, min(plan.hidden_size, 4096)
-    a, b = np.ones((rows, width), np.float32), np.ones((width, 64), np.float32)
+    # 1024 neurons and 64 experts, scaled up to all of them.
+    rows = 1024
+    width = min(plan.hidden_size, 4096)
+    a = np.ones((rows, width), np.float32)
+    b = np.ones((width, 64), np.float32)
     one = _seconds(lambda: a @ b)
     product = one * plan.intermediate_size / rows * plan.hidden_size / width * options.experts / 64
     products = _PRODUCTS[options.cluster_method] * (1 + _PAIRS * options.experts / plan.hidden_size)
@@ -61,6 +64,7 @@ def estimate_duration(source: Source, plan: Plan, out: Path) -> Duration:
 
 
 def _seconds(work: Callable[[], object]) -> float:
+    """The least of three: what else runs can only add."""
     taken = []
     for _ in range(3):
         start = time.perf_counter()
@@ -75,7 +79,7 @@ def _write_seconds(out: Path) -> float:
     taken = []
     try:
         for nbytes in (1 << 16, _SAMPLE_BYTES):
-            # Without a name: nothing is left of it.
+            # A file without a name: nothing is left of it, even if this is killed.
             with tempfile.TemporaryFile(dir=parent) as file:
                 data = bytes(nbytes)
                 start = time.perf_counter()
@@ -89,6 +93,7 @@ def _write_seconds(out: Path) -> float:
 
 
 def _read_seconds(source: Source) -> float:
+    """Of _SAMPLE_BYTES of its first shard, or what there is of them."""
     if source.hub is not None:  # its download is not estimated
         return 0.0
     with (source.folder / source.shards[0]).open("rb", buffering=0) as file:

@@ -48,8 +48,10 @@ def run_remaining(
 
     words: for what is being done to the layers, and what was done. The rest as for `run_tasks`.
     """
+    # Noted as done, but its file gone: it is done again.
     todo = [task for task in tasks if task.name not in journal.done or not task.is_there]
-    total, layers = sum(task.nbytes for task in tasks), sum(task.is_layer for task in tasks)
+    total = sum(task.nbytes for task in tasks)
+    layers = sum(task.is_layer for task in tasks)
     done = total - sum(task.nbytes for task in todo)
     layers_done = layers - sum(task.is_layer for task in todo)
     with progress.layers(total, layers, done, layers_done, words) as report:
@@ -74,7 +76,7 @@ def check_executor(run: RunOptions, task_bytes: int) -> None:
 
 
 def _reach(address: str | None) -> None:
-    """Ray itself tries for minutes."""
+    """Raises CallError where nothing listens at the address: Ray itself tries for minutes."""
     host, _, port = (address or "").rpartition("://")[2].partition(":")
     if port.isdigit():
         try:
@@ -93,6 +95,7 @@ def _on_ray(tasks: Sequence[Task], run: RunOptions, task_bytes: int) -> Iterator
         waiting = list(reversed(tasks))
         running: dict[Any, Task] = {}
         while waiting or running:
+            # Not all at once: `run.jobs` says how many may be at work.
             while waiting and len(running) < (run.jobs or len(tasks)):
                 task = waiting.pop()
                 needs = {"memory": task_bytes, "num_gpus": gpus if task.is_layer else 0}
@@ -104,6 +107,7 @@ def _on_ray(tasks: Sequence[Task], run: RunOptions, task_bytes: int) -> Iterator
 
 
 def _connect(address: str | None) -> Any:
+    """The module `ray`, connected. Raises CallError without Ray or without a cluster there."""
     try:
         import ray
     except ImportError as error:
@@ -121,6 +125,7 @@ def _connect(address: str | None) -> Any:
 
 
 def _run(task: Task) -> dict:
+    """What a Ray worker calls: a function, as `ray.remote` takes it."""
     return task.run()
 
 

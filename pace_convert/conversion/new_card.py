@@ -128,7 +128,8 @@ def _licence(metadata: dict, side_files: tuple[str, ...]) -> str:
     """What the source's licence is and asks, in a paragraph."""
     named, stated = (_as_list(metadata.get(key)) for key in ("license_name", "license"))
     names = [name.lower() for name in (*named, *stated)]
-    link, name = metadata.get("license_link"), ", ".join(named or stated)
+    name = ", ".join(named or stated)
+    link = metadata.get("license_link")
     sentences = [f"As for the source: {f'[{name}]({link})' if link else name}."]
     if not names:
         sentences = ["The source states no licence: ask its authors before you pass this on."]

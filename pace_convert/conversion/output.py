@@ -46,12 +46,13 @@ class OutputFolder:
     """
 
     def __init__(self, path: Path, overwrite: bool, resume: bool) -> None:
-        self.path, self.overwrite, self.resume = path, overwrite, resume
+        self.path = path
+        self.overwrite = overwrite
+        self.resume = resume
         self.staging = path / UNFINISHED
-        # Deepest first.
-        self.missing = [
-            folder for folder in (path, *path.absolute().parents) if not folder.exists()
-        ]
+        # Folders that this makes and may have to take away again, the deepest first.
+        above = path.absolute().parents
+        self.missing = [folder for folder in (path, *above) if not folder.exists()]
         self.lock = FileLock(self.staging / LOCK, timeout=0)
 
     def __enter__(self) -> OutputFolder:
@@ -63,7 +64,7 @@ class OutputFolder:
         except Timeout as error:
             raise in_use(self.path) from error
         try:
-            self._check_free(locked=True)
+            self._check_free(locked=True)  # again: what was free before may not be any more
         except CallError:
             self._release(discard=not is_unfinished(self.path))
             raise
@@ -80,11 +81,11 @@ class OutputFolder:
         )
 
     def write(self, name: str, text: str) -> None:
-        """A text file."""
+        """Make a file of this text, in UTF-8."""
         self._whole(name, lambda path: path.write_text(text, encoding="utf-8"))
 
     def copy(self, source: Path, name: str) -> None:
-        """A side file of the source, links followed."""
+        """Make a file of a side file of the source, links followed."""
         self._whole(name, lambda path: shutil.copyfile(source, path))
 
     def index(self, tensors: dict[str, TensorInfo]) -> None:
@@ -130,7 +131,7 @@ class OutputFolder:
         if CONFIG in made:  # while it is in staging, OUT is not a model
             for name in [CONFIG, *remove]:
                 (self.path / name).unlink(missing_ok=True)
-        for name in sorted(made, key=lambda name: name == CONFIG):
+        for name in sorted(made, key=lambda name: name == CONFIG):  # config.json last
             (self.path / name).parent.mkdir(parents=True, exist_ok=True)
             (self.staging / name).replace(self.path / name)
 
@@ -167,7 +168,8 @@ class OutputFolder:
         if discard:
             self._empty_staging()
             (self.staging / LOCK).unlink(missing_ok=True)
-            # Somebody else is waiting with the lock in hand, or OUT holds files.
+            # What can't be removed is in use: somebody waits with the lock in hand, or OUT holds
+            # files.
             with contextlib.suppress(OSError):
                 self.staging.rmdir()
                 for folder in self.missing if not any(self.path.iterdir()) else ():

@@ -40,7 +40,8 @@ def check_places(source: Source, out: Path) -> None:
         raise CallError(
             f"{source.folder} is an unfinished conversion", "finish it first, with --resume"
         )
-    here, there = out.resolve(), source.folder.resolve()
+    here = out.resolve()
+    there = source.folder.resolve()
     if here == there or there in here.parents:
         raise CallError(f"{out} lies inside {source.folder}", "choose another folder")
     if here in there.parents:
@@ -152,6 +153,7 @@ def _moving(out: Path) -> dict | None:
 
 
 def _is_locked(out: Path) -> bool:
+    """Whether another process is at work there; the lock is tried and let go."""
     lock = FileLock(out / UNFINISHED / LOCK, timeout=0)
     try:
         lock.acquire()
@@ -168,8 +170,11 @@ def check_room(source: Source, out: Path) -> None:
         raise CallError(f"{parent} is a file", "choose another OUT")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise CallError(f"{parent} can't be written", "choose another OUT")
+    # Shards of an unfinished conversion have their full size from the start; what they take on the
+    # disk is their blocks, of 512 bytes whatever the file system's own are.
     there = sum(path.stat().st_blocks * 512 for path in (out / UNFINISHED).glob("*.safetensors"))
-    missing, free = source.nbytes - there, shutil.disk_usage(parent).free
+    missing = source.nbytes - there
+    free = shutil.disk_usage(parent).free
     if free < missing:
         raise CallError(
             f"{out} needs {missing / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..checkpoint.checkpoint import Source
-from ..checkpoint.ffn import check_ffn, count_layers, count_neurons
+from ..checkpoint.ffn import check_ffn, count_layers, intermediate_size_of
 from ..errors import CallError, DamagedSourceError
 from ..families import FamilySpec, FfnTensor, find_family
 from ..options import ConvertOptions, RunOptions
@@ -53,11 +53,13 @@ class Plan:
 
 def make_plan(source: Source, options: ConvertOptions, run: RunOptions | None = None) -> Plan:
     """Check source and options. Raises CallError or DamagedSourceError."""
-    config, run = source.config, run or RunOptions()
+    config = source.config
+    run = run or RunOptions()
     _refuse_quantised(config)
     _check_type(config, "auto_map", dict)
     family = find_family(config, _check_type(config, "architectures", list) or [])
-    layers, intermediate_size = count_layers(family, config), count_neurons(family, config)
+    layers = count_layers(family, config)
+    intermediate_size = intermediate_size_of(family, config)
     ffn = check_ffn(family, layers, intermediate_size, source.tensors)
     _check_experts(options, intermediate_size)
     infos = [source.tensors[tensor.name] for tensor in ffn]
@@ -116,13 +118,11 @@ def resolve_layers(wanted: str | tuple[int, ...], layers: int) -> tuple[int, ...
 
 
 def _refuse_quantised(config: dict) -> None:
+    """Raises CallError. Before the shapes are looked at: packed weights have others."""
     quantisation = config.get("quantization_config")
     if quantisation:
-        method = (
-            quantisation.get("quant_method", "unknown")
-            if isinstance(quantisation, dict)
-            else "unknown"
-        )
+        stated = quantisation if isinstance(quantisation, dict) else {}
+        method = stated.get("quant_method", "unknown")
         raise CallError(
             f"the source is quantised ({method}): its FFN rows can't be clustered",
             "convert the full-precision model, then quantise",
@@ -130,6 +130,7 @@ def _refuse_quantised(config: dict) -> None:
 
 
 def _check_type(config: dict, key: str, kind: type) -> Any:
+    """config[key], or None where it is not set. Raises DamagedSourceError for another type."""
     value = config.get(key)
     if value is not None and not isinstance(value, kind):
         raise DamagedSourceError(
@@ -140,4 +141,5 @@ def _check_type(config: dict, key: str, kind: type) -> Any:
 
 
 def _divisor_near(number: int, wanted: int) -> int:
+    """The divisor of a number nearest to the one wanted."""
     return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - wanted))

@@ -172,13 +172,14 @@ class LayerTask(_OfLayer):
         place = self.tensors[0]
         bits = read(place.shard.source, place.info)
         _refuse_non_finite(place, range(len(bits)), bits)
-        dtype = {
+        dtypes = {
             "F64": torch.float64,
             "F32": torch.float32,
             "F16": torch.float16,
             "BF16": torch.bfloat16,
-        }[place.info.dtype]
-        rows = torch.from_numpy(bits.view(f"i{bits.itemsize}")).view(dtype)
+        }
+        # numpy has no bfloat16: the bits go over as integers.
+        rows = torch.from_numpy(bits.view(f"i{bits.itemsize}")).view(dtypes[place.info.dtype])
         return (rows.T if self.transposed else rows[: self.intermediate_size]).to(self.device)
 
 
@@ -266,11 +267,15 @@ def _all_tasks(
     out: Path,
     layer_task: Callable[[int, tuple[Place, ...]], Task],
 ) -> list[Task]:
+    """Of each shard the rest, then the layers whose first tensor lies in it. layer_task: makes a
+    task of a layer's number and tensors.
+    """
     folder = source.folder.resolve()
     shards = {
         name: Shard(folder / name, out / name, *source.states[name]) for name in source.shards
     }
     tasks: list[Task] = []
+    # A layer's FFN may lie in two shards; its one task writes to both.
     places: dict[int, list[Place]] = {}
     for tensor in ffn:
         info = source.tensors[tensor.name]
@@ -310,9 +315,8 @@ def _gaps(taken: list[tuple[int, int]], end: int) -> Iterator[tuple[int, int]]:
 def _permuted(place: Place, permutation: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """(first row, rows) of the tensor in its new order, in pieces of about 32 MB."""
     for first, bits in reordered(place.shard.source, place.info, place.axis, permutation):
-        _refuse_non_finite(
-            place, range(first, first + len(bits)) if place.axis else permutation[first:], bits
-        )
+        rows = range(first, first + len(bits)) if place.axis else permutation[first:]
+        _refuse_non_finite(place, rows, bits)
         yield first, bits
 
 
@@ -337,7 +341,9 @@ def _at_rest(shards: set[Shard]) -> Iterator[None]:
 
 
 def _refuse_non_finite(place: Place, rows: Sequence[int] | np.ndarray, bits: np.ndarray) -> None:
-    """rows: the numbers of these rows in the source."""
+    """Raises DamagedSourceError for a NaN or an infinity. rows: the numbers of these rows in the
+    source; bits: as `read` gives them.
+    """
     row = first_bad_row(bits, place.info.dtype)
     if row is not None:
         raise DamagedSourceError(
@@ -347,6 +353,7 @@ def _refuse_non_finite(place: Place, rows: Sequence[int] | np.ndarray, bits: np.
 
 
 def _pack(numbers: np.ndarray) -> str:
+    """Integers as text for the journal: little-endian int32 in base 64."""
     return base64.b64encode(numbers.astype("<i4").tobytes()).decode()
 
 

@@ -59,8 +59,10 @@ def undo(
     Called again after a kill it goes on. Raises CallError, DamagedSourceError, PaceError.
     """
     source = converted.files
-    ffn, copies = converted.ffn(), _origins(converted)
-    files, identity = [*source.shards, *copies.values()], _identity(source)
+    ffn = converted.ffn()
+    copies = _origins(converted)
+    files = [*source.shards, *copies.values()]
+    identity = _identity(source)
     restored = Restored(original, tuple(sorted(files)), len(source.tensors), source.nbytes)
     if _only_to_tidy(original, files):
         shutil.rmtree(original / UNFINISHED)
@@ -75,9 +77,8 @@ def undo(
         journal = Journal(folder.staging, ANEW)
         journal.open(identity, lambda *_: _other_job(original))
         if MOVE not in journal.done:
-            tasks = restore_tasks(source, ffn, converted.orders, folder.staging)
             run_remaining(
-                tasks,
+                restore_tasks(source, ffn, converted.orders, folder.staging),
                 journal,
                 progress,
                 run=RunOptions(),
@@ -116,15 +117,15 @@ def _origins(converted: Converted) -> dict[str, str]:
     """Name in OUT -> name in the source, of all files but the shards. Raises DamagedSourceError if
     one is missing.
     """
-    folder, shards = converted.files.folder, converted.files.shards
+    folder = converted.files.folder
+    shards = converted.files.shards
     origins = {
         name: origin
         for name, origin in written_files(folder).items()
         if origin is not None and name not in shards
     }
-    if CONFIG not in origins.values() or not all(
-        is_inside(name) for name in (*origins, *origins.values())
-    ):
+    names = (*origins, *origins.values())
+    if CONFIG not in origins.values() or not all(is_inside(name) for name in names):
         raise DamagedSourceError(
             f"{folder} does not say which files its source had", "convert again, then undo that"
         )

@@ -14,13 +14,14 @@ from .opened import Converted
 def listening(
     model: nn.Module, converted: Converted, take: Callable[[int, Tensor], None]
 ) -> Iterator[None]:
-    """take(layer, h) gets the raw activations [S, D] of each call, as they are before the memory's
-    own hook.
+    """take(layer, h) gets the raw activations [S, D] of each call, in the model's dtype, as they
+    are before the memory's own hook.
     """
-    family, hooks = converted.family, []
+    family = converted.family
     prefix = f"{family.stack}." if family.stack else ""
+    hooks = []
     for layer in range(converted.layers):
-
+        # `layer` as a default: the closure would see the loop's last one.
         def hook(module: nn.Module, args: tuple, layer: int = layer) -> None:
             take(layer, args[0].reshape(-1, args[0].shape[-1]))
 

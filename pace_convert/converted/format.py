@@ -105,14 +105,16 @@ def check_pace(pace: dict) -> None:
     Raises DamagedSourceError, naming the parameter.
     """
     try:
-        experts, memory = dict(pace["experts"]), dict(pace["memory"])
-        enabled, layers = memory.pop("enabled"), tuple(memory.pop("layers"))
+        experts = dict(pace["experts"])
+        memory = dict(pace["memory"])
+        enabled = memory.pop("enabled")
+        layers = tuple(memory.pop("layers"))
         given = {
             "experts": experts.pop("count"),
             "cluster_method": experts.pop("method"),
             "seed": experts.pop("seed"),
         }
-        if experts:
+        if experts:  # written only where it was given
             given["exact_restarts"] = experts.pop("restarts")
         ConvertOptions.model_validate({**given, **experts, **memory, "memory_layers": layers})
         if "tuned" in pace:
@@ -215,5 +217,5 @@ def read_seal(folder: Path) -> dict | None:
 
 
 def to_json(value: object) -> str:
-    """As transformers writes it."""
+    """A value as transformers writes its JSON files, so that a diff shows what changed alone."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

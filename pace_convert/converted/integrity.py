@@ -42,14 +42,13 @@ def check_integrity(converted: Converted) -> Integrity:
     """
     problems = [*_files(converted), *_index(converted), *_experts(converted), *_config(converted)]
     problems = [one_line(problem) for problem in problems]  # they hold names from elsewhere
-    files, neurons = converted.files, converted.intermediate_size
     return Integrity(
-        len(files.tensors),
-        len(files.shards),
-        converted.layers,
-        neurons,
-        tuple(problems),
-        tuple(edited_code(converted)),
+        tensors=len(converted.files.tensors),
+        shards=len(converted.files.shards),
+        layers=converted.layers,
+        intermediate_size=converted.intermediate_size,
+        problems=tuple(problems),
+        edited_files=tuple(edited_code(converted)),
     )
 
 
@@ -67,7 +66,8 @@ def _index(converted: Converted) -> list[str]:
     if not os.path.lexists(files.folder / INDEX):
         return []  # said by _files
     index = read_json(files.folder, INDEX)
-    metadata, weight_map = index.get("metadata"), index.get("weight_map")
+    metadata = index.get("metadata")
+    weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not isinstance(metadata, dict):
         return [f"{INDEX} lacks its metadata or weight_map"]
     names = sorted(set(weight_map) | set(files.tensors))
@@ -86,7 +86,8 @@ def _index(converted: Converted) -> list[str]:
 
 
 def _experts(converted: Converted) -> list[str]:
-    count, problems = converted.pace["experts"]["count"], []
+    count = converted.pace["experts"]["count"]
+    problems = []
     for layer, order in enumerate(converted.orders):
         if len(order.sizes) != count or order.sizes.max() - order.sizes.min() > 1:
             problems.append(

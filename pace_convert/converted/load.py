@@ -97,7 +97,7 @@ def load_model(
 
 
 def _own_class(head: bool) -> Any:
-    """transformers' own."""
+    """The Auto class of transformers, whose own classes are loaded."""
     from transformers import AutoModel, AutoModelForCausalLM
 
     return AutoModelForCausalLM if head else AutoModel
@@ -119,4 +119,5 @@ def _shipped_class(converted: Converted, head: bool) -> Any:
 
 
 def _reads(path: Path, content: bytes) -> bool:
+    """Whether a file is there and holds this, byte for byte."""
     return path.is_file() and path.read_bytes() == content

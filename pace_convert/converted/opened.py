@@ -40,7 +40,7 @@ class Converted:
     @property
     def intermediate_size(self) -> int:
         """Neurons of a layer's FFN, D."""
-        return self.orders[0].neurons
+        return self.orders[0].intermediate_size
 
     def ffn(self) -> tuple[FfnTensor, ...]:
         """The tensors that were permuted.
@@ -51,8 +51,10 @@ class Converted:
 
 
 def open_converted(out: Path) -> Converted:
-    """Raises CallError for a folder that is not a finished conversion, DamagedSourceError for a
-    broken one.
+    """A converted folder: headers, config and permutation are read, no weights.
+
+    Raises CallError for a folder that is not a finished conversion, DamagedSourceError for a broken
+    one.
     """
     if not out.is_dir():
         raise CallError(f"no such folder: {out}", "give the folder that pace-convert wrote")
@@ -78,7 +80,7 @@ def open_converted(out: Path) -> Converted:
             f"{PERMUTATION} does not have one permutation per layer", "convert again"
         )
     for layer, order in enumerate(orders):
-        if not order.is_whole() or order.neurons != pace.get("intermediate_size"):
+        if not order.is_whole() or order.intermediate_size != pace.get("intermediate_size"):
             raise DamagedSourceError(
                 f"{PERMUTATION}: layer {layer} is not a permutation of all neurons", "convert again"
             )

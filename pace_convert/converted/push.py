@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .verify import Verification  # needs torch
 
 NOT_UPLOADED = (".*", "*/.*", f"*{PART}")
-# Of an earlier upload they would be loaded in place of ours.
+# Deleted in the same commit: left from an earlier upload they would be loaded in place of ours.
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors")
 
 
@@ -73,16 +73,13 @@ class Pushed:
 
     def as_dict(self) -> dict:
         """For `--json`."""
-        facts = {
+        compared = self.verification.as_dict() if self.verification else {}
+        compared.pop("hashes", None)  # of every tensor: too many to repeat here
+        return {
             "repo": self.repo_id,
             "url": self.url,
             "commit": self.commit,
             "branch": self.branch,
-        }
-        compared = self.verification.as_dict() if self.verification else {}
-        compared.pop("hashes", None)  # of every tensor: too many to repeat here
-        return {
-            **facts,
             "pull_request": self.pull_request,
             "files": self.files,
             "bytes": self.nbytes,
@@ -94,7 +91,8 @@ def check_target(target: Target, source: Source | None = None) -> None:
     """All that can be known about a target before any work. Changes nothing. Raises CallError or
     PaceError.
     """
-    repo_id, api = target.repo_id, target.api
+    repo_id = target.repo_id
+    api = target.api
     if repo_id.count("/") != 1:
         raise CallError(
             f"{repo_id} is not the name of a repository", "give ORG/NAME; ORG may be your own name"
@@ -104,12 +102,8 @@ def check_target(target: Target, source: Source | None = None) -> None:
             "--create-pr opens a pull request against main, not --branch",
             "leave one of the two out",
         )
-    if (
-        source
-        and source.hub
-        and source.hub.repo_id.lower() == repo_id.lower()
-        and not (target.branch or target.create_pr)
-    ):
+    is_source = source and source.hub and source.hub.repo_id.lower() == repo_id.lower()
+    if is_source and not (target.branch or target.create_pr):
         raise CallError(
             f"{repo_id} is the source itself, which the upload would replace",
             "choose another ORG/NAME",
@@ -129,12 +123,10 @@ def check_target(target: Target, source: Source | None = None) -> None:
 def check_card(target: Target, card: str) -> None:
     """Let the Hub validate a card's metadata. Raises CallError or PaceError."""
     with hub_errors(target.repo_id, WRITING):
-        url, headers = (
-            f"{constants.ENDPOINT}/api/validate-yaml",
-            build_hf_headers(token=target.token),
-        )
         answer = get_session().post(
-            url, json={"content": card, "repoType": "model"}, headers=headers
+            f"{constants.ENDPOINT}/api/validate-yaml",
+            json={"content": card, "repoType": "model"},
+            headers=build_hf_headers(token=target.token),
         )
         if answer.status_code == 400:
             reason = "; ".join(error["message"] for error in answer.json()["errors"])
@@ -155,7 +147,7 @@ def push(
     PaceError.
     """
     _check_whole(converted, verification, progress)
-    folder, api = converted.files.folder, target.api
+    folder = converted.files.folder
     card = _read_card(folder)
     if card is not None:
         check_card(target, card)
@@ -170,7 +162,7 @@ def push(
     with hub_errors(target.repo_id, WRITING):
         done, commit = _upload_folder(target, folder)
         if card is not None:
-            api.upload_file(
+            target.api.upload_file(
                 path_or_fileobj=_published(card, target, commit, needs_code, verification).encode(),
                 path_in_repo=CARD,
                 repo_id=target.repo_id,
@@ -182,15 +174,15 @@ def push(
     branch = done.pr_revision or target.branch or constants.DEFAULT_REVISION
     url = done.pr_url or (f"{site}/tree/{branch}" if target.branch else site)
     return Pushed(
-        target.repo_id,
-        url,
-        commit,
-        branch,
-        done.pr_url,
-        len(sizes),
-        sum(sizes),
-        needs_code,
-        verification,
+        repo_id=target.repo_id,
+        url=url,
+        commit=commit,
+        branch=branch,
+        pull_request=done.pr_url,
+        files=len(sizes),
+        nbytes=sum(sizes),
+        needs_code=needs_code,
+        verification=verification,
     )
 
 
@@ -222,7 +214,7 @@ def _exists(target: Target) -> bool:
     """
     try:
         target.api.auth_check(target.repo_id, write=not target.create_pr)
-    except GatedRepoError:
+    except GatedRepoError:  # of the other kind too, but it is there
         raise
     except RepositoryNotFoundError:
         return False
@@ -230,7 +222,11 @@ def _exists(target: Target) -> bool:
 
 
 def _check_new(target: Target, me: dict) -> None:
-    repo_id, namespace = target.repo_id, target.repo_id.split("/")[0]
+    """Whether this token may create the repository. me: what the Hub says of it. Raises
+    CallError.
+    """
+    repo_id = target.repo_id
+    namespace = repo_id.split("/")[0]
     if target.create_pr:
         raise CallError(
             f"there is no {repo_id} to open a pull request in",
@@ -248,7 +244,7 @@ def _check_new(target: Target, me: dict) -> None:
             f"make one that may write at {constants.ENDPOINT}/settings/tokens",
         )
     mine = [me.get("name", ""), *(org.get("name", "") for org in me.get("orgs", []))]
-    # Other kinds don't name every org.
+    # Only a token of role "write" names every organisation it may write to.
     if role == "write" and namespace.lower() not in [name.lower() for name in mine]:
         raise CallError(
             f"{mine[0]} is not a member of {namespace}", f"choose a name under {', '.join(mine)}"
@@ -258,6 +254,9 @@ def _check_new(target: Target, me: dict) -> None:
 def _check_whole(
     converted: Converted, verification: Verification | None, progress: Progress
 ) -> None:
+    """Raises PaceError for what is not its source, DamagedSourceError for what is not whole. Edited
+    files are only remarked on.
+    """
     folder = converted.files.folder
     if verification is not None and not verification.passed:
         what = f": {verification.different[0]} differs" if verification.different else ""
@@ -281,6 +280,7 @@ def _published(
 
 
 def _read_card(folder: Path) -> str | None:
+    """The card's text; None where there is none. Raises CallError for one that is not UTF-8."""
     try:
         return (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else None
     except UnicodeDecodeError as error:
@@ -294,13 +294,13 @@ def _commit_to_pin(target: Target, commit: str, before: list[str]) -> str:
     if commit != before[0] or len(before) < 2:
         return commit
     try:
-        card = Path(target.api.hf_hub_download(target.repo_id, CARD, revision=commit)).read_text(
-            encoding="utf-8"
-        )
+        path = target.api.hf_hub_download(target.repo_id, CARD, revision=commit)
+        card = Path(path).read_text(encoding="utf-8")
     except EntryNotFoundError:
         return commit
     return before[1] if pinned_commit(card) == before[1] else commit
 
 
 def _hidden(path: Path) -> bool:
+    """Whether NOT_UPLOADED names it. path: below the folder."""
     return any(part.startswith(".") for part in path.parts) or path.suffix == PART

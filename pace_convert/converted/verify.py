@@ -92,6 +92,7 @@ def verify(
     Tensors are compared as bits, one at a time. Logits are compared on random tokens, in fp32 below
     4 GB of weights and else in the stored type; the models are loaded one after the other. OUT's
     modeling files run only if they are the ones this version ships, or with trust_remote_code.
+    Raises CallError for another model's source or for edited files, DamagedSourceError, PaceError.
     """
     source = source.fetch()
     if source.config["model_type"] != converted.family.model_type:
@@ -106,11 +107,11 @@ def verify(
     different, hashes = _compare(converted.files, source, permutations, progress)
     edited = edited_code(converted, source)
     result = Verification(
-        len(source.tensors),
-        len(permutations),
-        source.nbytes,
-        tuple(different),
-        tuple(edited),
+        tensors=len(source.tensors),
+        permuted=len(permutations),
+        nbytes=source.nbytes,
+        different=tuple(different),
+        edited_files=tuple(edited),
         same_tokens=_same_tokens(source, converted),
         hashes=hashes,
     )
@@ -124,7 +125,8 @@ def _compare(
     out: Source, source: Source, permutations: dict, progress: Progress
 ) -> tuple[list[str], dict[str, str]]:
     """The tensors that differ, and the SHA-256 of each of the source's."""
-    different, hashes = sorted(set(out.tensors) - set(source.tensors)), {}
+    different = sorted(set(out.tensors) - set(source.tensors))
+    hashes = {}
     with progress.step("comparing tensors", source.nbytes, "B") as bar:
         for name in sorted(source.tensors):
             hashes[name], same = _compare_tensor(out, source, name, permutations.get(name))
@@ -138,36 +140,41 @@ def _compare_tensor(
     out: Source, source: Source, name: str, undo: tuple[int, np.ndarray] | None
 ) -> tuple[str, bool]:
     """The SHA-256 of the source's tensor, and whether OUT's is the same, block by block."""
-    b, a = source.tensors[name], out.tensors.get(name)
-    same = a is not None and (a.dtype, a.shape) == (b.dtype, b.shape)
-    theirs: Iterator | None = None
-    if a is not None and same:
-        theirs = reordered(out.path(name), a, *undo) if undo else row_blocks(out.path(name), a)
+    theirs = source.tensors[name]
+    ours = out.tensors.get(name)
+    same = ours is not None and (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+    blocks: Iterator | None = None  # of OUT's, in the same pieces as the source's
+    if ours is not None and same:
+        path = out.path(name)
+        blocks = reordered(path, ours, *undo) if undo else row_blocks(path, ours)
     digest = hashlib.sha256()
-    for _, original in row_blocks(source.path(name), b):
+    # To the end also where they differ: the hash is of the whole tensor.
+    for _, original in row_blocks(source.path(name), theirs):
         digest.update(original.data)
-        same = same and theirs is not None and np.array_equal(next(theirs)[1], original)
+        same = same and blocks is not None and np.array_equal(next(blocks)[1], original)
     return digest.hexdigest(), same
 
 
 def _same_tokens(source: Source, converted: Converted) -> bool | None:
-    """transformers chooses a tokenizer class by model_type, and the conversion has a model_type of
-    its own.
+    """Whether both tokenizers read SAMPLE alike; None where the source has none that loads.
+
+    They might not: transformers chooses a tokenizer class by model_type, and the conversion has a
+    model_type of its own.
     """
     expected = read_with_tokenizer(source.folder, SAMPLE)
-    return (
-        None
-        if expected is None
-        else read_with_tokenizer(converted.files.folder, SAMPLE) == expected
-    )
+    if expected is None:
+        return None
+    return read_with_tokenizer(converted.files.folder, SAMPLE) == expected
 
 
 def _with_logits(
     result: Verification, converted: Converted, source: Source, trust_remote_code: bool
 ) -> Verification:
+    # One model in memory at a time: each is dropped once its logits are there.
     expected, dtype = _logits(load_model(source))
     got, _ = _logits(load_model(converted, trust_remote_code=trust_remote_code))
-    difference, largest = (got - expected).abs().max().item(), expected.abs().max().item()
+    difference = (got - expected).abs().max().item()
+    largest = expected.abs().max().item()
     return replace(
         result,
         logit_difference=difference,

@@ -15,12 +15,13 @@ from torch.nn.functional import embedding_bag, linear
 from .transport import Each, balanced_labels, smooth_prices
 
 ANNEALED, EXACT = 20, 10  # rounds, at most
-# Of the choices in annealed and in exact rounds, in standard deviations of the scores.
+# How soft the choices are that prices are found for, in standard deviations of the scores: in
+# annealed and in exact rounds.
 SOFTNESS = 0.1, 0.01
 # Share of neurons: when an exact round moves no more, the next ones aren't worth their time.
 SETTLED = 0.002
-# At first: in a neuron's own shares of its cluster's mean, and in standard deviations of the
-# scores.
+# How hard a neuron is pushed out of its cluster at first, the larger of: so many times its own
+# share of the cluster's mean, so many standard deviations of the scores.
 REPULSION = 2.0, 3.0
 BLOCK, CHOICES = 512, 2048  # rows multiplied, and rows of scores compared, at once by one thread
 SAFE = 50  # squares of numbers from 2^-50 to 2^50 can be summed in fp32
@@ -43,12 +44,13 @@ def balanced_kmeans(rows: torch.Tensor, experts: int, seed: int) -> np.ndarray:
         scores = torch.empty(len(rows), experts, device=rows.device)
         changed = torch.arange(experts, device=rows.device)
         for _ in range(EXACT):
-            scores[:, changed] = directions.scores(
-                directions.means(labels, changed, torch.float32), torch.float32
-            )
+            # A cluster that neither lost nor gained a neuron has the mean and scores it had.
+            means = directions.means(labels, changed, torch.float32)
+            scores[:, changed] = directions.scores(means, torch.float32)
             prices = _prices(directions, scores, prices, SOFTNESS[1] * scores.std())
             assigned = balanced_labels(scores.cpu().numpy(), prices.cpu().numpy())
-            before, labels = labels, torch.from_numpy(assigned).to(rows.device)
+            before = labels
+            labels = torch.from_numpy(assigned).to(rows.device)
             moved = before != labels
             if moved.sum() <= SETTLED * len(rows):
                 break
@@ -60,28 +62,27 @@ def _annealed(directions: Directions, experts: int, seed: int) -> tuple[torch.Te
     """Labels [D] int64 that are nearly balanced, and the prices [K] float64 they were chosen at."""
     scores = directions.scores(directions.some(experts, seed), torch.bfloat16)
     clusters = torch.arange(experts, device=scores.device)
-    prices = _prices(
-        directions,
-        scores,
-        torch.zeros_like(clusters, dtype=torch.float64),
-        SOFTNESS[0] * scores.std(),
-    )
+    free = torch.zeros_like(clusters, dtype=torch.float64)
+    prices = _prices(directions, scores, free, SOFTNESS[0] * scores.std())
     labels = _choices(directions, scores, prices)
     for remaining in torch.linspace(1, 0, ANNEALED).tolist()[1:]:
-        scores = directions.scores(
-            directions.means(labels, clusters, torch.bfloat16), torch.bfloat16
-        )
-        deviation, share = scores.std(), 1 / torch.bincount(labels, minlength=experts)[labels]
+        means = directions.means(labels, clusters, torch.bfloat16)
+        scores = directions.scores(means, torch.bfloat16)
+        deviation = scores.std()
+        share = 1 / torch.bincount(labels, minlength=experts)[labels]
         repulsion = remaining * torch.maximum(REPULSION[0] * share, REPULSION[1] * deviation)
-        scores.scatter_add_(1, labels[:, None], -(repulsion * (directions.scale > 0))[:, None])
+        repulsion = repulsion * (directions.scale > 0)  # a zero row is no part of its mean
+        scores.scatter_add_(1, labels[:, None], -repulsion[:, None])
         prices = _prices(directions, scores, prices, SOFTNESS[0] * deviation)
-        before, labels = labels, _choices(directions, scores, prices)
+        before = labels
+        labels = _choices(directions, scores, prices)
         if remaining < 0.5 and torch.equal(labels, before):
             break
     return labels, prices
 
 
 def _choices(directions: Directions, scores: torch.Tensor, prices: torch.Tensor) -> torch.Tensor:
+    """Each neuron's cluster, where score minus price is largest. Labels [D] int64, of any sizes."""
     asked = prices.to(scores.dtype)
     return torch.cat(
         directions.each(lambda block: (block - asked).argmax(1), scores.split(CHOICES))
@@ -91,7 +92,9 @@ def _choices(directions: Directions, scores: torch.Tensor, prices: torch.Tensor)
 def _prices(
     directions: Directions, scores: torch.Tensor, prices: torch.Tensor, softness: torch.Tensor
 ) -> torch.Tensor:
-    """From `prices` on; where all scores are equal any will do."""
+    """`smooth_prices` [K] float64 of scores [D, K], starting from `prices`; where all scores are
+    equal any will do.
+    """
     return (
         smooth_prices(scores.split(CHOICES), prices, 1 / softness.item(), directions.each)
         if softness > 0
@@ -110,7 +113,7 @@ class Directions:
     def __init__(self, rows: torch.Tensor, each: Each) -> None:
         self.each = each
         wide = torch.promote_types(rows.dtype, torch.float32)
-        largest = torch.empty(len(rows), dtype=wide, device=rows.device)
+        largest = torch.empty(len(rows), dtype=wide, device=rows.device)  # absolute, of each row
         each(
             lambda part: part[0].copy_(torch.maximum(part[1].amax(1), -part[1].amin(1))),
             _blocks(largest, rows),
@@ -118,15 +121,16 @@ class Directions:
         if not largest.isfinite().all():
             raise ValueError("rows must be finite")
         wild = (largest > 0) & ((largest < 2.0**-SAFE) | (largest > 2.0**SAFE))
+        # A power of two: dividing by it loses no digit.
         power = torch.where(wild, largest / (2 * torch.frexp(largest).mantissa), 1)
         if rows.dtype is not torch.bfloat16 or not rows.is_contiguous() or wild.any():
             copy = torch.empty(rows.shape, dtype=torch.bfloat16, device=rows.device)
             each(lambda part: part[0].copy_(part[1] / part[2][:, None]), _blocks(copy, rows, power))
             rows = copy
-        # In place: blocks that gave.
-        self.rows, self.scale = rows, torch.empty(len(rows), device=rows.device)
-        # back tensors of their own would leave gaps between their temporary ones, and memory would
-        # grow by all of them
+        self.rows = rows
+        self.scale = torch.empty(len(rows), device=rows.device)
+        # Filled in place: blocks that gave back tensors of their own would leave gaps between their
+        # temporary ones, and memory would grow by all of them.
         each(
             lambda part: part[0].copy_(torch.linalg.vector_norm(part[1].float(), dim=1)),
             _blocks(self.scale, rows),
@@ -134,25 +138,27 @@ class Directions:
         self.scale = torch.where(self.scale > 0, 1 / self.scale, 0)
 
     def some(self, count: int, seed: int) -> torch.Tensor:
-        """Directions to start from as means, zero rows only where there are no others."""
-        order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(seed)).to(
-            self.rows.device
-        )
+        """[count, H] float32: directions to start from as means, zero rows only where there are no
+        others.
+        """
+        # Drawn on the CPU: another device's generator would give other rows for the same seed.
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(self.rows), generator=generator).to(self.rows.device)
         order = order[torch.argsort(self.scale[order] == 0, stable=True)][:count]
         return self.rows[order].float() * self.scale[order, None]
 
     def means(
         self, labels: torch.Tensor, clusters: torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor:
-        """The clusters' mean directions, summed in fp32, or several times as fast and rounded, in
-        bf16.
+        """[C, H] float32: the mean directions of these clusters, summed in `dtype`: fp32, or
+        several times as fast and rounded, bf16.
+
+        labels: [D] int64. clusters: [C] int64.
         """
         weights = self.scale.to(dtype)
-
-        order, ends = (
-            torch.argsort(labels, stable=True),
-            torch.bincount(labels, minlength=int(clusters.max()) + 1).cumsum(0),
-        )
+        # Members of a cluster stand together in `order`, up to its end.
+        order = torch.argsort(labels, stable=True)
+        ends = torch.bincount(labels, minlength=int(clusters.max()) + 1).cumsum(0)
 
         def mean(cluster: int) -> torch.Tensor:
             members = order[int(ends[cluster - 1]) if cluster else 0 : int(ends[cluster])]
@@ -188,6 +194,7 @@ class Directions:
 
 
 def _blocks(*tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+    """The same BLOCK rows of each tensor, block by block; views."""
     return list(zip(*(tensor.split(BLOCK) for tensor in tensors)))
 
 

@@ -40,7 +40,7 @@ def cluster_neurons(
     Raises ValueError where a row is not finite.
     """
     neurons = len(rows)
-    if experts in (1, neurons):
+    if experts in (1, neurons):  # there is nothing to choose
         return Clustering(np.arange(neurons, dtype=np.int32) % experts)
     if method == "exact" and restarts is not None:
         return Clustering(_constrained(_directions(rows), experts, seed, restarts))
@@ -70,6 +70,9 @@ def _directions(rows: torch.Tensor) -> np.ndarray:
 def _constrained(
     directions: np.ndarray, experts: int, seed: int, restarts: int, means: np.ndarray | None = None
 ) -> np.ndarray:
+    """Labels [D] int32 by k-means-constrained; the best of `restarts`. means: [K, H] to start from;
+    None: k-means++.
+    """
     from k_means_constrained import KMeansConstrained  # takes a second to import
 
     small, larger = divmod(len(directions), experts)

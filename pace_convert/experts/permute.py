@@ -18,8 +18,8 @@ class ExpertOrder(NamedTuple):
     sizes: np.ndarray
 
     @property
-    def neurons(self) -> int:
-        """Neurons of the layer, D."""
+    def intermediate_size(self) -> int:
+        """Neurons of the layer's FFN, D."""
         return len(self.permutation)
 
     def inverse(self, parts: int = 1) -> np.ndarray:
@@ -28,12 +28,12 @@ class ExpertOrder(NamedTuple):
 
     def is_whole(self) -> bool:
         """Whether every neuron stands in one expert, and no expert is empty."""
-        filled = (self.sizes > 0).all() and self.sizes.sum() == self.neurons
+        filled = (self.sizes > 0).all() and self.sizes.sum() == self.intermediate_size
         return bool(is_permutation(self.permutation) and filled)
 
     def is_canonical(self) -> bool:
         """Whether this is what `canonical_permutation` gives for these experts."""
-        labels = np.empty(self.neurons, dtype=np.int64)
+        labels = np.empty(self.intermediate_size, dtype=np.int64)
         labels[self.permutation] = np.repeat(np.arange(len(self.sizes)), self.sizes)
         again = canonical_permutation(labels)
         same = np.array_equal(again.permutation, self.permutation)
@@ -46,6 +46,8 @@ def canonical_permutation(labels: np.ndarray) -> ExpertOrder:
 
     labels: [D] int, any numbering.
     """
+    # `unique` numbers the clusters by label; ranked by their first neuron they get the number that
+    # does not depend on it.
     _, first, cluster = np.unique(labels, return_index=True, return_inverse=True)
     rank = np.empty(len(first), dtype=np.int64)
     rank[np.argsort(first)] = np.arange(len(first))
@@ -62,8 +64,9 @@ def invert(permutation: np.ndarray) -> np.ndarray:
 
 
 def repeat(permutation: np.ndarray, parts: int) -> np.ndarray:
-    """The same permutation in each of `parts` sets of neurons, one behind the other. [parts
-    * D].
+    """The same permutation in each of `parts` sets of neurons, one behind the other.
+
+    [parts * D], of the permutation's dtype.
     """
     sets = [permutation + part * len(permutation) for part in range(parts)]
     return np.concatenate(sets, dtype=permutation.dtype)

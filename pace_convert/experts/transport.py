@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-# How much softer the choices start at most, and the most steps until they are sharp again.
-SOFTEST, STEPS = 4**4, 40
+SOFTEST = 4**4  # how many times softer the choices start at most
+STEPS = 40  # at most, Newton's and those that only sharpen
 
-# Of a move of the repair, for itself and for each pair of clusters, and of an arc of a flow;
-# measured on one core.
+# What a move of the repair takes, for itself and for each pair of clusters, and what an arc of a
+# flow takes; measured on one core.
 MOVE_SECONDS, PAIR_SECONDS, ARC_SECONDS = 3e-4, 7e-8, 5e-7
 
 # The results of a function for each of some items, in their order.
@@ -54,7 +54,8 @@ def smooth_prices(
         elif current == sharpness and _worst(sizes, share) <= tolerance:
             break
         else:
-            # Shifting all prices changes nothing.
+            # Shifting all prices alike changes nothing, so the dual has no curvature there; the
+            # last term gives it some. The small one is for clusters that nothing chooses.
             hessian = torch.diag(sizes + 1e-6 * share) - overlap + share / experts
             step = torch.linalg.solve(hessian, sizes - share)
             spread = (step.max() - step.min()).clamp(min=1e-9)
@@ -64,6 +65,7 @@ def smooth_prices(
 
 
 def _worst(sizes: torch.Tensor, share: float) -> float:
+    """How far the size furthest off is from N/K, as a multiple of it."""
     return (sizes - share).abs().max().item() / share
 
 
@@ -92,7 +94,8 @@ def balanced_labels(scores: np.ndarray, prices: np.ndarray) -> np.ndarray:
     ortools finds the cheapest flow through all N K arcs.
     """
     repair = _Repair(scores, prices)
-    moves, experts = np.maximum(repair.excess, 0).sum(), scores.shape[1]
+    moves = np.maximum(repair.excess, 0).sum()
+    experts = scores.shape[1]
     if moves * (MOVE_SECONDS + PAIR_SECONDS * experts**2) > ARC_SECONDS * scores.size:
         return _cheapest_flow(scores)
     while repair.excess.any():
@@ -101,17 +104,20 @@ def balanced_labels(scores: np.ndarray, prices: np.ndarray) -> np.ndarray:
 
 
 def _cheapest_flow(scores: np.ndarray) -> np.ndarray:
-    """The same by minimum-cost flow (ortools): neuron -> cluster -> sink, and one more by way of
-    the N mod K places.
+    """The same as `balanced_labels` by minimum-cost flow (ortools): neuron -> cluster -> sink, and
+    one more by way of the N mod K places.
 
-    Scores are rounded to 2^-30 of their range.
+    Scores are rounded to 2^-30 of their range: the solver's costs are integers.
     """
     from ortools.graph.python.min_cost_flow import SimpleMinCostFlow  # takes a moment to import
 
     neurons, experts = scores.shape
     small, places = divmod(neurons, experts)
-    top, spread = float(scores.max()), float(np.ptp(scores)) or 1.0
-    clusters, sink = neurons + np.arange(experts), neurons + experts
+    top = float(scores.max())
+    spread = float(np.ptp(scores)) or 1.0
+    # Nodes: a neuron each, a cluster each, the sink, and what hands out the N mod K places.
+    clusters = neurons + np.arange(experts)
+    sink = neurons + experts
     flow = SimpleMinCostFlow()
 
     def arcs(
@@ -140,6 +146,10 @@ def _cheapest_flow(scores: np.ndarray) -> np.ndarray:
 class _Repair:
     """An assignment that is optimal for its sizes.
 
+    labels: [N] int64. excess: [K], neurons above the size that each cluster shall have. extra: [K]
+    bool, who has one of the larger sizes. prices: [K + 1] float64 and cost: [K + 1, K + 1] float64,
+    of moving one unit along an edge.
+
     Node K of the graph is the pool of the N mod K places that make some clusters larger by one:
     cluster k may take a place out of it (`k -> pool`) or put its own back (`pool -> k`), at no
     cost.
@@ -147,14 +157,14 @@ class _Repair:
 
     def __init__(self, scores: np.ndarray, prices: np.ndarray) -> None:
         neurons, self.experts = scores.shape
-        self.scores, self.labels = scores, (scores - prices).argmax(1)
+        self.scores = scores
+        self.labels = (scores - prices).argmax(1)
         small, places = divmod(neurons, self.experts)
         order = np.argsort(-prices, kind="stable")
         self.extra = np.zeros(self.experts, dtype=bool)
         self.extra[order[:places]] = True
         self.prices = np.append(prices, prices[order[max(places - 1, 0)]])
         self.excess = np.bincount(self.labels, minlength=self.experts) - small - self.extra
-        # Of moving one unit from cluster a to b, the pool last.
         self.cost = np.full((self.experts + 1,) * 2, np.inf)
         for cluster in range(self.experts):
             self._reprice(cluster)
@@ -173,7 +183,7 @@ class _Repair:
         """The cheapest way from a cluster too large to one too small; makes the prices agree with
         it (Bellman-Ford).
         """
-        # Below 0 by rounding only.
+        # At these prices no edge costs less than nothing, but for rounding.
         edges = np.maximum(self.cost - self.prices[:, None] + self.prices, 0)
         distance = np.append(np.where(self.excess > 0, 0.0, np.inf), np.inf)
         previous = np.full(self.experts + 1, -1)
@@ -200,7 +210,7 @@ class _Repair:
         amount = min(self.excess[path[0]], -self.excess[path[-1]], *map(len, movers))
         hops = [(a, b) for a, b in zip(path, path[1:])]
         if any(self.experts in hop for hop in hops):
-            amount = 1
+            amount = 1  # a cluster takes one place, or has one to put back
         for a, b in hops:
             if b == self.experts:
                 self.extra[a] = True
@@ -214,6 +224,7 @@ class _Repair:
             self._reprice(cluster)
 
     def _movers(self, a: int, b: int) -> np.ndarray:
+        """The neurons of cluster a that lose least by a move to b, all of them by the same."""
         members = np.flatnonzero(self.labels == a)
         gaps = self.scores[members, a].astype(np.float64) - self.scores[members, b]
         return members[gaps == gaps.min()]
