@@ -59,8 +59,10 @@ def load_dtype(nbytes: int, device: str) -> torch.dtype | str:
 
 
 def core_count() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use: not all of the machine's, where it is bound to some."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def free_memory() -> int:
@@ -69,6 +71,7 @@ def free_memory() -> int:
     """
     free = psutil.virtual_memory().available
     try:
+        # cgroup v2; "max" where there is no limit.
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
         used = int(Path("/sys/fs/cgroup/memory.current").read_text())
     except (OSError, ValueError):  # no limit, or no such container

@@ -30,7 +30,7 @@ class Ffn:
 
     @property
     def kind(self) -> str:
-        """In a word."""
+        """What the FFN is called in tables."""
         if self.fused:
             return "gated, fused"
         return "gated" if len(self.inputs) > 1 else "plain, Conv1D" if self.transposed else "plain"
@@ -111,7 +111,8 @@ class FamilySpec:
 
         Of each layer's, the first is the one whose neurons are clustered.
         """
-        axis, parts = int(self.ffn.transposed), 1 + self.ffn.fused
+        axis = int(self.ffn.transposed)
+        parts = 1 + self.ffn.fused
         tensors = []
         for layer in range(layers):
             path = self._layer(layer, names)
@@ -123,6 +124,7 @@ class FamilySpec:
         return tensors
 
     def _layer(self, layer: int, names: Container[str]) -> str:
+        """Path of a decoder layer in `names`, which may or may not begin with `base`."""
         path = f"{self.stack}.{self.blocks}" if self.stack else self.blocks
         first = f"{path}.0.{self.ffn.inputs[0]}.weight"
         return f"{path}.{layer}" if first in names else f"{self.base}.{path}.{layer}"
@@ -228,14 +230,9 @@ def _unknown(config: dict) -> CallError:
 _OTHERS = "`pace families` lists the families that can be"
 # How a config shows what a model is made of.
 PARTS = (
-    "text_config",
-    "vision_config",
-    "audio_config",
-    "thinker_config",
-    "vision_cfg",
-    "encoder",
+    "text_config", "vision_config", "audio_config", "thinker_config", "vision_cfg", "encoder",
     "decoder",
-)
+)  # fmt: skip
 RECURRENT_KEYS = (
     "state_size", "ssm_state_size", "mamba_d_state", "mamba_expand", "lru_width",
     "attention_hidden_size", "mlstm_round_up_to", "linear_num_value_heads", "linear_key_head_dim",
@@ -256,9 +253,8 @@ def why_unsupported(config: dict, families: Container[str]) -> tuple[str, str] |
     families: the model types that can be.
     """
     if any(isinstance(config.get(part), dict) for part in PARTS):
-        return "is made of several models (multimodal or encoder-decoder)", _what_of_parts(
-            config, families
-        )
+        what = "is made of several models (multimodal or encoder-decoder)"
+        return what, _what_of_parts(config, families)
     if config.get("is_encoder_decoder"):
         return "is an encoder-decoder; only decoder-only language models can be converted", _OTHERS
     if _has_experts(config):
@@ -284,11 +280,8 @@ def _what_of_parts(config: dict, families: Container[str]) -> str:
 
 def _is_recurrent(config: dict) -> bool:
     kinds = config.get("layer_types")
-    others = (
-        {kind for kind in kinds if isinstance(kind, str)} - ATTENTION
-        if isinstance(kinds, list)
-        else set()
-    )
+    texts = kinds if isinstance(kinds, list) else []
+    others = {kind for kind in texts if isinstance(kind, str)} - ATTENTION
     named = any(name in config["model_type"] for name in RECURRENT_NAMES)
     return named or bool(others) or any(config.get(key) is not None for key in RECURRENT_KEYS)
 
@@ -297,7 +290,7 @@ def _has_experts(config: dict) -> bool:
     def several(value: object) -> bool:
         return isinstance(value, list) or (type(value) is int and value > 1)
 
-    places = [config, config.get("ffn_config")]
+    places = [config, config.get("ffn_config")]  # DBRX states them in the latter
     stated = any(
         several(place.get(key))
         for place in places

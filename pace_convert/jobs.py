@@ -34,18 +34,16 @@ def run_here(tasks: Sequence[Work], jobs: int) -> Iterator[tuple[Work, dict]]:
 
     Raises what a task raises, and PaceError for a worker that died.
     """
-    return (
-        _in_processes(tasks, jobs)
-        if jobs > 1 and len(tasks) > 1
-        else ((task, task.run()) for task in tasks)
-    )
+    if jobs > 1 and len(tasks) > 1:
+        return _in_processes(tasks, jobs)
+    return ((task, task.run()) for task in tasks)
 
 
 def _in_processes(tasks: Sequence[Work], jobs: int) -> Iterator[tuple[Work, dict]]:
     threads = max(1, core_count() // jobs)
-    pool = ProcessPoolExecutor(
-        jobs, multiprocessing.get_context("spawn"), _begin_worker, (threads,)
-    )
+    # "spawn": a fork of a process in which torch has threads, or CUDA, may hang.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(jobs, context, _begin_worker, (threads,))
     try:
         running = {pool.submit(task.run): task for task in tasks}
         for future in as_completed(running):
@@ -71,6 +69,7 @@ def _begin_worker(threads: int) -> None:
     torch.set_num_threads(threads)
     parent = multiprocessing.parent_process()
 
+    # Killed, the parent can't end its workers, so each watches it.
     def watch() -> None:
         wait([parent.sentinel])  # type: ignore[union-attr]
         os._exit(1)

@@ -47,7 +47,7 @@ def _memory(name: str, description: str) -> Any:
 
 
 def _parse_layers(value: object) -> object:
-    """'12,26' as the command line gives it."""
+    """A tuple of '12,26' or of a list, sorted, each once; what is neither is left to pydantic."""
     if isinstance(value, str) and value not in ("auto", "none"):
         parts = [part.strip() for part in value.split(",")]
         if not all(part.isascii() and part.isdigit() for part in parts):
@@ -124,11 +124,9 @@ class ConvertOptions(BaseModel):
     @classmethod
     def _take_preset(cls, values: Any) -> Any:
         preset = values.get("preset") if isinstance(values, dict) else None
-        return (
-            {**PRESETS[preset], **values}
-            if isinstance(preset, str) and preset in PRESETS
-            else values
-        )
+        if not isinstance(preset, str) or preset not in PRESETS:
+            return values  # pydantic says what is wrong with it
+        return {**PRESETS[preset], **values}
 
     @model_validator(mode="after")
     def _check(self) -> ConvertOptions:
@@ -194,7 +192,7 @@ def option_name(field: str) -> str:
 
 
 def load_options(config: Path | None, given: dict) -> tuple[ConvertOptions, RunOptions]:
-    """Options from a YAML file, overridden by those `given`. Raises CallError, naming the
+    """Options from a YAML file, overridden by those `given`. Raises CallError that names the wrong
     option.
     """
     try:
@@ -204,11 +202,10 @@ def load_options(config: Path | None, given: dict) -> tuple[ConvertOptions, RunO
             f"can't read {config}: {str(error).splitlines()[0]}",
             "give a YAML file of option: value lines",
         ) from error
-    if not isinstance(values or {}, dict) or not all(
-        isinstance(name, str) for name in values or {}
-    ):
+    values = values or {}  # an empty file
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise CallError(f"{config} is not a mapping", "give a YAML file of option: value lines")
-    values = {**(values or {}), **given}
+    values = {**values, **given}
     run = {name: values.pop(name) for name in RunOptions.model_fields if name in values}
     try:
         options = ConvertOptions.model_validate(values)

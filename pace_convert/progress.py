@@ -60,7 +60,8 @@ class Progress:
         words: for what is being done and what was done. Yields what to call after each task: with
         its name, its bytes, and whether it was a layer.
         """
-        started, last, here = time.monotonic(), time.monotonic(), 0
+        started = last = time.monotonic()
+        here = 0  # bytes done by this call; an earlier one's say nothing of its speed
         with self._bar(words[0], total, "B", done) as bar:
             bar.set_postfix_str(f"layer {layers_done} of {layers}")
 
@@ -97,12 +98,12 @@ class Progress:
             self.say(f"{words[1]} {layers} layers, {total / 1e6:.1f} MB in {took:.1f} s")
 
     def say(self, text: str) -> None:
-        """One line."""
+        """One line on stderr, unless quiet."""
         if not self.quiet:
             print(text, file=sys.stderr)
 
     def event(self, name: str, **facts: object) -> None:
-        """One JSON line on stdout."""
+        """One JSON line on stdout, where events are asked for."""
         if self.events:
             print(json.dumps({"event": name, **facts}), flush=True)
 
@@ -162,7 +163,8 @@ class _CallbackBar(tqdm):
         self, callback: Callable[[Update], object], label: str, total: int, unit: str, done: int
     ) -> None:
         super().__init__(disable=True)
-        self.callback, self.state = callback, Update(label, done, total, unit)
+        self.callback = callback
+        self.state = Update(label, done, total, unit)
         callback(self.state)
 
     def update(self, n: float | None = 1) -> None:

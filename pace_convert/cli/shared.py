@@ -45,13 +45,8 @@ def friendly(command: Callable) -> Callable:
         except PaceError as error:
             _fail(error.message, error.hint, error.exit_code)
         except OSError as error:
-            _fail(
-                one_line(
-                    f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
-                ),
-                "",
-                1,
-            )
+            said = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
+            _fail(one_line(said), "", 1)
         except KeyboardInterrupt:
             _fail("stopped", "", 130)
 

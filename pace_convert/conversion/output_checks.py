@@ -170,8 +170,8 @@ def check_room(source: Source, out: Path) -> None:
         raise CallError(f"{parent} is a file", "choose another OUT")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise CallError(f"{parent} can't be written", "choose another OUT")
-    # Shards of an unfinished conversion have their full size from the start; blocks of 512 bytes are
-    # what they take on the disk.
+    # Shards of an unfinished conversion have their full size from the start; what they take on the
+    # disk is their blocks, of 512 bytes whatever the file system's own are.
     there = sum(path.stat().st_blocks * 512 for path in (out / UNFINISHED).glob("*.safetensors"))
     missing = source.nbytes - there
     free = shutil.disk_usage(parent).free

@@ -178,7 +178,7 @@ class LayerTask(_OfLayer):
             "F16": torch.float16,
             "BF16": torch.bfloat16,
         }
-        # By way of signed integers: numpy has no bfloat16, and older torch no unsigned ones.
+        # numpy has no bfloat16: the bits go over as integers.
         rows = torch.from_numpy(bits.view(f"i{bits.itemsize}")).view(dtypes[place.info.dtype])
         return (rows.T if self.transposed else rows[: self.intermediate_size]).to(self.device)
 

@@ -43,24 +43,18 @@ class Chart:
     y_ticks: list[tuple[float, str]] = field(default_factory=list)
 
 
-def rectangle(kind: str, x: float, y: float, width: float, height: float, title: str = "") -> Mark:
+def rectangle(
+    kind: str, x: float, y: float, width: float, height: float, *, title: str = ""
+) -> Mark:
     """x, y: its left lower corner, y and height from the bottom."""
-    return Mark(
-        kind, round(x, 2), round(100 - y - height, 2), round(width, 2), round(height, 2), title
-    )
+    top = 100 - y - height
+    return Mark(kind, round(x, 2), round(top, 2), round(width, 2), round(height, 2), title)
 
 
-def line(kind: str, x: float, y: float, to_x: float, to_y: float, title: str = "") -> Mark:
+def line(kind: str, x: float, y: float, to_x: float, to_y: float, *, title: str = "") -> Mark:
     """From (x, y) to (to_x, to_y), y from the bottom."""
-    return Mark(
-        kind,
-        round(x, 2),
-        round(100 - y, 2),
-        round(to_x - x, 2),
-        round(y - to_y, 2),
-        title,
-        line=True,
-    )
+    width, height = round(to_x - x, 2), round(y - to_y, 2)
+    return Mark(kind, round(x, 2), round(100 - y, 2), width, height, title, line=True)
 
 
 def columns(
@@ -68,6 +62,7 @@ def columns(
     description: str,
     values: Sequence[float | None],
     names: Sequence[str],
+    *,
     percent: bool = False,
     floors: Mapping[str, Sequence[float | None]] | None = None,
     marked: Sequence[int] = (),
@@ -94,40 +89,25 @@ def columns(
         if value is not None:
             bottom, top = sorted((at(0), at(value)))
             kind = "bar marked" if i in marked else "bar"
-            marks.append(
-                rectangle(
-                    kind,
-                    (i + 0.15) * width,
-                    bottom,
-                    0.7 * width,
-                    top - bottom,
-                    f"{names[i]}: {say(value)}",
-                )
-            )
+            left = (i + 0.15) * width
+            said = f"{names[i]}: {say(value)}"
+            marks.append(rectangle(kind, left, bottom, 0.7 * width, top - bottom, title=said))
     for kind, row in floors.items():
         for i, value in enumerate(row):
             if value is not None:
-                marks.append(
-                    line(
-                        kind,
-                        i * width,
-                        at(value),
-                        (i + 1) * width,
-                        at(value),
-                        f"{names[i]}, {kind}: {say(value)}",
-                    )
-                )
+                y = at(value)
+                said = f"{names[i]}, {kind}: {say(value)}"
+                marks.append(line(kind, i * width, y, (i + 1) * width, y, title=said))
     labels = [(at(tick), f"{tick:.3g}" if not percent else f"{100 * tick:.3g}%") for tick in ticks]
     return Chart(title, description, marks, _places(len(values)), labels)
 
 
 def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers, about four, from at most `low` to at least `high`."""
     from matplotlib.ticker import MaxNLocator
 
-    return [
-        float(tick)
-        for tick in MaxNLocator(nbins=4).tick_values(low, high if high > low else low + 1)
-    ]
+    above = high if high > low else low + 1  # all values may be the same
+    return [float(tick) for tick in MaxNLocator(nbins=4).tick_values(low, above)]
 
 
 def _places(count: int) -> list[tuple[float, str]]:
@@ -152,13 +132,11 @@ def heat_map(values: np.ndarray) -> str:
 
 
 def permutation_map(permutation: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """[K, C]: the share of expert k's neurons whose place in the source is in the c-th part of the
-    layer.
+    """[K, C] float64: the share of expert k's neurons whose place in the source is in the c-th part
+    of the layer.
     """
     count = min(_COLUMNS, len(permutation))
     expert = np.repeat(np.arange(len(sizes)), sizes)
     column = permutation.astype(np.int64) * count // len(permutation)
-    counts = np.bincount(expert * count + column, minlength=len(sizes) * count).reshape(
-        len(sizes), count
-    )
-    return counts / sizes[:, None]
+    counts = np.bincount(expert * count + column, minlength=len(sizes) * count)
+    return counts.reshape(len(sizes), count) / sizes[:, None]

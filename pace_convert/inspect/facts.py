@@ -80,7 +80,7 @@ def _probe(probed: Probe) -> dict:
 
 
 def _half(share: np.ndarray) -> int:
-    """share: [K]."""
+    """How many experts carry half of the activation, the busiest first. share: [K]."""
     return int(np.searchsorted(np.cumsum(np.sort(share)[::-1]), share.sum() / 2)) + 1
 
 

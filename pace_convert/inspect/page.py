@@ -32,6 +32,7 @@ def check_page(path: Path) -> None:
 
 
 def _is_page(path: Path) -> bool:
+    """Whether an earlier `pace inspect` wrote it."""
     with path.open(encoding="utf-8", errors="replace") as file:
         return GENERATOR in file.read(1000)
 
@@ -82,13 +83,13 @@ def _averages(layers: list[dict]) -> dict[str, dict[str, float | None]]:
 
 def _taken(probe: dict) -> float | None:
     """Share of expert blocks that were fused with something, over all layers with a memory."""
-    made = np.array(
-        [[memory[name] for name in ("kept", "mixed", "reused")] for memory in probe["memory"]]
-    ).reshape(-1, 3)
+    counts = [[memory[name] for name in ("kept", "mixed", "reused")] for memory in probe["memory"]]
+    made = np.array(counts).reshape(-1, 3)  # no row where no layer has a memory
     return float(made[:, 1:].sum() / made.sum()) if made.size else None
 
 
 def _quality_charts(facts: dict) -> list[Chart]:
+    """Variance explained and silhouette by layer, the two floors as lines."""
     quality = [layer["quality"] for layer in facts["layers"]]
     names = [f"layer {layer['layer']}" for layer in facts["layers"]]
     wanted = (
@@ -109,13 +110,15 @@ def _quality_charts(facts: dict) -> list[Chart]:
     for title, name, percent, said in wanted:
         values = [q["experts"][name] for q in quality]
         floors = {kind: [q[kind][name] for q in quality] for kind in ("noise", "random")}
+        marked = facts["memory"]["layers"]
         charts.append(
-            columns(title, said, values, names, percent, floors, facts["memory"]["layers"])
+            columns(title, said, values, names, percent=percent, floors=floors, marked=marked)
         )
     return charts
 
 
 def _busy_chart(facts: dict) -> Chart:
+    """One bar a layer: how many experts carry half of its activation."""
     rows = facts["probe"]["experts"]
     said = (
         "The fewest experts that together carry half of the squared activation, "
@@ -128,9 +131,8 @@ def _busy_chart(facts: dict) -> Chart:
         said,
         [row["half"] for row in rows],
         names,
-        False,
-        {"half": half},
-        facts["memory"]["layers"],
+        floors={"half": half},
+        marked=facts["memory"]["layers"],
     )
 
 
@@ -170,10 +172,8 @@ def _memory(facts: dict, memory: dict) -> dict:
     slots = []
     for slot in sorted(memory["slots"], key=lambda slot: (-slot["hits"], slot["token"])):
         token = shown(pieces, slot["token"])
-        before, behind = (
-            pieces[max(0, token - _CONTEXT) : token],
-            pieces[token + 1 : token + 1 + _CONTEXT],
-        )
+        before = pieces[max(0, token - _CONTEXT) : token]
+        behind = pieces[token + 1 : token + 1 + _CONTEXT]
         space = " " if slot["piece"][:1].isspace() else ""
         slots.append({**slot, "before": "".join(before) + space, "behind": "".join(behind)})
     return {

@@ -57,7 +57,7 @@ def probe(
         )
     shares = _Shares([sizes for _, sizes in converted.orders], len(text.ids))
     traces = _traces(converted)
-    cache = _run(model, converted, text.ids, shares, traces, progress)
+    cache = _run(model, converted, text.ids, shares=shares, traces=traces, progress=progress)
     summary = model.memory_summary(cache) if traces else {}
     hits = {layer: summary[layer]["hits"][0] for layer in traces}
     return Probe(text, shares.bounds, shares.means(), traces, hits)
@@ -90,6 +90,7 @@ class _Shares:
         np.add.at(self.sums[layer], self.segment[first : first + len(h)], share)
 
     def means(self) -> list[np.ndarray]:
+        """By layer [segments, K] float64, averaged over each segment's tokens."""
         return [sums / np.diff(self.bounds)[:, None] for sums in self.sums]
 
 
@@ -98,6 +99,7 @@ def _run(
     model: Any,
     converted: Converted,
     ids: list[int],
+    *,
     shares: _Shares,
     traces: dict[int, MemoryTrace],
     progress: Progress,
@@ -120,6 +122,7 @@ def _run(
         progress.step("reading the text", len(ids), "token") as bar,
     ):
         while first < len(ids):
+            # No call goes past a block's end: a trace sees the tokens of one block at a time.
             stop = min(len(ids), first + _CALL, *((first // u + 1) * u for u in blocks))
             model(input_ids=torch.tensor([ids[first:stop]]), past_key_values=cache, use_cache=True)
             for layer, trace in traces.items():

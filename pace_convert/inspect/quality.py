@@ -65,7 +65,8 @@ def layer_quality(rows: np.ndarray, sizes: np.ndarray, seed: int = 0) -> Quality
     [K] int.
     """
     _normalise(rows)
-    clusters, neurons = len(sizes), len(rows)
+    clusters = len(sizes)
+    neurons = len(rows)
     labels = np.repeat(np.arange(clusters), sizes)
     by_chance = (clusters - 1) / max(1, neurons - 1)
     if not 1 < clusters < neurons:
@@ -86,6 +87,7 @@ def _grouping(explained: float, found: np.ndarray) -> Grouping:
 
 
 def _normalise(rows: np.ndarray) -> None:
+    """In place, to length 1; zero rows stay."""
     norm = np.linalg.norm(rows, axis=1, keepdims=True)
     np.divide(rows, norm, out=rows, where=norm > 0)
 
@@ -121,8 +123,10 @@ def silhouettes(rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
     for first in range(0, len(rows), _ROWS):
         block, mine = rows[first : first + _ROWS], labels[first : first + _ROWS]
         distance = 1 - (block @ means.T).astype(np.float64)
-        row, size = np.arange(len(block)), sizes[mine]
+        row = np.arange(len(block))
+        size = sizes[mine]
         itself = 1 - np.einsum("nh,nh->n", block, block)  # 1 for a zero row, else 0
+        # A row's distance to itself is no part of the mean to its own cluster.
         a = (distance[row, mine] * size - itself) / np.maximum(size - 1, 1)
         distance[row, mine] = np.inf
         b = distance.min(1)
@@ -138,7 +142,9 @@ def _means(rows: np.ndarray, labels: np.ndarray, sizes: np.ndarray) -> np.ndarra
     """Each cluster's mean row, [K, H] float32."""
     from scipy.sparse import csr_array
 
-    order, ends = np.argsort(labels, kind="stable"), np.concatenate([[0], np.cumsum(sizes)])
+    # [K, D] with a one for each member: the product sums each cluster's rows.
+    order = np.argsort(labels, kind="stable")
+    ends = np.concatenate([[0], np.cumsum(sizes)])
     members = csr_array(
         (np.ones(len(labels), dtype=np.float32), order, ends), shape=(len(sizes), len(labels))
     )
@@ -146,24 +152,24 @@ def _means(rows: np.ndarray, labels: np.ndarray, sizes: np.ndarray) -> np.ndarra
 
 
 def _explained(rows: np.ndarray, labels: np.ndarray) -> float:
-    """Share of variance between clusters."""
+    """Share of the rows' variance that lies between clusters, 0 to 1; 0 where there is none."""
     sizes = np.bincount(labels)
     means = _means(rows, labels, sizes).astype(np.float64)
     centre = sizes @ means / len(rows)
-    within_and_between = np.einsum("nh,nh->", rows, rows, dtype=np.float64) - len(rows) * (
-        centre @ centre
-    )
-    between = sizes @ (means**2).sum(1) - len(rows) * (centre @ centre)
-    return float(np.clip(between / within_and_between, 0, 1)) if within_and_between > 1e-9 else 0.0
+    offset = len(rows) * (centre @ centre)
+    total = np.einsum("nh,nh->", rows, rows, dtype=np.float64) - offset
+    between = sizes @ (means**2).sum(1) - offset
+    return float(np.clip(between / total, 0, 1)) if total > 1e-9 else 0.0
 
 
 def _features(converted: Converted, layer: int) -> np.ndarray:
     """The rows that were clustered, [D, H] float32, in OUT's order."""
     import torch
 
-    files, neurons = converted.files, len(converted.orders[layer].permutation)
+    files = converted.files
+    neurons = converted.intermediate_size
     tensors = converted.family.ffn_tensors(converted.layers, files.tensors)
-    # Each layer's first is the gate or fc1.
+    # Each layer's first is the gate or fc1; of a fused tensor the gate's neurons come first.
     clustered = next(tensor for tensor in tensors if tensor.layer == layer)
     info = files.tensors.get(clustered.name)
     if info is None or len(info.shape) != 2 or info.shape[clustered.axis] < neurons:

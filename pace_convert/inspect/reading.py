@@ -42,7 +42,8 @@ def read_text(value: str) -> tuple[str, str]:
     elif is_there or (len(value.split()) == 1 and ("/" in value or path.suffix)):
         raise CallError(f"no such file: {value}", "give a text file, or a text of several words")
     else:
-        name, text = "text from the command line", value
+        name = "text from the command line"
+        text = value
     if not text.strip():
         raise CallError("the text to probe is empty", "give a text file, or the text itself")
     return name, text
@@ -84,7 +85,8 @@ def _pieces(text: str, offsets: list[tuple[int, int]], decoded: list[str]) -> li
     """Each token's own part of the text, with what stands before it; special tokens that were added
     as decoded.
     """
-    pieces, done = [], 0
+    pieces = []
+    done = 0  # characters of the text that earlier tokens have
     for (first, end), alone in zip(offsets, decoded):
         pieces.append(alone if first == end else text[done : max(done, end)])
         done = max(done, end)

@@ -56,7 +56,8 @@ class MemoryTrace:
             self._block = None
 
     def _end_block(self, draft: Draft) -> None:
-        taken, number = draft.taken[0].numpy(force=True), draft.number[0].numpy(force=True)
+        taken = draft.taken[0].numpy(force=True)
+        number = draft.number[0].numpy(force=True)
         merging = draft.merging[0].amax(0).numpy(force=True).astype(int)
         self.replaced += int((taken & (self.origin >= 0)).sum())
         self.merged = np.where(taken, 0, self.merged + merging)

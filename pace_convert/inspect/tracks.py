@@ -47,12 +47,14 @@ def _round_step(tokens: int) -> int:
 
 
 def _decisions(memory: dict, segments: list[int]) -> Chart:
-    marks, total = [], segments[-1]
+    marks = []
+    total = segments[-1]
     made = memory["tokens"]
     for first, stop in zip(segments, segments[1:]):
         counts = {name: sum(made[name][first:stop]) for name in ("reused", "mixed", "kept")}
         known = sum(x is not None for x in made["similarity"][first:stop])
-        bottom, every = 0.0, sum(counts.values())
+        every = sum(counts.values())
+        bottom = 0.0
         said = f"tokens {first} to {stop - 1}: " + ", ".join(
             f"{count / every:.0%} {name}" for name, count in counts.items()
         )
@@ -60,23 +62,16 @@ def _decisions(memory: dict, segments: list[int]) -> Chart:
             height = 100 * count / every
             kind = "before" if name == "kept" and not known else name
             if count:
-                marks.append(
-                    rectangle(
-                        kind,
-                        100 * first / total,
-                        bottom,
-                        100 * (stop - first) / total,
-                        height,
-                        said,
-                    )
-                )
+                left, width = 100 * first / total, 100 * (stop - first) / total
+                marks.append(rectangle(kind, left, bottom, width, height, title=said))
             bottom += height
     said = "Share of the tokens that took most, something or nothing from the memory."
     return Chart("What each token did", said, marks, y_ticks=[(0, "0"), (100, "100%")])
 
 
 def _similarity(memory: dict, settings: dict, segments: list[int]) -> Chart:
-    marks, total = [], segments[-1]
+    marks = []
+    total = segments[-1]
     values = memory["tokens"]["similarity"]
     low = min(0.0, settings["theta_low"], *(x for x in values if x is not None))
 
@@ -85,7 +80,7 @@ def _similarity(memory: dict, settings: dict, segments: list[int]) -> Chart:
 
     for name in ("theta_low", "theta_high"):
         y = at(settings[name])
-        marks.append(line("threshold", 0, y, 100, y, f"{name}: {settings[name]}"))
+        marks.append(line("threshold", 0, y, 100, y, title=f"{name}: {settings[name]}"))
     for first, stop in zip(segments, segments[1:]):
         known = sorted(x for x in values[first:stop] if x is not None)
         if known:
@@ -95,10 +90,9 @@ def _similarity(memory: dict, settings: dict, segments: list[int]) -> Chart:
                 f"tokens {first} to {stop - 1}: "
                 f"median {middle:.2f}, {known[0]:.2f} to {known[-1]:.2f}"
             )
-            marks.append(
-                rectangle("range", x, at(known[0]), right - x, at(known[-1]) - at(known[0]), said)
-            )
-            marks.append(line("middle", x, at(middle), right, at(middle), said))
+            bottom, top = at(known[0]), at(known[-1])
+            marks.append(rectangle("range", x, bottom, right - x, top - bottom, title=said))
+            marks.append(line("middle", x, at(middle), right, at(middle), title=said))
     labels = [(at(settings[name]), f"{settings[name]:g}") for name in ("theta_low", "theta_high")]
     said = (
         "Cosine similarity of each token to its nearest slot: median and range. "
@@ -110,15 +104,17 @@ def _similarity(memory: dict, settings: dict, segments: list[int]) -> Chart:
 
 
 def _filled(memory: dict, settings: dict, tokens: int) -> Chart:
-    marks, slots, interval = [], settings["slots"], settings["update_interval"]
+    marks = []
+    slots = settings["slots"]
+    interval = settings["update_interval"]
     for block, filled in enumerate(memory["filled"]):
+        # What a block leaves is read by the next one.
         first, stop = (block + 1) * interval, min(tokens, (block + 2) * interval)
         said = f"after block {block}: {filled} of {slots} slots"
         if first < stop:
             width = 100 * (stop - first) / tokens
-            marks.append(
-                rectangle("filled", 100 * first / tokens, 0, width, 100 * filled / slots, said)
-            )
+            left, height = 100 * first / tokens, 100 * filled / slots
+            marks.append(rectangle("filled", left, 0, width, height, title=said))
     last = memory["filled"][-1] if memory["filled"] else 0
     said = (
         f"{last} of {slots} at the end; "
@@ -132,9 +128,8 @@ def _origins(memory: dict, tokens: int, ticks: list[tuple[float, str]]) -> Chart
     marks: list[Mark] = []
     for slot in memory["slots"]:
         x = 100 * (slot["token"] + 0.5) / tokens
-        marks.append(
-            line("origin", x, 0, x, 12 + 88 * math.sqrt(slot["hits"] / most), _origin(slot))
-        )
+        top = 12 + 88 * math.sqrt(slot["hits"] / most)  # a slot without hits is seen too
+        marks.append(line("origin", x, 0, x, top, title=_origin(slot)))
     said = (
         "One line a slot, at the token whose activation it was filled with; "
         "the higher, the more tokens have hit it since."
@@ -157,7 +152,8 @@ def painted(memory: dict, pieces: list[str]) -> list[Span]:
     }
     spans: list[Span] = []
     for token, piece in enumerate(pieces[:PAINTED]):
-        level, slot = _level(memory["tokens"], token), origins.get(token)
+        level = _level(memory["tokens"], token)
+        slot = origins.get(token)
         if spans and slot is None and spans[-1].slot is None and spans[-1].level == level:
             spans[-1] = Span(spans[-1].text + piece, level)
         else:
@@ -166,6 +162,7 @@ def painted(memory: dict, pieces: list[str]) -> list[Span]:
 
 
 def _level(made: dict, token: int) -> int:
+    """A Span's level: a reused expert block counts whole, a mixed one half."""
     if made["similarity"][token] is None:
         return -1
     kept, mixed, reused = (made[name][token] for name in ("kept", "mixed", "reused"))

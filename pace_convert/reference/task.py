@@ -74,6 +74,7 @@ def make_story(
     facts: int,
     questions: int,
     links: int = 0,
+    *,
     held_out: bool = False,
     depth: float | None = None,
 ) -> Story:
