@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from pace_convert.checkpoint.checkpoint import open_source
-from pace_convert.conversion.output import read_permutation
 from pace_convert.conversion.plan import make_plan
+from pace_convert.converted.format import read_permutation
 from pace_convert.converted.opened import open_converted
 from pace_convert.converted.verify import verify
 from pace_convert.options import ConvertOptions
