@@ -209,25 +209,26 @@ def supported_table() -> str:
 
 
 def modules_table() -> str:
-    """Every module with the first line of its docstring, folder by folder."""
+    """Every module with the first sentence of its docstring, folder by folder."""
     rows = ["| | |", "|---|---|"]
     for folder in (folder for name in CODE for folder in _folders(ROOT / name)):
         init = folder / "__init__.py"
         rows.append(
-            f"| **{folder.relative_to(ROOT)}/** | {first_line(init) if init.exists() else ''} |"
+            f"| **{folder.relative_to(ROOT)}/** | {first_sentence(init) if init.exists() else ''} |"
         )
-        rows += [f"| `{path.name}` | {first_line(path)} |" for path in _modules(folder)]
+        rows += [f"| `{path.name}` | {first_sentence(path)} |" for path in _modules(folder)]
     return "\n".join(rows)
 
 
-def first_line(path: Path) -> str:
-    """What a file says of itself: of a docstring, or of the first comment, the first line."""
+def first_sentence(path: Path) -> str:
+    """What a file says of itself: a docstring's first sentence, or the first comment's line."""
     text = path.read_text()
     if path.suffix == ".py":
         said = ast.get_docstring(ast.parse(text)) or ""
     else:
         said = next((line[1:].strip() for line in text.splitlines() if re.match("#[^!]", line)), "")
-    return said.partition("\n")[0].replace("|", "\\|")
+    paragraph = " ".join(said.partition("\n\n")[0].split())
+    return re.split(r"(?<=\.) ", paragraph)[0].replace("|", "\\|")
 
 
 def _folders(folder: Path) -> Iterator[Path]:

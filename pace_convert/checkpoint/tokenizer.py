@@ -1,5 +1,7 @@
-"""The tokenizer. transformers chooses its class by model_type too, and a conversion has a
-model_type of its own.
+"""The source's tokenizer and the name of its class.
+
+transformers chooses a tokenizer's class by model_type too, and a conversion has a model_type of its
+own, so the class is named in its tokenizer_config.json.
 """
 
 from __future__ import annotations

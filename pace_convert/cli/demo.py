@@ -32,7 +32,7 @@ from ..units import size
 from .in_words import verification_text
 
 # Sections of Python's documentation: prose, of more than 2048 tokens each.
-SECTIONS = ("specialnames", "compound", "types", "formatstrings", "string-methods", "debugger")
+SECTIONS = ("specialnames", "compound", "types")
 
 
 def run_demo(out: Path, progress: Progress) -> None:

@@ -69,6 +69,7 @@ class GroupedCommand(click.Command):
 @click.version_option(__version__)
 @friendly
 def pace_convert(
+    *,
     source: str, out: Path, revision: str | None, token: str | None, cache_dir: Path | None,
     config: Path | None, dry_run: bool, overwrite: bool, resume: bool, push_to_hub: str | None,
     private: bool, as_json: bool, quiet: bool, **given: Any,
@@ -238,6 +239,7 @@ def inspect(
 @output_options
 @friendly
 def verify(
+    *,
     out: Path, source: str | None, revision: str | None, token: str | None, cache_dir: Path | None,
     no_logits: bool, hashes: bool, trust_remote_code: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
@@ -303,6 +305,7 @@ def verify(
 @output_options
 @friendly
 def push(
+    *,
     out: Path, repo_id: str, source: str | None, private: bool, branch: str | None, message: str,
     create_pr: bool, token: str | None, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
