@@ -29,6 +29,7 @@ from ..reference.demo import (
     plot,
 )
 from ..units import size
+from ..writing import write_whole
 from .in_words import verification_text
 
 # Sections of Python's documentation: prose, of more than 2048 tokens each.
@@ -69,8 +70,9 @@ def run_real_demo(model: Path, out: Path, progress: Progress) -> None:
     with tempfile.TemporaryDirectory() as folder:
         text, prose = Path(folder) / "python.jsonl", Path(folder) / "python.txt"
         sections = [topics[name] for name in SECTIONS]
-        text.write_text("".join(json.dumps({"text": section}) + "\n" for section in sections))
-        prose.write_text("\n\n".join(sections))
+        lines = [json.dumps({"text": section}) + "\n" for section in sections]
+        write_whole(text, "".join(lines))
+        write_whole(prose, "\n\n".join(sections))
         # Blocks of 1024 tokens leave little to see in so short texts.
         more = {"length": "2k", "variants": ["update_interval=64", "update_interval=256"]}
         _compare("text", out, progress, on=[text], **more)

@@ -16,10 +16,10 @@ import torch
 from helpers import ACTIVE, ALONE, convert_folder, load
 from hub_server import FIRST, Hub, Repository, User
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
-from pace_convert.converted.card import is_untouched
 from test_errors import refuse
 
 from pace_convert.checkpoint.hub_errors import READING, WRITING, hub_errors
+from pace_convert.converted.card import is_untouched
 from pace_convert.converted.opened import open_converted
 from pace_convert.errors import CallError, PaceError
 from pace_convert.reference.tokenizer import build_tokenizer
