@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from helpers import convert_folder, hashes, pace_convert, refuse
+from helpers import ACTIVE, convert_folder, hashes, pace_convert, refuse
 
 from pace_convert.checkpoint.checkpoint import open_source
 from pace_convert.conversion.convert import is_finished
@@ -191,9 +191,7 @@ def test_a_written_winner_verifies_loads_and_undoes(out, tmp_path):
         and "Found by `pace tune`" in card
     )
     source = open_source(str(reference_model()))
-    options = ConvertOptions(
-        experts=16, slots=8, update_interval=16, theta_low=0.1, theta_high=0.3, top_k=2, bottom_k=1
-    )
+    options = ConvertOptions(**{**ACTIVE, "experts": 16, "slots": 8, "update_interval": 16})
     assert is_finished(source, folder, make_plan(source, options))
     assert pace_convert(folder, tmp_path / "back", command=("undo",)).returncode == 0
     assert hashes(tmp_path / "back") == hashes(reference_model())
