@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 RESAMPLES = 2000
 LEVEL = 0.95
 STRATUM = 20  # scores of a cell that can be resampled alone
@@ -37,6 +35,8 @@ def mean_of(cells: list[list[float]], seed: int = 0) -> Mean:
     right answers of ten leave nothing to resample), and all are taken as one sample: the interval
     then holds what differs between cells too, and is wider. Raises ValueError without scores.
     """
+    import numpy as np  # not above: the help of a command must not wait for it
+
     mean = float(np.mean([np.mean(cell) for cell in cells])) if cells and all(cells) else None
     if mean is None:
         raise ValueError("no scores")
@@ -82,6 +82,8 @@ def ratio_difference(
     """Of two `ratio`s over the same clusters in the same order, with the interval of paired
     clusters.
     """
+    import numpy as np  # not above: the help of a command must not wait for it
+
     values = np.asarray([*mine, *base], dtype=float)  # [4, clusters]
     if not values.size or values[1].sum() == 0 or values[3].sum() == 0:
         raise ValueError("nothing was counted")

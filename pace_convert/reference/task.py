@@ -9,8 +9,7 @@ pair is either for training or held out (`is_held_out`).
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from .words import (
     ADJECTIVES,
@@ -25,6 +24,9 @@ from .words import (
     USER,
     VERBS,
 )
+
+if TYPE_CHECKING:
+    import numpy as np
 
 FACT_WORDS = 7  # the code of NAME is CODE .
 LINK_WORDS = 8  # NAME has the same code as NAME .
@@ -118,6 +120,8 @@ def _hide(
     rng: np.random.Generator, sentences: list[list[str]], room: int, depth: float | None
 ) -> list[str]:
     """Filler of `room` words with `sentences` put between its sentences."""
+    import numpy as np  # not above: the help of a command must not wait for it
+
     filler: list[list[str]] = []
     while sum(map(len, filler)) < room:
         filler.append(filler_sentence(rng))

@@ -12,13 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
-
-import numpy as np
+from typing import TYPE_CHECKING, Literal
 
 from ...errors import CallError
 from ...reference.task import Question, Story, as_text, filler_sentence, make_story
 from ...reference.words import ASSISTANT, CODES, NAMES
+
+if TYPE_CHECKING:
+    import numpy as np
 
 PROSE, REFERENCE = "prose", "reference"
 Count = Callable[[list[str]], list[int]]  # tokens of each text
@@ -113,6 +114,8 @@ def prose_prompts(
 
 
 def _rng(needles: Needles, length: int, depth: float, seed: int) -> np.random.Generator:
+    import numpy as np  # not above: the help of a command must not wait for it
+
     return np.random.default_rng([seed, length, round(1000 * depth), needles.count, needles.hops])
 
 
@@ -138,6 +141,8 @@ def _sentences(haystack: str, room: int, rng: np.random.Generator, count: Count)
     """As many whole sentences as fit into `room` tokens, from a random one on; a short text is read
     over again.
     """
+    import numpy as np  # not above: the help of a command must not wait for it
+
     text = () if haystack == PROSE else split_sentences(haystack)
     at = int(rng.integers(len(text))) if text else 0
     chosen: list[str] = []

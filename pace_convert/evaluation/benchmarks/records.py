@@ -14,10 +14,8 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, ClassVar
 
-from huggingface_hub import hf_hub_download
 from pydantic import Field
 
-from ...checkpoint.hub_errors import READING, hub_errors
 from ...errors import CallError, DamagedSourceError
 from ..options import CommaSeparated, EvaluationOptions
 
@@ -119,6 +117,11 @@ class Records:
     def _open(self, file: str) -> IO[str]:
         if self.folder:
             return (Path(self.folder) / file).open(encoding="utf-8")
+        # Here and not above: the help of a command must not wait for the Hub's client.
+        from huggingface_hub import hf_hub_download
+
+        from ...checkpoint.hub_errors import READING, hub_errors
+
         with hub_errors(self.repo_id, READING):
             path = hf_hub_download(self.repo_id, self.archive or file, repo_type="dataset")
         if not self.archive:
