@@ -11,7 +11,6 @@ from functools import lru_cache
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from pydantic import Field
 
 from ...errors import PaceError
@@ -103,6 +102,8 @@ def ruler_test(model: str, options: RulerOptions) -> Ruler:
 @lru_cache(maxsize=2)
 def made_by_harness(name: str, length: int, tokenizer: str) -> tuple[Any, list[dict]]:
     """The harness's task and its documents of this length, the same ones each time."""
+    import numpy as np  # not above: the help of a command must not wait for it
+
     random.seed(SEED)
     np.random.seed(SEED)
     try:
