@@ -92,8 +92,9 @@ def _cell(row: dict, part: str) -> str:
     scale, digits = (100, 0) if part == "needle" else (1, 1 if "%" in row["measure"] else 4)
     if gain is None:
         return f"{scale * row['mean']:.{digits}f}" + (" %" if part == "needle" else "")
-    low, high = scale * gain["low"], scale * gain["high"]
-    return f"{scale * gain['mean']:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
+    # + 0.0: no minus before what rounds to zero.
+    mean, low, high = (round(scale * gain[key], digits) + 0.0 for key in ("mean", "low", "high"))
+    return f"{mean:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
 
 
 def write_tables() -> None:
