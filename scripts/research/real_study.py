@@ -13,6 +13,7 @@ line): here L-Eval's (An et al. 2023; GitHub OpenLMLab/LEval). Each command goes
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -65,6 +66,8 @@ def run(name: str, part: str, data: Path, contexts: int) -> None:
         more = [PAPER[-1], OURS[-1]]
         results = evaluate("qa", out, on=files, variants=more, **cut, **common)
     write_json(RESULTS / f"{name}-{part}.json", results.facts)
+    if part == "text":
+        shutil.copyfile(folder / "text.png", RESULTS / f"{name}-text.png")
 
 
 def table(name: str, part: str) -> str:

@@ -22,7 +22,7 @@ def plot_text(results: Results, measures: Sequence[Measure], path: Path) -> None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    first, *others = [subject.name for subject in results.subjects]
+    first, *others = (subject.name for subject in results.subjects)
     panels = 2 if others else 1
     figure, axes = plt.subplots(
         1, panels, figsize=(5.2 * panels, 3.8), layout="constrained", squeeze=False
@@ -44,7 +44,8 @@ def plot_text(results: Results, measures: Sequence[Measure], path: Path) -> None
         bottom, top = axes[0][1].get_ylim()
         axes[0][1].set_ylim(min(bottom, -LEAST_RANGE), max(top, LEAST_RANGE))
         axes[0][1].set_title(f"gain over {first}, nats a token (above 0: better)", fontsize=10)
-        axes[0][1].legend(fontsize=8)
+        handles, names = axes[0][1].get_legend_handles_labels()
+        figure.legend(handles, names, fontsize=8, loc="outside lower center", ncols=3)
     for axis in axes[0]:
         axis.set_xticks(range(len(bands)), bands, rotation=30 if len(bands) > 4 else 0)
         axis.set_xlabel("position, tokens")
