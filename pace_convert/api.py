@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
+from .errors import CallError
 from .options import ConvertOptions, RunOptions
 from .progress import CallbackProgress, Progress, Update
 
@@ -89,6 +90,11 @@ def prepare(
     from .conversion.convert import prepare as check
     from .converted.push import Target
 
+    if private and push_to_hub is None:
+        raise CallError(
+            "--private is for a repository on the Hub", "give --push-to-hub ORG/NAME too"
+        )
+
     opened = open_source(
         str(source), revision, token, None if cache_dir is None else Path(cache_dir)
     )
@@ -144,6 +150,8 @@ def verify(
 
     converted = open_converted(Path(out))
     if source is None:
+        if revision or token or cache_dir:
+            raise CallError("revision, token and cache_dir are of a source", "give the source too")
         from .converted.integrity import check_integrity
 
         return check_integrity(converted)

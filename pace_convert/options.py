@@ -28,6 +28,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 Layer = Annotated[int, Field(ge=0)]
 
 
+def preset_parameters(name: str) -> dict[str, Any]:
+    """All memory parameters of one of PRESETS, those that it leaves alone at their defaults."""
+    defaults = {
+        parameter: MemorySettings.__dataclass_fields__[parameter].default
+        for parameter in MEMORY_PARAMETERS
+    }
+    return {**defaults, **PRESETS[name]}
+
+
 def _memory(name: str, description: str) -> Any:
     """A field with default and bounds of the memory's parameter of this name, as checkpoints
     themselves check it.
@@ -123,7 +132,12 @@ class ConvertOptions(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _take_preset(cls, values: Any) -> Any:
-        preset = values.get("preset") if isinstance(values, dict) else None
+        if not isinstance(values, dict):
+            return values
+        idle = _idle(values)
+        if idle:
+            raise ValueError(idle)
+        preset = values.get("preset")
         if not isinstance(preset, str) or preset not in PRESETS:
             return values  # pydantic says what is wrong with it
         return {**PRESETS[preset], **values}
@@ -191,6 +205,14 @@ def option_name(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
+def _idle(values: dict) -> str | None:
+    """What is wrong where an option of the memory is given beside no_memory; None if none is."""
+    given = sorted(name for name in values if name not in (*EXPERT_OPTIONS, "no_memory"))
+    if values.get("no_memory") is not True or not given:
+        return None
+    return f"{option_name(str(given[0]))} is for the memory, which --no-memory leaves out"
+
+
 def load_options(config: Path | None, given: dict) -> tuple[ConvertOptions, RunOptions]:
     """Options from a YAML file, overridden by those `given`. Raises CallError that names the wrong
     option.
@@ -205,17 +227,16 @@ def load_options(config: Path | None, given: dict) -> tuple[ConvertOptions, RunO
     values = values or {}  # an empty file
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise CallError(f"{config} is not a mapping", "give a YAML file of option: value lines")
+    chosen = given.get("preset")
+    if chosen in PRESETS:  # the command line goes first: over what the file says one by one, too
+        given = {**preset_parameters(chosen), **given}
     values = {**values, **given}
     run = {name: values.pop(name) for name in RunOptions.model_fields if name in values}
+    idle = _idle(values)
+    if idle:
+        raise CallError(idle, "leave one of them out")
     try:
-        options = ConvertOptions.model_validate(values)
-        idle = sorted(set(values) - {*EXPERT_OPTIONS, "no_memory"})
-        if options.no_memory and idle:
-            raise CallError(
-                f"{option_name(idle[0])} is for the memory, which --no-memory leaves out",
-                "leave one of them out",
-            )
-        return options, RunOptions.model_validate(run)
+        return ConvertOptions.model_validate(values), RunOptions.model_validate(run)
     except ValidationError as error:
         first = error.errors()[0]
         where = option_name(str(first["loc"][0])) + ": " if first["loc"] else ""

@@ -194,7 +194,10 @@ def options_table() -> str:
     for name in (*EXPERT_OPTIONS, *memory):
         field = ConvertOptions.model_fields[name]
         default = "" if field.default is None or field.default is False else field.default
-        rows.append(f"| `{option_name(name)}` | {default} | {field.description} |")
+        names = f"`{option_name(name)}`"
+        if field.default is True:  # the only spelling that changes anything
+            names, default = f"{names}, `--no-{option_name(name)[2:]}`", "on"
+        rows.append(f"| {names} | {default} | {field.description} |")
     return "\n".join(rows)
 
 

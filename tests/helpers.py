@@ -155,7 +155,9 @@ def active_thresholds(row: str) -> dict:
 def convert_folder(source: Path, out: Path, **options) -> None:
     """Convert with an active memory unless `options` say otherwise."""
     opened = open_source(str(source))
-    carry_out(prepare(opened, out, ConvertOptions(**{**ACTIVE, **options})), Progress(quiet=True))
+    memory = {} if options.get("no_memory") else ACTIVE
+    chosen = ConvertOptions(**{"experts": ACTIVE["experts"], **memory, **options})
+    carry_out(prepare(opened, out, chosen), Progress(quiet=True))
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float64, **kwargs):

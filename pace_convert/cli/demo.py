@@ -15,6 +15,9 @@ from rich.table import Table
 from .. import api
 from ..conversion.convert import carry_out
 from ..evaluation.benchmarks.table import benchmark
+from ..evaluation.grid import KILO
+from ..evaluation.options import require_extra
+from ..evaluation.subjects import context_length
 from ..progress import Progress
 from ..reference import reference_model
 from ..reference.demo import (
@@ -60,7 +63,8 @@ def run_real_demo(model: Path, out: Path, progress: Progress) -> None:
     The text is Python's own documentation, which every Python brings along. Results and pictures go
     into `OUT-text` and `OUT-needle`; called again it goes on.
     """
-    prepared = api.prepare(model, out, overwrite=True)
+    require_extra(benchmark("needle").needs)  # before the work, not after it
+    prepared = api.prepare(model, out, overwrite=True, resume=True)
     carry_out(prepared, progress)
     plan = prepared.plan
     print(f"Converted {model} ({size(prepared.source.nbytes)}) into {out}:")
@@ -73,10 +77,12 @@ def run_real_demo(model: Path, out: Path, progress: Progress) -> None:
         lines = [json.dumps({"text": section}) + "\n" for section in sections]
         write_whole(text, "".join(lines))
         write_whole(prose, "\n\n".join(sections))
+        longest = min(2 * KILO, context_length(str(model)))
         # Blocks of 1024 tokens leave little to see in so short texts.
-        more = {"length": "2k", "variants": ["update_interval=64", "update_interval=256"]}
-        _compare("text", out, progress, on=[text], **more)
-        _compare("needle", out, progress, haystack=str(prose), lengths="1k,2k", depths="0..100:3")
+        shorter = ["update_interval=64", "update_interval=256"]
+        _compare("text", out, progress, on=[text], length=longest, variants=shorter)
+        grid = {"lengths": [longest // 2, longest], "depths": "0..100:3"}
+        _compare("needle", out, progress, haystack=str(prose), **grid)
 
 
 def _compare(name: str, out: Path, progress: Progress, **options: Any) -> None:

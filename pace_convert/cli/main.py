@@ -81,10 +81,6 @@ def pace_convert(
     pace-convert ./my-llama ./out --experts 128 --memory-layers 10,20
     pace-convert Qwen/Qwen2-7B ./out --push-to-hub your-name/Qwen2-7B-Pace
     """
-    if private and not push_to_hub:
-        raise CallError(
-            "--private is for a repository on the Hub", "give --push-to-hub ORG/NAME too"
-        )
     options, run = load_options(
         config, {name: value for name, value in given.items() if value is not None}
     )
@@ -355,7 +351,7 @@ def undo(out: Path, original: Path, jobs: int | None, as_json: bool, quiet: bool
 
 
 @pace.command()
-@click.argument("out", type=click.Path(path_type=Path), default=Path("pace-demo"))
+@click.argument("out", type=click.Path(path_type=Path), required=False)
 @click.option(
     "--model",
     type=click.Path(path_type=Path),
@@ -363,8 +359,10 @@ def undo(out: Path, original: Path, jobs: int | None, as_json: bool, quiet: bool
 )
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 @friendly
-def demo(out: Path, model: Path | None, quiet: bool) -> None:
+def demo(out: Path | None, model: Path | None, quiet: bool) -> None:
     """Convert a model into OUT and compare both: the small one that comes along, or your own.
+
+    OUT is pace-demo if left out, with --model pace-demo-NAME.
 
     \b
     pace demo
@@ -373,9 +371,10 @@ def demo(out: Path, model: Path | None, quiet: bool) -> None:
     from .demo import run_demo, run_real_demo
 
     if model is None:
-        run_demo(out, Progress(quiet))
+        run_demo(out or Path("pace-demo"), Progress(quiet))
     else:
-        run_real_demo(model, out, Progress(quiet))
+        name = model.resolve().name
+        run_real_demo(model, out or Path(f"pace-demo-{name}"), Progress(quiet))
 
 
 pace.add_command(evaluation, "eval")

@@ -12,14 +12,17 @@ from ..version import __version__
 
 def fingerprint(source: Source, options: ConvertOptions, device: str) -> dict:
     """What a conversion's bytes depend on: source, options, version and the kind of device that
-    clusters.
+    clusters. Not on a preset's name, for its parameters stand among the options.
 
     A Hub's files are known by their commit, local ones by size and time of change (reading them
     would take as long as converting them).
     """
     return {
         "version": __version__,
-        "options": {**options.model_dump(mode="json"), "device": device.partition(":")[0]},
+        "options": {
+            **options.model_dump(mode="json", exclude={"preset"}),
+            "device": device.partition(":")[0],
+        },
         "source": source.hub.commit
         if source.hub
         else {name: list(state) for name, state in source.states.items()},

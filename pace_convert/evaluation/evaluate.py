@@ -53,8 +53,8 @@ def evaluate(
     job = validated(
         ComparisonOptions,
         {
-            "model": str(model), "bases": tuple(str(base) for base in bases), "arms": arms,
-            "variants": tuple(variants),
+            "model": str(model), "bases": _several(bases), "arms": arms,
+            "variants": _several(variants),
             "trust_remote_code": trust_remote_code, "out": out, "device": device, "jobs": jobs,
         },
         command,
@@ -71,6 +71,11 @@ def evaluate(
         device=job.device,
     )
     return _written(results, row.facts(results, chosen, folder), folder)
+
+
+def _several(values: str | Path | Sequence[str | Path]) -> tuple[str, ...]:
+    """One for a tuple of one, which Python would take apart letter by letter."""
+    return tuple(map(str, [values] if isinstance(values, str | Path) else values))
 
 
 def sweep(
@@ -95,7 +100,7 @@ def sweep(
     job = validated(
         SweepOptions,
         {
-            "model": str(model), "on": (name,), "vary": tuple(vary),
+            "model": str(model), "on": (name,), "vary": _several(vary),
             "trust_remote_code": trust_remote_code,
             "out": out, "device": device, "jobs": jobs,
         },

@@ -82,8 +82,8 @@ class ComparisonOptions(JobOptions):
     arms: CommaSeparated | None = Field(
         None,
         description="Arms of MODEL, from its folder alone: pace (as it is), base, ce, pa, "
-        "pa-expert, "
-        "ce+pa, ce+pa-expert.  [default: pace beside BASE; base and pace without]",
+        "pa-expert, ce+pa, ce+pa-expert.  [default: pace beside BASE; without it base and pace, of "
+        "longbench, infinitebench and ruler base, ce, pa, ce+pa and ce+pa-expert]",
     )
     variants: tuple[str, ...] = Field(
         (),

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import CallError
-from ..options import PRESETS
+from ..options import PRESETS, preset_parameters
 from .subjects import AS_IT_IS, Subject, layer_count
 from .sweep import combinations, parse_factor
 
@@ -23,7 +23,7 @@ def _preset(name: str) -> list[tuple[str, list[Any]]]:
         raise CallError(
             f"{OPTION}: there is no preset {name!r}", f"choose from {', '.join(PRESETS)}"
         )
-    return [(parameter, [value]) for parameter, value in PRESETS[name].items()]
+    return [(parameter, [value]) for parameter, value in preset_parameters(name).items()]
 
 
 def variants(model: str, texts: Sequence[str], trust: bool) -> list[Subject]:

@@ -130,6 +130,8 @@ def main(
     if tables:
         write_tables()
         return
+    if not names or data is None:
+        raise click.UsageError("give --model and --data, or --tables")
     import torch
 
     torch.set_num_threads(threads)
@@ -138,7 +140,6 @@ def main(
         source, out = RUNS / "models" / name, RUNS / "real" / name
         convert(source, out, resume=True, progress=Progress())
         for part in parts:
-            assert data is not None, "give --data"
             run(name, part, data, contexts)
 
 

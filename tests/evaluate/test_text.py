@@ -21,7 +21,7 @@ from pace_convert.evaluation.benchmarks.text_loss import TextLoss, bands
 from pace_convert.evaluation.reader import Reader
 from pace_convert.evaluation.subjects import Subject, load
 from pace_convert.evaluation.variants import variants
-from pace_convert.options import PRESETS
+from pace_convert.options import MEMORY_PARAMETERS, PRESETS, ConvertOptions
 from pace_convert.reference.task import make_story
 
 
@@ -219,13 +219,13 @@ def test_wrong_calls(reference, files, tmp_path, make_source):
 
 
 def test_a_preset_and_what_is_given_beside_it(reference):
-    (paper, shorter, as_it_is) = variants(
+    (paper, shorter, ours) = variants(
         str(reference), ["preset=paper", "update_interval=16,preset=paper", "preset=default"], False
     )
     assert dict(paper.memory) == PRESETS["paper"] and paper.name == "pace preset=paper"
     assert dict(shorter.memory) == {**PRESETS["paper"], "update_interval": 16}
-    assert as_it_is.memory == ()
-    assert len({paper.key(), shorter.key(), as_it_is.key()}) == 3
+    assert dict(ours.memory) == ConvertOptions().model_dump(include=set(MEMORY_PARAMETERS))
+    assert len({paper.key(), shorter.key(), ours.key()}) == 3
 
 
 def test_wrong_files(tmp_path):
