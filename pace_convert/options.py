@@ -96,8 +96,8 @@ class ConvertOptions(BaseModel):
     ] = Field("auto", description="Layers with memory, 0-based: auto, none or a list like 12,26.")
     preset: Literal["default", "paper"] = Field(
         "default",
-        description="Where the memory's parameters below come from; "
-        "paper: the released code's, which harm real models.",
+        description="Where the memory's parameters come from that are not given one by one; paper: "
+        "the released code's, which harm real models.",
     )
     slots: int = _memory("slots", "Slots of the bank, M.")
     theta_high: float = _memory("theta_high", "Reuse above this cosine similarity.")
@@ -227,9 +227,6 @@ def load_options(config: Path | None, given: dict) -> tuple[ConvertOptions, RunO
     values = values or {}  # an empty file
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise CallError(f"{config} is not a mapping", "give a YAML file of option: value lines")
-    chosen = given.get("preset")
-    if chosen in PRESETS:  # the command line goes first: over what the file says one by one, too
-        given = {**preset_parameters(chosen), **given}
     values = {**values, **given}
     run = {name: values.pop(name) for name in RunOptions.model_fields if name in values}
     idle = _idle(values)
