@@ -35,13 +35,6 @@ ARMS: dict[str, tuple[bool, str | None]] = {
     "ce+pa-expert": (True, "expert"),
 }
 AS_IT_IS = "pace"
-TABLE_ARMS = (
-    "base",
-    "ce",
-    "pa",
-    "ce+pa",
-    "ce+pa-expert",
-)  # the columns of the paper's ablation, and ours
 
 
 @dataclass(frozen=True)
