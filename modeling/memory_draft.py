@@ -102,6 +102,19 @@ def absorb(
     return replace(draft, tokens=tokens)
 
 
+def stored(draft: Draft, bank: Bank, settings: MemorySettings) -> Tensor:
+    """Which slots a new token takes at the block's end, [B, M] bool: those `taken`, less the
+    outliers of a row's first block. There was no bank to tell them when they came, so they are
+    judged by the median of the block's new tokens.
+
+    bank: as it was at the block's start. draft: of the whole block.
+    """
+    norm = norms(draft.tokens, settings.experts)
+    limit = outlier_limit(norm, draft.taken, settings)
+    outlier = torch.linalg.vector_norm(norm, dim=-1) > limit[:, None]
+    return draft.taken & ~(outlier & ~bank.valid.any(1, keepdim=True))
+
+
 def finish(bank: Bank, draft: Draft, block: int, settings: MemorySettings) -> Bank:
     """The bank after the block: merges first, then the new tokens in the slots they take.
 
@@ -109,7 +122,7 @@ def finish(bank: Bank, draft: Draft, block: int, settings: MemorySettings) -> Ba
     counted from 0. A new token is fused with what it finds in this same bank, as it was when it
     came.
     """
-    taken = draft.taken & ~_first_outliers(bank, draft, settings)
+    taken = stored(draft, bank, settings)
     new = taken[..., None]  # [B, M, 1]
     merged = (draft.merging > 0).transpose(1, 2)  # [B, M, E]
     found = find(draft.tokens, bank, settings)
@@ -197,16 +210,6 @@ class Block:
     def next(self) -> Block:
         """The block after this one."""
         return Block.begin(self.finish(), self.settings, self.number + 1)
-
-
-def _first_outliers(bank: Bank, draft: Draft, settings: MemorySettings) -> Tensor:
-    """Which new tokens of a row's first block are outliers, [B, M] bool: there was no bank to tell
-    them when they came, so they are judged by the median of the block's new tokens.
-    """
-    norm = norms(draft.tokens, settings.experts)
-    limit = outlier_limit(norm, draft.taken, settings)
-    outlier = torch.linalg.vector_norm(norm, dim=-1) > limit[:, None]
-    return outlier & ~bank.valid.any(1, keepdim=True)
 
 
 def _per_expert(weight: Tensor, x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 from torch import nn
@@ -102,7 +103,9 @@ class PaceMixin:
         then changes nothing.
         """
         pace = self.config.pace or {}
-        memory = {**(pace.get("memory") or {}), **parameters}
+        memory = asdict(self.memory_settings)
+        del memory["experts"]  # follows from `pace.experts`
+        memory |= parameters
         settings = self._settings({**pace, "memory": memory})  # refuses before anything has changed
         self._stack_memory.configure(settings)
         self.config.pace = {**pace, "memory": {**memory, "layers": list(settings.layers)}}

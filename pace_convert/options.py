@@ -166,6 +166,13 @@ class ConvertOptions(BaseModel):
         }
 
 
+def memory_in_effect(memory: dict) -> dict:
+    """All parameters of a config.json's `pace.memory`: those that are not written as they are in
+    effect when the checkpoint is loaded.
+    """
+    return {**ConvertOptions().memory_config(()), **MemorySettings.as_written(memory)}
+
+
 class RunOptions(BaseModel):
     """How a conversion is carried out. None of it changes what is made, but for the rounding of
     another device.

@@ -1,4 +1,5 @@
-"""DESIGN 1.3 transcribed token by token for one sequence: slow, in float64, without any batching.
+"""The memory bank of docs/method.md, transcribed token by token for one sequence: slow, in float64,
+without any batching.
 
 Written from the formulas alone, so that it can contradict `modeling/memory_bank.py`.
 """

@@ -20,7 +20,7 @@ from ..errors import CallError, DamagedSourceError, one_line
 from ..experts.permute import ExpertOrder
 from ..families import FamilySpec
 from ..journal import NAME as JOURNAL
-from ..options import ConvertOptions
+from ..options import MEMORY_PARAMETERS, ConvertOptions
 
 MODELING = "modeling_pace.py"
 PERMUTATION = "pace_permutation.safetensors"
@@ -109,6 +109,11 @@ def check_pace(pace: dict) -> None:
         memory = dict(pace["memory"])
         enabled = memory.pop("enabled")
         layers = tuple(memory.pop("layers"))
+        unknown = sorted(set(memory) - set(MEMORY_PARAMETERS))
+        if unknown:  # or it could be another option of a conversion
+            raise DamagedSourceError(
+                f"config.json: pace.memory: unknown parameter {', '.join(unknown)}", "convert again"
+            )
         given = {
             "experts": experts.pop("count"),
             "cluster_method": experts.pop("method"),

@@ -21,6 +21,7 @@ from ..converted.load import edited_code, load_model, refuse_edited
 from ..converted.opened import Converted, open_converted
 from ..device import resolve_device
 from ..errors import CallError, PaceError
+from ..options import memory_in_effect
 from .reader import Reader
 
 # Whether the FFN's neurons are in the experts' order, and the granularity of the memory, None
@@ -34,13 +35,6 @@ ARMS: dict[str, tuple[bool, str | None]] = {
     "ce+pa-expert": (True, "expert"),
 }
 AS_IT_IS = "pace"
-TABLE_ARMS = (
-    "base",
-    "ce",
-    "pa",
-    "ce+pa",
-    "ce+pa-expert",
-)  # the columns of the paper's ablation, and ours
 
 
 @dataclass(frozen=True)
@@ -127,11 +121,13 @@ def check_arm(model: str, arm: str) -> None:
 
 
 def memory_parameters(model: str) -> dict:
-    """config.json's `pace.memory` of a converted folder; empty where there is no memory."""
+    """All parameters of a converted folder's memory, named as in config.json's `pace.memory`; empty
+    where there is no memory.
+    """
     opened = _open(model)
-    return (
-        dict(opened.pace["memory"]) if isinstance(opened, Converted) and opened.needs_code else {}
-    )
+    if not isinstance(opened, Converted) or not opened.needs_code:
+        return {}
+    return memory_in_effect(opened.pace["memory"])
 
 
 def is_pace(model: str) -> bool:

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..converted.opened import Converted
-from ..modeling.memory_settings import MemorySettings
-from ..options import ConvertOptions
+from ..options import memory_in_effect
 from .reading import shown
 
 if TYPE_CHECKING:
@@ -40,10 +39,7 @@ def facts_of(
         "bytes": converted.files.nbytes,
         "intermediate_size": converted.intermediate_size,
         "experts": converted.pace.get("experts"),
-        "memory": {
-            **ConvertOptions().memory_config(()),  # what is not set has its default
-            **MemorySettings.as_written(converted.pace["memory"]),
-        },
+        "memory": memory_in_effect(converted.pace["memory"]),
         "tuned": converted.pace.get("tuned"),
         "layers": layers,
     }

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..modeling.memory_bank import KEEP, MIX, REUSE, Bank
-from ..modeling.memory_draft import Block, Draft
+from ..modeling.memory_draft import Block, stored
 from ..modeling.memory_settings import MemorySettings
 
 
@@ -52,11 +52,12 @@ class MemoryTrace:
         self.similarity += [None if math.isinf(x) else x for x in found.best[0].tolist()]
         self._block = block.absorb(h, found)
         if self._block.is_full:
-            self._end_block(self._block.draft)
+            self._end_block(self._block)
             self._block = None
 
-    def _end_block(self, draft: Draft) -> None:
-        taken = draft.taken[0].numpy(force=True)
+    def _end_block(self, block: Block) -> None:
+        draft = block.draft
+        taken = stored(draft, block.bank, self.settings)[0].numpy(force=True)
         number = draft.number[0].numpy(force=True)
         merging = draft.merging[0].amax(0).numpy(force=True).astype(int)
         self.replaced += int((taken & (self.origin >= 0)).sum())

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -70,6 +71,25 @@ def test_parameters_are_switched_and_do_not_stay(pairs):
     changed = logits(out, "pace", fusion_weight=0.9, layers=(0,))
     assert not torch.equal(plain, changed)
     assert torch.equal(logits(out, "pace"), plain)
+
+
+@torch.no_grad()
+def test_no_parameter_leaks_where_config_json_has_none(pairs, tmp_path):
+    """A folder from before there were match_norm and outlier_norm, with a default left out too."""
+    folder = shutil.copytree(pairs("qwen2")[1], tmp_path / "before")
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("match_norm", "outlier_norm", "noise_weight"):
+        del config["pace"]["memory"][name]
+    (folder / "config.json").write_text(json.dumps(config))
+
+    def settings(**memory):
+        return load(Subject(str(folder), memory=tuple(memory.items())), "cpu").model.memory_settings
+
+    plain = settings()
+    assert (plain.match_norm, plain.outlier_norm, plain.noise_weight) == (False, 0.0, 0.1)
+    for name, value in (("match_norm", True), ("outlier_norm", 3.0), ("noise_weight", 0.4)):
+        assert settings(**{name: value}) == replace(plain, **{name: value})
+        assert settings() == plain
 
 
 def test_a_key_is_the_same_for_what_scores_the_same(pairs, tmp_path):

@@ -249,6 +249,19 @@ def test_where_the_base_wins_nothing_is_written(out, tmp_path, text):
     )
 
 
+def test_begins_with_what_a_folder_from_before_a_parameter_does(out, tmp_path, text):
+    folder = shutil.copytree(out, tmp_path / "before")
+    config = json.loads((folder / "config.json").read_text())
+    del config["pace"]["memory"]["match_norm"], config["pace"]["memory"]["outlier_norm"]
+    (folder / "config.json").write_text(json.dumps(config))
+    arguments = ["--on", text, "--length", "48", "--trials", "1", "--items", "40", "--dry-run"]
+    done = pace_convert(folder, *arguments, "--out", tmp_path / "tune", "--json", command=("tune",))
+    assert done.returncode == 0, done.stderr
+    memory = {**config["pace"]["memory"], "match_norm": False, "outlier_norm": 0.0}
+    facts = json.loads(done.stdout)
+    assert facts["before"] == facts["trials"][0]["memory"] == memory
+
+
 def test_bad_calls(out, tmp_path, text):
     def tune(*arguments):
         return pace_convert(out, *arguments, "--out", tmp_path / "tune", command=("tune",))

@@ -1,5 +1,5 @@
-"""DESIGN 1.4 on whole models: each cortical expert is compared and fused on its own, with the same
-promises.
+"""Expert-granular memory (docs/method.md) on whole models: each cortical expert is compared and fused
+on its own, with the same promises.
 """
 
 import pytest

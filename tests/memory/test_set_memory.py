@@ -3,11 +3,12 @@ own.
 """
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from helpers import ACTIVE, convert_folder, load, random_ids
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 CHANGES = [
     {"layers": (0, 3), "theta_low": 0.1},
@@ -93,3 +94,18 @@ def test_off_and_on_again(qwen2_pair):
     assert torch.equal(model(ids).logits, plain) and not torch.equal(plain, before)
     model.set_memory(enabled=True)
     assert torch.equal(model(ids).logits, before)
+
+
+@pytest.mark.parametrize("memory", [None, {}], ids=str)
+@torch.no_grad()
+def test_where_no_parameter_stands_the_others_keep_their_defaults(qwen2_pair, memory):
+    """An empty `pace.memory` has all defaults; one change must not make it an old checkpoint's."""
+    config = AutoConfig.from_pretrained(qwen2_pair[1], trust_remote_code=True)
+    config.pace = {**config.pace, "memory": memory}
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    before = model.memory_settings
+    model.set_memory(theta_high=0.9)
+    assert model.memory_settings == replace(before, theta_high=0.9)
+    assert before.match_norm and before.outlier_norm > 0
+    model.set_memory(slots=3)
+    assert model.memory_settings == replace(before, theta_high=0.9, slots=3)

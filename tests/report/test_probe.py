@@ -87,6 +87,34 @@ def test_slots_hold_the_tokens_they_are_said_to_come_from(found, whole):
     assert replaced > 0
 
 
+def test_an_outlier_of_the_first_block_fills_no_slot(folder, text, monkeypatch):
+    """The first token's activation is a thousand times as large, as an attention sink's is."""
+    models, caches, load_model = [], [], module.load_model
+
+    def with_sink(*arguments, **options):
+        model = load_model(*arguments, **options)
+
+        def enlarge(_, args, out):
+            if not caches:  # the call that begins the text
+                out[:, 0] *= 1000
+
+        for layer in range(4):
+            model.get_submodule(f"layers.{layer}.mlp.up_proj").register_forward_hook(enlarge)
+        model.register_forward_hook(lambda _, args, out: caches.append(out.past_key_values))
+        models.append(model)
+        return model
+
+    monkeypatch.setattr(module, "load_model", with_sink)
+    first = Text("first block", text.ids[:5], text.pieces[:5])
+    found = probe(open_converted(folder), first, QUIET)
+    cache = caches[-1]
+    summary = models[-1].memory_summary(cache)
+    for layer, trace in found.traces.items():
+        valid = cache.layers[-1].bank(layer).valid[0].tolist()
+        assert [token >= 0 for token in trace.origin] == valid and sum(valid) == 4
+        assert 0 not in trace.origin and trace.filled == [4] == summary[layer]["filled"]
+
+
 def test_activation_shares(found, whole, text):
     activations, _, _ = whole
     assert (

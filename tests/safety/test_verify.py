@@ -169,6 +169,11 @@ def test_permutation_that_is_none(out, change):
         {"enabled": "yes"},
         {"unknown": 1},
         {"theta_low": 2.0},
+        {"preset": "paper"},  # options of a conversion, which a checkpoint does not know
+        {"no_memory": False},
+        {"experts": 4},
+        {"seed": 0},
+        {"memory_layers": "auto"},
     ],
 )
 def test_memory_settings_that_no_conversion_has(out, change):

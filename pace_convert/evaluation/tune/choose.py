@@ -18,7 +18,7 @@ from ...converted.load import edited_code, refuse_edited
 from ...converted.opened import Converted, open_converted
 from ...converted.retune import check_writable, write_memory
 from ...errors import CallError
-from ...options import ConvertOptions
+from ...options import memory_in_effect
 from ...progress import Progress
 from ...version import __version__
 from ...writing import write_json
@@ -44,7 +44,7 @@ def tune(options: TuneOptions, progress: Progress) -> dict:
     converted, out = _opened(options), options.folder("tune")
     window, lengths = _tokens(options.length), _tokens(options.lengths)
     check_data(options.on)
-    now = {**ConvertOptions().memory_config(()), **converted.pace["memory"]}
+    now = memory_in_effect(converted.pace["memory"])
     with search_folder(out, options, converted, now) as memory:
         reader = reader_of(options, None)
         data = read_data(_request(options, window, lengths, reader, memory), reader)
