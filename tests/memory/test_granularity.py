@@ -1,4 +1,6 @@
-"""Expert-granular memory (docs/method.md) on whole models: each cortical expert is compared and fused
+"""Expert-granular memory (docs/method.md) on whole models: each cortical expert is compared and
+fused
+"""
 on its own, with the same promises.
 """
 

@@ -27,7 +27,9 @@ import train_reference
     depth=st.sampled_from([None, 0.0, 1.0]),
 )
 def test_story(seed, length, facts, links, held_out, depth):
-    story = make_story(np.random.default_rng(seed), length, facts, 3, links, held_out, depth)
+    story = make_story(
+        np.random.default_rng(seed), length, facts, 3, links, held_out=held_out, depth=depth
+    )
     assert len(story.words) == length and set(story.words) <= set(VOCABULARY)
     assert len(story.questions) == min(3, links or facts)
     for question in story.questions:
