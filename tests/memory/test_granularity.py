@@ -1,7 +1,6 @@
-"""Expert-granular memory (docs/method.md) on whole models: each cortical expert is compared and
-fused
-"""
-on its own, with the same promises.
+"""Expert-granular memory (docs/method.md) on whole models.
+
+Each cortical expert is compared and fused on its own, with the same promises.
 """
 
 import pytest
