@@ -65,6 +65,8 @@ def run(name: str, part: str, data: Path, contexts: int) -> None:
         cut = {"limit": contexts, "max_length": 4096, "no_generate": not generate}
         more = [PAPER[-1], OURS[-1]]
         results = evaluate("qa", out, on=files, variants=more, **cut, **common)
+    for subject in results.facts["subjects"]:  # results are the same wherever they were made
+        subject["model"] = str(out.relative_to(ROOT))
     write_json(RESULTS / f"{name}-{part}.json", results.facts)
     if part == "text":
         shutil.copyfile(folder / "text.png", RESULTS / f"{name}-text.png")
