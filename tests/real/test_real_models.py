@@ -143,3 +143,13 @@ def test_the_default_memory_does_no_harm(nats, base_nats, interval):
     lost = sum(nats((("update_interval", interval),))) - sum(base_nats)
     lost_a_token = lost / (len(LONG) * 1023)
     assert lost_a_token <= HARM
+
+
+def test_the_demo_shows_it(smollm2, tmp_path):
+    out = tmp_path / "demo"
+    done = pace_convert(out, "--model", smollm2, command=("demo",))
+    assert done.returncode == 0, done.stderr
+    for words in ("verified", "nats a token by position", "share of needles found", "bits a byte"):
+        assert words in done.stdout
+    for name, picture in (("text", "text.png"), ("needle", "needle.png")):
+        assert (tmp_path / f"demo-{name}" / picture).read_bytes().startswith(b"\x89PNG")
