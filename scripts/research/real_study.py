@@ -32,7 +32,7 @@ INTERVALS = (64, 256, 1024)
 PAPER = [f"preset=paper,update_interval={interval}" for interval in INTERVALS]
 OURS = [f"preset=default,update_interval={interval}" for interval in INTERVALS]
 # Longest needle prompts, and whether answers are generated: Gemma's checkpoint is no chat model.
-MODELS = {"SmolLM2-135M-Instruct": ("1k,2k,4k,8k", True), "gemma-3-270m": ("1k,2k,4k", False)}
+MODELS = {"SmolLM2-135M-Instruct": ("1k,2k,4k,8k", True), "gemma-3-270m": ("1k,2k,4k,8k", False)}
 PARTS = ("text", "needle", "qa")
 
 
@@ -118,7 +118,7 @@ def write_tables() -> None:
 @click.option("--data", type=click.Path(path_type=Path), help="Folder of the three files.")
 @click.option("--model", "names", multiple=True, type=click.Choice(list(MODELS)))
 @click.option("--part", "parts", multiple=True, type=click.Choice(PARTS), default=PARTS)
-@click.option("--contexts", default=4, show_default=True, help="Contexts of each question file.")
+@click.option("--contexts", default=2, show_default=True, help="Contexts of each question file.")
 @click.option("--tables", is_flag=True, help="Only write the tables into the document.")
 @click.option("--threads", default=1, show_default=True, help="CPU threads.")
 def main(
