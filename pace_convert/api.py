@@ -37,14 +37,16 @@ def convert(
     resume: bool = False,
     push_to_hub: str | None = None,
     private: bool = False,
+    include: Sequence[str] = (),
     progress: Callback | Progress | None = None,
 ) -> Conversion:
     """Convert `source`, a model folder or a Hub id, into a PaceLLM in the folder `out`.
 
     options: of the method; run: device, processes. revision, token, cache_dir: of a source on the
     Hub. overwrite: replace an earlier conversion; resume: go on with an unfinished one.
-    push_to_hub: then upload it to this repository, a new one private if asked. progress: called
-    with an `Update` before and after each piece of work. Raises CallError for a call that can't be
+    push_to_hub: then upload it to this repository, a new one private if asked. include: patterns
+    of files that go along beside those that a model is known to have. progress: called with an
+    `Update` before and after each piece of work. Raises CallError for a call that can't be
     carried out, and PaceError for what fails; what is done by then is kept for `resume`.
     """
     shown = as_progress(progress)
@@ -60,6 +62,7 @@ def convert(
         resume=resume,
         push_to_hub=push_to_hub,
         private=private,
+        include=include,
     )
     from .conversion.convert import carry_out, publish
 
@@ -82,6 +85,7 @@ def prepare(
     resume: bool = False,
     push_to_hub: str | None = None,
     private: bool = False,
+    include: Sequence[str] = (),
 ) -> Prepared:
     """All that `convert` checks before any work. Changes nothing, reads no weights; see
     `convert`.
@@ -95,8 +99,10 @@ def prepare(
             "--private is for a repository on the Hub", "give --push-to-hub ORG/NAME too"
         )
 
+    if isinstance(include, str):
+        raise CallError(f"include is the text {include!r}", "give a list of patterns")
     opened = open_source(
-        str(source), revision, token, None if cache_dir is None else Path(cache_dir)
+        str(source), revision, token, None if cache_dir is None else Path(cache_dir), include
     )
     return check(
         opened,

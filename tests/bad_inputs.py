@@ -28,8 +28,13 @@ be a link.
 Python's own parser takes more.
 - Of the header of a shard `safetensors` checks offsets and sizes; we check names and shapes.
 - Python files, pickles and templates of a source are never run or loaded, by no command. Python \
-files are copied, pickled weights are not.
-- Hidden files (`.git*`, `.cache`) and weights in other formats are not looked at and not copied.
+files that an `auto_map` names, and what these import, are copied.
+- What goes along is what a model folder is known to hold. Left out and named: weights in other \
+formats or of other models with all that belongs to them (an adapter, `onnx/`, the dense layer of \
+a sentence transformer with its `modules.json`), hidden files, what is named as secrets are, other \
+Python, files of unknown kinds. `--include PATTERN` takes more. Git's files and caches (`.git*`, \
+`.cache`) are not even looked at.
+- What looks like a secret, by its name or by what it holds, is never uploaded.
 
 The page is written by
 

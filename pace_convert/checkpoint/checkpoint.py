@@ -6,25 +6,21 @@ import fnmatch
 import glob
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_safetensors_metadata, snapshot_download
 
 from ..errors import CallError, DamagedSourceError
-from .files import HIDDEN, check_file, check_names, list_files, read_json
+from .files import check_file, check_names, is_passed_over, list_files, read_json
 from .hub_errors import READING, hub_errors
+from .selection import PICKLED, Selection, is_weights, readable_by_name, select
 from .shards import TensorInfo, check_tensors, read_header
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# Weights beside the shards that are converted, in this format or another: not copied.
-OTHER_WEIGHTS = (
-    "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth",
-    "*.ckpt", "*.h5", "*.msgpack", "*.ot", "*.onnx", "*.onnx_data", "*.gguf", "*.tflite", "*.pkl",
-)  # fmt: skip
-PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 @dataclass(frozen=True)
@@ -42,8 +38,9 @@ class Source:
     """A checkpoint to convert.
 
     folder: where the files are; for a Hub source without the weights until `fetch`. side_files:
-    every file that is neither weights nor config, relative to the folder. states: size in bytes and
-    time of change in ns of every file that is here, from before it was read.
+    what else of the folder goes with a conversion, as it is; left_out: what does not, and why;
+    include: patterns that were asked for. states: size in bytes and time of change in ns of every
+    file that is here, from before it was read.
     """
 
     name: str
@@ -53,6 +50,8 @@ class Source:
     side_files: tuple[str, ...]
     states: dict[str, tuple[int, int]] = field(default_factory=dict)
     hub: HubAddress | None = None
+    left_out: dict[str, str] = field(default_factory=dict)
+    include: tuple[str, ...] = ()
 
     @property
     def shards(self) -> list[str]:
@@ -88,11 +87,16 @@ class Source:
 
 
 def open_source(
-    name: str, revision: str | None = None, token: str | None = None, cache_dir: Path | None = None
+    name: str,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: Path | None = None,
+    include: Sequence[str] = (),
 ) -> Source:
     """Config, tensor list and side files of a local folder or of a Hub repository.
 
-    Of a Hub repository only the small files and the shards' headers are downloaded. Raises
+    Of a Hub repository only the small files and the shards' headers are downloaded. include:
+    patterns of files that go with a conversion beside those that a model is known to have. Raises
     CallError for what can't be a source and DamagedSourceError for one with broken files.
     """
     folder = Path(name)
@@ -102,7 +106,7 @@ def open_source(
             raise CallError(
                 f"{option} is for a source on the Hub, {name} is a folder", f"leave {option} out"
             )
-        return open_folder(folder, name)
+        return _open_local(folder, name, include)
     if folder.exists():
         raise CallError(
             f"{name} is a file", "give the folder of a model, or a Hub id like Qwen/Qwen2-7B"
@@ -111,13 +115,28 @@ def open_source(
         raise CallError(
             f"no such folder: {name}", "give the folder of a model, or a Hub id like Qwen/Qwen2-7B"
         )
-    return _open_hub(name, revision, token, cache_dir)
+    return _open_hub(name, revision, token, cache_dir, include)
 
 
-def open_folder(folder: Path, name: str | None = None) -> Source:
-    """A source in a local folder; `name` is what messages call it. Raises CallError,
-    DamagedSourceError.
+def open_folder(folder: Path) -> Source:
+    """A checkpoint in a local folder with everything that lies beside it, hidden files apart: a
+    conversion. Raises CallError, DamagedSourceError.
     """
+    config, files, tensors = _read_folder(folder, str(folder))
+    own = {CONFIG, *(info.shard for info in tensors.values())}
+    side_files = [file for file in files if file not in own and not is_weights(file)]
+    return _opened(str(folder), folder, config, tensors, Selection(tuple(side_files), {}), ())
+
+
+def _open_local(folder: Path, name: str, include: Sequence[str]) -> Source:
+    """name: what messages call it."""
+    config, files, tensors = _read_folder(folder, name)
+    own = {CONFIG, INDEX, *(info.shard for info in tensors.values())}
+    return _opened(name, folder, config, tensors, select(folder, files, own, include), include)
+
+
+def _read_folder(folder: Path, name: str) -> tuple[dict, list[str], dict[str, TensorInfo]]:
+    """config.json, the names of all files, and the tensors."""
     if not os.path.lexists(folder / CONFIG):
         raise CallError(
             f"{folder} is not a model folder: it has no config.json",
@@ -125,18 +144,36 @@ def open_folder(folder: Path, name: str | None = None) -> Source:
         )
     config = _read_config(folder)
     files = list_files(folder)
-    _refuse_pickled_only(name or str(folder), files)
-    tensors = _read_tensors(folder)
-    side_files = _side_files(files)
+    _refuse_pickled_only(name, files)
+    return config, files, _read_tensors(folder)
+
+
+def _opened(
+    name: str,
+    folder: Path,
+    config: dict,
+    tensors: dict[str, TensorInfo],
+    selected: Selection,
+    include: Sequence[str],
+) -> Source:
+    """Every file that will be read or copied lies in the folder and is a regular one."""
     shards = sorted({info.shard for info in tensors.values()})
-    read = [*side_files, CONFIG, *shards, *({INDEX} & set(files))]
-    for file in read:
+    index = [INDEX] if os.path.lexists(folder / INDEX) else []
+    read = [*selected.taken, CONFIG, *shards]
+    for file in [*read, *index]:
         check_file(folder, file)
-    return Source(name or str(folder), folder, config, tensors, side_files, _states(folder, read))
+    return Source(
+        name, folder, config, tensors, selected.taken, _states(folder, [*read, *index]),
+        left_out=selected.left_out, include=tuple(include),
+    )  # fmt: skip
 
 
 def _open_hub(
-    repo_id: str, revision: str | None, token: str | None, cache_dir: Path | None
+    repo_id: str,
+    revision: str | None,
+    token: str | None,
+    cache_dir: Path | None,
+    include: Sequence[str],
 ) -> Source:
     with hub_errors(repo_id, READING):
         info = HfApi(token=token).model_info(repo_id, revision=revision)
@@ -147,11 +184,13 @@ def _open_hub(
             )
         check_names(files, "file")  # before any of them is downloaded
         _refuse_pickled_only(repo_id, files)
-        side_files = _side_files(files)
+        files = [file for file in files if not is_passed_over(file)]
         commit = info.sha or "main"  # all that follows is of one commit, whatever is pushed
-        folder = snapshot_download(
-            repo_id, revision=commit, token=token, cache_dir=cache_dir,
-            allow_patterns=_exactly(*side_files, CONFIG, INDEX),
+        folder = Path(
+            snapshot_download(
+                repo_id, revision=commit, token=token, cache_dir=cache_dir,
+                allow_patterns=_exactly(*readable_by_name(files, include), CONFIG, INDEX),
+            )
         )  # fmt: skip
         headers = get_safetensors_metadata(repo_id, revision=commit, token=token or None)
     # The Hub client does not say where the data begins: `fetch` reads the headers again.
@@ -161,10 +200,13 @@ def _open_hub(
         for name, t in header.tensors.items()
     }
     check_tensors(tensors)
-    address = HubAddress(repo_id, commit, token, cache_dir)
+    own = {CONFIG, INDEX, *headers.files_metadata}
+    selected = select(folder, files, own, include)
     return Source(
-        repo_id, Path(folder), _read_config(Path(folder)), tensors, side_files, hub=address
-    )
+        repo_id, folder, _read_config(folder), tensors, selected.taken,
+        hub=HubAddress(repo_id, commit, token, cache_dir),
+        left_out=selected.left_out, include=tuple(include),
+    )  # fmt: skip
 
 
 def _states(folder: Path, names: list[str]) -> dict[str, tuple[int, int]]:
@@ -248,13 +290,3 @@ def _refuse_pickled_only(name: str, files: list[str]) -> None:
     raise CallError(
         f"{name} has no {SINGLE} and no {INDEX}", "give a checkpoint in safetensors format"
     )
-
-
-def _side_files(files: list[str]) -> tuple[str, ...]:
-    """What is copied as it is: all but weights, the config and hidden files."""
-
-    def wanted(file: str) -> bool:
-        weights = any(fnmatch.fnmatch(Path(file).name, pattern) for pattern in OTHER_WEIGHTS)
-        return not weights and not HIDDEN.search(file) and file != CONFIG
-
-    return tuple(file for file in files if wanted(file))

@@ -18,7 +18,8 @@ from pathlib import Path, PurePosixPath
 
 from ..errors import DamagedSourceError
 
-HIDDEN = re.compile(r"(^|/)\.(git|cache|DS_Store|pace-)")
+# Git's, caches' and a conversion's own: not even listed.
+PASSED_OVER = re.compile(r"(^|/)\.(git|cache|DS_Store|pace-)")
 MAX_FILES = 10_000
 MAX_JSON_BYTES = 64 << 20  # the index of a model with a hundred thousand tensors has 10 MB
 MAX_NAME = 512
@@ -36,21 +37,27 @@ def list_files(folder: Path) -> list[str]:
     for at, folders, files in os.walk(folder, onerror=_raise):
         here = Path(at).relative_to(folder)
         # In place: `os.walk` goes on into what is left in it.
-        folders[:] = [name for name in folders if not HIDDEN.search((here / name).as_posix())]
-        for name in folders:
-            if (Path(at) / name).is_symlink():
+        folders[:] = [name for name in folders if not is_passed_over((here / name).as_posix())]
+        links = [name for name in folders if (Path(at) / name).is_symlink()]
+        for name in links:
+            if not any(part.startswith(".") for part in (here / name).parts):
                 raise DamagedSourceError(
                     f"{(here / name).as_posix()} is a link to a folder",
                     "put the folder itself there, or remove it",
                 )
-        names = [(here / file).as_posix() for file in files]
-        found += [name for name in names if not HIDDEN.search(name)]
+        names = [(here / file).as_posix() for file in [*files, *links]]
+        found += [name for name in names if not is_passed_over(name)]
         if len(found) > MAX_FILES:
             raise DamagedSourceError(
                 f"{folder} has more than {MAX_FILES} files", "give the folder of one model"
             )
     check_names(found, "file")
     return sorted(found)
+
+
+def is_passed_over(name: str) -> bool:
+    """Whether a file is none of a model's, and not even named as left out."""
+    return PASSED_OVER.search(name) is not None
 
 
 def is_inside(name: str) -> bool:

@@ -20,7 +20,7 @@ from ..converted.format import (
     to_json,
 )
 from ..converted.opened import open_converted
-from ..converted.push import Pushed, Target, check_card, check_target, push
+from ..converted.push import Pushed, Target, check_card, check_secrets, check_target, push
 from ..converted.shipped import converted_config, modeling_files
 from ..device import resolve_device
 from ..errors import PaceError
@@ -102,6 +102,7 @@ def prepare(
     card = model_card(source, plan)
     if target is not None:
         check_target(target, source)
+        check_secrets(source.folder, [CONFIG, *source.side_files])
         check_card(target, card)
     return Prepared(source, out, plan, card, overwrite, resume, finished, target)
 
@@ -202,7 +203,7 @@ def _write_files(
     origins |= {target: name for name, target in copies.items()}
     origins |= {name: name for name in source.shards}
     orders = [layer_result(journal.done[f"layer {layer}"]) for layer in range(plan.layers)]
-    folder.permutation(orders, origins)
+    folder.permutation(orders, origins, list(source.left_out))
     for name, target in copies.items():
         folder.copy(source.folder / name, target)
     for name, text in texts.items():

@@ -18,6 +18,7 @@ from ..converted.shipped import render
 from ..version import __version__
 from .plan import Plan
 
+MOST_NAMES = 20  # of files that were left out
 CARD_BYTES = 1 << 20  # of the source's card are searched for its metadata
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
 # As they stand in the source's card. The Hub shows the extra_gated ones where a repository is
@@ -73,6 +74,8 @@ def model_card(source: Source, plan: Plan) -> str:
         load=load_block(needs_code=not plan.options.no_memory),
         verification=verification_block(),
         source_card=SOURCE_CARD if has_card else None,
+        left_out=list(source.left_out)[:MOST_NAMES],
+        more_left_out=max(0, len(source.left_out) - MOST_NAMES),
         version=__version__,
     )
     return sealed(text)

@@ -98,9 +98,15 @@ class OutputFolder:
             INDEX, json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n"
         )
 
-    def permutation(self, orders: Sequence[ExpertOrder], files: Mapping[str, str | None]) -> None:
-        """Each layer's order of neurons, and all files of OUT; see `permutation_file`."""
-        self._whole(PERMUTATION, lambda path: path.write_bytes(permutation_file(orders, files)))
+    def permutation(
+        self,
+        orders: Sequence[ExpertOrder],
+        files: Mapping[str, str | None],
+        left_out: Sequence[str],
+    ) -> None:
+        """Each layer's order of neurons, all files of OUT, what is not; see `permutation_file`."""
+        content = permutation_file(orders, files, left_out)
+        self._whole(PERMUTATION, lambda path: path.write_bytes(content))
 
     def seal(self, fingerprint: dict, files: list[str]) -> None:
         """Leave in OUT what was converted and how, and every file's size, so that a call for the

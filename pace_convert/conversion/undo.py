@@ -13,7 +13,13 @@ from pathlib import Path
 
 from ..checkpoint.checkpoint import CONFIG, Source
 from ..checkpoint.files import check_file, is_inside
-from ..converted.format import PERMUTATION, UNFINISHED, is_unfinished, written_files
+from ..converted.format import (
+    PERMUTATION,
+    UNFINISHED,
+    is_unfinished,
+    left_out_of,
+    written_files,
+)
 from ..converted.opened import Converted
 from ..errors import CallError, DamagedSourceError
 from ..journal import NAME as JOURNAL
@@ -33,12 +39,13 @@ ANEW = "delete it, or choose another folder"
 
 @dataclass(frozen=True)
 class Restored:
-    """What was written."""
+    """What was written. left_out: what of the source's the conversion had not taken along."""
 
     folder: Path
     files: tuple[str, ...]
     tensors: int
     nbytes: int
+    left_out: tuple[str, ...] = ()
 
     def as_dict(self) -> dict:
         """For `--json`."""
@@ -47,6 +54,7 @@ class Restored:
             "files": list(self.files),
             "tensors": self.tensors,
             "bytes": self.nbytes,
+            "left_out": list(self.left_out),
         }
 
 
@@ -63,7 +71,13 @@ def undo(
     copies = _origins(converted)
     files = [*source.shards, *copies.values()]
     identity = _identity(source)
-    restored = Restored(original, tuple(sorted(files)), len(source.tensors), source.nbytes)
+    restored = Restored(
+        original,
+        tuple(sorted(files)),
+        len(source.tensors),
+        source.nbytes,
+        left_out_of(source.folder),
+    )
     if _only_to_tidy(original, files):
         shutil.rmtree(original / UNFINISHED)
         return restored

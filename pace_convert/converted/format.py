@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -152,8 +153,11 @@ def in_use(folder: Path) -> CallError:
     )
 
 
-def permutation_file(orders: Sequence[ExpertOrder], files: Mapping[str, str | None]) -> bytes:
-    """PERMUTATION's bytes: each layer's order, and all files of the folder.
+def permutation_file(
+    orders: Sequence[ExpertOrder], files: Mapping[str, str | None], left_out: Sequence[str] = ()
+) -> bytes:
+    """PERMUTATION's bytes: each layer's order, all files of the folder, what of the source is not
+    among them.
 
     files: name -> the name of the source's file that it is, shards apart from their order; None for
     ours.
@@ -163,7 +167,8 @@ def permutation_file(orders: Sequence[ExpertOrder], files: Mapping[str, str | No
         tensors[f"layers.{layer}.permutation"] = order.permutation
         tensors[f"layers.{layer}.expert_sizes"] = order.sizes
     # One entry: safetensors writes several in random order.
-    return save(tensors, metadata={"files": json.dumps(dict(files))})
+    record = {"files": dict(files), "left_out": list(left_out)} if left_out else dict(files)
+    return save(tensors, metadata={"files": json.dumps(record)})
 
 
 def read_permutation(folder: Path) -> list[ExpertOrder]:
@@ -192,15 +197,30 @@ def written_files(folder: Path) -> dict[str, str | None]:
     """Every file that the conversion in this folder wrote: its name, and the name of the source's
     that it is. Empty if there is no conversion.
     """
-    try:
-        if not (folder / PERMUTATION).is_file():
-            return {}
-        with safe_open(folder / PERMUTATION, framework="numpy") as file:
-            names = json.loads((file.metadata() or {})["files"])
-    except (SafetensorError, OSError, KeyError, ValueError, RecursionError):
-        return {}
+    names = _record(folder)[0]
     known = isinstance(names, dict) and all(isinstance(v, str | None) for v in names.values())
     return names if known else {}
+
+
+def left_out_of(folder: Path) -> tuple[str, ...]:
+    """What of the source the conversion in this folder left out, as far as it says so."""
+    names = _record(folder)[1]
+    known = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return tuple(one_line(name) for name in names) if known else ()
+
+
+def _record(folder: Path) -> tuple[Any, Any]:
+    """Files and what was left out, as PERMUTATION has them; of older versions files alone."""
+    try:
+        if not (folder / PERMUTATION).is_file():
+            return {}, []
+        with safe_open(folder / PERMUTATION, framework="numpy") as file:
+            record = json.loads((file.metadata() or {})["files"])
+    except (SafetensorError, OSError, KeyError, ValueError, RecursionError):
+        return {}, []
+    if isinstance(record, dict) and isinstance(record.get("files"), dict):
+        return record["files"], record.get("left_out")
+    return record, []
 
 
 def seal_text(fingerprint: dict, sizes: Mapping[str, int]) -> str:

@@ -10,14 +10,16 @@ from dataclasses import asdict, dataclass
 from ..checkpoint.checkpoint import INDEX
 from ..checkpoint.files import read_json
 from ..errors import DamagedSourceError, one_line
-from .format import written_files
+from .format import left_out_of, written_files
 from .load import edited_code
 from .opened import Converted
 
 
 @dataclass(frozen=True)
 class Integrity:
-    """problems: in words; edited_files: Python files that are not what this version ships."""
+    """problems: in words; edited_files: Python files that are not what this version ships;
+    left_out: what of the source the conversion did not take along.
+    """
 
     tensors: int
     shards: int
@@ -25,6 +27,7 @@ class Integrity:
     intermediate_size: int
     problems: tuple[str, ...]
     edited_files: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -49,6 +52,7 @@ def check_integrity(converted: Converted) -> Integrity:
         intermediate_size=converted.intermediate_size,
         problems=tuple(problems),
         edited_files=tuple(edited_code(converted)),
+        left_out=left_out_of(converted.files.folder),
     )
 
 

@@ -17,6 +17,7 @@ from ..checkpoint.shards import reordered, row_blocks
 from ..checkpoint.tokenizer import read_with_tokenizer
 from ..errors import CallError
 from ..progress import Progress
+from .format import left_out_of
 from .load import edited_code, load_model, refuse_edited
 from .opened import Converted
 
@@ -35,7 +36,8 @@ class Verification:
 
     hashes: SHA-256 of each tensor of the source, by name, over its bytes in the source's order.
     logit_difference: the largest absolute one; None where logits were not asked for.
-    same_tokens: whether both tokenizers read a sample alike; None without a tokenizer.
+    same_tokens: whether both tokenizers read a sample alike; None without a tokenizer. left_out:
+    files of the source that the conversion did not take along; they are not compared.
     """
 
     tensors: int
@@ -48,6 +50,7 @@ class Verification:
     logits_match: bool | None = None
     same_tokens: bool | None = None
     hashes: dict[str, str] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -114,6 +117,7 @@ def verify(
         edited_files=tuple(edited),
         same_tokens=_same_tokens(source, converted),
         hashes=hashes,
+        left_out=left_out_of(converted.files.folder),
     )
     if not logits or different:
         return result

@@ -315,6 +315,7 @@ def test_non_finite_weights(source, tmp_path, name, value):
 
 def test_source_that_ships_a_file_of_ours(source, tmp_path):
     (source / "memory_bank.py").write_text("")
+    edit_config(source, auto_map={"AutoTokenizer": ["memory_bank.X", None]})
     refuse(
         pace_convert(source, tmp_path / "out", "--experts", 8),
         2,

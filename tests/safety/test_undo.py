@@ -55,7 +55,7 @@ def decorate(source: Path) -> None:
         (source / name).write_bytes(json.dumps(value, indent=7).replace("\n", " \r\n").encode())
     (source / "README.md").write_bytes(b"\xef\xbb\xbf---\r\nlicense: mit\r\n---\r\n\xff\r\n")
     (source / "docs").mkdir()
-    (source / "docs" / "empty").touch()
+    (source / "docs" / "empty.md").touch()
 
 
 def test_files_come_back_as_they_were_written(sharded, tmp_path):
