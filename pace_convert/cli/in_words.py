@@ -220,6 +220,8 @@ def verification_text(result: Verification, hashes: bool = False) -> str:
         )
     if result.same_tokens is not None:
         lines.append(f"tokenizer  {'reads alike' if result.same_tokens else 'READS DIFFERENTLY'}")
+    if result.own_code and result.logit_difference is None:
+        lines.append(f"not run    {one_line(result.own_code)}, the source's own model code")
     if result.left_out:
         lines.append(f"left out   of the source, not compared: {named(result.left_out)}")
     lines.append("verified" if result.passed else "NOT the same model")

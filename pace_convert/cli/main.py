@@ -241,7 +241,7 @@ def inspect(
 @click.option(
     "--trust-remote-code",
     is_flag=True,
-    help="Run OUT's modeling files even where they were edited.",
+    help="Run OUT's modeling files even where they were edited, and SOURCE's own model code.",
 )
 @output_options
 @friendly

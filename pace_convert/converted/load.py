@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.checkpoint import Source
+from ..checkpoint.own_code import own_model_code
 from ..device import load_dtype
 from ..errors import CallError, PaceError
 from .format import MODELING
@@ -56,6 +57,18 @@ def refuse_edited(edited: list[str], trust_remote_code: bool, instead: str = "")
         )
 
 
+def refuse_own_code(source: Source, trust_remote_code: bool, instead: str = "") -> None:
+    """Raises CallError where a model's own code makes its logits and is not trusted. instead: as
+    above.
+    """
+    code = own_model_code(source.config)
+    if code and not trust_remote_code:
+        raise CallError(
+            f"{source.name} has model code of its own ({code}), which is not run unasked",
+            f"read it, then give --trust-remote-code{', ' + instead if instead else ''}",
+        )
+
+
 def load_model(
     files: Source | Converted,
     *,
@@ -68,8 +81,8 @@ def load_model(
 
     Its dtype is `load_dtype`'s. head: False for the decoder without its vocabulary head. No Python
     of a folder runs but a conversion's modeling files, and those only as this version ships them,
-    or with `trust_remote_code`. Raises CallError for edited ones, PaceError where the model does
-    not load.
+    and, with `trust_remote_code`, edited ones and the model code of a folder that is no conversion.
+    Raises CallError for both without it, PaceError where the model does not load.
     """
     from transformers.utils import logging
 
@@ -77,6 +90,9 @@ def load_model(
     source = files.files if isinstance(files, Converted) else files
     if converted:
         refuse_edited(edited_code(converted), trust_remote_code)
+    own_code = not (converted and converted.needs_code) and bool(own_model_code(source.config))
+    if own_code:
+        refuse_own_code(source, trust_remote_code)
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # without the head, its weights would be named as unused
     try:
@@ -87,7 +103,10 @@ def load_model(
         )
         dtype = load_dtype(source.nbytes, device)
         model = cls.from_pretrained(
-            source.folder, dtype=dtype, local_files_only=True, trust_remote_code=False
+            source.folder,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=own_code,
         )
         return model.eval().to(device)
     except Exception as error:  # each class fails in its own way, and so do edited files

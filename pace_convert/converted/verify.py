@@ -13,12 +13,13 @@ import numpy as np
 import torch
 
 from ..checkpoint.checkpoint import Source
+from ..checkpoint.own_code import own_model_code
 from ..checkpoint.shards import reordered, row_blocks
 from ..checkpoint.tokenizer import read_with_tokenizer
 from ..errors import CallError
 from ..progress import Progress
 from .format import left_out_of
-from .load import edited_code, load_model, refuse_edited
+from .load import edited_code, load_model, refuse_edited, refuse_own_code
 from .opened import Converted
 
 SAMPLE = (
@@ -27,6 +28,7 @@ SAMPLE = (
 )
 # Reordering the sum over an FFN's neurons moves logits by rounding only; relative to the largest
 # logit.
+NO_LOGITS = "or --no-logits to compare tensors only"
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
@@ -37,7 +39,8 @@ class Verification:
     hashes: SHA-256 of each tensor of the source, by name, over its bytes in the source's order.
     logit_difference: the largest absolute one; None where logits were not asked for.
     same_tokens: whether both tokenizers read a sample alike; None without a tokenizer. left_out:
-    files of the source that the conversion did not take along; they are not compared.
+    files of the source that the conversion did not take along; they are not compared. own_code: the
+    class of the source's own that makes its logits; None for transformers'.
     """
 
     tensors: int
@@ -51,6 +54,7 @@ class Verification:
     same_tokens: bool | None = None
     hashes: dict[str, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
+    own_code: str | None = None
 
     @property
     def passed(self) -> bool:
@@ -93,9 +97,11 @@ def verify(
     """Compare a conversion with its source.
 
     Tensors are compared as bits, one at a time. Logits are compared on random tokens, in fp32 below
-    4 GB of weights and else in the stored type; the models are loaded one after the other. OUT's
-    modeling files run only if they are the ones this version ships, or with trust_remote_code.
-    Raises CallError for another model's source or for edited files, DamagedSourceError, PaceError.
+    4 GB of weights and else in the stored type; the models are loaded one after the other. SOURCE
+    is what `AutoModelForCausalLM` makes of it. OUT's modeling files run only if they are the ones
+    this version ships, or with trust_remote_code, SOURCE's own model code only with that. Raises
+    CallError for another model's source or for code that may not run, DamagedSourceError,
+    PaceError.
     """
     source = source.fetch()
     if source.config["model_type"] != converted.family.model_type:
@@ -118,10 +124,12 @@ def verify(
         same_tokens=_same_tokens(source, converted),
         hashes=hashes,
         left_out=left_out_of(converted.files.folder),
+        own_code=own_model_code(source.config),
     )
     if not logits or different:
         return result
-    refuse_edited(edited, trust_remote_code, "or --no-logits to compare tensors only")
+    refuse_edited(edited, trust_remote_code, NO_LOGITS)
+    refuse_own_code(source, trust_remote_code, NO_LOGITS)
     return _with_logits(result, converted, source, trust_remote_code)
 
 
@@ -175,7 +183,7 @@ def _with_logits(
     result: Verification, converted: Converted, source: Source, trust_remote_code: bool
 ) -> Verification:
     # One model in memory at a time: each is dropped once its logits are there.
-    expected, dtype = _logits(load_model(source))
+    expected, dtype = _logits(load_model(source, trust_remote_code=trust_remote_code))
     got, _ = _logits(load_model(converted, trust_remote_code=trust_remote_code))
     difference = (got - expected).abs().max().item()
     largest = expected.abs().max().item()

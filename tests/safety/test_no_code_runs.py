@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from damage import edit_json
+from damage import edit_json, refused
 from helpers import convert_folder, pace_convert
 from transformers import AutoModelForCausalLM
 
@@ -31,14 +31,10 @@ def hostile(source, tmp_path) -> tuple[Path, Path]:
     marker = tmp_path / "marker"
     build_tokenizer(512).save_pretrained(source)
     auto = {
-        "AutoConfig": "evil.Evil",
-        "AutoModel": "evil.Evil",
-        "AutoModelForCausalLM": "evil.Evil",
+        "AutoModelForTokenClassification": "evil.Evil",
+        "AutoTokenizer": ["evil.Evil", "evil.Evil"],
     }
-    edit_json(
-        source / "config.json",
-        lambda config: config.update(auto_map=auto | {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}),
-    )
+    edit_json(source / "config.json", lambda config: config.update(auto_map=auto))
     tokenizer = {
         "tokenizer_class": "Evil",
         "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]},
@@ -83,6 +79,16 @@ def test_no_code_of_the_source_runs(hostile, tmp_path):
         assert done.returncode == 0, done.stderr
         assert not marker.exists(), command[0]
     assert not [path for path in out.rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
+
+
+@pytest.mark.parametrize("key", ["AutoConfig", "AutoModel", "AutoModelForCausalLM"])
+def test_model_code_of_the_sources_own(hostile, tmp_path, key):
+    """Refused, and not run to find out."""
+    source, marker = hostile
+    edit_json(source / "config.json", lambda config: config["auto_map"].update({key: "evil.Evil"}))
+    for options in ((), ("--no-memory",)):
+        refused(source, tmp_path, "model code of its own (evil.Evil", code=2, options=options)
+    assert not marker.exists()
 
 
 def test_an_edited_modeling_file_does_not_run_either(hostile, tmp_path):
