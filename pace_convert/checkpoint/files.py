@@ -23,6 +23,14 @@ PASSED_OVER = re.compile(r"(^|/)\.(git|cache|DS_Store|pace-)")
 MAX_FILES = 10_000
 MAX_JSON_BYTES = 64 << 20  # the index of a model with a hundred thousand tensors has 10 MB
 MAX_NAME = 512
+# How the file begins that Git checks out in place of another: its first bytes, what it is called,
+# what fetches the other.
+PLACEHOLDERS = (
+    (b"version https://git-lfs.github.com/spec/", "Git LFS", "git lfs pull"),
+    (b"version https://hawser.github.com/spec/", "Git LFS", "git lfs pull"),
+    (b"# xet version", "Xet", "git xet checkout"),
+    (b"/annex/objects/", "git-annex", "git annex get ."),
+)
 AGAIN = "download or copy this file again"
 
 
@@ -125,11 +133,24 @@ def check_file(folder: Path, name: str) -> Path:
     return path
 
 
+def refuse_placeholder(path: Path, name: str) -> None:
+    """Raises DamagedSourceError for a file that only stands for one that Git would fetch."""
+    with path.open("rb") as file:
+        beginning = file.read(64)
+    for mark, what, fetch in PLACEHOLDERS:
+        if beginning.startswith(mark):
+            raise DamagedSourceError(
+                f"{name} is a {what} pointer, not the file itself",
+                f"run `{fetch}` in its folder, or download it again",
+            )
+
+
 def read_json(folder: Path, name: str) -> dict:
     """A JSON object in UTF-8. Raises DamagedSourceError for anything else, and for what
     `parse_json` refuses.
     """
     path = check_file(folder, name)
+    refuse_placeholder(path, name)
     if path.stat().st_size > MAX_JSON_BYTES:
         raise DamagedSourceError(
             f"{name} has {path.stat().st_size / 1e6:.0f} MB, too much for JSON", AGAIN

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint.checkpoint import CONFIG, INDEX, Source
+from ..checkpoint.needed import check_needed
+from ..checkpoint.selection import readable_by_name
 from ..checkpoint.tokenizer import CONFIG as TOKENIZER_CONFIG
 from ..checkpoint.tokenizer import named_tokenizer_config
 from ..converted.format import (
@@ -96,6 +98,7 @@ def prepare(
     check_places(source, out)
     plan = make_plan(source, options, run)
     check_names_free(source)
+    check_needed(source.folder, [CONFIG, *readable_by_name(source.side_files, source.include)])
     finished = resume and is_finished(source, out, plan)
     if not finished:
         check_free(out, overwrite=overwrite, resume=resume)

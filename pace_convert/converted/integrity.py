@@ -7,8 +7,9 @@ from __future__ import annotations
 import os
 from dataclasses import asdict, dataclass
 
-from ..checkpoint.checkpoint import INDEX
+from ..checkpoint.checkpoint import CONFIG, INDEX
 from ..checkpoint.files import read_json
+from ..checkpoint.needed import check_needed
 from ..errors import DamagedSourceError, one_line
 from .format import left_out_of, written_files
 from .load import edited_code
@@ -43,7 +44,13 @@ def check_integrity(converted: Converted) -> Integrity:
     """What `open_converted` does not look at: index, shapes, order of the experts, memory layers,
     files that are gone.
     """
-    problems = [*_files(converted), *_index(converted), *_experts(converted), *_config(converted)]
+    problems = [
+        *_files(converted),
+        *_needed(converted),
+        *_index(converted),
+        *_experts(converted),
+        *_config(converted),
+    ]
     problems = [one_line(problem) for problem in problems]  # they hold names from elsewhere
     return Integrity(
         tensors=len(converted.files.tensors),
@@ -63,6 +70,15 @@ def _files(converted: Converted) -> list[str]:
         for name in written_files(folder)
         if not (folder / name).is_file()
     ]
+
+
+def _needed(converted: Converted) -> list[str]:
+    files = converted.files
+    try:
+        check_needed(files.folder, [CONFIG, *files.side_files])
+    except DamagedSourceError as error:
+        return [error.message]
+    return []
 
 
 def _index(converted: Converted) -> list[str]:

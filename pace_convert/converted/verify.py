@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..checkpoint.checkpoint import Source
+from ..checkpoint.checkpoint import CONFIG, Source
+from ..checkpoint.needed import check_needed
 from ..checkpoint.own_code import own_model_code
 from ..checkpoint.shards import reordered, row_blocks
 from ..checkpoint.tokenizer import read_with_tokenizer
@@ -110,6 +111,11 @@ def verify(
             f"the conversion's base a {converted.family.model_type}",
             "give the source that was converted",
         )
+    for folder, names in (
+        (source.folder, source.side_files),
+        (converted.files.folder, converted.files.side_files),
+    ):
+        check_needed(folder, [CONFIG, *names])
     permutations = {
         t.name: (t.axis, converted.orders[t.layer].inverse(t.parts)) for t in converted.ffn()
     }
