@@ -34,6 +34,8 @@ formats or of other models with all that belongs to them (an adapter, `onnx/`, t
 a sentence transformer with its `modules.json`), hidden files, what is named as secrets are, other \
 Python, files of unknown kinds. `--include PATTERN` takes more. Git's files and caches (`.git*`, \
 `.cache`) are not even looked at.
+- A name, wherever it is read (a folder, the Hub, an index, a conversion's own record, a journal), \
+stays inside, can be printed, is neither Git's nor a cache's, and belongs to one file.
 - Every file that a load needs is opened once before any work: it is not empty, no Git LFS \
 pointer, and JSON where its name says so.
 - What looks like a secret, by its name or by what it holds, is never uploaded.

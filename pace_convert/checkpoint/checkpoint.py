@@ -13,7 +13,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, get_safetensors_metadata, snapshot_download
 
 from ..errors import CallError, DamagedSourceError
-from .files import check_file, check_names, is_passed_over, list_files, read_json
+from .files import check_file, check_names, is_passed_over, is_taken, list_files, read_json
 from .hub_errors import READING, hub_errors
 from .selection import PICKLED, Selection, is_weights, readable_by_name, select
 from .shards import TensorInfo, check_tensors, read_header
@@ -251,7 +251,7 @@ def _read_sharded(folder: Path, weight_map: object) -> dict[str, TensorInfo]:
         )
     tensors: dict[str, TensorInfo] = {}
     for shard in sorted(set(weight_map.values())):
-        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+        if "/" in shard or not is_taken(shard) or not shard.endswith(".safetensors"):
             raise DamagedSourceError(
                 f"{INDEX} names {shard!r}, which is not a shard of this folder", "check the source"
             )

@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from ..errors import DamagedSourceError
 
 # Git's, caches' and a conversion's own: not even listed.
-PASSED_OVER = re.compile(r"(^|/)\.(git|cache|DS_Store|pace-)")
+PASSED_OVER = re.compile(r"(^|/)\.(git|cache|DS_Store|pace-)", re.IGNORECASE)
 MAX_FILES = 10_000
 MAX_JSON_BYTES = 64 << 20  # the index of a model with a hundred thousand tensors has 10 MB
 MAX_NAME = 512
@@ -74,6 +74,18 @@ def is_inside(name: str) -> bool:
     return bool(name) and "\\" not in name and not any(part in ("", ".", "..") for part in parts)
 
 
+def is_taken(name: str) -> bool:
+    """Whether a conversion has files of such a name: one that stays inside, can be printed, and is
+    neither Git's nor a cache's nor a conversion's own.
+    """
+    return (
+        len(name) <= MAX_NAME
+        and name.isprintable()
+        and is_inside(name)
+        and not is_passed_over(name)
+    )
+
+
 def check_names(names: Iterable[str], kind: str) -> None:
     """Names of one kind, "file" or "tensor", all of one folder or model.
 
@@ -115,6 +127,8 @@ def check_file(folder: Path, name: str) -> Path:
     and a folder that was downloaded must not pull other files of this machine into it.
     """
     path = folder / name
+    if "\0" in name:
+        raise DamagedSourceError(f"{name!r} is no name of a file", AGAIN)
     try:
         real = Path(os.path.realpath(path, strict=True))
     except OSError as error:

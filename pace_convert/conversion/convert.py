@@ -144,7 +144,7 @@ def carry_out(prepared: Prepared, progress: Progress) -> Conversion:
             folder.seal(identity, files)
             # From here on only files are moved; killed meanwhile, it goes on with that.
             journal.add(MOVE, folder.moves([*files, SEAL]))
-        folder.move(**journal.done[MOVE])
+        folder.move(journal.done[MOVE])
     records = journal.done.values()
     changed = [record["changed"] for record in records if record.get("changed") is not None]
     moved = sum(changed) if changed else None

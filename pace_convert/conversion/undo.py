@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint.checkpoint import CONFIG, Source
-from ..checkpoint.files import check_file, is_inside
+from ..checkpoint.files import check_file
 from ..converted.format import (
     PERMUTATION,
     UNFINISHED,
@@ -103,7 +103,7 @@ def undo(
             for name, origin in copies.items():
                 folder.copy(source.folder / name, origin)
             journal.add(MOVE, folder.moves(files))
-        folder.move(**journal.done[MOVE])
+        folder.move(journal.done[MOVE])
     return restored
 
 
@@ -138,8 +138,7 @@ def _origins(converted: Converted) -> dict[str, str]:
         for name, origin in written_files(folder).items()
         if origin is not None and name not in shards
     }
-    names = (*origins, *origins.values())
-    if CONFIG not in origins.values() or not all(is_inside(name) for name in names):
+    if CONFIG not in origins.values():
         raise DamagedSourceError(
             f"{folder} does not say which files its source had", "convert again, then undo that"
         )

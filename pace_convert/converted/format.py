@@ -5,6 +5,7 @@ file, and the record that a finished conversion leaves. Reading and writing each
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from ..checkpoint.checkpoint import CONFIG, INDEX
-from ..checkpoint.files import check_file, is_inside
+from ..checkpoint.checkpoint import CONFIG, INDEX, SINGLE
+from ..checkpoint.files import check_file, check_names, is_inside, is_taken, parse_json
 from ..checkpoint.tokenizer import CONFIG as TOKENIZER_CONFIG
 from ..errors import CallError, DamagedSourceError, one_line
 from ..experts.permute import ExpertOrder
@@ -202,6 +203,33 @@ def written_files(folder: Path) -> dict[str, str | None]:
     return names if known else {}
 
 
+def check_written(folder: Path, shards: Sequence[str]) -> None:
+    """The files that the conversion in this folder says it wrote must be some that one can write.
+
+    A file of the source keeps its name, or has the one that KEPT gives it. shards: of the model.
+    Raises DamagedSourceError for other names: what undoes or replaces a conversion follows them.
+    """
+    files = written_files(folder)
+    wrong = [
+        name
+        for name, origin in files.items()
+        if not is_taken(name)
+        or not (origin in (None, name) or name == KEPT.get(origin))
+        or (name in shards and origin != name)
+    ]
+    origins = [origin for origin in files.values() if origin is not None]
+    wrong += [origin for origin, count in Counter(origins).items() if count > 1]
+    if SINGLE in origins and SINGLE not in shards:  # it would be loaded in their place
+        wrong.append(SINGLE)
+    if wrong:
+        raise DamagedSourceError(
+            f"{PERMUTATION} names {wrong[0]!r} as a file, which no conversion writes so",
+            "convert again",
+        )
+    check_names(files, "file")
+    check_names({*origins, *shards}, "file")
+
+
 def left_out_of(folder: Path) -> tuple[str, ...]:
     """What of the source the conversion in this folder left out, as far as it says so."""
     names = _record(folder)[1]
@@ -215,7 +243,7 @@ def _record(folder: Path) -> tuple[Any, Any]:
         if not (folder / PERMUTATION).is_file():
             return {}, []
         with safe_open(folder / PERMUTATION, framework="numpy") as file:
-            record = json.loads((file.metadata() or {})["files"])
+            record = parse_json((file.metadata() or {})["files"].encode())
     except (SafetensorError, OSError, KeyError, ValueError, RecursionError):
         return {}, []
     if isinstance(record, dict) and isinstance(record.get("files"), dict):

@@ -11,7 +11,7 @@ from ..checkpoint.checkpoint import CONFIG, INDEX
 from ..checkpoint.files import read_json
 from ..checkpoint.needed import check_needed
 from ..errors import DamagedSourceError, one_line
-from .format import left_out_of, written_files
+from .format import PERMUTATION, left_out_of, written_files
 from .load import edited_code
 from .opened import Converted
 
@@ -65,9 +65,12 @@ def check_integrity(converted: Converted) -> Integrity:
 
 def _files(converted: Converted) -> list[str]:
     folder = converted.files.folder
+    written = written_files(folder)
+    if CONFIG not in written:
+        return [f"{PERMUTATION} does not say which files the conversion wrote"]
     return [
         f"{name}, which the conversion wrote, is gone"
-        for name in written_files(folder)
+        for name in written
         if not (folder / name).is_file()
     ]
 

@@ -10,7 +10,7 @@ from ..checkpoint.ffn import check_ffn, count_layers
 from ..errors import CallError, DamagedSourceError
 from ..experts.permute import ExpertOrder
 from ..families import FAMILIES, FamilySpec, FfnTensor
-from .format import PERMUTATION, check_pace, is_unfinished, read_permutation
+from .format import PERMUTATION, check_pace, check_written, is_unfinished, read_permutation
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ def open_converted(out: Path) -> Converted:
             "convert again",
         )
     check_pace(pace)
+    check_written(out, files.shards)
     orders = read_permutation(out)
     if len(orders) != count_layers(FAMILIES[base], files.config):
         raise DamagedSourceError(
