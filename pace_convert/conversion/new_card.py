@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from ..checkpoint.checkpoint import Source
+from ..converted import markup
 from ..converted.card import load_block, memory_block, sealed, verification_block
 from ..converted.format import CARD, SOURCE_CARD
 from ..converted.shipped import render
@@ -132,8 +133,9 @@ def _licence(metadata: dict, side_files: tuple[str, ...]) -> str:
     named, stated = (_as_list(metadata.get(key)) for key in ("license_name", "license"))
     names = [name.lower() for name in (*named, *stated)]
     name = ", ".join(named or stated)
-    link = metadata.get("license_link")
-    sentences = [f"As for the source: {f'[{name}]({link})' if link else name}."]
+    link = next(iter(_as_list(metadata.get("license_link"))), None)
+    shown = markup.link(name or "its licence", link, side_files) if link else markup.plain(name)
+    sentences = [f"As for the source: {shown}."]
     if not names:
         sentences = ["The source states no licence: ask its authors before you pass this on."]
     sentences += [
@@ -145,7 +147,8 @@ def _licence(metadata: dict, side_files: tuple[str, ...]) -> str:
         if file != link and any(fnmatch.fnmatch(file, kind) for kind in LICENCE_FILES)
     ]
     if files:
-        sentences.append(f"See also {', '.join(f'[{file}]({file})' for file in files)}.")
+        links = [markup.link(file, file, side_files) for file in files]
+        sentences.append(f"See also {', '.join(links)}.")
     if any(key.startswith(TERMS_OF_ACCESS) for key in metadata):
         sentences.append(
             "The source is for those who accept its terms; its questions stand in this card's "

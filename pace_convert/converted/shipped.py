@@ -4,14 +4,12 @@ names.
 
 from __future__ import annotations
 
-import json
-import re
 from importlib.resources import files
 
 from jinja2 import Environment, StrictUndefined
 
-from ..errors import one_line
 from ..families import FamilySpec
+from . import markup
 from .format import KEPT, MODELING, PERMUTATION
 
 
@@ -59,18 +57,15 @@ def render(template: str, **values: object) -> str:
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    environment.filters["json"] = lambda value: json.dumps(value, ensure_ascii=False)
-    environment.filters["code"] = code_span
+    environment.filters |= {
+        "yaml_key": markup.yaml_key,
+        "yaml_value": markup.yaml_value,
+        "plain": markup.plain,
+        "code": markup.code,
+        "cell": markup.cell,
+    }
     text = files("pace_convert.templates").joinpath(template).read_text(encoding="utf-8")
     return environment.from_string(text).render(**values)
-
-
-def code_span(text: str) -> str:
-    """Text that Markdown shows as it is, in one line."""
-    line = one_line(text)
-    fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
-    space = " " if "`" in line else ""
-    return f"{fence}{space}{line}{space}{fence}"
 
 
 def _modeling_sources() -> dict[str, str]:
