@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from .errors import CallError
+from .errors import CallError, check_paths
 from .options import ConvertOptions, RunOptions
 from .progress import CallbackProgress, Progress, Update
 
@@ -94,6 +94,7 @@ def prepare(
     from .conversion.convert import prepare as check
     from .converted.push import Target
 
+    check_paths(source, out, cache_dir, include)
     if private and push_to_hub is None:
         raise CallError(
             "--private is for a repository on the Hub", "give --push-to-hub ORG/NAME too"
@@ -152,6 +153,7 @@ def verify(
     off, which runs `out`'s modeling files: only those of this version, or with trust_remote_code.
     What comes back has `passed`. Raises CallError, DamagedSourceError, PaceError.
     """
+    check_paths(out, source, cache_dir)
     from .converted.opened import open_converted
 
     converted = open_converted(Path(out))
@@ -188,6 +190,7 @@ def undo(
     It needs `out` alone, and goes on where an earlier call was interrupted. jobs: processes; None:
     what cores and memory allow. Raises CallError, DamagedSourceError, PaceError.
     """
+    check_paths(out, original)
     from .conversion.undo import undo as restore
     from .converted.opened import open_converted
 
@@ -212,6 +215,7 @@ def push(
     where it is missing; None: main. An upload that was interrupted goes on when called again.
     Raises CallError, DamagedSourceError, PaceError.
     """
+    check_paths(out, source)
     from .checkpoint.checkpoint import open_source
     from .converted import push as upload
     from .converted.opened import open_converted
@@ -252,6 +256,7 @@ def evaluate(
     the benchmark's pictures. Raises CallError for what can't be before any model is loaded,
     PaceError where something fails.
     """
+    check_paths(model, list(bases), out, *options.values())
     from .evaluation.evaluate import evaluate as job
 
     return job(
