@@ -463,7 +463,7 @@ def test_other_paths_that_are_not_utf8(qwen2_pair, tmp_path):
         ["verify", tmp_path / NOT_UTF8],
         ["verify", qwen2_pair[1], "--source", tmp_path / NOT_UTF8],
         ["inspect", qwen2_pair[1], "--html", tmp_path / NOT_UTF8],
-        ["eval", "text", qwen2_pair[1], "--on", tmp_path / NOT_UTF8],
+        ["eval", "qa", qwen2_pair[1], "--on", tmp_path / NOT_UTF8],
         ["eval", "needle", qwen2_pair[1], "--out", tmp_path / NOT_UTF8],
         ["tune", qwen2_pair[1], "--on", tmp_path / NOT_UTF8],
         ["demo", tmp_path / NOT_UTF8],
