@@ -248,10 +248,7 @@ def memory_entry(cache: Cache, settings: MemorySettings, num_hidden_layers: int)
     entry = find_entry(cache)
     if entry is None:
         seen = cache.get_seq_length()
-        if cache.layer_class_to_replicate is not None:
-            # A lazy cache would append its layers behind ours.
-            while len(cache.layers) < num_hidden_layers:
-                cache.layers.append(cache.layer_class_to_replicate())
+        fill_lazy(cache, num_hidden_layers)
         entry = MemoryEntry(settings)
         entry.stale = bool(seen)
         cache.layers.append(entry)
@@ -269,7 +266,18 @@ def memory_entry(cache: Cache, settings: MemorySettings, num_hidden_layers: int)
 def find_entry(cache: object) -> MemoryEntry | None:
     """The memory of a cache, if it has one."""
     layers = cache.layers if isinstance(cache, Cache) else []
-    return layers[-1] if layers and isinstance(layers[-1], MemoryEntry) else None
+    if len(layers) == 1:  # of a cache that re-reading has closed
+        layers = getattr(layers[0], "held", None) or layers
+    return next((layer for layer in layers[-2:] if isinstance(layer, MemoryEntry)), None)
+
+
+def fill_lazy(cache: Cache, num_hidden_layers: int) -> None:
+    """All layers of a cache that makes them when they are needed: or it would append its own
+    behind ours.
+    """
+    if cache.layer_class_to_replicate is not None:
+        while len(cache.layers) < num_hidden_layers:
+            cache.layers.append(cache.layer_class_to_replicate())
 
 
 def memory_summary(cache: Cache) -> dict[int, dict]:

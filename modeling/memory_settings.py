@@ -44,11 +44,13 @@ class Bounds:
         return f"{number} from {self.low} to {self.high}"
 
 
-def _whole(default: int, low: int) -> Any:
-    return field(default=default, metadata={"bounds": Bounds(int, low)})
+def whole(default: int, low: int, high: int | None = None) -> Any:
+    """A field with this default, a whole number within these bounds."""
+    return field(default=default, metadata={"bounds": Bounds(int, low, high)})
 
 
-def _real(default: float, low: float | None = None, high: float | None = None) -> Any:
+def real(default: float, low: float | None = None, high: float | None = None) -> Any:
+    """A field with this default, a finite number within these bounds."""
     return field(default=default, metadata={"bounds": Bounds(float, low, high)})
 
 
@@ -79,21 +81,21 @@ class MemorySettings:
 
     enabled: bool = True
     layers: tuple[int, ...] = ()
-    slots: int = _whole(100, low=1)
-    theta_high: float = _real(0.75, low=-1, high=1)
-    theta_low: float = _real(0.25, low=-1, high=1)
-    top_k: int = _whole(5, low=1)
-    bottom_k: int = _whole(2, low=0)
-    fusion_weight: float = _real(0.02, low=0, high=1)
-    reuse_weight: float = _real(1.0)
-    mix_weight: float = _real(0.5)
-    noise_weight: float = _real(0.1)
+    slots: int = whole(100, low=1)
+    theta_high: float = real(0.75, low=-1, high=1)
+    theta_low: float = real(0.25, low=-1, high=1)
+    top_k: int = whole(5, low=1)
+    bottom_k: int = whole(2, low=0)
+    fusion_weight: float = real(0.02, low=0, high=1)
+    reuse_weight: float = real(1.0)
+    mix_weight: float = real(0.5)
+    noise_weight: float = real(0.1)
     match_norm: bool = True
-    outlier_norm: float = _real(8.0, low=0)
-    momentum: float = _real(0.5, low=0, high=1)
-    update_interval: int = _whole(1024, low=1)
+    outlier_norm: float = real(8.0, low=0)
+    momentum: float = real(0.5, low=0, high=1)
+    update_interval: int = whole(1024, low=1)
     granularity: Granularity = "token"
-    experts: int = _whole(1, low=1)
+    experts: int = whole(1, low=1)
 
     @classmethod
     def parameters(cls) -> list[str]:
@@ -116,6 +118,7 @@ class MemorySettings:
         also for a parameter that this version does not know.
         """
         values = cls.as_written(pace.get("memory") or {})
+        values.pop("window", None)  # of re-reading
         known = {parameter.name for parameter in fields(cls)} - {"experts"}
         unknown = sorted(set(values) - known)
         if unknown:

@@ -63,7 +63,7 @@ class StackMemory:
             return None  # the stack itself says what is wrong
         self._bind()
         entry = self._entry(inputs)
-        real = _real_columns(inputs, entry.columns, tokens.shape[1])
+        real = real_columns(inputs, entry.columns, tokens.shape[1])
         entry.announce(tokens.shape[0], tokens.shape[1], real, tokens.device)
         return entry
 
@@ -178,7 +178,7 @@ def _tokens(kwargs: dict) -> Tensor | None:
     return kwargs.get("inputs_embeds") if ids is None else ids
 
 
-def _real_columns(kwargs: dict, past: int, length: int) -> Tensor | None:
+def real_columns(kwargs: dict, past: int, length: int) -> Tensor | None:
     """Which of the call's columns are tokens and not padding, [B, length] bool; None means all.
 
     past: columns in the cache before this call; the mask begins with them, and may go on behind the

@@ -3,19 +3,42 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+import inspect
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from .memory_cache import MemoryEntry, find_entry, memory_summary
 from .memory_session import current
 from .memory_settings import MemorySettings
 from .memory_stack import StackMemory
+from .reread import Asked, Rereader, passages
+from .reread_bank import Passage
+from .reread_cache import find_reread
+from .reread_keys import KeyReader
+from .reread_settings import RereadSettings
 
-__all__ = ["PaceMixin", "memory_summary"]
+__all__ = ["PaceMixin", "memory_summary", "rereading"]
+
+READY = "ready"  # of a step that `prepare_inputs_for_generation` has made ready
+
+
+def rereading(forward: Callable) -> Callable:
+    """The forward of a base class, with re-reading; it keeps its signature."""
+
+    @functools.wraps(forward)
+    def wrapped(self: PaceMixin, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("reread") == READY:
+            del kwargs["reread"]
+            return forward(self, *args, **kwargs)
+        return self._forward(forward, args, kwargs)
+
+    return wrapped
 
 
 class PaceMixin:
@@ -23,10 +46,14 @@ class PaceMixin:
 
     config: Any
     _stack_memory: StackMemory
+    _reread_keys: KeyReader
+    _window: RereadSettings | None
 
-    def _attach_memory(self, stack: nn.Module, projection: str) -> None:
+    def _attach_memory(self, stack: nn.Module, projection: str, ffn_input: str) -> None:
         pace = getattr(self.config, "pace", None) or {}
         settings = self._settings(pace)
+        self._window = self._window_settings((pace.get("memory") or {}).get("window"))
+        self._reread_keys = KeyReader(stack, ffn_input)
         self._stack_memory = StackMemory(
             stack, settings, projection, pace.get("intermediate_size", 0)
         )
@@ -50,6 +77,64 @@ class PaceMixin:
             )
         return settings
 
+    def _window_settings(self, window: dict | None) -> RereadSettings | None:
+        if window is None:
+            return None
+        settings = RereadSettings.from_config(window)
+        if settings.layer >= self.config.num_hidden_layers:
+            raise ValueError(f"window: layer is {settings.layer}, the model has no such layer")
+        return settings
+
+    # Calls
+
+    def _forward(self, forward: Callable, args: tuple, kwargs: dict) -> Any:
+        """The base class's forward, for a text of any length where re-reading is on."""
+        model: Any = self
+        asked, query = kwargs.pop("reread", None), kwargs.pop("query", None)
+        look_up = kwargs.pop("look_up", False)
+        names = _names(forward)
+        kwargs = {**dict(zip(names, args)), **kwargs}
+        ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        training = model.training and torch.is_grad_enabled()
+        if not self._rereads(current.enabled) or training or (ids is None) == (embeds is None):
+            entry = find_reread(kwargs.get("past_key_values"))
+            if entry is not None:
+                entry.leave(kwargs["past_key_values"])
+            return forward(self, **kwargs)
+        if asked is None:
+            prompt = ids.shape[1] if look_up and ids is not None else None
+            asked = Asked(ids, kwargs.get("attention_mask"), prompt, _rows_of(query, ids))
+        output = self._rereader(forward).call(asked, kwargs)
+        labels = kwargs.get("labels")
+        if labels is not None and "logits" in output and output.loss is None:
+            loss = model.loss_function(output.logits, labels, model.config.vocab_size)
+            output = type(output)(**{"loss": loss, **output})
+        return output
+
+    def _rereads(self, enabled: bool | None) -> bool:
+        enabled = self.memory_enabled if enabled is None else enabled
+        return enabled and self._window is not None
+
+    def _rereader(self, forward: Callable) -> Rereader:
+        assert self._window is not None
+        config = self._stack_memory.stack.config
+        base = functools.partial(forward, self)
+        return Rereader(base, _names(forward), config, self._window, self._reread_keys)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in the base class. query: ids [B, Q] or [Q] of what asks; else a prompt's end does."""
+        before = current.prompt
+        current.prompt = (_prompt_columns(args, kwargs), kwargs.pop("query", None))
+        cache = kwargs.get("past_key_values")
+        try:
+            _close(cache)
+            made = super().generate(*args, **kwargs)  # type: ignore[misc]
+            _close(made.get("past_key_values") if isinstance(made, dict) else None)
+            return made
+        finally:
+            _close(cache)
+            current.prompt = before
+
     def prepare_inputs_for_generation(
         self,
         input_ids,
@@ -65,6 +150,23 @@ class PaceMixin:
 
         That happens here because here is the host, and the attention mask is still 2D.
         """
+        enabled = self.memory_enabled if memory_enabled is None else memory_enabled
+        generated = next_sequence_length == 1 and not is_first_iteration  # its own, not padding
+        asked: Asked | str | None = None
+        if self._rereads(enabled) and inputs_embeds is None:
+            ids = (
+                input_ids if next_sequence_length is None else input_ids[:, -next_sequence_length:]
+            )
+            step = None
+            if generated and isinstance(past_key_values, Cache):
+                forward = type(self).forward.__wrapped__  # type: ignore[attr-defined]
+                step = self._rereader(forward).step(ids, past_key_values)
+            if step is None:
+                asked = _asked(ids, attention_mask, past_key_values)
+            else:
+                asked, attention_mask = READY, step.get("attention_mask", attention_mask)
+                if "position_ids" in step and "position_ids" in _names(forward):
+                    kwargs["position_ids"] = step["position_ids"]
         inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -74,13 +176,15 @@ class PaceMixin:
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
+        if asked is not None:
+            inputs["reread"] = asked
         if memory_enabled is not None:
             inputs["memory_enabled"] = memory_enabled
-        enabled = self.memory_enabled if memory_enabled is None else memory_enabled
-        if enabled and self.memory_settings.layers and isinstance(past_key_values, Cache):
-            generated = (
-                next_sequence_length == 1 and not is_first_iteration
-            )  # a token of the model's own, not padding
+        # A call that is looked at when it comes may become another one, announced by itself.
+        entry = find_reread(past_key_values)
+        as_it_is = not isinstance(asked, Asked) or entry is None or entry.whole
+        fuses = enabled and as_it_is and self.memory_settings.layers
+        if fuses and isinstance(past_key_values, Cache):
             self._stack_memory.announce(
                 {**inputs, "attention_mask": None if generated else attention_mask}
             )
@@ -108,9 +212,38 @@ class PaceMixin:
         memory |= parameters
         settings = self._settings({**pace, "memory": memory})  # refuses before anything has changed
         self._stack_memory.configure(settings)
-        self.config.pace = {**pace, "memory": {**memory, "layers": list(settings.layers)}}
+        window = {"window": (pace.get("memory") or {}).get("window")}
+        made = {**memory, "layers": list(settings.layers), **window}
+        self.config.pace = {**pace, "memory": made}
         if "enabled" in parameters:
             self.set_memory_enabled(settings.enabled)
+
+    def set_window(self, window: int | None = None, **parameters: object) -> None:
+        """Other parameters of re-reading, for sequences that begin from now on; None: none at all.
+
+        Names, defaults and bounds are those of `RereadSettings`; what is not given stays as it is.
+        `save_pretrained` keeps them. Raises ValueError for what can't be, and then changes nothing.
+        """
+        pace = self.config.pace or {}
+        given: dict | None = None
+        if window is not None:
+            now = asdict(self._window) if self._window is not None else {}
+            given = {**now, "window": window, **parameters}
+        elif parameters:
+            raise ValueError("window: give window, or no parameter at all")
+        self._window = self._window_settings(given)
+        self.config.pace = {**pace, "memory": {**(pace.get("memory") or {}), "window": given}}
+
+    @property
+    def window_settings(self) -> RereadSettings | None:
+        """The parameters of re-reading with which the next sequence begins; None: there is none."""
+        return self._window
+
+    def passages(self, cache: Cache) -> list[list[Passage]]:
+        """By row, which tokens are in the working context of `cache` beside the first ones and the
+        window: what the latest look-up has found, in text order.
+        """
+        return passages(find_reread(cache))
 
     @contextlib.contextmanager
     def memory_disabled(self) -> Iterator[None]:
@@ -150,3 +283,47 @@ def _take_switch(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, di
 
 def _drop_switch(model: nn.Module, args: tuple, output: object) -> None:
     current.enabled = None
+
+
+@functools.lru_cache(maxsize=8)
+def _names(forward: Callable) -> tuple[str, ...]:
+    """Names of the arguments of a base class's forward, in order."""
+    return tuple(inspect.signature(forward).parameters)[1:]
+
+
+def _prompt_columns(args: tuple, kwargs: dict) -> int | None:
+    """Columns that a prompt given to `generate` has, with those in its cache."""
+    mask = kwargs.get("attention_mask")
+    ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
+    known = mask if isinstance(mask, Tensor) else ids
+    return known.shape[1] if isinstance(known, Tensor) and known.dim() > 1 else None
+
+
+def _asked(ids: Tensor, mask: Tensor | None, cache: Cache | None) -> Asked:
+    """A call of `generate`: whether its prompt ends in it."""
+    entry = find_reread(cache)
+    past = entry.columns if entry is not None else 0
+    columns, query = current.prompt
+    ends = columns is not None and past < columns <= past + ids.shape[1]
+    return Asked(ids, mask, columns - past if ends else None, _rows_of(query, ids))
+
+
+def _rows_of(query: Any, ids: Tensor | None) -> Tensor | None:
+    """Ids that ask, [B, Q], for every row. Raises ValueError for what are none."""
+    if query is None or ids is None:
+        return None
+    query = torch.as_tensor(query, device=ids.device)
+    query = query[None] if query.dim() == 1 else query
+    if query.dim() != 2 or not query.shape[1] or query.is_floating_point():
+        raise ValueError(f"query: give token ids, [B, Q] or [Q], not {list(query.shape)}")
+    if len(ids) % len(query):
+        raise ValueError(f"query has {len(query)} rows, the input has {len(ids)}")
+    return query.repeat_interleave(len(ids) // len(query), 0)  # as generate repeats prompts
+
+
+def _close(cache: object) -> None:
+    """A cache that reports what its caller has seen."""
+    entry = find_reread(cache)
+    if entry is not None:
+        entry.catch_up(cache)  # type: ignore[arg-type]
+        entry.close(cache)  # type: ignore[arg-type]
