@@ -206,6 +206,8 @@ class PaceMixin:
         converted again; `save_pretrained` keeps them. Raises ValueError for what can't be, and
         then changes nothing.
         """
+        if "window" in parameters:
+            raise ValueError("memory: window is not set here but with set_window()")
         pace = self.config.pace or {}
         memory = asdict(self.memory_settings)
         del memory["experts"]  # follows from `pace.experts`

@@ -174,7 +174,8 @@ class Rereader:
         whole = entry.whole and max(entry.counts) < self.settings.capacity
         if not whole:
             self._prepare_step(ids, cache, entry)
-        seen = cache.layers[0].get_seq_length()
+        first: Any = cache.layers[0]
+        seen = first.get_seq_length()
         entry.begun = (ids, -1 if isinstance(seen, Tensor) else seen)
         if whole:
             return {}

@@ -142,7 +142,7 @@ class RereadEntry(CacheLayerMixin):
         """Count the step that was prepared, unless the call that should have made it failed."""
         if self.begun is None:
             return
-        layers = cache.layers if cache is not None else []
+        layers: list[Any] = cache.layers if cache is not None else []
         now = layers[0].get_seq_length() if layers and layers[0] is not self else self.begun[1]
         if not isinstance(now, Tensor) and now == self.begun[1]:
             self.begun = None
@@ -181,7 +181,8 @@ class RereadEntry(CacheLayerMixin):
         """Forget what the KV layers hold; static ones get no larger than a working context."""
         self.open(cache)
         self.whole, self.contexts = False, None
-        for layer in cache.layers:
+        layers: list[Any] = cache.layers
+        for layer in layers:
             if layer is self:
                 continue
             if not layer.is_initialized and hasattr(layer, "max_cache_len"):

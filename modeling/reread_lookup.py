@@ -122,5 +122,5 @@ def _votes(z: Tensor, settings: RereadSettings) -> Tensor:
         return z.clamp_min(0) ** 3
     if settings.vote == "best":
         return z
-    rank = z.argsort(0, descending=True, stable=True).argsort(0)
+    rank = z.argsort(stable=True, dim=0, descending=True).argsort(0)
     return 1.0 / (10 + rank)

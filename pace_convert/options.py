@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from .device import NAMES
 from .errors import CallError
 from .modeling.memory_settings import Granularity, MemorySettings
+from .modeling.reread_settings import RereadSettings
 
 EXPERT_OPTIONS = ("experts", "cluster_method", "exact_restarts", "seed")
 MEMORY_PARAMETERS = tuple(MemorySettings.parameters())
@@ -26,6 +28,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 Layer = Annotated[int, Field(ge=0)]
+# Options of re-reading, and the parameters of `RereadSettings` that they set.
+WINDOW_OPTIONS = {
+    "window": "window", "reread_layer": "layer", "first_tokens": "first", "spans": "spans",
+    "span_width": "span_width", "stand_out": "stand_out", "key_size": "key_size",
+    "bank_tokens": "bank_tokens",
+}  # fmt: skip
+SMALLEST_CONTEXT = 512  # tokens that a model must have been trained to, for a window by default
 
 
 def preset_parameters(name: str) -> dict[str, Any]:
@@ -37,11 +46,16 @@ def preset_parameters(name: str) -> dict[str, Any]:
     return {**defaults, **PRESETS[name]}
 
 
-def _memory(name: str, description: str) -> Any:
+def _window(name: str, description: str) -> Any:
+    """A field with default and bounds of the parameter of re-reading that it sets."""
+    return _memory(WINDOW_OPTIONS[name], description, RereadSettings)
+
+
+def _memory(name: str, description: str, settings: Any = MemorySettings) -> Any:
     """A field with default and bounds of the memory's parameter of this name, as checkpoints
     themselves check it.
     """
-    parameter = MemorySettings.__dataclass_fields__[name]
+    parameter = settings.__dataclass_fields__[name]
     bounds = parameter.metadata.get("bounds")
     if bounds is None:
         return Field(parameter.default, description=description)
@@ -65,6 +79,22 @@ def _parse_layers(value: object) -> object:
     if isinstance(value, list | tuple) and all(type(part) is int for part in value):
         return tuple(sorted(set(value)))
     return value
+
+
+def _parse_tokens(value: object) -> object:
+    """1024 of '1k' or '1024'; what is neither is left to pydantic."""
+    if isinstance(value, str) and value not in ("auto", "none"):
+        number, kilo = value.lower().removesuffix("k"), value.lower().endswith("k")
+        if not (number.isascii() and number.isdigit()):
+            raise ValueError("give auto, none or a number of tokens like 1024 or 1k")
+        return int(number) * (1024 if kilo else 1)
+    return value
+
+
+def _parse_layer(value: object) -> object:
+    """A layer's number of '7'."""
+    numeric = isinstance(value, str) and value.isascii() and value.isdigit()
+    return int(value) if numeric else value  # type: ignore[call-overload]
 
 
 class ConvertOptions(BaseModel):
@@ -125,6 +155,25 @@ class ConvertOptions(BaseModel):
         "granularity",
         "Compare and fuse whole activations, or each expert's block of them on its own.",
     )
+    window: Annotated[
+        Literal["auto", "none"] | Annotated[int, Field(ge=16)], BeforeValidator(_parse_tokens)
+    ] = Field(
+        "auto",
+        description="Re-read texts that are longer than the model holds: tokens of the window, 1k "
+        "is 1024; auto: a working context of the length that the model was trained to; none: "
+        "no re-reading.",
+    )
+    reread_layer: Annotated[Literal["auto"] | Layer, BeforeValidator(_parse_layer)] = Field(
+        "auto", description="Layer whose FFN input is the key that passages are found by."
+    )
+    first_tokens: int = _window("first_tokens", "First tokens of a text that always stay.")
+    spans: int = _window("spans", "Most spans that a look-up brings back, each with the next one.")
+    span_width: int = _window("span_width", "Tokens of a span.")
+    stand_out: float = _window(
+        "stand_out", "A span comes back whose score is at least this share of the best one's."
+    )
+    key_size: int = _window("key_size", "Numbers of a token's key.")
+    bank_tokens: int = _window("bank_tokens", "Most tokens whose keys are kept.")
     no_memory: bool = Field(
         False, description="Only cluster the weights; keep the original architecture."
     )
@@ -157,20 +206,55 @@ class ConvertOptions(BaseModel):
         restarts = {} if self.exact_restarts is None else {"restarts": self.exact_restarts}
         return {"count": self.experts, "method": self.cluster_method, "seed": self.seed, **restarts}
 
-    def memory_config(self, layers: tuple[int, ...]) -> dict:
-        """The `pace.memory` object of config.json, for these resolved layers."""
+    def memory_config(self, layers: tuple[int, ...], window: dict | None = None) -> dict:
+        """The `pace.memory` object of config.json, for these resolved layers and window."""
         return {
-            "enabled": bool(layers),
+            "enabled": bool(layers) or window is not None,
             "layers": list(layers),
             **self.model_dump(include=set(MEMORY_PARAMETERS)),
+            "window": window,
         }
+
+    def window_config(self, layers: int, trained: int | None) -> dict | None:
+        """The `pace.memory.window` object of config.json; None: no re-reading.
+
+        layers: of the model. trained: tokens that it was trained to; None: its config does not say.
+        """
+        given = {name: getattr(self, name) for name in WINDOW_OPTIONS}
+        if self.window == "auto":
+            given |= _window_for(trained, self) if trained else {"window": "none"}
+        if given["window"] == "none":
+            return None
+        if self.reread_layer == "auto":
+            given["reread_layer"] = reread_layer(layers)
+        made = {WINDOW_OPTIONS[name]: value for name, value in given.items()}
+        return asdict(RereadSettings(**made))
+
+
+def reread_layer(layers: int) -> int:
+    """The layer whose FFN input is the key by default: a quarter of the way up."""
+    return max(0, round(layers / 4) - 1)
+
+
+def _window_for(trained: int, options: ConvertOptions) -> dict:
+    """Window and spans whose working context is as long as the model was trained to.
+
+    Where that is short, at most a third of it is recalled.
+    """
+    if trained < SMALLEST_CONTEXT:
+        return {"window": "none"}
+    spans = min(options.spans, trained // (6 * options.span_width))
+    window = (trained - options.first_tokens - 2 * spans * options.span_width) // 2
+    return (
+        {"window": window, "spans": spans} if window >= options.span_width else {"window": "none"}
+    )
 
 
 def memory_in_effect(memory: dict) -> dict:
     """All parameters of a config.json's `pace.memory`: those that are not written as they are in
     effect when the checkpoint is loaded.
     """
-    return {**ConvertOptions().memory_config(()), **MemorySettings.as_written(memory)}
+    return {**ConvertOptions().memory_config((), None), **MemorySettings.as_written(memory)}
 
 
 class RunOptions(BaseModel):

@@ -1,5 +1,5 @@
-"""Re-reading as docs/reread.md has it, transcribed for one sequence: slow, one token at a time, without
-caches, batches or blocks that are shared.
+"""Re-reading as docs/reread.md has it, transcribed for one sequence: slow, one token at a time,
+without caches, batches or blocks that are shared.
 
 Written from the rules alone, so that it can contradict `modeling/reread*.py`.
 """

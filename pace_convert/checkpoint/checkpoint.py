@@ -87,6 +87,15 @@ class Source:
         )
 
 
+def trained_length(config: dict) -> int | None:
+    """Tokens that a model was trained to, as config.json says; None where it does not."""
+    for key in ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len"):
+        value = config.get(key)
+        if type(value) is int and value > 0:
+            return value
+    return None
+
+
 def open_source(
     name: str, revision: str | None = None, token: str | None = None, cache_dir: Path | None = None
 ) -> Source:

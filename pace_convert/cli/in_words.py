@@ -8,6 +8,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..modeling.reread_settings import RereadSettings
 from ..options import ConvertOptions
 from ..units import duration, size
 
@@ -35,6 +36,7 @@ def plan_text(source: str, out: Path, plan: Plan, expected: Duration) -> str:
         f"  family     {plan.family.causal_lm_class}, {plan.layers} layers",
         f"  experts    {options.experts} of {plan.intermediate_size} neurons a layer ({method})",
         f"  memory     {_memory_line(options, plan.memory_layers)}",
+        f"  window     {_window_line(plan.window)}",
         f"  bytes      {size(plan.weights_bytes)} to read and to write, "
         f"{len(plan.ffn)} tensors permuted",
         f"  needs      about {size(plan.task_bytes)} of memory in {processes}",
@@ -49,6 +51,16 @@ def _memory_line(options: ConvertOptions, layers: tuple[int, ...]) -> str:
         return "none; the original architecture is kept"
     where = f"layers {', '.join(map(str, layers))}" if layers else "no layers"
     return f"{where}; {options.slots} slots, updated every {options.update_interval} tokens"
+
+
+def _window_line(window: dict | None) -> str:
+    if window is None:
+        return "none; texts are read as far as the source can"
+    settings = RereadSettings.from_config(window)
+    return (
+        f"beyond {settings.capacity} tokens: the last {settings.window} to {2 * settings.window}, "
+        f"and up to {settings.spans} passages found by layer {settings.layer}"
+    )
 
 
 def made_text(made: Conversion) -> str:
@@ -100,8 +112,9 @@ def facts_text(facts: dict) -> str:
         lines += [
             f"    {name:18}{value}"
             for name, value in memory.items()
-            if name not in ("enabled", "layers")
+            if name not in ("enabled", "layers", "window")
         ]
+        lines.append(f"  window     {_window_line(memory['window'])}")
     if facts["tuned"]:
         lines.append(f"  tuned      {Tuned.model_validate(facts['tuned']).sentence()}")
     lines += [

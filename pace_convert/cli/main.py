@@ -10,7 +10,7 @@ import click
 
 from .. import api
 from ..errors import CallError
-from ..options import EXPERT_OPTIONS, ConvertOptions, RunOptions, load_options
+from ..options import EXPERT_OPTIONS, WINDOW_OPTIONS, ConvertOptions, RunOptions, load_options
 from ..progress import Progress
 from ..units import size
 from ..version import __version__
@@ -22,7 +22,12 @@ from .tune import tune
 
 GROUPS = {
     "Experts": EXPERT_OPTIONS,
-    "Memory": tuple(name for name in ConvertOptions.model_fields if name not in EXPERT_OPTIONS),
+    "Memory": tuple(
+        name
+        for name in ConvertOptions.model_fields
+        if name not in (*EXPERT_OPTIONS, *WINDOW_OPTIONS)
+    ),
+    "Re-reading": tuple(WINDOW_OPTIONS),
 }
 
 

@@ -214,7 +214,8 @@ def _write_files(
 def _config(source: Source, plan: Plan) -> dict:
     """config.json of OUT."""
     options = plan.options
-    pace = pace_object(plan.family, options, plan.intermediate_size, plan.memory_layers)
+    size, layers = plan.intermediate_size, plan.memory_layers
+    pace = pace_object(plan.family, options, size, layers, plan.window)
     if options.no_memory:
         return {**source.config, "pace": pace}
     return converted_config(source.config, plan.family, pace)

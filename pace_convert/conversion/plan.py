@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..checkpoint.checkpoint import Source
+from ..checkpoint.checkpoint import Source, trained_length
 from ..checkpoint.ffn import check_ffn, count_layers, intermediate_size_of
 from ..errors import CallError, DamagedSourceError
 from ..families import FamilySpec, FfnTensor, find_family
@@ -28,6 +28,7 @@ class Plan:
     hidden_size: int
     intermediate_size: int
     memory_layers: tuple[int, ...]
+    window: dict | None
     ffn: tuple[FfnTensor, ...]
     weights_bytes: int
     task_bytes: int
@@ -41,6 +42,7 @@ class Plan:
             "intermediate_size": self.intermediate_size,
             "experts": self.options.experts,
             "memory_layers": list(self.memory_layers),
+            "window": self.window,
             "tensors_permuted": len(self.ffn),
             "bytes_to_read": self.weights_bytes,
             "bytes_to_write": self.weights_bytes,
@@ -76,6 +78,7 @@ def make_plan(source: Source, options: ConvertOptions, run: RunOptions | None = 
         hidden_size=infos[0].shape[1 - ffn[0].axis],
         intermediate_size=intermediate_size,
         memory_layers=() if options.no_memory else resolve_layers(options.memory_layers, layers),
+        window=None if options.no_memory else _window(options, layers, config),
         ffn=ffn,
         weights_bytes=source.nbytes,
         task_bytes=task_bytes,
@@ -97,6 +100,20 @@ def _check_experts(options: ConvertOptions, intermediate_size: int) -> None:
             f"{options.experts} does not divide {intermediate_size}",
             f"choose --experts {_divisor_near(intermediate_size, options.experts)}",
         )
+
+
+def _window(options: ConvertOptions, layers: int, config: dict) -> dict | None:
+    """`pace.memory.window`. Raises CallError for what can't be with this model."""
+    chosen = options.reread_layer
+    if isinstance(chosen, int) and chosen >= layers:
+        raise CallError(
+            f"--reread-layer: the model has no layer {chosen}",
+            f"its layers are 0 to {layers - 1}",
+        )
+    try:
+        return options.window_config(layers, trained_length(config))
+    except ValueError as error:
+        raise CallError(str(error), "see pace-convert --help") from error
 
 
 def resolve_layers(wanted: str | tuple[int, ...], layers: int) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from ..errors import CallError, DamagedSourceError, one_line
 from ..experts.permute import ExpertOrder
 from ..families import FamilySpec
 from ..journal import NAME as JOURNAL
+from ..modeling.reread_settings import RereadSettings
 from ..options import MEMORY_PARAMETERS, ConvertOptions
 
 MODELING = "modeling_pace.py"
@@ -88,14 +89,17 @@ def pace_object(
     options: ConvertOptions,
     intermediate_size: int,
     memory_layers: tuple[int, ...],
+    window: dict | None,
 ) -> dict:
-    """config.json's `pace`. memory_layers: resolved, 0-based."""
+    """config.json's `pace`. memory_layers: resolved, 0-based. window: as `window_config` makes
+    it.
+    """
     return {
         "version": FORMAT_VERSION,
         "base_model_type": family.model_type,
         "intermediate_size": intermediate_size,
         "experts": options.experts_config(),
-        "memory": options.memory_config(memory_layers),
+        "memory": options.memory_config(memory_layers, window),
     }
 
 
@@ -109,6 +113,9 @@ def check_pace(pace: dict) -> None:
         memory = dict(pace["memory"])
         enabled = memory.pop("enabled")
         layers = tuple(memory.pop("layers"))
+        window = memory.pop("window", None)
+        if window is not None:
+            RereadSettings.from_config(window)
         unknown = sorted(set(memory) - set(MEMORY_PARAMETERS))
         if unknown:  # or it could be another option of a conversion
             raise DamagedSourceError(
@@ -131,6 +138,10 @@ def check_pace(pace: dict) -> None:
             f"config.json: pace: {where}{first['msg']}", "convert again"
         ) from error
     except (KeyError, TypeError, ValueError) as error:
+        if str(error).startswith("window: "):
+            raise DamagedSourceError(
+                f"config.json: pace.memory.{error}", "convert again"
+            ) from error
         raise DamagedSourceError(
             "config.json: pace.experts or pace.memory is incomplete", "convert again"
         ) from error

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 
-from ..checkpoint.checkpoint import Source, open_source
+from ..checkpoint.checkpoint import Source, open_source, trained_length
 from ..checkpoint.hub_errors import READING, hub_errors
 from ..checkpoint.tokenizer import load_tokenizer
 from ..converted.format import PERMUTATION
@@ -139,7 +139,7 @@ def context_length(model: str) -> int:
     """Tokens the model was made for, as its config says; 8192 where it does not."""
     opened = _open(model)
     config = (opened.files if isinstance(opened, Converted) else opened).config
-    return config.get("max_position_embeddings") or config.get("n_positions") or 8192
+    return trained_length(config) or 8192
 
 
 def layer_count(model: str) -> int:
@@ -171,8 +171,11 @@ def load(subject: Subject, device: str = "auto") -> Reader:
     model = loaded.model
     if hasattr(model, "set_memory") and loaded.memory:
         arm = {"granularity": granularity} if granularity else {}
+        window = loaded.memory["window"]
         try:
-            model.set_memory(**{**loaded.memory, **arm, **dict(subject.memory)})
+            own = {name: value for name, value in loaded.memory.items() if name != "window"}
+            model.set_memory(**{**own, **arm, **dict(subject.memory)})
+            model.set_window(**(window or {}))
         except (ValueError, TypeError) as error:
             raise CallError(
                 f"{subject.name}: {error}", "see the memory options in pace-convert --help"

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pace_convert.modeling.memory_settings import MemorySettings
-from pace_convert.options import EXPERT_OPTIONS, ConvertOptions
+from pace_convert.options import EXPERT_OPTIONS, WINDOW_OPTIONS, ConvertOptions
 
 PARAMETERS = sorted(
-    set(ConvertOptions.model_fields) - {*EXPERT_OPTIONS, "memory_layers", "preset", "no_memory"}
+    set(ConvertOptions.model_fields)
+    - {*EXPERT_OPTIONS, *WINDOW_OPTIONS, "memory_layers", "preset", "no_memory"}
 )
 VALUES = st.one_of(
     st.integers(-3, 3),
