@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 
 from .memory_cache import MemoryEntry, find_entry, memory_summary
 from .memory_session import current
@@ -19,7 +21,8 @@ from .memory_settings import MemorySettings
 from .memory_stack import StackMemory
 from .reread import Asked, Rereader, passages
 from .reread_bank import Passage
-from .reread_cache import find_reread
+from .reread_cache import find_reread, reread_entry
+from .reread_file import load_row, model_mark, save_row, tokenizer_mark
 from .reread_keys import KeyReader
 from .reread_settings import RereadSettings
 
@@ -241,6 +244,68 @@ class PaceMixin:
         """The parameters of re-reading with which the next sequence begins; None: there is none."""
         return self._window
 
+    @torch.no_grad()
+    def read(
+        self,
+        input_ids: Tensor,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Cache:
+        """Read a text into a cache, for questions that come later: its ids and their keys.
+
+        input_ids: [B, L]. attention_mask: [B, L], which of them are tokens; None: all. progress:
+        called with the number of tokens read so far. Returns the cache, a new one without
+        past_key_values; `copy.deepcopy` of it is cheap. Raises ValueError where re-reading is off.
+        """
+        if not self._rereads(None):
+            raise ValueError("reading needs a window: call set_window(), and the memory on")
+        rereader = self._rereader(type(self).forward.__wrapped__)  # type: ignore[attr-defined]
+        cache = past_key_values
+        cache = DynamicCache(config=rereader.config) if cache is None else cache
+        ids = input_ids.to(self.device)  # type: ignore[attr-defined]
+        rereader.read(ids, attention_mask, cache, progress)
+        return cache
+
+    def save_bank(
+        self, cache: Cache, path: str | os.PathLike, row: int = 0, tokenizer: Any = None
+    ) -> None:
+        """Write a text that was read, its ids and keys, as a safetensors file.
+
+        row: of the cache. tokenizer: what made the ids; with it another one's bank is refused.
+        Raises ValueError for a cache in which nothing can be read again.
+        """
+        entry = find_reread(cache)
+        if entry is None or not entry.rows or entry.missing:
+            raise ValueError("this cache has no text that was read; make it with read()")
+        entry.catch_up(cache)
+        settings = entry.settings
+        text = self._reread_keys.read([entry.settle()[row]], entry.counts[row], settings)[0]
+        marks = self._mark(settings), tokenizer_mark(tokenizer)
+        save_row(text, Path(path), settings, *marks)
+
+    def load_bank(self, path: str | os.PathLike, tokenizer: Any = None) -> Cache:
+        """A cache that goes on behind the text of a file of `save_bank`. Raises ValueError for what
+        another model, another tokenizer or another window has made.
+        """
+        if self._window is None:
+            raise ValueError("a bank needs a window: call set_window()")
+        marks = self._mark(self._window), tokenizer_mark(tokenizer)
+        device = self._reread_keys.device
+        row = load_row(Path(path), self._window, *marks, device)
+        config: Any = self._stack_memory.stack.config
+        cache = DynamicCache(config=config)
+        entry = reread_entry(cache, self._window, config.num_hidden_layers)
+        entry.begin(1, device)
+        entry.empty(cache)
+        entry.follow([row], row.count, None)
+        entry.close(cache)
+        return cache
+
+    def _mark(self, settings: RereadSettings) -> str:
+        layers = self._reread_keys.ffn_input.partition("{}")[0] + "{}"
+        return model_mark(self._stack_memory.stack, layers, settings)
+
     def passages(self, cache: Cache) -> list[list[Passage]]:
         """By row, which tokens are in the working context of `cache` beside the first ones and the
         window: what the latest look-up has found, in text order.
@@ -306,8 +371,11 @@ def _asked(ids: Tensor, mask: Tensor | None, cache: Cache | None) -> Asked:
     entry = find_reread(cache)
     past = entry.columns if entry is not None else 0
     columns, query = current.prompt
-    ends = columns is not None and past < columns <= past + ids.shape[1]
-    return Asked(ids, mask, columns - past if ends else None, _rows_of(query, ids))
+    if columns is None:
+        return Asked(ids, mask)
+    ends = past < columns <= past + ids.shape[1]
+    idle = past + ids.shape[1] < columns  # a chunk of a prompt that goes on
+    return Asked(ids, mask, columns - past if ends else None, _rows_of(query, ids), idle)
 
 
 def _rows_of(query: Any, ids: Tensor | None) -> Tensor | None:

@@ -12,13 +12,15 @@ of the model becomes one or several calls of the base model with ordinary prompt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .memory_stack import real_columns
 from .reread_bank import Passage, Prompt, Row
@@ -36,13 +38,15 @@ class Asked:
     """What a call says about itself beyond the base model's arguments.
 
     ids: [B, L], and mask: 2D, as the caller gave them. prompt: columns of the call after which a
-    prompt ends; None: none does. query: ids [B, Q] that ask.
+    prompt ends; None: none does. query: ids [B, Q] that ask. idle: nothing is asked yet, more of
+    the prompt is to come.
     """
 
     ids: Tensor | None
     mask: Tensor | None
     prompt: int | None = None
     query: Tensor | None = None
+    idle: bool = False
 
 
 @dataclass(eq=False)
@@ -136,6 +140,8 @@ class Rereader:
         before, old = entry.counts, entry.settle()
         counts = [length] * len(old) if real is None else real.sum(1).tolist()
         rows = _with_tokens(old, asked.ids, real, counts)
+        if asked.idle:
+            return self._noted(rows, length, real, cache, entry)
         if asked.prompt is not None:
             rows = self._prompts_end(rows, before, asked, real)
         kept = kwargs.get("logits_to_keep", 0)
@@ -196,6 +202,57 @@ class Rereader:
             self._rebuild(rows, due, 1, {"use_cache": True, "return_dict": True}, cache, entry)
         entry.open(cache)
 
+    def read(
+        self, ids: Tensor, mask: Tensor | None, cache: Cache, told: Callable[[int], None] | None
+    ) -> None:
+        """Take tokens into a cache and read the keys of all complete blocks; no logits.
+
+        ids: [B, L]. mask: [B, L], of these alone. told: called with the tokens read since the last
+        call of it.
+        """
+        entry = reread_entry(cache, self.settings, self.config.num_hidden_layers)
+        entry.catch_up(cache)
+        entry.begin(len(ids), ids.device)
+        if entry.missing:
+            raise ValueError(f"this cache can't go on reading: {entry.missing}")
+        real = None if mask is None or bool(mask.all()) else mask.bool()
+        counts = [ids.shape[1]] * len(ids) if real is None else real.sum(1).tolist()
+        rows = _with_tokens(entry.settle(), ids, real, counts)
+        for upto in self._strides(rows):
+            rows = self._each(rows, functools.partial(self.keys.read, count=upto))
+            if told is not None:
+                told(min(upto, max(row.count for row in rows)))
+        self._noted(rows, ids.shape[1], real, cache, entry)
+
+    def _strides(self, rows: list[Row]) -> Iterator[int]:
+        """Counts of tokens at which reading tells how far it is."""
+        stride = self.settings.block * 8
+        first = min(len(row.blocks) for row in rows) * self.settings.block
+        longest = max(row.count for row in rows)
+        yield from range(first + stride, longest + stride, stride)
+
+    def _noted(
+        self,
+        rows: list[Row],
+        length: int,
+        real: Tensor | None,
+        cache: Cache | None,
+        entry: RereadEntry,
+    ) -> Any:
+        """Tokens that are only taken note of: what they are read in is built when it is asked."""
+        if cache is not None:
+            entry.empty(cache)
+        entry.follow(rows, length, real)
+        if cache is not None:
+            entry.close(cache)
+        return CausalLMOutputWithPast(past_key_values=cache)
+
+    def _each(self, rows: list[Row], change: Callable[..., list[Row]]) -> list[Row]:
+        """Rows changed, those that are the same once."""
+        unique = {id(row): row for row in rows}
+        made = dict(zip(unique, change(list(unique.values()), settings=self.settings)))
+        return [made[id(row)] for row in rows]
+
     # Its parts.
 
     def _prompts_end(
@@ -219,9 +276,8 @@ class Rereader:
         """Rows with what belongs into these contexts of theirs."""
         made: dict[tuple, Row] = {}
         todo = {(id(row), build): row for row, build in zip(rows, builds) if row.looked != build}
-        read = self.keys.read(
-            [row for row in todo.values()], [build.count for _, build in todo], self.settings
-        )
+        counts = [build.count for _, build in todo]
+        read = self.keys.read(list(todo.values()), counts, self.settings)
         for (name, build), row in zip(todo, read):
             made[name, build] = row if build == WHOLE else self._found(row, build)
         return [made.get((id(row), build), row) for row, build in zip(rows, builds)]

@@ -69,10 +69,13 @@ class KeyReader:
         return x @ self._projection(x, settings.key_size)
 
     def read(
-        self, rows: Sequence[Row], counts: Sequence[int], settings: RereadSettings
+        self, rows: Sequence[Row], count: int | Sequence[int], settings: RereadSettings
     ) -> list[Row]:
-        """Rows with the keys of all blocks that end at or before these counts of tokens."""
+        """Rows with the keys of all blocks that end at or before this count of tokens, one for all
+        rows or each its own.
+        """
         rows = list(rows)
+        counts = [min(count, row.count) for row in rows] if isinstance(count, int) else count
         missing = [
             (i, number)
             for i, (row, count) in enumerate(zip(rows, counts))
@@ -83,7 +86,7 @@ class KeyReader:
             pieces = [
                 _piece(rows[i].ids, n * settings.block, settings.block, settings) for i, n in group
             ]
-            keys = self.keys(torch.stack(pieces).to(self._device), settings)
+            keys = self.keys(torch.stack(pieces).to(self.device), settings)
             for (i, _), made in zip(group, keys[:, -settings.block :]):
                 rows[i] = rows[i].with_keys(made.clone(), settings)
         return rows
@@ -98,10 +101,11 @@ class KeyReader:
         else:
             length = len(asking)
             piece = torch.cat([row.ids[:1], asking.to(row.ids)])
-        return self.keys(piece[None].to(self._device), settings)[0, -length:]
+        return self.keys(piece[None].to(self.device), settings)[0, -length:]
 
     @property
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
+        """Where ids go."""
         module: Any = self.stack
         return module.get_input_embeddings().weight.device
 

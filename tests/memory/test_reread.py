@@ -353,3 +353,43 @@ def test_fusion_acts_on_the_working_context(qwen2_pair):
             expected = model(one, past_key_values=alone, look_up=True, logits_to_keep=1).logits
             close(model, got[row], expected[0])
             close(model, behind[row], model(one[:, :10], past_key_values=alone).logits[0])
+
+
+def test_a_text_is_read_once_and_asked_often(qwen, tmp_path):
+    """In parts, from a file, and by every question alone: the same answers."""
+    text, told = random_ids(1, 130, seed=90), []
+    cache = qwen.read(text[:, :50], progress=told.append)
+    assert qwen.read(text[:, 50:], cache, progress=told.append) is cache
+    assert cache.get_seq_length() == 130 and told[-1] == 130 and told == sorted(told)
+    qwen.save_bank(cache, tmp_path / "bank.safetensors")
+    for seed in (1, 2, 3):
+        question = random_ids(1, 9, seed=seed)
+        whole = torch.cat([text, question], 1)
+        new = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+        expected = qwen.generate(whole, **new)[0, -12:].tolist()
+        for begun in (copy.deepcopy(cache), qwen.load_bank(tmp_path / "bank.safetensors")):
+            mask = torch.ones(1, 139, dtype=torch.long)
+            made = qwen.generate(question, attention_mask=mask, past_key_values=begun, **new)
+            assert made[0, -12:].tolist() == expected
+
+
+def test_a_bank_of_another_model_is_refused(qwen, tmp_path):
+    cache = qwen.read(random_ids(1, 60))
+    path = tmp_path / "bank.safetensors"
+    qwen.save_bank(cache, path)
+    other = copy.deepcopy(qwen)
+    with torch.no_grad():
+        other.get_input_embeddings().weight.add_(1.0)
+    with pytest.raises(ValueError, match="other weights"):
+        other.load_bank(path)
+    narrow = copy.deepcopy(qwen)
+    narrow.set_window(16, key_size=12)
+    with pytest.raises(ValueError, match="key_size"):
+        narrow.load_bank(path)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="no bank"):
+        qwen.load_bank(path)
+    with pytest.raises(ValueError, match="absent"):
+        qwen.load_bank(tmp_path / "absent")
+    with pytest.raises(ValueError, match="no text"):
+        qwen.save_bank(DynamicCache(), path)
