@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +20,7 @@ from .memory_stack import StackMemory
 from .reread import Asked, Rereader, passages
 from .reread_bank import Passage
 from .reread_cache import find_reread, reread_entry
-from .reread_file import load_row, model_mark, save_row, tokenizer_mark
+from .reread_file import AnyPath, load_row, model_mark, save_row, tokenizer_mark
 from .reread_keys import KeyReader
 from .reread_settings import RereadSettings
 
@@ -41,6 +39,7 @@ def rereading(forward: Callable) -> Callable:
             return forward(self, *args, **kwargs)
         return self._forward(forward, args, kwargs)
 
+    wrapped.base = forward  # type: ignore[attr-defined]
     return wrapped
 
 
@@ -162,7 +161,7 @@ class PaceMixin:
             )
             step = None
             if generated and isinstance(past_key_values, Cache):
-                forward = type(self).forward.__wrapped__  # type: ignore[attr-defined]
+                forward = type(self).forward.base  # type: ignore[attr-defined]
                 step = self._rereader(forward).step(ids, past_key_values)
             if step is None:
                 asked = _asked(ids, attention_mask, past_key_values)
@@ -260,16 +259,14 @@ class PaceMixin:
         """
         if not self._rereads(None):
             raise ValueError("reading needs a window: call set_window(), and the memory on")
-        rereader = self._rereader(type(self).forward.__wrapped__)  # type: ignore[attr-defined]
+        rereader = self._rereader(type(self).forward.base)  # type: ignore[attr-defined]
         cache = past_key_values
         cache = DynamicCache(config=rereader.config) if cache is None else cache
         ids = input_ids.to(self.device)  # type: ignore[attr-defined]
         rereader.read(ids, attention_mask, cache, progress)
         return cache
 
-    def save_bank(
-        self, cache: Cache, path: str | os.PathLike, row: int = 0, tokenizer: Any = None
-    ) -> None:
+    def save_bank(self, cache: Cache, path: AnyPath, row: int = 0, tokenizer: Any = None) -> None:
         """Write a text that was read, its ids and keys, as a safetensors file.
 
         row: of the cache. tokenizer: what made the ids; with it another one's bank is refused.
@@ -282,9 +279,9 @@ class PaceMixin:
         settings = entry.settings
         text = self._reread_keys.read([entry.settle()[row]], entry.counts[row], settings)[0]
         marks = self._mark(settings), tokenizer_mark(tokenizer)
-        save_row(text, Path(path), settings, *marks)
+        save_row(text, path, settings, *marks)
 
-    def load_bank(self, path: str | os.PathLike, tokenizer: Any = None) -> Cache:
+    def load_bank(self, path: AnyPath, tokenizer: Any = None) -> Cache:
         """A cache that goes on behind the text of a file of `save_bank`. Raises ValueError for what
         another model, another tokenizer or another window has made.
         """
@@ -292,7 +289,7 @@ class PaceMixin:
             raise ValueError("a bank needs a window: call set_window()")
         marks = self._mark(self._window), tokenizer_mark(tokenizer)
         device = self._reread_keys.device
-        row = load_row(Path(path), self._window, *marks, device)
+        row = load_row(path, self._window, *marks, device)
         config: Any = self._stack_memory.stack.config
         cache = DynamicCache(config=config)
         entry = reread_entry(cache, self._window, config.num_hidden_layers)

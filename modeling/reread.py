@@ -1,6 +1,6 @@
 """Re-reading: a text far longer than the model could hold, in a working context that it can.
 
-The bank finds, the model reads (DESIGN: `reread_schedule`, `reread_keys`, `reread_lookup`). A call
+The bank finds, the model reads (`reread_schedule`, `reread_keys`, `reread_lookup`). A call
 of the model becomes one or several calls of the base model with ordinary prompts at positions 0, 1,
 2, ...: no mask, no position and no code of a family is its own.
 
@@ -150,22 +150,28 @@ class Rereader:
             segments(row.count - _kept(real, i, keep), row.count, row.ends, self.settings)
             for i, row in enumerate(rows)
         ]
-        last = [run[-1][2] if run else WHOLE for run in runs]
         one_each = all(len(run) == 1 for run in runs)
-        goes_on = entry.contexts is not None and cache is not None and one_each
-        if goes_on and all(
-            segments(a, row.count, row.ends, self.settings)[0][2] == build == made
-            for a, row, build, made in zip(before, rows, last, entry.contexts.builds)  # type: ignore
-        ):
+        if cache is not None and self._goes_on(entry, before, rows):
             more = {**kwargs, "logits_to_keep": keep}
-            output = self._extend(asked.ids, more, cache, entry, real, counts)  # type: ignore
+            output = self._extend(asked.ids, more, cache, entry, real, counts)
         elif one_each and (real is None or bool(real[:, length - keep :].all())):
-            rows = self._looked_up(rows, last)
-            output = self._rebuild(rows, last, keep, kwargs, cache, entry)
+            builds = [run[0][2] for run in runs]
+            rows = self._looked_up(rows, builds)
+            output = self._rebuild(rows, builds, keep, kwargs, cache, entry)
         else:
             rows, output = self._row_by_row(rows, runs, keep, real, kwargs, entry)
         entry.follow(rows, length, real)
         return self._finished(output, kept, keep, kwargs, cache)
+
+    def _goes_on(self, entry: RereadEntry, before: list[int], rows: list[Row]) -> bool:
+        """Whether all tokens of a call are read in the contexts that the KV layers hold."""
+        if entry.contexts is None:
+            return False
+        for start, row, made in zip(before, rows, entry.contexts.builds):
+            runs = segments(start, row.count, row.ends, self.settings)
+            if any(build != made for _, _, build in runs) or len(runs) > 1:
+                return False
+        return True
 
     def step(self, ids: Tensor, cache: Cache) -> dict | None:
         """Before a decode step that is prepared: build what is due. ids: [B, 1].

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .reread_bank import KeyBlock, Row
 from .reread_settings import RereadSettings
 
+AnyPath = str | Path
 FORMAT = "1"
 DEPENDS = ("layer", "key_size", "span_width", "bank_tokens", "forget")  # keys do, on these
 SAMPLED = 64  # numbers of each weight that go into its mark
@@ -53,7 +54,7 @@ def tokenizer_mark(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def save_row(row: Row, path: Path, settings: RereadSettings, model: str, tokenizer: str) -> None:
+def save_row(row: Row, path: AnyPath, settings: RereadSettings, model: str, tokenizer: str) -> None:
     """Write a row and its keys. model, tokenizer: their marks."""
     keys = [block.keys for block in row.blocks]
     width, size = settings.span_width, settings.key_size
@@ -73,13 +74,13 @@ def save_row(row: Row, path: Path, settings: RereadSettings, model: str, tokeniz
         "tokenizer": tokenizer,
         **{name: getattr(settings, name) for name in DEPENDS},
     }
-    part = path.with_name(path.name + ".part")
+    part = Path(f"{path}.part")  # whoever looks sees a whole file or none
     save_file(tensors, part, metadata={"pace_bank": json.dumps(facts)})
     part.replace(path)
 
 
 def load_row(
-    path: Path, settings: RereadSettings, model: str, tokenizer: str, device: torch.device
+    path: AnyPath, settings: RereadSettings, model: str, tokenizer: str, device: torch.device
 ) -> Row:
     """Read a row. Raises ValueError for another model's, tokenizer's or window's, and for a file
     that is none.

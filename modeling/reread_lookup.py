@@ -123,4 +123,4 @@ def _votes(z: Tensor, settings: RereadSettings) -> Tensor:
     if settings.vote == "best":
         return z
     rank = z.argsort(stable=True, dim=0, descending=True).argsort(0)
-    return 1.0 / (10 + rank)
+    return 1.0 / (10.0 + rank.to(z))
