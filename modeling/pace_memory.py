@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -18,7 +18,7 @@ from .memory_session import current
 from .memory_settings import MemorySettings
 from .memory_stack import StackMemory
 from .reread import Asked, Rereader, passages
-from .reread_bank import Passage
+from .reread_bank import Passage, Row
 from .reread_cache import find_reread, reread_entry
 from .reread_file import AnyPath, load_row, model_mark, save_row, tokenizer_mark
 from .reread_keys import KeyReader
@@ -288,12 +288,34 @@ class PaceMixin:
         if self._window is None:
             raise ValueError("a bank needs a window: call set_window()")
         marks = self._mark(self._window), tokenizer_mark(tokenizer)
-        device = self._reread_keys.device
-        row = load_row(path, self._window, *marks, device)
+        return self._cache_of(load_row(path, self._window, *marks, self._reread_keys.device))
+
+    @torch.no_grad()
+    def join_banks(self, caches: Sequence[Cache]) -> Cache:
+        """A cache that goes on behind several texts that were read, of one row each: one look-up
+        finds passages in all of them.
+
+        Each text begins at a multiple of `window_settings.block`; `passages` count tokens so.
+        Raises ValueError for a cache without a text, or with another window.
+        """
+        rows = []
+        for cache in caches:
+            entry = find_reread(cache)
+            if entry is None or entry.missing or len(entry.counts) != 1:
+                raise ValueError("a cache has no text that was read; make each with read()")
+            if entry.settings != self._window:
+                raise ValueError("a cache began with another window; read the text again")
+            entry.catch_up(cache)
+            rows += entry.settle()
+        forward = type(self).forward.base  # type: ignore[attr-defined]
+        return self._cache_of(self._rereader(forward).join(rows))
+
+    def _cache_of(self, row: Row) -> Cache:
+        assert self._window is not None
         config: Any = self._stack_memory.stack.config
         cache = DynamicCache(config=config)
         entry = reread_entry(cache, self._window, config.num_hidden_layers)
-        entry.begin(1, device)
+        entry.begin(1, row.ids.device)
         entry.empty(cache)
         entry.follow([row], row.count, None)
         entry.close(cache)

@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .memory_stack import real_columns
-from .reread_bank import Passage, Prompt, Row
+from .reread_bank import KeyBlock, Passage, Prompt, Row
 from .reread_cache import Contexts, RereadEntry, reread_entry
 from .reread_keys import KeyReader
 from .reread_lookup import look_up, query_weights
@@ -229,6 +229,24 @@ class Rereader:
             if told is not None:
                 told(min(upto, max(row.count for row in rows)))
         self._noted(rows, ids.shape[1], real, cache, entry)
+
+    def join(self, rows: list[Row]) -> Row:
+        """One row with the texts of several behind each other, each from a multiple of U on.
+
+        Between them stand tokens that nobody looks up: copies of the first.
+        """
+        ids: list[Tensor] = []
+        blocks: list[KeyBlock] = []
+        at = 0
+        for number, row in enumerate(rows):
+            count, block = row.count, self.settings.block
+            if number < len(rows) - 1:
+                row = row.longer(row.ids[:1].expand(-count % block))
+            row = self.keys.read([row], row.count, self.settings)[0]
+            ids.append(row.ids)
+            blocks += row.shifted(count, at, self.settings)
+            at += row.count
+        return Row(torch.cat(ids), tuple(blocks))
 
     def _strides(self, rows: list[Row]) -> Iterator[int]:
         """Counts of tokens at which reading tells how far it is."""

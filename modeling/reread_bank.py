@@ -105,6 +105,17 @@ class Row:
         prompts = tuple(prompt for prompt in self.prompts if prompt.end <= count)
         return Row(self.ids[:count], blocks, prompts)
 
+    def shifted(self, count: int, first: int, settings: RereadSettings) -> tuple[KeyBlock, ...]:
+        """Its blocks, of its first `count` tokens alone, for a row in which it begins at `first`,
+        which is a multiple of U.
+        """
+        width = settings.span_width
+        kept = (_kept(b, {s for s in b.spans if s * width >= count}) for b in self.blocks)
+        return tuple(
+            replace(block, spans=tuple(span + first // width for span in block.spans))
+            for block in kept
+        )
+
     def with_keys(self, keys: Tensor, settings: RereadSettings) -> Row:
         """With the keys of its next block, [U, R]; a full bank lets spans go."""
         spans = keys.unflatten(0, (-1, settings.span_width))

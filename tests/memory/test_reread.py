@@ -393,3 +393,23 @@ def test_a_bank_of_another_model_is_refused(qwen, tmp_path):
         qwen.load_bank(tmp_path / "absent")
     with pytest.raises(ValueError, match="no text"):
         qwen.save_bank(DynamicCache(), path)
+
+
+def test_one_look_up_over_many_texts(qwen):
+    """Each text's passages are found as if the others' filler were not there."""
+    texts = [random_ids(1, n, seed=100 + n) for n in (130, 75, 90)]
+    joined = qwen.join_banks([qwen.read(text) for text in texts])
+    block = qwen.window_settings.block
+    assert joined.get_seq_length() == 144 + 80 + 90 and block == 16
+    rows = joined.layers[0].rows[0]
+    spans = [span for part in rows.blocks for span in part.spans]
+    assert not any(130 <= span * 4 < 144 or 219 < span * 4 < 224 for span in spans)
+    alone = qwen.read(texts[1]).layers[0].rows[0].blocks[2]
+    torch.testing.assert_close(rows.blocks[9 + 2].keys, alone.keys, rtol=0, atol=0)
+    asked = texts[0][:, 40:52]
+    mask = torch.ones(1, 314 + 12, dtype=torch.long)
+    made = qwen.generate(asked, attention_mask=mask, past_key_values=joined, max_new_tokens=5,
+        do_sample=False, pad_token_id=0)  # fmt: skip
+    assert made.shape[1] == 17
+    with pytest.raises(ValueError, match="no text"):
+        qwen.join_banks([DynamicCache()])
