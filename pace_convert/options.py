@@ -81,7 +81,7 @@ def _parse_layers(value: object) -> object:
     return value
 
 
-def _parse_tokens(value: object) -> object:
+def parse_tokens(value: object) -> object:
     """1024 of '1k' or '1024'; what is neither is left to pydantic."""
     if isinstance(value, str) and value not in ("auto", "none"):
         number, kilo = value.lower().removesuffix("k"), value.lower().endswith("k")
@@ -156,7 +156,7 @@ class ConvertOptions(BaseModel):
         "Compare and fuse whole activations, or each expert's block of them on its own.",
     )
     window: Annotated[
-        Literal["auto", "none"] | Annotated[int, Field(ge=16)], BeforeValidator(_parse_tokens)
+        Literal["auto", "none"] | Annotated[int, Field(ge=16)], BeforeValidator(parse_tokens)
     ] = Field(
         "auto",
         description="Re-read texts that are longer than the model holds: tokens of the window, 1k "

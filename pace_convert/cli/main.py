@@ -15,6 +15,7 @@ from ..progress import Progress
 from ..units import size
 from ..version import __version__
 from . import in_words
+from .ask import ask, read
 from .evaluate import evaluation
 from .options import model_options
 from .shared import as_json_text, friendly, hub_options, output_options
@@ -146,6 +147,7 @@ def pace() -> None:
     pace convert Qwen/Qwen2-7B ./out                    convert a model, without training
     pace verify ./out --source Qwen/Qwen2-7B            prove that no weight was changed
     pace inspect ./out --html report.html               look at its experts and its memory
+    pace ask ./out --file book.txt "Who ...?"           ask about a text of any length
     pace eval needle ./out --arms base,ce+pa            measure whether it helps
     pace push ./out your-name/Qwen2-7B-Pace             upload it
     pace undo ./out ./original                          the source again, bit for bit
@@ -153,6 +155,8 @@ def pace() -> None:
 
 
 pace.add_command(pace_convert, "convert")
+pace.add_command(ask)
+pace.add_command(read)
 
 
 @pace.command()

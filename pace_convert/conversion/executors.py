@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from ..errors import CallError, PaceError
 from ..jobs import run_here
@@ -21,9 +21,21 @@ from .tasks import Task
 RAY_RETRIES = 3
 
 
+class Anywhere(Protocol):
+    """A picklable piece of work. is_layer: whether it takes a GPU where there are some."""
+
+    @property
+    def is_layer(self) -> bool: ...
+
+    def run(self) -> dict: ...
+
+
+Work = TypeVar("Work", bound=Anywhere)
+
+
 def run_tasks(
-    tasks: Sequence[Task], run: RunOptions, jobs: int, task_bytes: int
-) -> Iterator[tuple[Task, dict]]:
+    tasks: Sequence[Work], run: RunOptions, jobs: int, task_bytes: int
+) -> Iterator[tuple[Work, dict]]:
     """Each task with what its `run` returned, as soon as it is done.
 
     jobs: processes on this machine; task_bytes: memory that one task needs. Raises what a task
@@ -87,13 +99,13 @@ def _reach(address: str | None) -> None:
             ) from error
 
 
-def _on_ray(tasks: Sequence[Task], run: RunOptions, task_bytes: int) -> Iterator[tuple[Task, dict]]:
+def _on_ray(tasks: Sequence[Work], run: RunOptions, task_bytes: int) -> Iterator[tuple[Work, dict]]:
     ray = _connect(run.ray_address)
     try:
         gpus = 1 if run.device.startswith("cuda") else 0
         remote = ray.remote(_run)
         waiting = list(reversed(tasks))
-        running: dict[Any, Task] = {}
+        running: dict[Any, Work] = {}
         while waiting or running:
             # Not all at once: `run.jobs` says how many may be at work.
             while waiting and len(running) < (run.jobs or len(tasks)):
@@ -124,7 +136,7 @@ def _connect(address: str | None) -> Any:
     return ray
 
 
-def _run(task: Task) -> dict:
+def _run(task: Anywhere) -> dict:
     """What a Ray worker calls: a function, as `ray.remote` takes it."""
     return task.run()
 

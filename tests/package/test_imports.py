@@ -13,7 +13,7 @@ FLOORS = (
     ("cli",),
     ("",),  # pace_convert itself
     ("api",),
-    ("evaluation", "inspect"),
+    ("evaluation", "inspect", "reading"),
     ("reference",),
     ("conversion",),
     ("converted",),
