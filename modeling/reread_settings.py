@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from .memory_settings import real, whole
 
-Vote = Literal["cube", "best", "rank"]
+Vote = Literal["phrase", "cube"]
 Forget = Literal["oldest", "plainest"]
 
 BLOCK = 1024  # tokens that are read together, fewer where the window is smaller
@@ -41,7 +41,7 @@ class RereadSettings:
     bank_tokens: int = whole(262144, low=1024)
     query_tokens: int = whole(128, low=1)
     query_half_life: float = real(16.0, low=0.1)
-    vote: Vote = "cube"
+    vote: Vote = "phrase"
     forget: Forget = "oldest"
 
     def __post_init__(self) -> None:
