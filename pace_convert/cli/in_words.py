@@ -207,13 +207,14 @@ def integrity_text(whole: Integrity) -> str:
     shards = "1 shard" if whole.shards == 1 else f"{whole.shards} shards"
     lines = [
         f"files      {whole.tensors} tensors in {shards}",
+        *_hash_lines(whole),
         f"experts    {whole.layers} layers of {whole.intermediate_size} neurons, "
         "each in the order of its permutation",
     ]
     lines += [f"  wrong    {problem}" for problem in whole.problems[:10]]
-    lines += [
-        f"edited     {name} is not the file this version ships" for name in whole.edited_files
-    ]
+    if len(whole.problems) > 10:
+        lines.append(f"  and {len(whole.problems) - 10} more")
+    lines += [f"edited     {name} is not as it was shipped" for name in whole.edited_files]
     lines.append(
         "whole; give --source to compare it with the model it was made from"
         if whole.passed
@@ -222,12 +223,44 @@ def integrity_text(whole: Integrity) -> str:
     return "\n".join(lines)
 
 
+def _hash_lines(whole: Integrity) -> list[str]:
+    if not whole.hashed:
+        return ["hashes     none were left: give --source to compare the weights"]
+    if not whole.changed:
+        wrong = any("as the conversion wrote" in problem for problem in whole.problems)
+        return [] if wrong else ["hashes     every tensor is as the conversion wrote it"]
+    names = [f"  trained  {name}" for name in whole.changed[:10]]
+    more = len(whole.changed) - len(names)
+    return [
+        f"hashes     {len(whole.changed)} of {whole.tensors} tensors are not the conversion's: "
+        "saved by save_pretrained since, as is expected of a fine-tune",
+        *names,
+        *([f"  and {more} more"] if more else []),
+    ]
+
+
 def restored_text(restored: Restored) -> str:
     """A Restored in words."""
     return (
         f"Wrote {restored.folder}: {len(restored.files)} files, "
-        f"{restored.tensors} tensors, {size(restored.nbytes)}. "
-        "They are the source's, byte for byte, if nothing in OUT was changed since."
+        f"{restored.tensors} tensors, {size(restored.nbytes)}. {_proof(restored)}"
+    )
+
+
+def _proof(restored: Restored) -> str:
+    names = ", ".join(restored.changed[:3]) + (", ..." if len(restored.changed) > 3 else "")
+    if restored.proved and restored.changed:
+        return f"They are the source's, byte for byte, but for what was edited since: {names}."
+    if restored.proved:
+        return "They are the source's, byte for byte, by the hashes that the conversion left."
+    if restored.changed:
+        return (
+            "They were trained or changed since the conversion: only the permutation was taken "
+            f"back. {len(restored.changed)} tensors are not the source's: {names}."
+        )
+    return (
+        "The permutation was taken back; there are no hashes to prove that the weights are the "
+        "source's."
     )
 
 

@@ -24,6 +24,7 @@ from ..options import MEMORY_PARAMETERS, ConvertOptions
 
 MODELING = "modeling_pace.py"
 PERMUTATION = "pace_permutation.safetensors"
+HASHES = "pace_hashes.json"
 CARD = "README.md"
 SOURCE_CARD = "README.source.md"
 # Files of the source that a conversion writes anew, and the names under which the source's own are

@@ -120,7 +120,7 @@ def unbalance(arrays: dict) -> None:
 )
 def test_what_is_wrong_is_named(out, change, words):
     change(out)
-    assert len(problems(out)) == 1 and words in problems(out)[0]
+    assert any(words in problem for problem in problems(out))
 
 
 def cut_a_weight(out: Path) -> None:
