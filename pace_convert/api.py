@@ -111,7 +111,12 @@ def prepare(
 
 @overload
 def verify(
-    out: str | Path, source: None = None, *, progress: Callback | Progress | None = None
+    out: str | Path,
+    source: None = None,
+    *,
+    logits: bool = True,
+    trust_remote_code: bool = False,
+    progress: Callback | Progress | None = None,
 ) -> Integrity: ...
 
 
@@ -144,9 +149,10 @@ def verify(
     permuted.
 
     Without `source` every tensor is compared with the hash that the conversion left, and index,
-    shapes, permutations, config and modeling files are looked at. With it
-    every tensor is compared bit for bit, the tokenizer, and, if asked, the logits with the memory
-    off, which runs `out`'s modeling files: only those of this version, or with trust_remote_code.
+    shapes, permutations, config and modeling files are looked at. With it every tensor is compared
+    bit for bit, config.json and the tokenizer. With `logits` the model is loaded too, where it
+    fits, and run; with `source` its logits with the memory off are compared. That runs `out`'s
+    modeling files: only those of this version, or with trust_remote_code.
     What comes back has `passed`. Raises CallError, DamagedSourceError, PaceError.
     """
     from .converted.opened import open_converted
@@ -158,7 +164,12 @@ def verify(
             raise CallError("revision, token and cache_dir are of a source", "give the source too")
         from .converted.integrity import check_integrity
 
-        return check_integrity(converted, shown)
+        whole = check_integrity(converted, shown)
+        if not logits:
+            return whole
+        from .converted.loads import check_loads
+
+        return check_loads(converted, whole, trust_remote_code)
     from .checkpoint.checkpoint import open_source
     from .converted.verify import verify as compare
 

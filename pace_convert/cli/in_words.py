@@ -183,6 +183,9 @@ def verification_text(result: Verification, hashes: bool = False) -> str:
     lines += [f"  differs  {name}" for name in result.different[:10]]
     if len(result.different) > 10:
         lines.append(f"  and {len(result.different) - 10} more")
+    if result.saved and result.different:
+        lines.append("  saved by save_pretrained since the conversion: expected of a fine-tune")
+    lines += [f"  wrong    {problem}" for problem in result.problems[:10]]
     lines += [f"{value}  {name}" for name, value in result.hashes.items() if hashes]
     lines.append(
         f"sha256     {result.digest} of the source's tensors"
@@ -212,6 +215,8 @@ def integrity_text(whole: Integrity) -> str:
         "each in the order of its permutation",
     ]
     lines += [f"  wrong    {problem}" for problem in whole.problems[:10]]
+    if whole.loaded or whole.not_loaded:
+        lines.append(f"model      {'loads and runs' if whole.loaded else _not_loaded(whole)}")
     if len(whole.problems) > 10:
         lines.append(f"  and {len(whole.problems) - 10} more")
     lines += [f"edited     {name} is not as it was shipped" for name in whole.edited_files]
@@ -221,6 +226,10 @@ def integrity_text(whole: Integrity) -> str:
         else "NOT whole"
     )
     return "\n".join(lines)
+
+
+def _not_loaded(whole: Integrity) -> str:
+    return f"was not loaded: {whole.not_loaded}"
 
 
 def _hash_lines(whole: Integrity) -> list[str]:

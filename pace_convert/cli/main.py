@@ -242,7 +242,7 @@ def verify(
     """Prove that OUT is SOURCE, permuted: tensors bit for bit, logits with the memory off.
 
     Without --source only OUT itself is looked at: every tensor by the hash that the conversion
-    left, index, shapes, permutations, config and modeling files.
+    left, index, shapes, permutations, config and modeling files; and whether it loads and runs.
 
     \b
     pace verify ./out --source Qwen/Qwen2-7B
@@ -251,7 +251,12 @@ def verify(
     if hashes and source is None:
         raise CallError("--hashes is for the tensors of a source", "give --source")
     if source is None:
-        whole = api.verify(out, progress=Progress(quiet))
+        whole = api.verify(
+            out,
+            logits=not no_logits,
+            trust_remote_code=trust_remote_code,
+            progress=Progress(quiet),
+        )
         click.echo(as_json_text(whole.as_dict()) if as_json else in_words.integrity_text(whole))
         sys.exit(0 if whole.passed else 1)
     result = api.verify(

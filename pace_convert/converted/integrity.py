@@ -16,6 +16,7 @@ from .format import KEPT, PERMUTATION, written_files
 from .hashes import Hashes, changed_files, changed_headers, changed_tensors, read_hashes
 from .load import edited_code
 from .opened import Converted
+from .shipped import auto_map as shipped_auto_map
 
 NOT_AS_WRITTEN = "is not as the conversion wrote it"
 QUIET = Progress(quiet=True)
@@ -30,7 +31,8 @@ class Integrity:
     problems: in words. edited_files: Python files that are not what this version ships, and other
     files that are not as the conversion wrote them. hashed: whether tensors were compared with
     their hashes. saved: whether `save_pretrained` wrote the folder; changed: tensors that are then
-    others than the conversion's, as a training leaves them.
+    others than the conversion's, as a training leaves them. loaded: whether the model was loaded
+    and has run; not_loaded: why that was not tried.
     """
 
     tensors: int
@@ -42,6 +44,8 @@ class Integrity:
     hashed: bool = False
     saved: bool = False
     changed: tuple[str, ...] = ()
+    loaded: bool = False
+    not_loaded: str = ""
 
     @property
     def passed(self) -> bool:
@@ -101,7 +105,18 @@ def _edited(converted: Converted, hashes: Hashes | None) -> list[str]:
     if hashes is None or hashes.saved:
         return []
     changed = changed_files(converted.files.folder, hashes)
-    return [name for name in changed if name not in _FIXED and not name.endswith(".py")]
+    edited = [name for name in changed if name not in _FIXED and not name.endswith(".py")]
+    # What else differs in it is a problem, named by its key.
+    names = {CONFIG: "config.json (pace)"}
+    return [names.get(name, name) for name in edited if name != CONFIG or not _edits(converted)]
+
+
+def _edits(converted: Converted) -> list[str]:
+    """In what config.json is not what was made of the kept one, `pace` aside."""
+    folder = converted.files.folder
+    if not (folder / KEPT[CONFIG]).is_file():
+        return []
+    return config_edits(converted, read_json(folder, KEPT[CONFIG]))
 
 
 def _files(converted: Converted, hashes: Hashes | None) -> list[str]:
@@ -154,14 +169,18 @@ def _experts(converted: Converted) -> list[str]:
 
 
 def _config(converted: Converted, hashes: Hashes | None) -> list[str]:
-    folder = converted.files.folder
-    problems = []
-    if (folder / KEPT[CONFIG]).is_file() and not (hashes and hashes.saved):
-        problems += config_edits(converted, read_json(folder, KEPT[CONFIG]))
+    problems = [] if hashes and hashes.saved else _edits(converted)
     try:
         converted.ffn()
     except DamagedSourceError as error:
         problems.append(error.message)
+    classes = converted.files.config.get("auto_map")
+    named = classes if isinstance(classes, dict) else {}
+    missing = [name for name in shipped_auto_map({}, converted.family) if name not in named]
+    if converted.needs_code and missing:
+        problems.append(
+            f"config.json: auto_map does not name {missing[0]}: transformers can't load it"
+        )
     layers = converted.pace["memory"]["layers"]
     if any(layer >= converted.layers for layer in layers):
         problems.append(f"config.json: memory in layers {layers}, the model has {converted.layers}")
