@@ -11,6 +11,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from .memory_cache import MemoryEntry, find_entry, memory_summary
+from .memory_saving import SavingMixin
 from .memory_session import current
 from .memory_settings import MemorySettings
 from .memory_stack import StackMemory
@@ -18,7 +19,7 @@ from .memory_stack import StackMemory
 __all__ = ["PaceMixin", "memory_summary"]
 
 
-class PaceMixin:
+class PaceMixin(SavingMixin):
     """What every PaceLLM model class adds to its base class."""
 
     config: Any

@@ -11,12 +11,12 @@ def config_edits(converted: Converted, source: dict) -> list[str]:
     """In words, what differs from the config.json that a conversion makes of the source's.
 
     source: its config.json. `pace` may say anything that `check_pace` takes: `pace tune` and
-    `set_memory` change it.
+    `set_memory` change it. `auto_map` is `edited_code`'s.
     """
     config = converted.files.config
     expected = expected_config(source, converted.family, converted.pace, converted.needs_code)
     edits = []
-    for key in sorted({*config, *expected}):
+    for key in sorted({*config, *expected} - {"auto_map"}):
         if key not in expected:
             edits.append(f"config.json: {key} is {_short(config[key])}; the conversion had none")
         elif key not in config:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 from dataclasses import asdict, dataclass
 
-from ..checkpoint.checkpoint import CONFIG, INDEX
+from ..checkpoint.checkpoint import CONFIG, INDEX, SINGLE
 from ..checkpoint.files import read_json
 from ..errors import DamagedSourceError, one_line
 from ..progress import Progress
@@ -89,7 +89,7 @@ def structure_problems(converted: Converted, hashes: Hashes | None) -> list[str]
     """Everything that is wrong but for weights."""
     return [
         *_files(converted, hashes),
-        *_index(converted),
+        *_index(converted, hashes),
         *_experts(converted),
         *_config(converted, hashes),
     ]
@@ -131,10 +131,12 @@ def _files(converted: Converted, hashes: Hashes | None) -> list[str]:
     ]
 
 
-def _index(converted: Converted) -> list[str]:
+def _index(converted: Converted, hashes: Hashes | None) -> list[str]:
     files = converted.files
     if not os.path.lexists(files.folder / INDEX):
         return []  # said by _files
+    if hashes and hashes.saved and files.shards == [SINGLE]:
+        return []  # left there from before, and not looked at by transformers either
     index = read_json(files.folder, INDEX)
     metadata = index.get("metadata")
     weight_map = index.get("weight_map")

@@ -25,6 +25,7 @@ SHIPPED = [
     "memory_cache.py",
     "memory_draft.py",
     "memory_layer.py",
+    "memory_saving.py",
     "memory_session.py",
     "memory_settings.py",
     "memory_stack.py",

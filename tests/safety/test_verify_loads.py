@@ -56,7 +56,7 @@ def test_a_config_that_was_edited(pair, out, edit):
     for source in (None, pair[0]):
         result = verify(out, source)
         assert not result.passed
-        assert any(f"config.json: {next(iter(edit))} is" in problem for problem in result.problems)
+        assert any(f"config.json: {next(iter(edit))} " in problem for problem in result.problems)
 
 
 def test_a_config_that_lost_a_key(pair, out):
