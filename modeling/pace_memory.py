@@ -41,14 +41,7 @@ class PaceMixin(SavingMixin):
             raise ValueError(
                 "config.json: pace.intermediate_size is missing; convert the model again"
             )
-        absent = [layer for layer in settings.layers if layer >= self.config.num_hidden_layers]
-        if absent:
-            raise ValueError(f"memory: layers has {absent[0]}, the model has no such layer")
-        if settings.layers and pace["intermediate_size"] % settings.experts:
-            raise ValueError(
-                f"memory: granularity expert needs experts of equal size, and {settings.experts} "
-                f"does not divide {pace['intermediate_size']}"
-            )
+        settings.check_model(self.config.num_hidden_layers, pace.get("intermediate_size", 0))
         return settings
 
     def prepare_inputs_for_generation(

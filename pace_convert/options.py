@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from .device import NAMES
 from .errors import CallError
-from .modeling.memory_settings import Granularity, MemorySettings
+from .modeling.memory_settings import MOST_EXPERTS, MOST_LAYERS, Granularity, MemorySettings
 
 EXPERT_OPTIONS = ("experts", "cluster_method", "exact_restarts", "seed")
 MEMORY_PARAMETERS = tuple(MemorySettings.parameters())
@@ -25,7 +25,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "granularity": "token",
     },
 }  # fmt: skip
-Layer = Annotated[int, Field(ge=0)]
+Layer = Annotated[int, Field(ge=0, le=MOST_LAYERS)]
 
 
 def preset_parameters(name: str) -> dict[str, Any]:
@@ -77,7 +77,10 @@ class ConvertOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     experts: int = Field(
-        64, ge=1, description="Cortical experts (clusters of FFN neurons) per layer, K."
+        64,
+        ge=1,
+        le=MOST_EXPERTS,
+        description="Cortical experts (clusters of FFN neurons) per layer, K.",
     )
     cluster_method: Literal["fast", "exact"] = Field(
         "fast",

@@ -11,7 +11,7 @@ from ..checkpoint.ffn import check_ffn, count_layers
 from ..errors import CallError, DamagedSourceError
 from ..experts.permute import ExpertOrder
 from ..families import FAMILIES, FamilySpec, FfnTensor
-from .format import PERMUTATION, check_pace, is_unfinished, read_permutation
+from .format import PERMUTATION, check_memory, check_pace, is_unfinished, read_permutation
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,10 @@ def open_converted(out: Path) -> Converted:
             "convert again",
         )
     check_pace(pace)
+    layers = count_layers(FAMILIES[base], files.config)
+    check_memory(pace, layers)
     orders = read_permutation(out)
-    if len(orders) != count_layers(FAMILIES[base], files.config):
+    if len(orders) != layers:
         raise DamagedSourceError(
             f"{PERMUTATION} does not have one permutation per layer", "convert again"
         )
