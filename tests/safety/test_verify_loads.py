@@ -138,3 +138,22 @@ def test_nothing_is_loaded_without_logits(out):
 
 def test_every_family_loads_and_runs(family_pair):
     assert verify(family_pair[1]).loaded
+
+
+SHORT = [
+    ("gpt2", {"n_positions": 16}),
+    ("opt", {"max_position_embeddings": 5}),
+    ("qwen2", {"max_position_embeddings": 8}),
+    ("gptj", {"n_positions": 3}),
+    ("gpt2", {"n_positions": 1}),
+    ("bloom", {}),
+]
+
+
+@pytest.mark.parametrize(("row", "sizes"), SHORT, ids=str)
+def test_fewer_positions_than_the_trial_reads(make_source, tmp_path, row, sizes):
+    source, out = make_source(row, **sizes), tmp_path / "out"
+    convert_folder(source, out)
+    assert verify(out).loaded
+    result = verify(out, source)
+    assert result.passed and result.logits_match
