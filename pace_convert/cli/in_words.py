@@ -250,8 +250,9 @@ def _hash_lines(whole: Integrity) -> list[str]:
 
 def restored_text(restored: Restored) -> str:
     """A Restored in words."""
+    did = "Already in" if restored.already else "Wrote"
     return (
-        f"Wrote {restored.folder}: {len(restored.files)} files, "
+        f"{did} {restored.folder}: {len(restored.files)} files, "
         f"{restored.tensors} tensors, {size(restored.nbytes)}. {_proof(restored)}"
     )
 
