@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from .device import NAMES
 from .errors import CallError
-from .modeling.memory_settings import Granularity, MemorySettings
+from .modeling.memory_settings import MOST_EXPERTS, MOST_LAYERS, Granularity, MemorySettings
 from .modeling.reread_settings import RereadSettings
 
 EXPERT_OPTIONS = ("experts", "cluster_method", "exact_restarts", "seed")
@@ -27,7 +27,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "granularity": "token",
     },
 }  # fmt: skip
-Layer = Annotated[int, Field(ge=0)]
+Layer = Annotated[int, Field(ge=0, le=MOST_LAYERS)]
 # Options of re-reading, and the parameters of `RereadSettings` that they set.
 WINDOW_OPTIONS = {
     "window": "window", "reread_layer": "layer", "first_tokens": "first", "spans": "spans",
@@ -107,7 +107,10 @@ class ConvertOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     experts: int = Field(
-        64, ge=1, description="Cortical experts (clusters of FFN neurons) per layer, K."
+        64,
+        ge=1,
+        le=MOST_EXPERTS,
+        description="Cortical experts (clusters of FFN neurons) per layer, K.",
     )
     cluster_method: Literal["fast", "exact"] = Field(
         "fast",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -77,6 +77,13 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
+def header_bytes(path: Path) -> bytes:
+    """The header of a shard that `read_header` has taken, its length included."""
+    with path.open("rb") as file:
+        length = file.read(8)
+        return length + file.read(int.from_bytes(length, "little"))
+
+
 def check_tensors(tensors: dict[str, TensorInfo]) -> None:
     """Raises DamagedSourceError for names and shapes that no model has."""
     check_names(tensors, "tensor")
@@ -130,18 +137,26 @@ def row_blocks(path: Path, info: TensorInfo) -> Iterator[tuple[int, np.ndarray]]
 
 
 def reordered(
-    path: Path, info: TensorInfo, axis: int, permutation: np.ndarray
+    path: Path,
+    info: TensorInfo,
+    axis: int,
+    permutation: np.ndarray,
+    seen: Callable[[memoryview], object] | None = None,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """(first row, bits of some rows) of the tensor with its entries along `axis` in the
     permutation's order.
 
-    In pieces of about 32 MB; along the first axis the whole tensor is in memory meanwhile.
+    In pieces of about 32 MB; along the first axis the whole tensor is in memory meanwhile. seen:
+    called with its bytes in the order in which they lie in the file.
     """
+    seen = seen or (lambda _: None)
     if axis:
         for first, bits in row_blocks(path, info):
+            seen(bits.data)
             yield first, np.take(bits, permutation, axis=1, mode="clip")
         return
     bits = read(path, info)
+    seen(bits.data)
     step = max(1, BLOCK_BYTES * len(bits) // max(1, bits.nbytes))
     for first in range(0, len(bits), step):
         yield first, np.take(bits, permutation[first : first + step], axis=0, mode="clip")

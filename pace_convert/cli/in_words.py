@@ -196,6 +196,9 @@ def verification_text(result: Verification, hashes: bool = False) -> str:
     lines += [f"  differs  {name}" for name in result.different[:10]]
     if len(result.different) > 10:
         lines.append(f"  and {len(result.different) - 10} more")
+    if result.saved and result.different:
+        lines.append("  saved by save_pretrained since the conversion: expected of a fine-tune")
+    lines += [f"  wrong    {problem}" for problem in result.problems[:10]]
     lines += [f"{value}  {name}" for name, value in result.hashes.items() if hashes]
     lines.append(
         f"sha256     {result.digest} of the source's tensors"
@@ -220,13 +223,16 @@ def integrity_text(whole: Integrity) -> str:
     shards = "1 shard" if whole.shards == 1 else f"{whole.shards} shards"
     lines = [
         f"files      {whole.tensors} tensors in {shards}",
+        *_hash_lines(whole),
         f"experts    {whole.layers} layers of {whole.intermediate_size} neurons, "
         "each in the order of its permutation",
     ]
     lines += [f"  wrong    {problem}" for problem in whole.problems[:10]]
-    lines += [
-        f"edited     {name} is not the file this version ships" for name in whole.edited_files
-    ]
+    if whole.loaded or whole.not_loaded:
+        lines.append(f"model      {'loads and runs' if whole.loaded else _not_loaded(whole)}")
+    if len(whole.problems) > 10:
+        lines.append(f"  and {len(whole.problems) - 10} more")
+    lines += [f"edited     {name} is not as it was shipped" for name in whole.edited_files]
     lines.append(
         "whole; give --source to compare it with the model it was made from"
         if whole.passed
@@ -235,12 +241,49 @@ def integrity_text(whole: Integrity) -> str:
     return "\n".join(lines)
 
 
+def _not_loaded(whole: Integrity) -> str:
+    return f"was not loaded: {whole.not_loaded}"
+
+
+def _hash_lines(whole: Integrity) -> list[str]:
+    if not whole.hashed:
+        return ["hashes     none were left: give --source to compare the weights"]
+    if not whole.changed:
+        wrong = any("as the conversion wrote" in problem for problem in whole.problems)
+        return [] if wrong else ["hashes     every tensor is as the conversion wrote it"]
+    names = [f"  trained  {name}" for name in whole.changed[:10]]
+    more = len(whole.changed) - len(names)
+    return [
+        f"hashes     {len(whole.changed)} of {whole.tensors} tensors are not the conversion's: "
+        "saved by save_pretrained since, as is expected of a fine-tune",
+        *names,
+        *([f"  and {more} more"] if more else []),
+    ]
+
+
 def restored_text(restored: Restored) -> str:
     """A Restored in words."""
+    did = "Already in" if restored.already else "Wrote"
     return (
-        f"Wrote {restored.folder}: {len(restored.files)} files, "
-        f"{restored.tensors} tensors, {size(restored.nbytes)}. "
-        "They are the source's, byte for byte, if nothing in OUT was changed since."
+        f"{did} {restored.folder}: {len(restored.files)} files, "
+        f"{restored.tensors} tensors, {size(restored.nbytes)}. {_proof(restored)}"
+    )
+
+
+def _proof(restored: Restored) -> str:
+    names = ", ".join(restored.changed[:3]) + (", ..." if len(restored.changed) > 3 else "")
+    if restored.proved and restored.changed:
+        return f"They are the source's, byte for byte, but for what was edited since: {names}."
+    if restored.proved:
+        return "They are the source's, byte for byte, by the hashes that the conversion left."
+    if restored.changed:
+        return (
+            "They were trained or changed since the conversion: only the permutation was taken "
+            f"back. {len(restored.changed)} tensors are not the source's: {names}."
+        )
+    return (
+        "The permutation was taken back; there are no hashes to prove that the weights are the "
+        "source's."
     )
 
 

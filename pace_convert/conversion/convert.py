@@ -11,6 +11,7 @@ from ..checkpoint.tokenizer import CONFIG as TOKENIZER_CONFIG
 from ..checkpoint.tokenizer import named_tokenizer_config
 from ..converted.format import (
     CARD,
+    HASHES,
     KEPT,
     PERMUTATION,
     SEAL,
@@ -19,9 +20,10 @@ from ..converted.format import (
     read_seal,
     to_json,
 )
+from ..converted.hashes import Hashes
 from ..converted.opened import open_converted
 from ..converted.push import Pushed, Target, check_card, check_target, push
-from ..converted.shipped import converted_config, modeling_files
+from ..converted.shipped import expected_config, modeling_files
 from ..device import resolve_device
 from ..errors import PaceError
 from ..journal import Journal
@@ -198,7 +200,7 @@ def _write_files(
         theirs.append(INDEX)
     # What is written anew keeps the source's own under another name, for `undo`.
     copies = {name: KEPT[name] if name in texts or name == INDEX else name for name in theirs}
-    origins: dict[str, str | None] = dict.fromkeys([PERMUTATION, INDEX, *texts])
+    origins: dict[str, str | None] = dict.fromkeys([PERMUTATION, HASHES, INDEX, *texts])
     origins |= {target: name for name, target in copies.items()}
     origins |= {name: name for name in source.shards}
     orders = [layer_result(journal.done[f"layer {layer}"]) for layer in range(plan.layers)]
@@ -208,7 +210,20 @@ def _write_files(
     for name, text in texts.items():
         folder.write(name, text)
     folder.index(source.tensors)
+    folder.record(_hashes(source, journal))
     return list(origins)
+
+
+def _hashes(source: Source, journal: Journal) -> Hashes:
+    """Of tensors and headers, as the tasks read and wrote them."""
+    records = journal.done.values()
+    pairs = {name: pair for record in records for name, pair in record["hashes"].items()}
+    return Hashes(
+        tensors={name: pairs[name][1] for name in sorted(pairs)},
+        source_tensors={name: pairs[name][0] for name in sorted(pairs)},
+        headers={name: journal.done[f"rest of {name}"]["header"] for name in source.shards},
+        files={},
+    )
 
 
 def _config(source: Source, plan: Plan) -> dict:
@@ -216,9 +231,7 @@ def _config(source: Source, plan: Plan) -> dict:
     options = plan.options
     size, layers = plan.intermediate_size, plan.memory_layers
     pace = pace_object(plan.family, options, size, layers, plan.window)
-    if options.no_memory:
-        return {**source.config, "pace": pace}
-    return converted_config(source.config, plan.family, pace)
+    return expected_config(source.config, plan.family, pace, not options.no_memory)
 
 
 def _clustering_device(run: RunOptions) -> str:

@@ -25,6 +25,7 @@ SHIPPED = [
     "memory_cache.py",
     "memory_draft.py",
     "memory_layer.py",
+    "memory_saving.py",
     "memory_session.py",
     "memory_settings.py",
     "memory_stack.py",
@@ -124,8 +125,8 @@ def test_exact_files(make_source, tmp_path):
         [
             SEAL, "LICENSE", "README.md", "README.source.md", "chat_template.jinja", "config.json",
             "config.source.json", "generation_config.json", "model.safetensors",
-            "model.safetensors.index.json", "nested/notes.txt", "pace_permutation.safetensors",
-            "tokenizer.json", *SHIPPED,
+            "model.safetensors.index.json", "nested/notes.txt", "pace_hashes.json",
+            "pace_permutation.safetensors", "tokenizer.json", *SHIPPED,
         ]
     )  # fmt: skip
     for name in ("LICENSE", "tokenizer.json", "chat_template.jinja", "nested/notes.txt"):

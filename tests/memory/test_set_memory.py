@@ -53,7 +53,7 @@ def test_a_running_sequence_keeps_its_own(qwen2_pair):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"slots": 0}, "at least 1"), ({"theta_low": 0.9}, "theta_low"),
+        ({"slots": 0}, "from 1 to 65536"), ({"theta_low": 0.9}, "theta_low"),
         ({"layers": (9,)}, "no such layer"), ({"nonsense": 1}, "nonsense"),
         ({"granularity": "neuron"}, "granularity"),
         ({"fusion_weight": 5, "momentum": -3}, "fusion_weight is 5"),

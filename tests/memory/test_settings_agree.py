@@ -20,7 +20,10 @@ PARAMETERS = sorted(
 VALUES = st.one_of(
     st.integers(-3, 3),
     st.sampled_from(
-        [10**400, -(10**400), -1.0, 0.0, 1.0, math.nextafter(1.0, 2.0), math.nextafter(-1.0, -2.0)]
+        [
+            *(10**400, -(10**400), 10**12, 65536, 65537, 1 << 20, (1 << 20) + 1, 1e29, -100.0, 101),
+            *(-1.0, 0.0, 1.0, math.nextafter(1.0, 2.0), math.nextafter(-1.0, -2.0)),
+        ]
     ),
     st.floats(),
     st.floats(-1.5, 1.5),
@@ -81,10 +84,13 @@ def test_layers(layers):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"slots": 0}, "memory: slots is 0, not a whole number of at least 1"),
-        ({"top_k": True}, "memory: top_k is True, not a whole number of at least 1"),
+        ({"slots": 0}, "memory: slots is 0, not a whole number from 1 to 65536"),
+        ({"top_k": True}, "memory: top_k is True, not a whole number from 1 to 65536"),
         ({"momentum": -3}, "memory: momentum is -3, not a finite number from 0 to 1"),
-        ({"mix_weight": math.inf}, "memory: mix_weight is inf, not a finite number"),
+        (
+            {"mix_weight": math.inf},
+            "memory: mix_weight is inf, not a finite number from -100 to 100",
+        ),
         ({"theta_low": 0.9}, "memory: theta_low 0.9 is above theta_high 0.75"),
         ({"layers": 3}, "memory: layers is 3, not a list of 0-based layer numbers"),
         ({"enabled": "no"}, "memory: enabled is 'no', neither true nor false"),
