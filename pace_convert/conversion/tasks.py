@@ -23,6 +23,7 @@ from ..checkpoint.shards import (
     TensorInfo,
     copy_range,
     first_bad_row,
+    is_constant,
     read,
     reordered,
     row_blocks,
@@ -220,6 +221,8 @@ class ShardTask(_Task):
         """Returns nothing to remember. Raises DamagedSourceError, OSError."""
         with _at_rest({self.shard}):
             for place in self.tensors:
+                if is_constant(place.name):
+                    continue
                 for first, bits in row_blocks(self.shard.source, place.info):
                     _refuse_non_finite(place, range(first, first + bits.size), bits)
             for start, stop in self.ranges:
