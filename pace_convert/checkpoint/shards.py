@@ -36,7 +36,7 @@ ITEM_SIZES = {
 }
 # The bits of the exponent, as an unsigned integer of the item size.
 EXPONENTS = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x1F << 10, "BF16": 0xFF << 7}
-# Buffers that older transformers wrote into checkpoints: masks, position tables, and a mask's value,
+# Buffers that older transformers wrote into checkpoints: masks, position tables, a mask's value,
 # which is -inf in 16 bits. Nothing computes with them: newer ones make them anew or load none.
 CONSTANTS = re.compile(
     r"(^|\.)((attn|attention|self_attn|self_attention)\.(bias|masked_bias|mask_value|causal_mask)"
