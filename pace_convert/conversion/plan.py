@@ -100,12 +100,15 @@ def _check_experts(options: ConvertOptions, intermediate_size: int) -> None:
 
 
 def resolve_layers(wanted: str | tuple[int, ...], layers: int) -> tuple[int, ...]:
-    """0-based memory layers; "auto" takes Qwen2-7B's relative depths, 13 and 27 of 28 (1-based).
+    """0-based memory layers. wanted: numbers, or a word of LAYER_WORDS; "auto" takes Qwen2-7B's
+    relative depths, 13 and 27 of 28 (1-based).
 
     Raises CallError for a layer the model does not have.
     """
     if wanted == "none":
         return ()
+    if wanted in ("all", "second"):
+        return tuple(range(0, layers, 1 if wanted == "all" else 2))
     if isinstance(wanted, str):
         return tuple(sorted({max(0, round(13 * layers / 28) - 1), max(0, layers - 2)}))
     for layer in wanted:
