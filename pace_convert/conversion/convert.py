@@ -27,7 +27,7 @@ from ..errors import PaceError
 from ..journal import Journal
 from ..options import ConvertOptions, RunOptions
 from ..progress import Progress
-from .executors import check_executor, run_remaining
+from .executors import check_executor, check_run, run_remaining
 from .identity import fingerprint, other_conversion
 from .new_card import model_card
 from .output import AGAIN, OutputFolder, explained
@@ -95,6 +95,7 @@ def prepare(
     """
     check_places(source, out)
     plan = make_plan(source, options, run)
+    check_run(plan.run)
     check_names_free(source)
     finished = resume and is_finished(source, out, plan)
     if not finished:

@@ -437,3 +437,21 @@ def test_verify_and_inspect_of_the_wrong_folder(source, qwen2_pair, make_source,
         2,
         "is a llama",
     )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(source, tmp_path):
+    """Before anything is done, and in a dry run too."""
+    for more in ((), ("--dry-run",)):
+        refuse(
+            pace_convert(source, tmp_path / "out", "--experts", 8, "--device", "cuda", *more),
+            2,
+            "--device cuda: there is no such GPU",
+            out=tmp_path / "out",
+        )
+
+
+def test_a_ray_cluster_that_is_not_there(source, tmp_path):
+    where = ("--executor", "ray", "--ray-address", "127.0.0.1:9")
+    done = pace_convert(source, tmp_path / "out", "--experts", 8, "--dry-run", *where)
+    refuse(done, 2, "no Ray cluster at 127.0.0.1:9", out=tmp_path / "out")
