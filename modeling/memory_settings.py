@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
 Granularity = Literal["token", "expert"]
@@ -119,8 +120,10 @@ class MemorySettings:
         known = {parameter.name for parameter in fields(cls)} - {"experts"}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise ValueError(f"memory: unknown parameter {', '.join(unknown)}")
-        if isinstance(values.get("layers"), list):
+            close = get_close_matches(unknown[0], sorted(known), n=1)
+            meant = f"; did you mean {close[0]}?" if close else ""
+            raise ValueError(f"memory: unknown parameter {', '.join(unknown)}{meant}")
+        if isinstance(values.get("layers"), list | range):
             values["layers"] = tuple(values["layers"])
         experts: Any = 1
         if values.get("granularity") == "expert":
@@ -140,7 +143,8 @@ class MemorySettings:
             layer.admit(number) for number in self.layers
         ):
             raise ValueError(
-                f"memory: layers is {self.layers!r}, not a list of 0-based layer numbers"
+                f"memory: layers is {self.layers!r}, not a list of 0-based layer numbers "
+                "such as (3, 9)"
             )
         if self.theta_low > self.theta_high:
             raise ValueError(

@@ -42,7 +42,10 @@ class PaceMixin:
             )
         absent = [layer for layer in settings.layers if layer >= self.config.num_hidden_layers]
         if absent:
-            raise ValueError(f"memory: layers has {absent[0]}, the model has no such layer")
+            raise ValueError(
+                f"memory: layers has {absent[0]}, the model has no such layer; "
+                f"its layers are 0 to {self.config.num_hidden_layers - 1}"
+            )
         if settings.layers and pace["intermediate_size"] % settings.experts:
             raise ValueError(
                 f"memory: granularity expert needs experts of equal size, and {settings.experts} "

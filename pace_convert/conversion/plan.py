@@ -55,6 +55,7 @@ def make_plan(source: Source, options: ConvertOptions, run: RunOptions | None = 
     """Check source and options. Raises CallError or DamagedSourceError."""
     config = source.config
     run = run or RunOptions()
+    _refuse_converted(source)
     _refuse_quantised(config)
     _check_type(config, "auto_map", dict)
     family = find_family(config, _check_type(config, "architectures", list) or [])
@@ -118,6 +119,18 @@ def resolve_layers(wanted: str | tuple[int, ...], layers: int) -> tuple[int, ...
                 f"its layers are 0 to {layers - 1}",
             )
     return wanted
+
+
+def _refuse_converted(source: Source) -> None:
+    """Raises CallError for what a conversion has made, with a memory or without."""
+    if isinstance(source.config.get("pace"), dict):
+        here = "OUT" if source.hub else source.folder
+        fetched = "download it into a folder OUT, then " if source.hub else ""
+        raise CallError(
+            f"{source.name} is a PaceLLM already",
+            f"{fetched}`pace undo {here} ORIGINAL` gives back the model that it was made from: "
+            "convert that",
+        )
 
 
 def _refuse_quantised(config: dict) -> None:
