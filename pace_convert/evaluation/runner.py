@@ -70,8 +70,8 @@ class CellTask:
 
 @dataclass(frozen=True)
 class Results:
-    """records: [subject][cell] -> one record a question. longest: [subject] -> tokens of the longest
-    row that it read. facts: what results.json holds, once written.
+    """records: [subject][cell] -> one record a question. longest: [subject] -> tokens of the
+    longest row that it read. facts: what results.json holds, once written.
     """
 
     evaluation: Evaluation
