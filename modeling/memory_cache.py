@@ -92,8 +92,8 @@ class MemoryEntry(_EmptyLayer):
         if self.stale:
             raise ValueError(
                 "this cache holds tokens that the memory has not seen (it was continued with the "
-                "memory off, or a call with it failed half-way); start with a new cache or switch "
-                "the memory off"
+                "memory off, a call with it failed half-way, it begins with a tuned prefix, or "
+                "entries were taken out); start with a new cache or switch the memory off"
             )
         if self.clock is None:
             self.clock = Clock(rows, self.settings.update_interval, device)
