@@ -196,11 +196,12 @@ def run_cells(
         records: dict[str, dict[str, list[dict]]] = {subject.name: {} for subject in subjects}
         for task in tasks:
             records[task.subject.name][task.cell] = journal.done[task.key]["records"]
-        read = [(task.subject.name, journal.done[task.key].get("longest")) for task in tasks]
+        read: dict[str, list[int | None]] = {subject.name: [] for subject in subjects}
+        for task in tasks:  # a journal of an earlier version does not know
+            read[task.subject.name].append(journal.done[task.key].get("longest"))
     longest = {
-        subject.name: max(known)
-        for subject in subjects
-        # A journal of an earlier version does not know.
-        if None not in (known := [tokens for name, tokens in read if name == subject.name])
+        name: max(tokens for tokens in found if tokens is not None)
+        for name, found in read.items()
+        if found and None not in found
     }
     return Results(evaluation, list(subjects), records, longest=longest)
