@@ -47,13 +47,13 @@ class MemorySummary(dict):
             return "no memory: it was off, or nothing was read with this cache"
         return "\n".join(_line(layer, found) for layer, found in self.items())
 
-    __str__ = __repr__
-
 
 def _line(layer: int, found: dict) -> str:
     """Of one layer: blocks and filled slots row by row, tokens of all rows."""
     tokens = ", ".join(f"{sum(found[name])} {name}" for name in ("kept", "mixed", "reused"))
-    blocks, filled = (", ".join(map(str, found[name])) for name in ("blocks", "filled"))
+    blocks, filled = (
+        ", ".join(str(count) for count in found[name]) for name in ("blocks", "filled")
+    )
     return f"layer {layer}: {blocks} blocks, {filled} slots filled; tokens: {tokens}"
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
 Granularity = Literal["token", "expert"]
@@ -120,9 +119,10 @@ class MemorySettings:
         known = {parameter.name for parameter in fields(cls)} - {"experts"}
         unknown = sorted(set(values) - known)
         if unknown:
-            close = get_close_matches(unknown[0], sorted(known), n=1)
-            meant = f"; did you mean {close[0]}?" if close else ""
-            raise ValueError(f"memory: unknown parameter {', '.join(unknown)}{meant}")
+            raise ValueError(
+                f"memory: unknown parameter {', '.join(unknown)}; there are "
+                f"{', '.join(parameter.name for parameter in fields(cls)[:-1])}"
+            )
         if isinstance(values.get("layers"), list | range):
             values["layers"] = tuple(values["layers"])
         experts: Any = 1

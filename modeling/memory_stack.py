@@ -90,14 +90,14 @@ class StackMemory:
 
     def _projection(self, layer: int) -> nn.Module:
         """A layer's output projection. Raises RuntimeError where layers were taken out."""
-        try:
-            return self.stack.get_submodule(self.projection.format(layer))
-        except AttributeError as error:
+        blocks: Any = self.stack.get_submodule(self.projection.partition(".{}")[0])
+        if layer >= len(blocks):
             raise RuntimeError(
                 f"the memory is in layer {layer}, which this model does not have (any more); "
                 "choose others with model.set_memory(layers=...), or prune the source and convert "
                 "that"
-            ) from error
+            )
+        return self.stack.get_submodule(self.projection.format(layer))
 
     def _open(self, stack: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         kwargs = {**dict(zip(self.names, args)), **kwargs}

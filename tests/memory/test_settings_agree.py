@@ -16,6 +16,7 @@ from pace_convert.options import EXPERT_OPTIONS, ConvertOptions
 PARAMETERS = sorted(
     set(ConvertOptions.model_fields) - {*EXPERT_OPTIONS, "memory_layers", "preset", "no_memory"}
 )
+KNOWN = ", ".join(["enabled", "layers", *MemorySettings.parameters()])
 VALUES = st.one_of(
     st.integers(-3, 3),
     st.sampled_from(
@@ -92,8 +93,8 @@ def test_layers(layers):
             {"layers": "all"},
             "memory: layers is 'all', not a list of 0-based layer numbers such as (3, 9)",
         ),
-        ({"slot": 4}, "memory: unknown parameter slot; did you mean slots?"),
-        ({"experts": 4}, "memory: unknown parameter experts"),
+        ({"slot": 4}, f"memory: unknown parameter slot; there are {KNOWN}"),
+        ({"experts": 4}, f"memory: unknown parameter experts; there are {KNOWN}"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
