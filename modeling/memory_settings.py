@@ -131,8 +131,11 @@ class MemorySettings:
         known = {parameter.name for parameter in fields(cls)} - {"experts"}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise ValueError(f"memory: unknown parameter {', '.join(unknown)}")
-        if isinstance(values.get("layers"), list):
+            raise ValueError(
+                f"memory: unknown parameter {', '.join(unknown)}; there are "
+                f"{', '.join(parameter.name for parameter in fields(cls)[:-1])}"
+            )
+        if isinstance(values.get("layers"), list | range):
             values["layers"] = tuple(values["layers"])
         experts: Any = 1
         if values.get("granularity") == "expert":
@@ -146,7 +149,8 @@ class MemorySettings:
         absent = [layer for layer in self.layers if layer >= layers]
         if absent:
             raise ValueError(
-                f"memory: layers has {absent[0]}; the model has no such layer, but {layers}"
+                f"memory: layers has {absent[0]}, the model has no such layer; its layers are "
+                f"0 to {layers - 1}"
             )
         if self.layers and intermediate_size % self.experts:
             raise ValueError(
@@ -167,7 +171,8 @@ class MemorySettings:
             layer.admit(number) for number in self.layers
         ):
             raise ValueError(
-                f"memory: layers is {self.layers!r}, not a list of 0-based layer numbers"
+                f"memory: layers is {self.layers!r}, not a list of 0-based layer numbers "
+                "such as (3, 9)"
             )
         if self.theta_low > self.theta_high:
             raise ValueError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import FileIO
@@ -35,6 +36,13 @@ ITEM_SIZES = {
 }
 # The bits of the exponent, as an unsigned integer of the item size.
 EXPONENTS = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x1F << 10, "BF16": 0xFF << 7}
+# Buffers that older transformers wrote into checkpoints: masks, position tables, a mask's value,
+# which is -inf in 16 bits. Nothing computes with them: newer ones make them anew or load none.
+CONSTANTS = re.compile(
+    r"(^|\.)((attn|attention|self_attn|self_attention)\.(bias|masked_bias|mask_value|causal_mask)"
+    r"|masked_bias|causal_mask|attn_mask|attention_mask|mask_value|position_ids"
+    r"|inv_freq|(cos|sin)_cached)$"
+)
 BLOCK_BYTES = 32 << 20  # of a tensor that are in memory at once, where it need not be whole
 MAX_DIMENSIONS = 32  # numpy takes no more
 MAX_SIZE = 1 << 48  # of a dimension; none is longer
@@ -186,6 +194,13 @@ def first_bad_row(bits: np.ndarray, dtype: str) -> int | None:
             row_items = max(1, flat.size // len(np.atleast_1d(bits)))
             return (start + int(np.argmax(piece == exponent))) // row_items
     return None
+
+
+def is_constant(name: str) -> bool:
+    """Whether a tensor of this name is a constant that no model computes with. Attention's own
+    weights and biases lie one level deeper (`attn.c_attn.bias`).
+    """
+    return CONSTANTS.search(name) is not None
 
 
 def copy_range(source: Path, target: Path, start: int, stop: int) -> None:

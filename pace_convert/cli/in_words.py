@@ -35,7 +35,7 @@ def plan_text(source: str, out: Path, plan: Plan, expected: Duration) -> str:
         f"{source} -> {out}",
         f"  family     {plan.family.causal_lm_class}, {plan.layers} layers",
         f"  experts    {options.experts} of {plan.intermediate_size} neurons a layer ({method})",
-        f"  memory     {_memory_line(options, plan.memory_layers)}",
+        *_memory_lines(options, plan.memory_layers),
         f"  window     {_window_line(plan.window)}",
         f"  bytes      {size(plan.weights_bytes)} to read and to write, "
         f"{len(plan.ffn)} tensors permuted",
@@ -46,11 +46,23 @@ def plan_text(source: str, out: Path, plan: Plan, expected: Duration) -> str:
     return "\n".join(lines)
 
 
-def _memory_line(options: ConvertOptions, layers: tuple[int, ...]) -> str:
+def _memory_lines(options: ConvertOptions, layers: tuple[int, ...]) -> list[str]:
+    """Where the memory is and what it does there: all that decides about an answer."""
     if options.no_memory:
-        return "none; the original architecture is kept"
-    where = f"layers {', '.join(map(str, layers))}" if layers else "no layers"
-    return f"{where}; {options.slots} slots, updated every {options.update_interval} tokens"
+        return ["  memory     none; the original architecture is kept"]
+    if not layers:
+        return ["  memory     none, in no layer"]
+    compared = (
+        "whole activations" if options.granularity == "token" else "each expert's block on its own"
+    )
+    return [
+        f"  memory     layers {', '.join(map(str, layers))}; {options.slots} slots, "
+        f"updated every {options.update_interval} tokens",
+        f"             compares {compared} (granularity {options.granularity}): reuses above "
+        f"{options.theta_high}, mixes above {options.theta_low}",
+        f"             fuses {options.top_k} similar and {options.bottom_k} dissimilar slots, "
+        f"weight {options.fusion_weight}",
+    ]
 
 
 def _window_line(window: dict | None) -> str:

@@ -25,12 +25,12 @@ from ..converted.opened import open_converted
 from ..converted.push import Pushed, Target, check_card, check_target, push
 from ..converted.shipped import expected_config, modeling_files
 from ..device import resolve_device
-from ..errors import PaceError
+from ..errors import CallError, PaceError
 from ..journal import Journal
 from ..options import ConvertOptions, RunOptions
 from ..progress import Progress
-from .executors import check_executor, run_remaining
-from .identity import fingerprint, other_conversion
+from .executors import check_executor, check_run, run_remaining
+from .identity import difference, fingerprint, other_conversion
 from .new_card import model_card
 from .output import AGAIN, OutputFolder, explained
 from .output_checks import MOVE, check_free, check_names_free, check_places, check_room
@@ -97,9 +97,12 @@ def prepare(
     """
     check_places(source, out)
     plan = make_plan(source, options, run)
+    check_run(plan.run)
     check_names_free(source)
     finished = resume and is_finished(source, out, plan)
     if not finished:
+        if resume and not overwrite:
+            _refuse_another(source, out, plan)
         check_free(out, overwrite=overwrite, resume=resume)
     card = model_card(source, plan)
     if target is not None:
@@ -182,7 +185,23 @@ def is_finished(source: Source, out: Path, plan: Plan) -> bool:
     made_from = read_seal(out)
     if made_from is None:
         return False
-    return made_from == fingerprint(source, plan.options, _clustering_device(plan.run))
+    return made_from == _fingerprint(source, plan)
+
+
+def _refuse_another(source: Source, out: Path, plan: Plan) -> None:
+    """Raises CallError where OUT is a finished conversion, but not this one."""
+    made_from = read_seal(out)
+    if made_from is not None:
+        raise CallError(
+            f"{out} is finished, and another conversion: "
+            f"{difference(made_from, _fingerprint(source, plan))}",
+            "give its source and options, another OUT, or --overwrite without --resume",
+        )
+
+
+def _fingerprint(source: Source, plan: Plan) -> dict:
+    """What this conversion's bytes depend on, on this machine."""
+    return fingerprint(source, plan.options, _clustering_device(plan.run))
 
 
 def _write_files(

@@ -17,6 +17,7 @@ PARAMETERS = sorted(
     set(ConvertOptions.model_fields)
     - {*EXPERT_OPTIONS, *WINDOW_OPTIONS, "memory_layers", "preset", "no_memory"}
 )
+KNOWN = ", ".join(["enabled", "layers", *MemorySettings.parameters()])
 VALUES = st.one_of(
     st.integers(-3, 3),
     st.sampled_from(
@@ -92,10 +93,15 @@ def test_layers(layers):
             "memory: mix_weight is inf, not a finite number from -100 to 100",
         ),
         ({"theta_low": 0.9}, "memory: theta_low 0.9 is above theta_high 0.75"),
-        ({"layers": 3}, "memory: layers is 3, not a list of 0-based layer numbers"),
+        ({"layers": 3}, "memory: layers is 3, not a list of 0-based layer numbers such as (3, 9)"),
         ({"enabled": "no"}, "memory: enabled is 'no', neither true nor false"),
         ({"granularity": "neuron"}, "memory: granularity is 'neuron', not token or expert"),
-        ({"experts": 4}, "memory: unknown parameter experts"),
+        (
+            {"layers": "all"},
+            "memory: layers is 'all', not a list of 0-based layer numbers such as (3, 9)",
+        ),
+        ({"slot": 4}, f"memory: unknown parameter slot; there are {KNOWN}"),
+        ({"experts": 4}, f"memory: unknown parameter experts; there are {KNOWN}"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
