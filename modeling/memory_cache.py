@@ -39,6 +39,24 @@ class Call:
     counts: list[int] | None = None
 
 
+class MemorySummary(dict):
+    """What the memory did, by decoder layer: a dict of plain numbers; printed, a line a layer."""
+
+    def __repr__(self) -> str:
+        if not self:
+            return "no memory: it was off, or nothing was read with this cache"
+        return "\n".join(_line(layer, found) for layer, found in self.items())
+
+
+def _line(layer: int, found: dict) -> str:
+    """Of one layer: blocks and filled slots row by row, tokens of all rows."""
+    tokens = ", ".join(f"{sum(found[name])} {name}" for name in ("kept", "mixed", "reused"))
+    blocks, filled = (
+        ", ".join(str(count) for count in found[name]) for name in ("blocks", "filled")
+    )
+    return f"layer {layer}: {blocks} blocks, {filled} slots filled; tokens: {tokens}"
+
+
 class MemoryEntry(_EmptyLayer):
     """All layers' memories and the clock they share, as an entry of `Cache.layers`.
 
@@ -74,8 +92,8 @@ class MemoryEntry(_EmptyLayer):
         if self.stale:
             raise ValueError(
                 "this cache holds tokens that the memory has not seen (it was continued with the "
-                "memory off, or a call with it failed half-way); start with a new cache or switch "
-                "the memory off"
+                "memory off, a call with it failed half-way, it begins with a tuned prefix, or "
+                "entries were taken out); start with a new cache or switch the memory off"
             )
         if self.clock is None:
             self.clock = Clock(rows, self.settings.update_interval, device)
@@ -205,11 +223,11 @@ class MemoryEntry(_EmptyLayer):
         """What the memory did so far, by decoder layer; see `memory_summary`."""
         self.catch_up()
         if self.clock is None:
-            return {}
+            return MemorySummary()
         self.clock.read()
         self._follow(self.clock.before_step())
         blocks = [at.finished for at in self.clock.rows]
-        summary = {}
+        summary = MemorySummary()
         for layer, memory in sorted(self.memories.items()):
             rows = [row for span, at in self.clock.alike() for row in memory.tally(span, at)]
             summary[layer] = {
@@ -248,10 +266,7 @@ def memory_entry(cache: Cache, settings: MemorySettings, num_hidden_layers: int)
     entry = find_entry(cache)
     if entry is None:
         seen = cache.get_seq_length()
-        if cache.layer_class_to_replicate is not None:
-            # A lazy cache would append its layers behind ours.
-            while len(cache.layers) < num_hidden_layers:
-                cache.layers.append(cache.layer_class_to_replicate())
+        fill_lazy(cache, num_hidden_layers)
         entry = MemoryEntry(settings)
         entry.stale = bool(seen)
         cache.layers.append(entry)
@@ -269,7 +284,18 @@ def memory_entry(cache: Cache, settings: MemorySettings, num_hidden_layers: int)
 def find_entry(cache: object) -> MemoryEntry | None:
     """The memory of a cache, if it has one."""
     layers = cache.layers if isinstance(cache, Cache) else []
-    return layers[-1] if layers and isinstance(layers[-1], MemoryEntry) else None
+    if len(layers) == 1:  # of a cache that re-reading has closed
+        layers = getattr(layers[0], "held", None) or layers
+    return next((layer for layer in layers[-2:] if isinstance(layer, MemoryEntry)), None)
+
+
+def fill_lazy(cache: Cache, num_hidden_layers: int) -> None:
+    """All layers of a cache that makes them when they are needed: or it would append its own
+    behind ours.
+    """
+    if cache.layer_class_to_replicate is not None:
+        while len(cache.layers) < num_hidden_layers:
+            cache.layers.append(cache.layer_class_to_replicate())
 
 
 def memory_summary(cache: Cache) -> dict[int, dict]:
@@ -279,7 +305,7 @@ def memory_summary(cache: Cache) -> dict[int, dict]:
     each, with granularity "expert"): each a list with one int per row; and `hits`, per row a list
     of how many tokens have hit each slot since it was written. Empty if the cache has no memory.
     Nothing extra is counted in a decode step, and cropped tokens do not count; asking waits for the
-    device.
+    device. What comes back is a dict whose text is a line a layer.
     """
     entry = find_entry(cache)
-    return {} if entry is None else entry.summary()
+    return MemorySummary() if entry is None else entry.summary()

@@ -49,6 +49,7 @@ class Replay:
 class _Current(threading.local):
     session: Session | Replay | None = None
     enabled: bool | None = None  # for this call of the model; None: as the model is set
+    prompt: tuple = (None, None)  # of `generate`: its columns, and ids that ask
 
 
 current = _Current()

@@ -3,30 +3,60 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from torch import nn
-from transformers.cache_utils import Cache
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
 
 from .memory_cache import MemoryEntry, find_entry, memory_summary
+from .memory_saving import SavingMixin
 from .memory_session import current
 from .memory_settings import MemorySettings
 from .memory_stack import StackMemory
+from .reread import Asked, Rereader, passages
+from .reread_bank import Passage, Row
+from .reread_cache import find_reread, reread_entry
+from .reread_file import AnyPath, load_row, model_mark, save_row, tokenizer_mark
+from .reread_keys import KeyReader
+from .reread_settings import RereadSettings
 
-__all__ = ["PaceMixin", "memory_summary"]
+__all__ = ["PaceMixin", "memory_summary", "rereading"]
+
+READY = "ready"  # of a step that `prepare_inputs_for_generation` has made ready
 
 
-class PaceMixin:
+def rereading(forward: Callable) -> Callable:
+    """The forward of a base class, with re-reading; it keeps its signature."""
+
+    @functools.wraps(forward)
+    def wrapped(self: PaceMixin, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("reread") == READY:
+            del kwargs["reread"]
+            return forward(self, *args, **kwargs)
+        return self._forward(forward, args, kwargs)
+
+    wrapped.base = forward  # type: ignore[attr-defined]
+    return wrapped
+
+
+class PaceMixin(SavingMixin):
     """What every PaceLLM model class adds to its base class."""
 
     config: Any
     _stack_memory: StackMemory
+    _reread_keys: KeyReader
+    _window: RereadSettings | None
 
-    def _attach_memory(self, stack: nn.Module, projection: str) -> None:
+    def _attach_memory(self, stack: nn.Module, projection: str, ffn_input: str) -> None:
         pace = getattr(self.config, "pace", None) or {}
         settings = self._settings(pace)
+        self._window = self._window_settings((pace.get("memory") or {}).get("window"))
+        self._reread_keys = KeyReader(stack, ffn_input)
         self._stack_memory = StackMemory(
             stack, settings, projection, pace.get("intermediate_size", 0)
         )
@@ -40,15 +70,65 @@ class PaceMixin:
             raise ValueError(
                 "config.json: pace.intermediate_size is missing; convert the model again"
             )
-        absent = [layer for layer in settings.layers if layer >= self.config.num_hidden_layers]
-        if absent:
-            raise ValueError(f"memory: layers has {absent[0]}, the model has no such layer")
-        if settings.layers and pace["intermediate_size"] % settings.experts:
-            raise ValueError(
-                f"memory: granularity expert needs experts of equal size, and {settings.experts} "
-                f"does not divide {pace['intermediate_size']}"
-            )
+        settings.check_model(self.config.num_hidden_layers, pace.get("intermediate_size", 0))
         return settings
+
+    def _window_settings(self, window: dict | None) -> RereadSettings | None:
+        if window is None:
+            return None
+        settings = RereadSettings.from_config(window)
+        settings.check_model(self.config.num_hidden_layers)
+        return settings
+
+    # Calls
+
+    def _forward(self, forward: Callable, args: tuple, kwargs: dict) -> Any:
+        """The base class's forward, for a text of any length where re-reading is on."""
+        model: Any = self
+        asked, query = kwargs.pop("reread", None), kwargs.pop("query", None)
+        look_up = kwargs.pop("look_up", False)
+        names = _names(forward)
+        kwargs = {**dict(zip(names, args)), **kwargs}
+        ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        training = model.training and torch.is_grad_enabled()
+        if not self._rereads(current.enabled) or training or (ids is None) == (embeds is None):
+            entry = find_reread(kwargs.get("past_key_values"))
+            if entry is not None:
+                entry.leave(kwargs["past_key_values"])
+            return forward(self, **kwargs)
+        if asked is None:
+            prompt = ids.shape[1] if look_up and ids is not None else None
+            asked = Asked(ids, kwargs.get("attention_mask"), prompt, _rows_of(query, ids))
+        output = self._rereader(forward).call(asked, kwargs)
+        labels = kwargs.get("labels")
+        if labels is not None and "logits" in output and output.loss is None:
+            loss = model.loss_function(output.logits, labels, model.config.vocab_size)
+            output = type(output)(**{"loss": loss, **output})
+        return output
+
+    def _rereads(self, enabled: bool | None) -> bool:
+        enabled = self.memory_enabled if enabled is None else enabled
+        return enabled and self._window is not None
+
+    def _rereader(self, forward: Callable) -> Rereader:
+        assert self._window is not None
+        config = self._stack_memory.stack.config
+        base = functools.partial(forward, self)
+        return Rereader(base, _names(forward), config, self._window, self._reread_keys)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in the base class. query: ids [B, Q] or [Q] of what asks; else a prompt's end does."""
+        before = current.prompt
+        current.prompt = (_prompt_columns(args, kwargs), kwargs.pop("query", None))
+        cache = kwargs.get("past_key_values")
+        try:
+            _close(cache)
+            made = super().generate(*args, **kwargs)  # type: ignore[misc]
+            _close(made.get("past_key_values") if isinstance(made, dict) else None)
+            return made
+        finally:
+            _close(cache)
+            current.prompt = before
 
     def prepare_inputs_for_generation(
         self,
@@ -65,6 +145,23 @@ class PaceMixin:
 
         That happens here because here is the host, and the attention mask is still 2D.
         """
+        enabled = self.memory_enabled if memory_enabled is None else memory_enabled
+        generated = next_sequence_length == 1 and not is_first_iteration  # its own, not padding
+        asked: Asked | str | None = None
+        if self._rereads(enabled) and inputs_embeds is None:
+            ids = (
+                input_ids if next_sequence_length is None else input_ids[:, -next_sequence_length:]
+            )
+            step = None
+            if generated and isinstance(past_key_values, Cache):
+                forward = type(self).forward.base  # type: ignore[attr-defined]
+                step = self._rereader(forward).step(ids, past_key_values)
+            if step is None:
+                asked = _asked(ids, attention_mask, past_key_values)
+            else:
+                asked, attention_mask = READY, step.get("attention_mask", attention_mask)
+                if "position_ids" in step and "position_ids" in _names(forward):
+                    kwargs["position_ids"] = step["position_ids"]
         inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -74,13 +171,15 @@ class PaceMixin:
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
+        if asked is not None:
+            inputs["reread"] = asked
         if memory_enabled is not None:
             inputs["memory_enabled"] = memory_enabled
-        enabled = self.memory_enabled if memory_enabled is None else memory_enabled
-        if enabled and self.memory_settings.layers and isinstance(past_key_values, Cache):
-            generated = (
-                next_sequence_length == 1 and not is_first_iteration
-            )  # a token of the model's own, not padding
+        # A call that is looked at when it comes may become another one, announced by itself.
+        entry = find_reread(past_key_values)
+        as_it_is = not isinstance(asked, Asked) or entry is None or entry.whole
+        fuses = enabled and as_it_is and self.memory_settings.layers
+        if fuses and isinstance(past_key_values, Cache):
             self._stack_memory.announce(
                 {**inputs, "attention_mask": None if generated else attention_mask}
             )
@@ -102,15 +201,128 @@ class PaceMixin:
         converted again; `save_pretrained` keeps them. Raises ValueError for what can't be, and
         then changes nothing.
         """
+        if "window" in parameters:
+            raise ValueError("memory: window is not set here but with set_window()")
         pace = self.config.pace or {}
         memory = asdict(self.memory_settings)
         del memory["experts"]  # follows from `pace.experts`
         memory |= parameters
         settings = self._settings({**pace, "memory": memory})  # refuses before anything has changed
         self._stack_memory.configure(settings)
-        self.config.pace = {**pace, "memory": {**memory, "layers": list(settings.layers)}}
+        window = {"window": (pace.get("memory") or {}).get("window")}
+        made = {**memory, "layers": list(settings.layers), **window}
+        self.config.pace = {**pace, "memory": made}
         if "enabled" in parameters:
             self.set_memory_enabled(settings.enabled)
+
+    def set_window(self, window: int | None = None, **parameters: object) -> None:
+        """Other parameters of re-reading, for sequences that begin from now on; None: none at all.
+
+        Names, defaults and bounds are those of `RereadSettings`; what is not given stays as it is.
+        `save_pretrained` keeps them. Raises ValueError for what can't be, and then changes nothing.
+        """
+        pace = self.config.pace or {}
+        given: dict | None = None
+        if window is not None:
+            now = asdict(self._window) if self._window is not None else {}
+            given = {**now, "window": window, **parameters}
+        elif parameters:
+            raise ValueError("window: give window, or no parameter at all")
+        self._window = self._window_settings(given)
+        self.config.pace = {**pace, "memory": {**(pace.get("memory") or {}), "window": given}}
+
+    @property
+    def window_settings(self) -> RereadSettings | None:
+        """The parameters of re-reading with which the next sequence begins; None: there is none."""
+        return self._window
+
+    @torch.no_grad()
+    def read(
+        self,
+        input_ids: Tensor,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Cache:
+        """Read a text into a cache, for questions that come later: its ids and their keys.
+
+        input_ids: [B, L]. attention_mask: [B, L], which of them are tokens; None: all. progress:
+        called with the number of tokens read so far. Returns the cache, a new one without
+        past_key_values; `copy.deepcopy` of it is cheap. Raises ValueError where re-reading is off.
+        """
+        if not self._rereads(None):
+            raise ValueError("reading needs a window: call set_window(), and the memory on")
+        rereader = self._rereader(type(self).forward.base)  # type: ignore[attr-defined]
+        cache = past_key_values
+        cache = DynamicCache(config=rereader.config) if cache is None else cache
+        ids = input_ids.to(self.device)  # type: ignore[attr-defined]
+        rereader.read(ids, attention_mask, cache, progress)
+        return cache
+
+    def save_bank(self, cache: Cache, path: AnyPath, row: int = 0, tokenizer: Any = None) -> None:
+        """Write a text that was read, its ids and keys, as a safetensors file.
+
+        row: of the cache. tokenizer: what made the ids; with it another one's bank is refused.
+        Raises ValueError for a cache in which nothing can be read again.
+        """
+        entry = find_reread(cache)
+        if entry is None or not entry.rows or entry.missing:
+            raise ValueError("this cache has no text that was read; make it with read()")
+        entry.catch_up(cache)
+        settings = entry.settings
+        text = self._reread_keys.read([entry.settle()[row]], entry.counts[row], settings)[0]
+        marks = self._mark(settings), tokenizer_mark(tokenizer)
+        save_row(text, path, settings, *marks)
+
+    def load_bank(self, path: AnyPath, tokenizer: Any = None) -> Cache:
+        """A cache that goes on behind the text of a file of `save_bank`. Raises ValueError for what
+        another model, another tokenizer or another window has made.
+        """
+        if self._window is None:
+            raise ValueError("a bank needs a window: call set_window()")
+        marks = self._mark(self._window), tokenizer_mark(tokenizer)
+        return self._cache_of(load_row(path, self._window, *marks, self._reread_keys.device))
+
+    @torch.no_grad()
+    def join_banks(self, caches: Sequence[Cache]) -> Cache:
+        """A cache that goes on behind several texts that were read, of one row each: one look-up
+        finds passages in all of them.
+
+        Each text begins at a multiple of `window_settings.block`; `passages` count tokens so.
+        Raises ValueError for a cache without a text, or with another window.
+        """
+        rows = []
+        for cache in caches:
+            entry = find_reread(cache)
+            if entry is None or entry.missing or len(entry.counts) != 1:
+                raise ValueError("a cache has no text that was read; make each with read()")
+            if entry.settings != self._window:
+                raise ValueError("a cache began with another window; read the text again")
+            entry.catch_up(cache)
+            rows += entry.settle()
+        forward = type(self).forward.base  # type: ignore[attr-defined]
+        return self._cache_of(self._rereader(forward).join(rows))
+
+    def _cache_of(self, row: Row) -> Cache:
+        assert self._window is not None
+        config: Any = self._stack_memory.stack.config
+        cache = DynamicCache(config=config)
+        entry = reread_entry(cache, self._window, config.num_hidden_layers)
+        entry.begin(1, row.ids.device)
+        entry.empty(cache)
+        entry.follow([row], row.count, None)
+        entry.close(cache)
+        return cache
+
+    def _mark(self, settings: RereadSettings) -> str:
+        layers = self._reread_keys.ffn_input.partition("{}")[0] + "{}"
+        return model_mark(self._stack_memory.stack, layers, settings)
+
+    def passages(self, cache: Cache) -> list[list[Passage]]:
+        """By row, which tokens are in the working context of `cache` beside the first ones and the
+        window: what the latest look-up has found, in text order.
+        """
+        return passages(find_reread(cache))
 
     @contextlib.contextmanager
     def memory_disabled(self) -> Iterator[None]:
@@ -150,3 +362,50 @@ def _take_switch(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, di
 
 def _drop_switch(model: nn.Module, args: tuple, output: object) -> None:
     current.enabled = None
+
+
+@functools.lru_cache(maxsize=8)
+def _names(forward: Callable) -> tuple[str, ...]:
+    """Names of the arguments of a base class's forward, in order."""
+    return tuple(inspect.signature(forward).parameters)[1:]
+
+
+def _prompt_columns(args: tuple, kwargs: dict) -> int | None:
+    """Columns that a prompt given to `generate` has, with those in its cache."""
+    mask = kwargs.get("attention_mask")
+    ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
+    known = mask if isinstance(mask, Tensor) else ids
+    return known.shape[1] if isinstance(known, Tensor) and known.dim() > 1 else None
+
+
+def _asked(ids: Tensor, mask: Tensor | None, cache: Cache | None) -> Asked:
+    """A call of `generate`: whether its prompt ends in it."""
+    entry = find_reread(cache)
+    past = entry.columns if entry is not None else 0
+    columns, query = current.prompt
+    if columns is None:
+        return Asked(ids, mask)
+    ends = past < columns <= past + ids.shape[1]
+    idle = past + ids.shape[1] < columns  # a chunk of a prompt that goes on
+    return Asked(ids, mask, columns - past if ends else None, _rows_of(query, ids), idle)
+
+
+def _rows_of(query: Any, ids: Tensor | None) -> Tensor | None:
+    """Ids that ask, [B, Q], for every row. Raises ValueError for what are none."""
+    if query is None or ids is None:
+        return None
+    query = torch.as_tensor(query, device=ids.device)
+    query = query[None] if query.dim() == 1 else query
+    if query.dim() != 2 or not query.shape[1] or query.is_floating_point():
+        raise ValueError(f"query: give token ids, [B, Q] or [Q], not {list(query.shape)}")
+    if len(ids) % len(query):
+        raise ValueError(f"query has {len(query)} rows, the input has {len(ids)}")
+    return query.repeat_interleave(len(ids) // len(query), 0)  # as generate repeats prompts
+
+
+def _close(cache: object) -> None:
+    """A cache that reports what its caller has seen."""
+    entry = find_reread(cache)
+    if entry is not None:
+        entry.catch_up(cache)  # type: ignore[arg-type]
+        entry.close(cache)  # type: ignore[arg-type]

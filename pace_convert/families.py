@@ -106,6 +106,11 @@ class FamilySpec:
         """Path of the FFN's output projection below the stack, `{}` standing for the layer."""
         return f"{self.blocks}.{{}}.{self.ffn.output}"
 
+    @property
+    def ffn_input(self) -> str:
+        """Path of the FFN's first linear layer below the stack, `{}` standing for the layer."""
+        return f"{self.blocks}.{{}}.{self.ffn.inputs[0]}"
+
     def ffn_tensors(self, layers: int, names: Container[str]) -> list[FfnTensor]:
         """Every tensor with an axis over FFN neurons, named as in `names`; biases where they exist.
 

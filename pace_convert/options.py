@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from .device import NAMES
 from .errors import CallError
-from .modeling.memory_settings import Granularity, MemorySettings
+from .modeling.memory_settings import MOST_EXPERTS, MOST_LAYERS, Granularity, MemorySettings
+from .modeling.reread_settings import RereadSettings
+from .yaml_options import YamlOptions, read_options
 
 EXPERT_OPTIONS = ("experts", "cluster_method", "exact_restarts", "seed")
 MEMORY_PARAMETERS = tuple(MemorySettings.parameters())
@@ -25,7 +27,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "granularity": "token",
     },
 }  # fmt: skip
-Layer = Annotated[int, Field(ge=0)]
+LAYER_WORDS = ("auto", "none", "all", "second")  # "second": every second one
+Layer = Annotated[int, Field(ge=0, le=MOST_LAYERS)]
+# Options of re-reading, and the parameters of `RereadSettings` that they set.
+WINDOW_OPTIONS = {
+    "window": "window", "reread_layer": "layer", "first_tokens": "first", "spans": "spans",
+    "span_width": "span_width", "stand_out": "stand_out", "key_size": "key_size",
+    "bank_tokens": "bank_tokens",
+}  # fmt: skip
+SMALLEST_CONTEXT = 512  # tokens that a model must have been trained to, for a window by default
 
 
 def preset_parameters(name: str) -> dict[str, Any]:
@@ -37,11 +47,16 @@ def preset_parameters(name: str) -> dict[str, Any]:
     return {**defaults, **PRESETS[name]}
 
 
-def _memory(name: str, description: str) -> Any:
+def _window(name: str, description: str) -> Any:
+    """A field with default and bounds of the parameter of re-reading that it sets."""
+    return _memory(WINDOW_OPTIONS[name], description, RereadSettings)
+
+
+def _memory(name: str, description: str, settings: Any = MemorySettings) -> Any:
     """A field with default and bounds of the memory's parameter of this name, as checkpoints
     themselves check it.
     """
-    parameter = MemorySettings.__dataclass_fields__[name]
+    parameter = settings.__dataclass_fields__[name]
     bounds = parameter.metadata.get("bounds")
     if bounds is None:
         return Field(parameter.default, description=description)
@@ -56,15 +71,38 @@ def _memory(name: str, description: str) -> Any:
 
 
 def _parse_layers(value: object) -> object:
-    """A tuple of '12,26' or of a list, sorted, each once; what is neither is left to pydantic."""
-    if isinstance(value, str) and value not in ("auto", "none"):
+    """A word of LAYER_WORDS, or a tuple of '12,26', of a list or of one number, sorted, each once.
+
+    Raises ValueError for anything else.
+    """
+    if isinstance(value, str) and value not in LAYER_WORDS:
         parts = [part.strip() for part in value.split(",")]
-        if not all(part.isascii() and part.isdigit() for part in parts):
-            raise ValueError("give auto, none or 0-based layer numbers like 12,26")
-        value = [int(part) for part in parts]
-    if isinstance(value, list | tuple) and all(type(part) is int for part in value):
-        return tuple(sorted(set(value)))
+        value = [int(part) for part in parts if part.isascii() and part.isdigit()]
+        value = value if len(value) == len(parts) else None
+    if type(value) is int:
+        value = [value]
+    if isinstance(value, list | tuple):
+        numbers = all(type(part) is int and part >= 0 for part in value)
+        value = tuple(sorted(set(value))) if numbers else None
+    if value is None or not isinstance(value, str | tuple):
+        raise ValueError(f"give {', '.join(LAYER_WORDS)} or 0-based layer numbers like 12,26")
     return value
+
+
+def parse_tokens(value: object) -> object:
+    """1024 of '1k' or '1024'; what is neither is left to pydantic."""
+    if isinstance(value, str) and value not in ("auto", "none"):
+        number, kilo = value.lower().removesuffix("k"), value.lower().endswith("k")
+        if not (number.isascii() and number.isdigit()):
+            raise ValueError("give auto, none or a number of tokens like 1024 or 1k")
+        return int(number) * (1024 if kilo else 1)
+    return value
+
+
+def _parse_layer(value: object) -> object:
+    """A layer's number of '7'."""
+    numeric = isinstance(value, str) and value.isascii() and value.isdigit()
+    return int(value) if numeric else value  # type: ignore[call-overload]
 
 
 class ConvertOptions(BaseModel):
@@ -77,7 +115,10 @@ class ConvertOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     experts: int = Field(
-        64, ge=1, description="Cortical experts (clusters of FFN neurons) per layer, K."
+        64,
+        ge=1,
+        le=MOST_EXPERTS,
+        description="Cortical experts (clusters of FFN neurons) per layer, K.",
     )
     cluster_method: Literal["fast", "exact"] = Field(
         "fast",
@@ -92,8 +133,12 @@ class ConvertOptions(BaseModel):
     )
     seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of the clustering.")
     memory_layers: Annotated[
-        Literal["auto", "none"] | tuple[Layer, ...], BeforeValidator(_parse_layers)
-    ] = Field("auto", description="Layers with memory, 0-based: auto, none or a list like 12,26.")
+        Literal["auto", "none", "all", "second"] | tuple[Layer, ...], BeforeValidator(_parse_layers)
+    ] = Field(
+        "auto",
+        description="Layers with memory, 0-based: auto, none, all, second (every second one), "
+        "or a list like 12,26.",
+    )
     preset: Literal["default", "paper"] = Field(
         "default",
         description="Where the memory's parameters come from that are not given one by one; paper: "
@@ -125,6 +170,25 @@ class ConvertOptions(BaseModel):
         "granularity",
         "Compare and fuse whole activations, or each expert's block of them on its own.",
     )
+    window: Annotated[
+        Literal["auto", "none"] | Annotated[int, Field(ge=16)], BeforeValidator(parse_tokens)
+    ] = Field(
+        "auto",
+        description="Re-read texts that are longer than the model holds: tokens of the window, 1k "
+        "is 1024; auto: a working context of the length that the model was trained to; none: "
+        "no re-reading.",
+    )
+    reread_layer: Annotated[Literal["auto"] | Layer, BeforeValidator(_parse_layer)] = Field(
+        "auto", description="Layer whose FFN input is the key that passages are found by."
+    )
+    first_tokens: int = _window("first_tokens", "First tokens of a text that always stay.")
+    spans: int = _window("spans", "Most spans that a look-up brings back, each with the next one.")
+    span_width: int = _window("span_width", "Tokens of a span.")
+    stand_out: float = _window(
+        "stand_out", "A span comes back whose score is at least this share of the best one's."
+    )
+    key_size: int = _window("key_size", "Numbers of a token's key.")
+    bank_tokens: int = _window("bank_tokens", "Most tokens whose keys are kept.")
     no_memory: bool = Field(
         False, description="Only cluster the weights; keep the original architecture."
     )
@@ -157,20 +221,55 @@ class ConvertOptions(BaseModel):
         restarts = {} if self.exact_restarts is None else {"restarts": self.exact_restarts}
         return {"count": self.experts, "method": self.cluster_method, "seed": self.seed, **restarts}
 
-    def memory_config(self, layers: tuple[int, ...]) -> dict:
-        """The `pace.memory` object of config.json, for these resolved layers."""
+    def memory_config(self, layers: tuple[int, ...], window: dict | None = None) -> dict:
+        """The `pace.memory` object of config.json, for these resolved layers and window."""
         return {
-            "enabled": bool(layers),
+            "enabled": bool(layers) or window is not None,
             "layers": list(layers),
             **self.model_dump(include=set(MEMORY_PARAMETERS)),
+            "window": window,
         }
+
+    def window_config(self, layers: int, trained: int | None) -> dict | None:
+        """The `pace.memory.window` object of config.json; None: no re-reading.
+
+        layers: of the model. trained: tokens that it was trained to; None: its config does not say.
+        """
+        given = {name: getattr(self, name) for name in WINDOW_OPTIONS}
+        if self.window == "auto":
+            given |= _window_for(trained, self) if trained else {"window": "none"}
+        if given["window"] == "none":
+            return None
+        if self.reread_layer == "auto":
+            given["reread_layer"] = reread_layer(layers)
+        made = {WINDOW_OPTIONS[name]: value for name, value in given.items()}
+        return asdict(RereadSettings(**made))
+
+
+def reread_layer(layers: int) -> int:
+    """The layer whose FFN input is the key by default: a sixth of the way up."""
+    return max(0, round(layers / 6) - 1)
+
+
+def _window_for(trained: int, options: ConvertOptions) -> dict:
+    """Window and spans whose working context is as long as the model was trained to.
+
+    Where that is short, at most a third of it is recalled.
+    """
+    if trained < SMALLEST_CONTEXT:
+        return {"window": "none"}
+    spans = min(options.spans, trained // (6 * options.span_width))
+    window = (trained - options.first_tokens - 2 * spans * options.span_width) // 2
+    return (
+        {"window": window, "spans": spans} if window >= options.span_width else {"window": "none"}
+    )
 
 
 def memory_in_effect(memory: dict) -> dict:
     """All parameters of a config.json's `pace.memory`: those that are not written as they are in
     effect when the checkpoint is loaded.
     """
-    return {**ConvertOptions().memory_config(()), **MemorySettings.as_written(memory)}
+    return {**ConvertOptions().memory_config((), None), **MemorySettings.as_written(memory)}
 
 
 class RunOptions(BaseModel):
@@ -224,17 +323,15 @@ def load_options(config: Path | None, given: dict) -> tuple[ConvertOptions, RunO
     """Options from a YAML file, overridden by those `given`. Raises CallError that names the wrong
     option.
     """
-    try:
-        values = yaml.safe_load(config.read_text()) if config else {}
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CallError(
-            f"can't read {config}: {str(error).splitlines()[0]}",
-            "give a YAML file of option: value lines",
-        ) from error
-    values = values or {}  # an empty file
-    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise CallError(f"{config} is not a mapping", "give a YAML file of option: value lines")
-    values = {**values, **given}
+    kinds = {
+        name: field.annotation
+        for model in (ConvertOptions, RunOptions)
+        for name, field in model.model_fields.items()
+    }
+    file = read_options(config, kinds) if config else YamlOptions()
+    own = {name: value for name, value in file.values.items() if name not in given}
+    places = YamlOptions(config, own, {name: file.spelt[name] for name in own})
+    values = {**own, **given}
     run = {name: values.pop(name) for name in RunOptions.model_fields if name in values}
     idle = _idle(values)
     if idle:
@@ -243,6 +340,6 @@ def load_options(config: Path | None, given: dict) -> tuple[ConvertOptions, RunO
         return ConvertOptions.model_validate(values), RunOptions.model_validate(run)
     except ValidationError as error:
         first = error.errors()[0]
-        where = option_name(str(first["loc"][0])) + ": " if first["loc"] else ""
+        where = places.place(str(first["loc"][0])) + ": " if first["loc"] else ""
         message = first["msg"].removeprefix("Value error, ")
         raise CallError(f"{where}{message}", "see pace-convert --help") from error

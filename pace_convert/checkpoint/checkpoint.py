@@ -2,35 +2,51 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import glob
+import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from huggingface_hub import HfApi, get_safetensors_metadata, snapshot_download
+from huggingface_hub import (
+    HfApi,
+    get_cached_repo_tree,
+    get_safetensors_metadata,
+    hf_hub_download,
+    snapshot_download,
+)
+from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
 
-from ..errors import CallError, DamagedSourceError
-from .files import check_file, check_names, is_passed_over, is_taken, list_files, read_json
-from .hub_errors import READING, hub_errors
-from .selection import PICKLED, Selection, is_weights, readable_by_name, select
-from .shards import TensorInfo, check_tensors, read_header
+from ..errors import CallError, DamagedSourceError, PaceError
+from .files import check_file, check_names, is_passed_over, list_files, read_json
+from .hub_errors import READING, hub_errors, is_out_of_reach
+from .index import INDEX as INDEX
+from .index import SINGLE as SINGLE
+from .index import read_tensors
+from .selection import PICKLED, Selection, asked_for, by_name, is_weights, readable_by_name, select
+from .shards import TensorInfo, check_tensors
 
 CONFIG = "config.json"
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+
+logger = logging.getLogger(__name__)
+_WITH_THE_HUB = "run this again where the Hub can be reached"
 
 
 @dataclass(frozen=True)
 class HubAddress:
-    """A repository on the Hub at a resolved commit."""
+    """A repository on the Hub at a resolved commit. cached: the Hub was not reached, and all that
+    there is of it on this machine is in its cache.
+    """
 
     repo_id: str
     commit: str
     token: str | None
     cache_dir: Path | None
+    cached: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,7 +85,7 @@ class Source:
 
     def fetch(self) -> Source:
         """This source with its weights on this machine."""
-        if self.hub is None:
+        if self.hub is None or self.hub.cached:
             return self
         hub = self.hub
         with hub_errors(hub.repo_id, READING):
@@ -81,9 +97,16 @@ class Source:
                 allow_patterns=_exactly(*self.side_files, *self.shards, CONFIG, INDEX),
             )
         states = _states(Path(folder), [*self.side_files, *self.shards, CONFIG])
-        return replace(
-            self, folder=Path(folder), tensors=_read_tensors(Path(folder)), states=states
-        )
+        return replace(self, folder=Path(folder), tensors=read_tensors(Path(folder)), states=states)
+
+
+def trained_length(config: dict) -> int | None:
+    """Tokens that a model was trained to, as config.json says; None where it does not."""
+    for key in ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len"):
+        value = config.get(key)
+        if type(value) is int and value > 0:
+            return value
+    return None
 
 
 def open_source(
@@ -95,9 +118,11 @@ def open_source(
 ) -> Source:
     """Config, tensor list and side files of a local folder or of a Hub repository.
 
-    Of a Hub repository only the small files and the shards' headers are downloaded. include:
-    patterns of files that go with a conversion beside those that a model is known to have. Raises
-    CallError for what can't be a source and DamagedSourceError for one with broken files.
+    Of a Hub repository only the small files and the shards' headers are downloaded. Where the Hub
+    is out of reach, or HF_HUB_OFFLINE is set, a repository that is whole in the cache is taken from
+    there, which a warning says. include: patterns of files that go with a conversion beside those
+    that a model is known to have. Raises CallError for what can't be a source, DamagedSourceError
+    for one with broken files, and PaceError where there is none.
     """
     folder = Path(name)
     if folder.is_dir():
@@ -115,7 +140,13 @@ def open_source(
         raise CallError(
             f"no such folder: {name}", "give the folder of a model, or a Hub id like Qwen/Qwen2-7B"
         )
-    return _open_hub(name, revision, token, cache_dir, include)
+    try:
+        with hub_errors(name, READING):
+            return _open_hub(name, revision, token, cache_dir, include)
+    except PaceError as error:
+        if not is_out_of_reach(error.__cause__):
+            raise
+        return _open_cached(name, revision, token, cache_dir, include, error)
 
 
 def open_folder(folder: Path) -> Source:
@@ -145,7 +176,7 @@ def _read_folder(folder: Path, name: str) -> tuple[dict, list[str], dict[str, Te
     config = _read_config(folder)
     files = list_files(folder)
     _refuse_pickled_only(name, files)
-    return config, files, _read_tensors(folder)
+    return config, files, read_tensors(folder)
 
 
 def _opened(
@@ -175,24 +206,25 @@ def _open_hub(
     cache_dir: Path | None,
     include: Sequence[str],
 ) -> Source:
-    with hub_errors(repo_id, READING):
-        info = HfApi(token=token).model_info(repo_id, revision=revision)
-        files = sorted(sibling.rfilename for sibling in info.siblings or [])
-        if CONFIG not in files:
-            raise CallError(
-                f"{repo_id} is not a model repository: it has no config.json", "check the name"
-            )
-        check_names(files, "file")  # before any of them is downloaded
-        _refuse_pickled_only(repo_id, files)
-        files = [file for file in files if not is_passed_over(file)]
-        commit = info.sha or "main"  # all that follows is of one commit, whatever is pushed
-        folder = Path(
-            snapshot_download(
-                repo_id, revision=commit, token=token, cache_dir=cache_dir,
-                allow_patterns=_exactly(*readable_by_name(files, include), CONFIG, INDEX),
-            )
-        )  # fmt: skip
-        headers = get_safetensors_metadata(repo_id, revision=commit, token=token or None)
+    info = HfApi(token=token).model_info(repo_id, revision=revision)
+    files = sorted(sibling.rfilename for sibling in info.siblings or [])
+    if CONFIG not in files:
+        raise CallError(
+            f"{repo_id} is not a model repository: it has no config.json", "check the name"
+        )
+    check_names(files, "file")  # before any of them is downloaded
+    _refuse_pickled_only(repo_id, files)
+    files = [file for file in files if not is_passed_over(file)]
+    commit = info.sha or "main"  # all that follows is of one commit, whatever is pushed
+    folder = Path(
+        snapshot_download(
+            repo_id, revision=commit, token=token, cache_dir=cache_dir,
+            allow_patterns=_exactly(*readable_by_name(files, include), CONFIG, INDEX),
+        )
+    )  # fmt: skip
+    # By its own name too, so that the cache knows what commit that is where there is no Hub.
+    hf_hub_download(repo_id, CONFIG, revision=revision, token=token, cache_dir=cache_dir)
+    headers = get_safetensors_metadata(repo_id, revision=commit, token=token or None)
     # The Hub client does not say where the data begins: `fetch` reads the headers again.
     tensors = {
         name: TensorInfo(shard, t.dtype, tuple(t.shape), -1, t.data_offsets[1] - t.data_offsets[0])
@@ -207,6 +239,86 @@ def _open_hub(
         hub=HubAddress(repo_id, commit, token, cache_dir),
         left_out=selected.left_out, include=tuple(include),
     )  # fmt: skip
+
+
+def _open_cached(
+    repo_id: str,
+    revision: str | None,
+    token: str | None,
+    cache_dir: Path | None,
+    include: Sequence[str],
+    unreached: PaceError,
+) -> Source:
+    """A repository out of the Hub's cache. unreached: why the Hub is not asked, raised where the
+    cache has nothing of it.
+    """
+    folder = _cached_folder(repo_id, revision, cache_dir, unreached)
+    with _whole_in_cache(repo_id):
+        config, files, tensors = _read_folder(folder, repo_id)
+    listed = _listed(repo_id, folder.name, cache_dir)
+    missing = sorted(asked_for(listed, include) - set(files))
+    if missing:
+        raise PaceError(
+            f"--include asks for {missing[0]}, which is not in the Hub's cache", _WITH_THE_HUB
+        )
+    own = {CONFIG, INDEX, *(info.shard for info in tensors.values())}
+    without = sorted(set(by_name(listed, own)) - set(files))
+    # With what is left out whether it is here or not: the same bytes as with the Hub.
+    names = sorted({*files, *listed} - set(without))
+    with _whole_in_cache(repo_id, DamagedSourceError):
+        selected = select(folder, names, own, include)
+        source = _opened(repo_id, folder, config, tensors, selected, include)
+    logger.warning(
+        "%s: the Hub is out of reach; taking commit %s from its cache%s",
+        repo_id,
+        folder.name,
+        f", without {', '.join(without)}" if without else "",
+    )
+    return replace(source, hub=HubAddress(repo_id, folder.name, token, cache_dir, cached=True))
+
+
+def _cached_folder(
+    repo_id: str, revision: str | None, cache_dir: Path | None, unreached: PaceError
+) -> Path:
+    try:
+        return Path(
+            snapshot_download(
+                repo_id,
+                revision=revision,
+                cache_dir=cache_dir,
+                local_files_only=True,
+                allow_patterns=_exactly(CONFIG),
+            )
+        )
+    except LocalEntryNotFoundError as error:
+        at = f" at {revision}" if revision else ""
+        raise PaceError(
+            f"{unreached.message}; its cache has no {repo_id}{at}", unreached.hint
+        ) from error
+
+
+@contextlib.contextmanager
+def _whole_in_cache(repo_id: str, kind: type[PaceError] = PaceError) -> Iterator[None]:
+    """What is wrong with a cached repository was not downloaded, or not to its end."""
+    try:
+        yield
+    except kind as error:
+        raise PaceError(
+            f"{repo_id} is not whole in the Hub's cache: {error.message}", _WITH_THE_HUB
+        ) from error
+
+
+def _listed(repo_id: str, commit: str, cache_dir: Path | None) -> list[str]:
+    """A commit's files, of which a client that loads models alone had not all to download. None
+    where the cache does not list them.
+    """
+    try:
+        tree = get_cached_repo_tree(repo_id, revision=commit, cache_dir=cache_dir)
+    except CachedRepoTreeNotFoundError:
+        return []
+    files = sorted(file.path for file in tree if not is_passed_over(file.path))
+    check_names(files, "file")
+    return files
 
 
 def _states(folder: Path, names: list[str]) -> dict[str, tuple[int, int]]:
@@ -228,54 +340,6 @@ def _read_config(folder: Path) -> dict:
             "give the folder of a transformers model",
         )
     return config
-
-
-def _read_tensors(folder: Path) -> dict[str, TensorInfo]:
-    """From the shards' headers. Where both are there, transformers too takes the single file and
-    not the index.
-    """
-    if os.path.lexists(folder / INDEX) and not os.path.lexists(folder / SINGLE):
-        return _read_sharded(folder, read_json(folder, INDEX).get("weight_map"))
-    return read_header(check_file(folder, SINGLE))
-
-
-def _read_sharded(folder: Path, weight_map: object) -> dict[str, TensorInfo]:
-    """The tensors of all shards that the index names. Raises DamagedSourceError where index and
-    shards disagree.
-    """
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(shard, str) for shard in weight_map.values()
-    ):
-        raise DamagedSourceError(
-            f"{INDEX} has no weight_map of tensor to shard", "download or copy this file again"
-        )
-    tensors: dict[str, TensorInfo] = {}
-    for shard in sorted(set(weight_map.values())):
-        if "/" in shard or not is_taken(shard) or not shard.endswith(".safetensors"):
-            raise DamagedSourceError(
-                f"{INDEX} names {shard!r}, which is not a shard of this folder", "check the source"
-            )
-        if not os.path.lexists(folder / shard):
-            raise DamagedSourceError(
-                f"{INDEX} names {shard}, which is missing", "download or copy this shard again"
-            )
-        header = read_header(check_file(folder, shard))
-        absent = [
-            name for name, where in weight_map.items() if where == shard and name not in header
-        ]
-        if absent:
-            raise DamagedSourceError(
-                f"{shard} lacks {absent[0]}, which {INDEX} puts there",
-                "download or copy this shard again",
-            )
-        twice = [name for name in header if name in tensors]
-        if twice:
-            raise DamagedSourceError(
-                f"{tensors[twice[0]].shard} and {shard} both hold {twice[0]}", "check the source"
-            )
-        tensors.update(header)
-    check_tensors(tensors)
-    return tensors
 
 
 def _refuse_pickled_only(name: str, files: list[str]) -> None:

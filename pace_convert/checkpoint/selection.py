@@ -91,9 +91,23 @@ def select(folder: Path, files: Sequence[str], own: set[str], include: Sequence[
             f"--include would take {ADAPTER}, and peft would load the model that it names instead",
             "merge the adapter into the model first, or leave it out",
         )
-    why = _by_kind(folder, others, wanted)
-    why |= _parts_of_others(folder, others, wanted, why)
+    modules = _module_folders(folder) if MODULES in others else set()
+    why = _why_not(others, wanted, _code(folder, others), modules)
     return Selection(tuple(file for file in others if file not in why), _as_folders(why))
+
+
+def by_name(files: Iterable[str], own: set[str]) -> list[str]:
+    """What of a folder's files would go with a conversion by their names, where none is there to be
+    read; no Python.
+    """
+    others = [file for file in files if file not in own]
+    why = _why_not(others, set(), set(), set())
+    return [file for file in others if file not in why and not file.endswith(".py")]
+
+
+def asked_for(files: Iterable[str], include: Sequence[str]) -> set[str]:
+    """What the patterns fit."""
+    return {file for file in files if _matches(file, include)}
 
 
 def is_weights(file: str) -> bool:
@@ -118,15 +132,24 @@ def named_code(folder: Path, files: Iterable[str]) -> dict[str, str]:
 
 def _with_their_folders(files: Sequence[str], include: Sequence[str]) -> set[str]:
     """What the patterns fit; of a folder of other weights all, if they fit anything of it."""
-    asked = {file for file in files if _matches(file, include)}
+    asked = asked_for(files, include)
     whole = {_top(file) for file in files if _top(file) and is_weights(file)}
     folders = {_top(file) for file in asked} & whole
     return asked | {file for file in files if _top(file) in folders and not _is_hidden(file)}
 
 
-def _by_kind(folder: Path, files: Sequence[str], wanted: set[str]) -> dict[str, str]:
+def _why_not(
+    files: Sequence[str], wanted: set[str], code: set[str], modules: set[str]
+) -> dict[str, str]:
+    """What is left out, and why. code: Python that an auto_map leads to; modules: folders that
+    sentence-transformers would load.
+    """
+    why = _by_kind(files, wanted, code)
+    return why | _parts_of_others(files, wanted, why, modules)
+
+
+def _by_kind(files: Sequence[str], wanted: set[str], code: set[str]) -> dict[str, str]:
     """What is left out for what it is itself, and why."""
-    code = _code(folder, files)
     why: dict[str, str] = {}
     for file in files:
         if file in wanted:
@@ -146,12 +169,11 @@ def _by_kind(folder: Path, files: Sequence[str], wanted: set[str]) -> dict[str, 
 
 
 def _parts_of_others(
-    folder: Path, files: Sequence[str], wanted: set[str], why: dict[str, str]
+    files: Sequence[str], wanted: set[str], why: dict[str, str], modules: set[str]
 ) -> dict[str, str]:
     """What is left out because what it belongs to is: folders with other weights, companions."""
     absent = [file for file, reason in why.items() if reason == OTHERS]
     folders = {_top(file) for file in absent} - {""}
-    modules = _module_folders(folder) if MODULES in files else set()
     broken = modules & folders
     if broken:
         folders |= modules

@@ -10,11 +10,12 @@ import click
 
 from .. import api
 from ..errors import CallError
-from ..options import EXPERT_OPTIONS, ConvertOptions, RunOptions, load_options
+from ..options import EXPERT_OPTIONS, WINDOW_OPTIONS, ConvertOptions, RunOptions, load_options
 from ..progress import Progress
 from ..units import size
 from ..version import __version__
 from . import in_words
+from .ask import ask, read
 from .evaluate import evaluation
 from .options import model_options
 from .shared import as_json_text, friendly, hub_options, output_options
@@ -22,7 +23,12 @@ from .tune import tune
 
 GROUPS = {
     "Experts": EXPERT_OPTIONS,
-    "Memory": tuple(name for name in ConvertOptions.model_fields if name not in EXPERT_OPTIONS),
+    "Memory": tuple(
+        name
+        for name in ConvertOptions.model_fields
+        if name not in (*EXPERT_OPTIONS, *WINDOW_OPTIONS)
+    ),
+    "Re-reading": tuple(WINDOW_OPTIONS),
 }
 
 
@@ -152,6 +158,7 @@ def pace() -> None:
     pace convert Qwen/Qwen2-7B ./out                    convert a model, without training
     pace verify ./out --source Qwen/Qwen2-7B            prove that no weight was changed
     pace inspect ./out --html report.html               look at its experts and its memory
+    pace ask ./out --file book.txt "Who ...?"           ask about a text of any length
     pace eval needle ./out --arms base,ce+pa            measure whether it helps
     pace push ./out your-name/Qwen2-7B-Pace             upload it
     pace undo ./out ./original                          the source again, bit for bit
@@ -159,6 +166,8 @@ def pace() -> None:
 
 
 pace.add_command(pace_convert, "convert")
+pace.add_command(ask)
+pace.add_command(read)
 
 
 @pace.command()
@@ -252,8 +261,8 @@ def verify(
 ) -> None:  # fmt: skip
     """Prove that OUT is SOURCE, permuted: tensors bit for bit, logits with the memory off.
 
-    Without --source only OUT itself is looked at: index, shapes, permutations, config and modeling
-    files.
+    Without --source only OUT itself is looked at: every tensor by the hash that the conversion
+    left, index, shapes, permutations, config and modeling files; and whether it loads and runs.
 
     \b
     pace verify ./out --source Qwen/Qwen2-7B
@@ -262,7 +271,12 @@ def verify(
     if hashes and source is None:
         raise CallError("--hashes is for the tensors of a source", "give --source")
     if source is None:
-        whole = api.verify(out)
+        whole = api.verify(
+            out,
+            logits=not no_logits,
+            trust_remote_code=trust_remote_code,
+            progress=Progress(quiet),
+        )
         click.echo(as_json_text(whole.as_dict()) if as_json else in_words.integrity_text(whole))
         sys.exit(0 if whole.passed else 1)
     result = api.verify(
@@ -347,9 +361,16 @@ def push(
     type=click.IntRange(min=1),
     help="Processes side by side; by default what cores and memory allow.",
 )
+@click.option(
+    "--fine-tuned",
+    is_flag=True,
+    help="Take weights that are not as the conversion wrote them, trained and saved by whatever.",
+)
 @output_options
 @friendly
-def undo(out: Path, original: Path, jobs: int | None, as_json: bool, quiet: bool) -> None:
+def undo(
+    out: Path, original: Path, jobs: int | None, fine_tuned: bool, as_json: bool, quiet: bool
+) -> None:
     """Write the model that OUT was made from into the folder ORIGINAL, bit for bit.
 
     \b
@@ -357,7 +378,7 @@ def undo(out: Path, original: Path, jobs: int | None, as_json: bool, quiet: bool
 
     It needs OUT alone. One that was interrupted goes on when the same command is run again.
     """
-    restored = api.undo(out, original, jobs=jobs, progress=Progress(quiet))
+    restored = api.undo(out, original, jobs=jobs, fine_tuned=fine_tuned, progress=Progress(quiet))
     click.echo(as_json_text(restored.as_dict()) if as_json else in_words.restored_text(restored))
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Iterator, Sequence
-from typing import Any
+from importlib.util import find_spec
+from typing import Any, Protocol, TypeVar
 
+from ..device import resolve_device
 from ..errors import CallError, PaceError
 from ..jobs import run_here
 from ..journal import Journal
@@ -21,9 +23,21 @@ from .tasks import Task
 RAY_RETRIES = 3
 
 
+class Anywhere(Protocol):
+    """A picklable piece of work. is_layer: whether it takes a GPU where there are some."""
+
+    @property
+    def is_layer(self) -> bool: ...
+
+    def run(self) -> dict: ...
+
+
+Work = TypeVar("Work", bound=Anywhere)
+
+
 def run_tasks(
-    tasks: Sequence[Task], run: RunOptions, jobs: int, task_bytes: int
-) -> Iterator[tuple[Task, dict]]:
+    tasks: Sequence[Work], run: RunOptions, jobs: int, task_bytes: int
+) -> Iterator[tuple[Work, dict]]:
     """Each task with what its `run` returned, as soon as it is done.
 
     jobs: processes on this machine; task_bytes: memory that one task needs. Raises what a task
@@ -60,6 +74,18 @@ def run_remaining(
             report(task.name, task.nbytes, task.is_layer)
 
 
+def check_run(run: RunOptions) -> None:
+    """Whether what a conversion shall run on is there, as far as can be told without starting
+    anything. Raises CallError.
+    """
+    if run.executor == "ray":
+        if find_spec("ray") is None:
+            raise _no_ray()
+        _reach(run.ray_address)
+    elif run.device != "auto":
+        resolve_device(run.device)
+
+
 def check_executor(run: RunOptions, task_bytes: int) -> None:
     """Whether tasks can run where they shall, before anything is written. Raises CallError."""
     if run.executor == "ray":
@@ -87,13 +113,13 @@ def _reach(address: str | None) -> None:
             ) from error
 
 
-def _on_ray(tasks: Sequence[Task], run: RunOptions, task_bytes: int) -> Iterator[tuple[Task, dict]]:
+def _on_ray(tasks: Sequence[Work], run: RunOptions, task_bytes: int) -> Iterator[tuple[Work, dict]]:
     ray = _connect(run.ray_address)
     try:
         gpus = 1 if run.device.startswith("cuda") else 0
         remote = ray.remote(_run)
         waiting = list(reversed(tasks))
-        running: dict[Any, Task] = {}
+        running: dict[Any, Work] = {}
         while waiting or running:
             # Not all at once: `run.jobs` says how many may be at work.
             while waiting and len(running) < (run.jobs or len(tasks)):
@@ -106,12 +132,16 @@ def _on_ray(tasks: Sequence[Task], run: RunOptions, task_bytes: int) -> Iterator
         ray.shutdown()
 
 
+def _no_ray() -> CallError:
+    return CallError("--executor ray needs Ray", "pip install 'pace-convert[ray]'")
+
+
 def _connect(address: str | None) -> Any:
     """The module `ray`, connected. Raises CallError without Ray or without a cluster there."""
     try:
         import ray
     except ImportError as error:
-        raise CallError("--executor ray needs Ray", "pip install 'pace-convert[ray]'") from error
+        raise _no_ray() from error
     if ray.is_initialized():
         return ray
     try:
@@ -124,7 +154,7 @@ def _connect(address: str | None) -> Any:
     return ray
 
 
-def _run(task: Task) -> dict:
+def _run(task: Anywhere) -> dict:
     """What a Ray worker calls: a function, as `ray.remote` takes it."""
     return task.run()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..checkpoint.checkpoint import Source
+from ..checkpoint.checkpoint import Source, trained_length
 from ..checkpoint.ffn import check_ffn, count_layers, intermediate_size_of
 from ..checkpoint.own_code import DECIDING, own_model_code
 from ..errors import CallError, DamagedSourceError
@@ -29,6 +29,7 @@ class Plan:
     hidden_size: int
     intermediate_size: int
     memory_layers: tuple[int, ...]
+    window: dict | None
     ffn: tuple[FfnTensor, ...]
     weights_bytes: int
     task_bytes: int
@@ -42,6 +43,7 @@ class Plan:
             "intermediate_size": self.intermediate_size,
             "experts": self.options.experts,
             "memory_layers": list(self.memory_layers),
+            "window": self.window,
             "tensors_permuted": len(self.ffn),
             "bytes_to_read": self.weights_bytes,
             "bytes_to_write": self.weights_bytes,
@@ -56,6 +58,7 @@ def make_plan(source: Source, options: ConvertOptions, run: RunOptions | None = 
     """Check source and options. Raises CallError or DamagedSourceError."""
     config = source.config
     run = run or RunOptions()
+    _refuse_converted(source)
     _refuse_quantised(config)
     _check_type(config, "auto_map", dict)
     family = find_family(config, _check_type(config, "architectures", list) or [])
@@ -78,6 +81,7 @@ def make_plan(source: Source, options: ConvertOptions, run: RunOptions | None = 
         hidden_size=infos[0].shape[1 - ffn[0].axis],
         intermediate_size=intermediate_size,
         memory_layers=() if options.no_memory else resolve_layers(options.memory_layers, layers),
+        window=None if options.no_memory else _window(options, layers, config),
         ffn=ffn,
         weights_bytes=source.nbytes,
         task_bytes=task_bytes,
@@ -101,13 +105,30 @@ def _check_experts(options: ConvertOptions, intermediate_size: int) -> None:
         )
 
 
+def _window(options: ConvertOptions, layers: int, config: dict) -> dict | None:
+    """`pace.memory.window`. Raises CallError for what can't be with this model."""
+    chosen = options.reread_layer
+    if isinstance(chosen, int) and chosen >= layers:
+        raise CallError(
+            f"--reread-layer: the model has no layer {chosen}",
+            f"its layers are 0 to {layers - 1}",
+        )
+    try:
+        return options.window_config(layers, trained_length(config))
+    except ValueError as error:
+        raise CallError(str(error), "see pace-convert --help") from error
+
+
 def resolve_layers(wanted: str | tuple[int, ...], layers: int) -> tuple[int, ...]:
-    """0-based memory layers; "auto" takes Qwen2-7B's relative depths, 13 and 27 of 28 (1-based).
+    """0-based memory layers. wanted: numbers, or a word of LAYER_WORDS; "auto" takes Qwen2-7B's
+    relative depths, 13 and 27 of 28 (1-based).
 
     Raises CallError for a layer the model does not have.
     """
     if wanted == "none":
         return ()
+    if wanted in ("all", "second"):
+        return tuple(range(0, layers, 1 if wanted == "all" else 2))
     if isinstance(wanted, str):
         return tuple(sorted({max(0, round(13 * layers / 28) - 1), max(0, layers - 2)}))
     for layer in wanted:
@@ -117,6 +138,18 @@ def resolve_layers(wanted: str | tuple[int, ...], layers: int) -> tuple[int, ...
                 f"its layers are 0 to {layers - 1}",
             )
     return wanted
+
+
+def _refuse_converted(source: Source) -> None:
+    """Raises CallError for what a conversion has made, with a memory or without."""
+    if isinstance(source.config.get("pace"), dict):
+        here = "OUT" if source.hub else source.folder
+        fetched = "download it into a folder OUT, then " if source.hub else ""
+        raise CallError(
+            f"{source.name} is a PaceLLM already",
+            f"{fetched}`pace undo {here} ORIGINAL` gives back the model that it was made from: "
+            "convert that",
+        )
 
 
 def _refuse_quantised(config: dict) -> None:

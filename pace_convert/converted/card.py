@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 
+from ..modeling.reread_settings import RereadSettings
 from .shipped import render
 
 UNVERIFIED = "Nothing had been compared when this card was written."
@@ -42,7 +43,9 @@ def memory_block(memory: dict, layers: int, tuned: str | None = None) -> str:
     """What the memory is and does. memory: `pace.memory`; layers: of the model; tuned: how the
     parameters were found, in a sentence.
     """
-    text = render("memory.md.jinja", memory=memory, count=layers, tuned=tuned)
+    window = memory.get("window")
+    capacity = RereadSettings.from_config(window).capacity if window else None
+    text = render("memory.md.jinja", memory=memory, count=layers, tuned=tuned, capacity=capacity)
     return _block("memory", text.strip())
 
 

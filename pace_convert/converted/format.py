@@ -15,17 +15,20 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from ..checkpoint.checkpoint import CONFIG, INDEX, SINGLE
+from ..checkpoint.checkpoint import CONFIG, INDEX
 from ..checkpoint.files import check_file, check_names, is_inside, is_taken, parse_json
 from ..checkpoint.tokenizer import CONFIG as TOKENIZER_CONFIG
 from ..errors import CallError, DamagedSourceError, one_line
 from ..experts.permute import ExpertOrder
 from ..families import FamilySpec
 from ..journal import NAME as JOURNAL
-from ..options import MEMORY_PARAMETERS, ConvertOptions
+from ..modeling.memory_settings import Bounds, MemorySettings
+from ..modeling.reread_settings import RereadSettings
+from ..options import ConvertOptions
 
 MODELING = "modeling_pace.py"
 PERMUTATION = "pace_permutation.safetensors"
+HASHES = "pace_hashes.json"
 CARD = "README.md"
 SOURCE_CARD = "README.source.md"
 # Files of the source that a conversion writes anew, and the names under which the source's own are
@@ -42,6 +45,7 @@ UNFINISHED = ".pace-unfinished"
 SEAL = ".pace-conversion.json"
 LOCK = "lock"  # in UNFINISHED
 FORMAT_VERSION = 1
+MOST_NEURONS = 1 << 24  # of a layer's FFN
 
 
 class Difference(BaseModel):
@@ -90,14 +94,17 @@ def pace_object(
     options: ConvertOptions,
     intermediate_size: int,
     memory_layers: tuple[int, ...],
+    window: dict | None,
 ) -> dict:
-    """config.json's `pace`. memory_layers: resolved, 0-based."""
+    """config.json's `pace`. memory_layers: resolved, 0-based. window: as `window_config` makes
+    it.
+    """
     return {
         "version": FORMAT_VERSION,
         "base_model_type": family.model_type,
         "intermediate_size": intermediate_size,
         "experts": options.experts_config(),
-        "memory": options.memory_config(memory_layers),
+        "memory": options.memory_config(memory_layers, window),
     }
 
 
@@ -106,16 +113,20 @@ def check_pace(pace: dict) -> None:
 
     Raises DamagedSourceError, naming the parameter.
     """
+    version = pace.get("version")
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise DamagedSourceError(
+            f"config.json: pace.version is {version!r}; this version of pace-convert knows "
+            f"{FORMAT_VERSION}",
+            "update pace-convert, or convert again",
+        )
+    _settings(pace)
     try:
         experts = dict(pace["experts"])
         memory = dict(pace["memory"])
         enabled = memory.pop("enabled")
         layers = tuple(memory.pop("layers"))
-        unknown = sorted(set(memory) - set(MEMORY_PARAMETERS))
-        if unknown:  # or it could be another option of a conversion
-            raise DamagedSourceError(
-                f"config.json: pace.memory: unknown parameter {', '.join(unknown)}", "convert again"
-            )
+        memory.pop("window", None)
         given = {
             "experts": experts.pop("count"),
             "cluster_method": experts.pop("method"),
@@ -140,6 +151,36 @@ def check_pace(pace: dict) -> None:
         raise DamagedSourceError(
             "config.json: pace.memory.enabled is neither true nor false", "convert again"
         )
+
+
+def check_memory(pace: dict, layers: int) -> None:
+    """What the files of a checkpoint themselves check when it is loaded, of a `pace` that
+    `check_pace` takes. layers: of the model. Raises DamagedSourceError.
+    """
+    neurons = pace.get("intermediate_size")
+    if not Bounds(int, 1, MOST_NEURONS).admit(neurons):
+        raise DamagedSourceError(
+            f"config.json: pace.intermediate_size is {neurons!r}, not a number of neurons",
+            "convert again",
+        )
+    try:
+        _settings(pace).check_model(layers, pace["intermediate_size"])
+        if pace["memory"].get("window") is not None:
+            RereadSettings.from_config(pace["memory"]["window"]).check_model(layers)
+    except ValueError as error:
+        raise DamagedSourceError(f"config.json: pace.{error}", "convert again") from error
+
+
+def _settings(pace: dict) -> MemorySettings:
+    """As a checkpoint's own files read them, in whose words it raises DamagedSourceError."""
+    if not all(isinstance(pace.get(name), dict) for name in ("experts", "memory")):
+        raise DamagedSourceError(
+            "config.json: pace.experts or pace.memory is incomplete", "convert again"
+        )
+    try:
+        return MemorySettings.from_config(pace)
+    except ValueError as error:
+        raise DamagedSourceError(f"config.json: pace.{error}", "convert again") from error
 
 
 def is_unfinished(folder: Path) -> bool:
@@ -219,15 +260,17 @@ def check_written(folder: Path, shards: Sequence[str]) -> None:
     ]
     origins = [origin for origin in files.values() if origin is not None]
     wrong += [origin for origin, count in Counter(origins).items() if count > 1]
-    if SINGLE in origins and SINGLE not in shards:  # it would be loaded in their place
-        wrong.append(SINGLE)
     if wrong:
-        raise DamagedSourceError(
-            f"{PERMUTATION} names {wrong[0]!r} as a file, which no conversion writes so",
-            "convert again",
-        )
+        raise not_written(wrong[0])
     check_names(files, "file")
     check_names({*origins, *shards}, "file")
+
+
+def not_written(name: str) -> DamagedSourceError:
+    """What to say of a record that no conversion leaves."""
+    return DamagedSourceError(
+        f"{PERMUTATION} names {name!r} as a file, which no conversion writes so", "convert again"
+    )
 
 
 def left_out_of(folder: Path) -> tuple[str, ...]:

@@ -17,19 +17,23 @@ from ..checkpoint.needed import check_needed
 from ..checkpoint.own_code import own_model_code
 from ..checkpoint.shards import reordered, row_blocks
 from ..checkpoint.tokenizer import read_with_tokenizer
-from ..errors import CallError
+from ..errors import CallError, one_line
 from ..progress import Progress
+from .config_edits import config_edits
 from .format import left_out_of
-from .load import edited_code, load_model, refuse_edited, refuse_own_code
+from .hashes import read_hashes
+from .integrity import structure_problems
+from .load import edited_code, generation_problem, load_model, refuse_edited, refuse_own_code
+from .loads import run
 from .opened import Converted
 
 SAMPLE = (
     "The code of Ada is 4711;\n\tit's   written in München, in 東京 and <|here|>. "
     "def f(x): return x**2"
 )
+NO_LOGITS = "or --no-logits to compare tensors only"
 # Reordering the sum over an FFN's neurons moves logits by rounding only; relative to the largest
 # logit.
-NO_LOGITS = "or --no-logits to compare tensors only"
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
@@ -37,6 +41,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torc
 class Verification:
     """What was compared.
 
+    problems: of the folder itself and of its config.json beside the source's, in words.
     hashes: SHA-256 of each tensor of the source, by name, over its bytes in the source's order.
     logit_difference: the largest absolute one; None where logits were not asked for.
     same_tokens: whether both tokenizers read a sample alike; None without a tokenizer. left_out:
@@ -56,13 +61,14 @@ class Verification:
     hashes: dict[str, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
     own_code: str | None = None
+    problems: tuple[str, ...] = ()
+    saved: bool = False
 
     @property
     def passed(self) -> bool:
         """Whether OUT is the source, permuted."""
-        return (
-            not self.different and self.logits_match is not False and self.same_tokens is not False
-        )
+        alike = self.logits_match is not False and self.same_tokens is not False
+        return alike and not self.different and not self.problems
 
     @property
     def digest(self) -> str:
@@ -119,6 +125,15 @@ def verify(
     permutations = {
         t.name: (t.axis, converted.orders[t.layer].inverse(t.parts)) for t in converted.ffn()
     }
+    left = read_hashes(converted.files.folder)
+    problems = structure_problems(converted, left)
+    saved = left is not None and left.saved
+    if not saved:
+        problems += [
+            edit for edit in config_edits(converted, source.config) if edit not in problems
+        ]
+    generation = generation_problem(converted.files.folder) if logits else None
+    problems += [generation] if generation else []
     different, hashes = _compare(converted.files, source, permutations, progress)
     edited = edited_code(converted, source)
     result = Verification(
@@ -131,8 +146,10 @@ def verify(
         hashes=hashes,
         left_out=left_out_of(converted.files.folder),
         own_code=own_model_code(source.config),
+        problems=tuple(one_line(problem) for problem in problems),
+        saved=saved,
     )
-    if not logits or different:
+    if not logits or not result.passed:
         return result
     refuse_edited(edited, trust_remote_code, NO_LOGITS)
     refuse_own_code(source, trust_remote_code, NO_LOGITS)
@@ -189,8 +206,8 @@ def _with_logits(
     result: Verification, converted: Converted, source: Source, trust_remote_code: bool
 ) -> Verification:
     # One model in memory at a time: each is dropped once its logits are there.
-    expected, dtype = _logits(load_model(source, trust_remote_code=trust_remote_code))
-    got, _ = _logits(load_model(converted, trust_remote_code=trust_remote_code))
+    expected, dtype = _logits(source, load_model(source, trust_remote_code=trust_remote_code))
+    got, _ = _logits(converted, load_model(converted, trust_remote_code=trust_remote_code))
     difference = (got - expected).abs().max().item()
     largest = expected.abs().max().item()
     return replace(
@@ -201,14 +218,10 @@ def _with_logits(
     )
 
 
-@torch.no_grad()
-def _logits(model: Any) -> tuple[torch.Tensor, torch.dtype]:
-    """Logits [2, 64, vocabulary] in float64 of the same random tokens for every model, its memory
-    off; and its dtype.
+def _logits(files: Source | Converted, model: Any) -> tuple[torch.Tensor, torch.dtype]:
+    """Logits [2, 64, vocabulary] in float64, fewer positions where the model has fewer, of the same
+    random tokens for every model, its memory off; and its dtype.
     """
     if hasattr(model, "set_memory_enabled"):
         model.set_memory_enabled(False)
-    ids = torch.randint(
-        model.config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0)
-    )
-    return model(ids).logits.double(), model.dtype
+    return run(files, model, rows=2).double(), model.dtype

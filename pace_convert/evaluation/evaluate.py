@@ -15,8 +15,17 @@ from ..writing import write_json
 from .benchmarks.table import Benchmark, benchmark
 from .folder import RESULTS
 from .options import ComparisonOptions, JobOptions, SweepOptions, require_extra, validated
+from .reader import Reader
 from .runner import Evaluation, Results, run_cells
-from .subjects import ARMS, AS_IT_IS, Subject, is_pace, layer_count, subjects_of
+from .subjects import (
+    ARMS,
+    AS_IT_IS,
+    Subject,
+    is_pace,
+    layer_count,
+    subjects_of,
+    tokenizer_of,
+)
 from .sweep import Level, combinations, levels, parse_factor, swept_subjects
 from .sweep_plot import plot_levels
 from .variants import variants as variants_of
@@ -62,8 +71,10 @@ def evaluate(
     chosen = validated(row.options, options, command)
     subjects = chosen_subjects(job, row.arms)
     folder = job.folder(name)
+    test = _made(row, job, chosen)
+    _check(test, subjects)
     results = run_cells(
-        _made(row, job, chosen),
+        test,
         subjects,
         folder,
         progress or Progress(quiet=True),
@@ -112,6 +123,7 @@ def sweep(
     for reason in refused:
         progress.say(f"left out: {reason}")
     subjects, folder = swept_subjects(job.model, grid, job.trust_remote_code), job.folder("sweep")
+    _check(test, subjects)
     results = run_cells(test, subjects, folder, progress, jobs=job.jobs, device=job.device)
     made = levels(results, factors)
     plot_levels(made, f"{test.name}: {test.metric}, {len(grid)} combinations", folder / "sweep.png")
@@ -139,7 +151,18 @@ def _made(row: Benchmark, job: JobOptions, options: Any) -> Evaluation:
     return row.make(job.model, options)
 
 
+def _check(test: Evaluation, subjects: Sequence[Subject]) -> None:
+    """What only a tokenizer can tell of these options, before any model is loaded. Raises
+    CallError.
+    """
+    check = getattr(test, "check", None)
+    if check is not None:
+        for model in dict.fromkeys(subject.model for subject in subjects):
+            check(Reader(None, tokenizer_of(model)))
+
+
 def _written(results: Results, facts: dict, folder: Path) -> Results:
-    """With its facts, which are in results.json then."""
+    """With its facts and notes, which are in results.json then."""
+    facts = {**facts, "notes": results.notes()}
     write_json(folder / RESULTS, facts)
     return replace(results, facts=facts)

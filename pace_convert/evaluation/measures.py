@@ -78,7 +78,7 @@ def print_measures(results: Results, measures: Sequence[Measure], title: str) ->
             table.add_column(name, justify="right")
         for measure, after in zip(measures, [*measures[1:], None]):
             cells = [plain(measure.value(results, first), measure.digits)]
-            cells += [_gain(results, measure, name, first, clusters) for name in others]
+            cells += [_gain(results, measure, name, first) for name in others]
             ends = after is None or after.group != measure.group
             table.add_row(_label(measure), *cells, end_section=ends)
     else:
@@ -89,25 +89,31 @@ def print_measures(results: Results, measures: Sequence[Measure], title: str) ->
                 _label(measure), first, plain(measure.value(results, first), measure.digits), ""
             )
             for name in others:
-                gain = _gain(results, measure, name, first, clusters)
+                gain = _gain(results, measure, name, first)
                 table.add_row("", name, plain(measure.value(results, name), measure.digits), gain)
     shown = console(table)
     shown.print(table)
     if clusters == 1:
-        shown.print("There is but one cell to resample: the intervals say nothing.")
+        shown.print(
+            "There is but one cell to resample, and so there are no intervals.", soft_wrap=True
+        )
 
 
 def plain(made: Mean, digits: int) -> str:
-    """2.345 (2.300 to 2.400)"""
+    """2.345 (2.300 to 2.400), or 2.345 alone where there is no interval."""
+    if not made.has_interval:
+        return f"{made.mean:.{digits}f}"
     return f"{made.mean:.{digits}f} ({made.low:.{digits}f} to {made.high:.{digits}f})"
 
 
-def _gain(results: Results, measure: Measure, name: str, base: str, clusters: int) -> str:
+def _gain(results: Results, measure: Measure, name: str, base: str) -> str:
     """+0.012 (-0.003 to +0.027), with a star where the interval leaves zero out and the gain is
     more than rounding.
     """
     made, digits = measure.gain(results, name, base), measure.digits
-    star = " *" if made.beyond_noise and clusters > 1 and round(made.mean, digits) else ""
+    if not made.has_interval:
+        return f"{made.mean:+.{digits}f}"
+    star = " *" if made.beyond_noise and round(made.mean, digits) else ""
     return f"{made.mean:+.{digits}f} ({made.low:+.{digits}f} to {made.high:+.{digits}f}){star}"
 
 

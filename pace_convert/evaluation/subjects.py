@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 
-from ..checkpoint.checkpoint import Source, open_source
+from ..checkpoint.checkpoint import Source, open_source, trained_length
 from ..checkpoint.hub_errors import READING, hub_errors
 from ..checkpoint.tokenizer import load_tokenizer
 from ..converted.format import PERMUTATION
@@ -139,7 +139,7 @@ def context_length(model: str) -> int:
     """Tokens the model was made for, as its config says; 8192 where it does not."""
     opened = _open(model)
     config = (opened.files if isinstance(opened, Converted) else opened).config
-    return config.get("max_position_embeddings") or config.get("n_positions") or 8192
+    return trained_length(config) or 8192
 
 
 def layer_count(model: str) -> int:
@@ -148,6 +148,29 @@ def layer_count(model: str) -> int:
     if not isinstance(opened, Converted):
         raise CallError(f"{model} is not a PaceLLM", "give a folder that pace-convert wrote")
     return opened.layers
+
+
+def tokenizer_of(model: str) -> Any:
+    """Its tokenizer, which needs no weights. Raises PaceError where none loads."""
+    opened = _open(model)
+    tokenizer = load_tokenizer(
+        opened.files.folder if isinstance(opened, Converted) else opened.folder
+    )
+    if tokenizer is None:
+        raise PaceError(
+            f"{model} has no tokenizer that loads", "copy the source's tokenizer files there"
+        )
+    return tokenizer
+
+
+def blocks_of(subject: Subject) -> int | None:
+    """Tokens of a block of its memory, U, before which it can do nothing; None without a
+    memory.
+    """
+    memory = {**memory_parameters(subject.model), **dict(subject.memory)}
+    granularity = ARMS.get(subject.arm, (True, "as it is"))[1]
+    on = bool(memory) and (memory["enabled"] if subject.arm not in ARMS else granularity)
+    return memory["update_interval"] if on and memory["layers"] else None
 
 
 @dataclass
@@ -171,8 +194,11 @@ def load(subject: Subject, device: str = "auto") -> Reader:
     model = loaded.model
     if hasattr(model, "set_memory") and loaded.memory:
         arm = {"granularity": granularity} if granularity else {}
+        window = loaded.memory["window"]
         try:
-            model.set_memory(**{**loaded.memory, **arm, **dict(subject.memory)})
+            own = {name: value for name, value in loaded.memory.items() if name != "window"}
+            model.set_memory(**{**own, **arm, **dict(subject.memory)})
+            model.set_window(**(window or {}))
         except (ValueError, TypeError) as error:
             raise CallError(
                 f"{subject.name}: {error}", "see the memory options in pace-convert --help"
@@ -194,12 +220,7 @@ def _load(model: str, clustered: bool, device: str, trust_remote_code: bool) -> 
     loaded = load_model(files, device=device, trust_remote_code=trust_remote_code)
     if isinstance(files, Converted) and not clustered:
         _restore_order(loaded, files)
-    tokenizer = load_tokenizer(files.files.folder if isinstance(files, Converted) else files.folder)
-    if tokenizer is None:
-        raise PaceError(
-            f"{model} has no tokenizer that loads", "copy the source's tokenizer files there"
-        )
-    return Loaded(loaded, tokenizer, memory_parameters(model))
+    return Loaded(loaded, tokenizer_of(model), memory_parameters(model))
 
 
 @torch.no_grad()

@@ -88,11 +88,15 @@ def console(table: Table) -> Console:
 
 
 def percent(made: Mean) -> str:
-    """62.0 (57.1-66.8)"""
+    """62.0 (57.1-66.8), or 62.0 alone where there is no interval."""
+    if not made.has_interval:
+        return f"{100 * made.mean:.1f}"
     return f"{100 * made.mean:.1f} ({100 * made.low:.1f}-{100 * made.high:.1f})"
 
 
 def signed(made: Mean) -> str:
     """+1.2 (-0.3 to +2.7), with a star where the interval leaves zero out."""
+    if not made.has_interval:
+        return f"{100 * made.mean:+.1f}"
     star = " *" if made.beyond_noise else ""
     return f"{100 * made.mean:+.1f} ({100 * made.low:+.1f} to {100 * made.high:+.1f}){star}"

@@ -145,7 +145,7 @@ def test_of_a_source_on_the_hub(source):
 
 
 def test_without_memory(source):
-    text = new_card(source, memory_layers="none", experts=7)
+    text = new_card(source, memory_layers="none", window="none", experts=7)
     assert (
         "activation-memory" not in ModelCard(text).data.tags
         and "## The memory" not in text

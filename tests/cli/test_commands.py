@@ -8,12 +8,20 @@ import struct
 import subprocess
 import sys
 import termios
+from dataclasses import asdict
 
 import pytest
 from helpers import pace_convert
 
 from pace_convert.families import FAMILIES
-from pace_convert.options import EXPERT_OPTIONS, PRESETS, ConvertOptions, option_name
+from pace_convert.modeling.reread_settings import RereadSettings
+from pace_convert.options import (
+    EXPERT_OPTIONS,
+    PRESETS,
+    WINDOW_OPTIONS,
+    ConvertOptions,
+    option_name,
+)
 from pace_convert.reference.tokenizer import build_tokenizer
 
 
@@ -85,6 +93,18 @@ def test_dry_run_prints_the_plan_and_writes_nothing(make_source, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_plan_shows_what_the_memory_will_do(make_source, tmp_path):
+    chosen = ("--granularity", "expert", "--theta-high", 0.6, "--theta-low", 0.1, "--top-k", 3)
+    words = ("granularity expert", "reuses above 0.6, mixes above 0.1", "3 similar and 2 dissim")
+    source, out = make_source("llama"), tmp_path / "out"
+    shown = pace_convert(source, out, "--experts", 8, "--dry-run", *chosen).stdout
+    assert all(word in shown for word in words), shown
+    shown = pace_convert(source, out, "--experts", 8, "--dry-run").stdout
+    assert "whole activations (granularity token): reuses above 0.75, mixes above 0.25" in shown
+    shown = pace_convert(source, out, "--experts", 8, "--dry-run", "--memory-layers", "none").stdout
+    assert "memory     none, in no layer" in shown
+
+
 def test_verify_says_so_with_numbers(qwen2_pair):
     done = pace_convert(qwen2_pair[1], "--source", qwen2_pair[0], command=("verify",))
     assert done.returncode == 0
@@ -115,7 +135,8 @@ def test_options_reach_the_config(make_source, tmp_path):
         "theta_low": -0.5, "top_k": 3, "bottom_k": 0, "fusion_weight": 0.3, "reuse_weight": 0.9,
         "mix_weight": 0.4, "noise_weight": 0.05, "momentum": 0.7, "update_interval": 77,
         "cluster_method": "exact", "exact_restarts": 2, "granularity": "expert",
-        "outlier_norm": 3.5,
+        "outlier_norm": 3.5, "window": 100, "reread_layer": 3, "first_tokens": 8, "spans": 5,
+        "span_width": 32, "stand_out": 0.25, "key_size": 48, "bank_tokens": 5000,
     }  # fmt: skip
     assert {*values, "match_norm"} == set(ConvertOptions.model_fields) - {"no_memory", "preset"}
     arguments = [part for name, value in values.items() for part in (option_name(name), value)]
@@ -126,9 +147,13 @@ def test_options_reach_the_config(make_source, tmp_path):
     memory = {
         name: value
         for name, value in values.items()
-        if name not in (*EXPERT_OPTIONS, "memory_layers")
+        if name not in (*EXPERT_OPTIONS, *WINDOW_OPTIONS, "memory_layers")
     }
+    window = pace["memory"].pop("window")
     assert pace["memory"] == {"enabled": True, "layers": [0, 3], **memory}
+    assert window == asdict(
+        RereadSettings(**{WINDOW_OPTIONS[n]: values[n] for n in WINDOW_OPTIONS})
+    )
 
 
 def test_help_shows_examples():
@@ -145,6 +170,7 @@ def test_preset_on_the_command_line(make_source, tmp_path):
         == 0
     )
     memory = json.loads((tmp_path / "out" / "config.json").read_text())["pace"]["memory"]
+    assert memory.pop("window")["layer"] == 0
     assert memory == {"enabled": True, "layers": [1, 2], **PRESETS["paper"], "slots": 9}
 
 

@@ -16,6 +16,7 @@ from pace_convert.evaluation.benchmarks.needle import (
 from pace_convert.evaluation.benchmarks.needle_text import (
     Needles,
     Prompt,
+    TooShortError,
     prose_prompts,
     reference_prompts,
 )
@@ -90,8 +91,10 @@ def test_a_haystack_of_ones_own_is_read_over_again(tmp_path):
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(CallError, match="tokens more than 20"):
-        prose_prompts("prose", Needles(4, 4), 20, 0.5, 0, words)
+    for length in (20, -5):
+        with pytest.raises(TooShortError) as error:
+            prose_prompts("prose", Needles(4, 4), length, 0.5, 0, words)
+        assert length + error.value.missing == 4 * 6 + 11  # facts, and the question
     with pytest.raises(CallError, match="words more than 20"):
         reference_prompts(Needles(4, 4), 20, 0.5, 0)
 

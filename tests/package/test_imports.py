@@ -13,13 +13,13 @@ FLOORS = (
     ("cli",),
     ("",),  # pace_convert itself
     ("api",),
-    ("evaluation", "inspect"),
+    ("evaluation", "inspect", "reading"),
     ("reference",),
     ("conversion",),
     ("converted",),
     ("checkpoint", "experts"),
     ("options", "journal", "jobs"),
-    ("families", "modeling", "progress", "device", "writing"),
+    ("families", "modeling", "progress", "device", "writing", "yaml_options"),
     ("errors", "units", "version"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

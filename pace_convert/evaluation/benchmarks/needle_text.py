@@ -37,6 +37,15 @@ class Needles:
     values: Literal["words", "numbers"] = "words"
 
 
+class TooShortError(CallError):
+    """A text has no room for what is hidden in it. missing: how many tokens more it needs."""
+
+    def __init__(self, what: str, missing: int) -> None:
+        super().__init__(f"{what}: {missing} tokens too few", "give longer --lengths")
+        self.what = what
+        self.missing = missing
+
+
 @dataclass(frozen=True)
 class Prompt:
     """text: up to the question's end. lead: begins the answer where no chat template does.
@@ -84,8 +93,8 @@ def prose_prompts(
     """Prompts of at most `length` tokens, less by one sentence at most. haystack: `prose` or a
     path.
 
-    The first needle stands at `depth`, further ones evenly from there to the end. Raises CallError
-    where a needle and its question do not fit.
+    The first needle stands at `depth`, further ones evenly from there to the end. Raises
+    TooShortError where the needles and a question do not fit.
     """
     rng = _rng(needles, length, depth, seed)
     facts, asked = _facts(rng, needles)
@@ -96,10 +105,8 @@ def prose_prompts(
         - max(count([f"\n\n{question}" for question in questions]))
     )
     if room < 0:
-        raise CallError(
-            f"{len(facts)} needles and a question need {-room} tokens more than {length}",
-            "give longer --lengths",
-        )
+        many = f"{len(facts)} needles" if len(facts) > 1 else "a needle"
+        raise TooShortError(f"{many} and a question", -room)
     sentences = _sentences(haystack, room, rng, count)
     places = [
         round(len(sentences) * (depth + (1 - depth) * i / len(facts))) for i in range(len(facts))
@@ -116,7 +123,9 @@ def prose_prompts(
 def _rng(needles: Needles, length: int, depth: float, seed: int) -> np.random.Generator:
     import numpy as np  # not above: the help of a command must not wait for it
 
-    return np.random.default_rng([seed, length, round(1000 * depth), needles.count, needles.hops])
+    return np.random.default_rng(
+        [seed, max(0, length), round(1000 * depth), needles.count, needles.hops]
+    )
 
 
 def _facts(rng: np.random.Generator, needles: Needles) -> tuple[list[str], list[tuple[str, str]]]:

@@ -1,0 +1,477 @@
+"""Re-reading: a text far longer than the model could hold, in a working context that it can.
+
+The bank finds, the model reads (`reread_schedule`, `reread_keys`, `reread_lookup`). A call
+of the model becomes one or several calls of the base model with ordinary prompts at positions 0, 1,
+2, ...: no mask, no position and no code of a family is its own.
+
+    rows that the model can hold            the call as it came
+    tokens that extend the contexts         the call, with mask and positions of the contexts
+    a new context is due                    the tokens of the context and of the call as one prompt
+    logits of tokens in several contexts    one prompt for each, row by row
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .memory_stack import real_columns
+from .reread_bank import KeyBlock, Passage, Prompt, Row
+from .reread_cache import Contexts, RereadEntry, reread_entry
+from .reread_keys import KeyReader
+from .reread_lookup import look_up, query_weights
+from .reread_schedule import WHOLE, Build, build_of, segments, window_start
+from .reread_settings import RereadSettings
+
+EMBEDS = "a part was given as inputs_embeds"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a call says about itself beyond the base model's arguments.
+
+    ids: [B, L], and mask: 2D, as the caller gave them. prompt: columns of the call after which a
+    prompt ends; None: none does. query: ids [B, Q] that ask. idle: nothing is asked yet, more of
+    the prompt is to come.
+    """
+
+    ids: Tensor | None
+    mask: Tensor | None
+    prompt: int | None = None
+    query: Tensor | None = None
+    idle: bool = False
+
+
+@dataclass(eq=False)
+class Rereader:
+    """Re-reading for one model. base: the base class's forward. names: of its arguments."""
+
+    base: Callable
+    names: Sequence[str]
+    config: Any
+    settings: RereadSettings
+    keys: KeyReader
+
+    # A call of the model.
+
+    def call(self, asked: Asked, kwargs: dict) -> Any:
+        """The output of the base model for what was asked. kwargs: its arguments, by name."""
+        cache, entry = self._entry(kwargs)
+        ids = asked.ids if asked.ids is not None else kwargs["inputs_embeds"]
+        if entry is None:
+            return self.base(**kwargs)
+        rows, length = ids.shape[:2]
+        entry.catch_up(cache)
+        entry.begin(rows, ids.device)
+        given = {**kwargs, "attention_mask": asked.mask}
+        real = real_columns(given, entry.columns, length)
+        if real is not None and bool(real.all()):
+            real = None
+        counts = [length] * rows if real is None else real.sum(1).tolist()
+        seen = [entry.columns] * rows if entry.missing else entry.counts
+        longest = max(a + b for a, b in zip(seen, counts))
+        if entry.whole and longest <= self.settings.capacity:
+            return self._as_it_came(asked, kwargs, entry, real, counts)
+        if asked.ids is None or entry.missing:
+            raise ValueError(
+                f"beyond {self.settings.capacity} tokens a text is read again by its ids, and of "
+                f"this one {entry.missing or EMBEDS}; give input_ids from the beginning, or switch "
+                "the memory off"
+            )
+        try:
+            return self._long(asked, kwargs, cache, entry, real)
+        except BaseException:
+            entry.contexts = None  # whatever the KV layers hold now
+            raise
+        finally:
+            if cache is not None:
+                entry.close(cache)
+
+    def _entry(self, kwargs: dict) -> tuple[Cache | None, RereadEntry | None]:
+        """The cache of a call, made where the base model would make one, and its entry."""
+        use_cache = kwargs.get("use_cache")
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        cache = kwargs.get("past_key_values")
+        if cache is None and use_cache:
+            cache = kwargs["past_key_values"] = DynamicCache(config=self.config)
+        if cache is None:
+            return None, RereadEntry(self.settings)
+        if not isinstance(cache, Cache):
+            return None, None  # the base model says what is wrong
+        return cache, reread_entry(cache, self.settings, self.config.num_hidden_layers)
+
+    def _as_it_came(
+        self, asked: Asked, kwargs: dict, entry: RereadEntry, real: Tensor | None, counts: list[int]
+    ) -> Any:
+        output = self.base(**kwargs)
+        if asked.ids is None or entry.missing:
+            entry.missing = entry.missing or EMBEDS
+            entry.columns += max(counts)
+        elif asked.ids.shape[1] == 1 and real is None:
+            entry.step(asked.ids)
+        else:
+            rows = _with_tokens(entry.settle(), asked.ids, real, counts)
+            entry.follow(rows, asked.ids.shape[1], real)
+        return output
+
+    def _long(
+        self,
+        asked: Asked,
+        kwargs: dict,
+        cache: Cache | None,
+        entry: RereadEntry,
+        real: Tensor | None,
+    ) -> Any:
+        assert asked.ids is not None
+        length = asked.ids.shape[1]
+        if length == 1 and real is None and asked.prompt is None and entry.contexts is not None:
+            due = [build_of(n, e, self.settings) for n, e in zip(entry.counts, entry.ends)]
+            if cache is not None and list(entry.contexts.builds) == due:
+                output = self._extend(asked.ids, kwargs, cache, entry, None, [1] * len(due))
+                entry.step(asked.ids)
+                return self._finished(output, 0, 1, kwargs, cache)
+        before, old = entry.counts, entry.settle()
+        counts = [length] * len(old) if real is None else real.sum(1).tolist()
+        rows = _with_tokens(old, asked.ids, real, counts)
+        if asked.idle:
+            return self._noted(rows, length, real, cache, entry)
+        if asked.prompt is not None:
+            rows = self._prompts_end(rows, before, asked, real)
+        kept = kwargs.get("logits_to_keep", 0)
+        keep = min(kept, length) if isinstance(kept, int) and kept else length
+        runs = [
+            segments(row.count - _kept(real, i, keep), row.count, row.ends, self.settings)
+            for i, row in enumerate(rows)
+        ]
+        one_each = all(len(run) == 1 for run in runs)
+        if cache is not None and self._goes_on(entry, before, rows):
+            more = {**kwargs, "logits_to_keep": keep}
+            output = self._extend(asked.ids, more, cache, entry, real, counts)
+        elif one_each and (real is None or bool(real[:, length - keep :].all())):
+            builds = [run[0][2] for run in runs]
+            rows = self._looked_up(rows, builds)
+            output = self._rebuild(rows, builds, keep, kwargs, cache, entry)
+        else:
+            rows, output = self._row_by_row(rows, runs, keep, real, kwargs, entry)
+        entry.follow(rows, length, real)
+        return self._finished(output, kept, keep, kwargs, cache)
+
+    def _goes_on(self, entry: RereadEntry, before: list[int], rows: list[Row]) -> bool:
+        """Whether all tokens of a call are read in the contexts that the KV layers hold."""
+        if entry.contexts is None:
+            return False
+        for start, row, made in zip(before, rows, entry.contexts.builds):
+            runs = segments(start, row.count, row.ends, self.settings)
+            if any(build != made for _, _, build in runs) or len(runs) > 1:
+                return False
+        return True
+
+    def step(self, ids: Tensor, cache: Cache) -> dict | None:
+        """Before a decode step that is prepared: build what is due. ids: [B, 1].
+
+        Returns the step's mask, 2D, and positions where they are the contexts'; empty where the
+        step can come as it is; None for a step that has to be looked at when it comes.
+        """
+        entry = reread_entry(cache, self.settings, self.config.num_hidden_layers)
+        if not entry.rows or entry.missing:
+            return None
+        entry.catch_up(cache)
+        whole = entry.whole and max(entry.counts) < self.settings.capacity
+        if not whole:
+            self._prepare_step(ids, cache, entry)
+        first: Any = cache.layers[0]
+        seen = first.get_seq_length()
+        entry.begun = (ids, -1 if isinstance(seen, Tensor) else seen)
+        if whole:
+            return {}
+        made = entry.contexts
+        assert made is not None
+        mask = made.mask_with(None, 1)
+        positions = torch.tensor(made.lengths, device=ids.device)[:, None]
+        return {
+            "attention_mask": None if mask is None else mask.long(), "position_ids": positions,
+        }  # fmt: skip
+
+    def _prepare_step(self, ids: Tensor, cache: Cache, entry: RereadEntry) -> None:
+        """The contexts that the next token is read in, in the KV layers of an open cache."""
+        due = [build_of(n, ends, self.settings) for n, ends in zip(entry.counts, entry.ends)]
+        if entry.contexts is None or list(entry.contexts.builds) != due:
+            rows = self._looked_up(entry.settle(), due)
+            entry.rows = rows
+            self._rebuild(rows, due, 1, {"use_cache": True, "return_dict": True}, cache, entry)
+        entry.open(cache)
+
+    def read(
+        self, ids: Tensor, mask: Tensor | None, cache: Cache, told: Callable[[int], None] | None
+    ) -> None:
+        """Take tokens into a cache and read the keys of all complete blocks; no logits.
+
+        ids: [B, L]. mask: [B, L], of these alone. told: called with the tokens read since the last
+        call of it.
+        """
+        entry = reread_entry(cache, self.settings, self.config.num_hidden_layers)
+        entry.catch_up(cache)
+        entry.begin(len(ids), ids.device)
+        if entry.missing:
+            raise ValueError(f"this cache can't go on reading: {entry.missing}")
+        real = None if mask is None or bool(mask.all()) else mask.bool()
+        counts = [ids.shape[1]] * len(ids) if real is None else real.sum(1).tolist()
+        rows = _with_tokens(entry.settle(), ids, real, counts)
+        for upto in self._strides(rows):
+            rows = self._each(rows, functools.partial(self.keys.read, count=upto))
+            if told is not None:
+                told(min(upto, max(row.count for row in rows)))
+        self._noted(rows, ids.shape[1], real, cache, entry)
+
+    def join(self, rows: list[Row]) -> Row:
+        """One row with the texts of several behind each other, each from a multiple of U on.
+
+        Between them stand tokens that nobody looks up: copies of the first.
+        """
+        ids: list[Tensor] = []
+        blocks: list[KeyBlock] = []
+        at = 0
+        for number, row in enumerate(rows):
+            count, block = row.count, self.settings.block
+            if number < len(rows) - 1:
+                row = row.longer(row.ids[:1].expand(-count % block))
+            row = self.keys.read([row], row.count, self.settings)[0]
+            ids.append(row.ids)
+            blocks += row.shifted(count, at, self.settings)
+            at += row.count
+        return Row(torch.cat(ids), tuple(blocks))
+
+    def _strides(self, rows: list[Row]) -> Iterator[int]:
+        """Counts of tokens at which reading tells how far it is."""
+        stride = self.settings.block * 8
+        first = min(len(row.blocks) for row in rows) * self.settings.block
+        longest = max(row.count for row in rows)
+        yield from range(first + stride, longest + stride, stride)
+
+    def _noted(
+        self,
+        rows: list[Row],
+        length: int,
+        real: Tensor | None,
+        cache: Cache | None,
+        entry: RereadEntry,
+    ) -> Any:
+        """Tokens that are only taken note of: what they are read in is built when it is asked."""
+        if cache is not None:
+            entry.empty(cache)
+        entry.follow(rows, length, real)
+        if cache is not None:
+            entry.close(cache)
+        return CausalLMOutputWithPast(past_key_values=cache)
+
+    def _each(self, rows: list[Row], change: Callable[..., list[Row]]) -> list[Row]:
+        """Rows changed, those that are the same once."""
+        unique = {id(row): row for row in rows}
+        made = dict(zip(unique, change(list(unique.values()), settings=self.settings)))
+        return [made[id(row)] for row in rows]
+
+    # Its parts.
+
+    def _prompts_end(
+        self, rows: list[Row], before: list[int], asked: Asked, real: Tensor | None
+    ) -> list[Row]:
+        """Rows that know of the prompt that ends in this call."""
+        column = asked.prompt
+        assert column is not None
+        tokens = [column] * len(rows) if real is None else real[:, :column].sum(1).tolist()
+        made: dict[tuple, Row] = {}
+        for i, (row, start, n) in enumerate(zip(rows, before, tokens)):
+            if start + n > self.settings.capacity:
+                query = None if asked.query is None else asked.query[i]
+                name = (id(row), start + n, i if asked.query is not None else -1)
+                if name not in made:
+                    made[name] = row.asked(Prompt(start + n, query))
+                rows[i] = made[name]
+        return rows
+
+    def _looked_up(self, rows: list[Row], builds: list[Build]) -> list[Row]:
+        """Rows with what belongs into these contexts of theirs."""
+        made: dict[tuple, Row] = {}
+        todo = {(id(row), build): row for row, build in zip(rows, builds) if row.looked != build}
+        counts = [build.count for _, build in todo]
+        read = self.keys.read(list(todo.values()), counts, self.settings)
+        for (name, build), row in zip(todo, read):
+            made[name, build] = row if build == WHOLE else self._found(row, build)
+        return [made.get((id(row), build), row) for row, build in zip(rows, builds)]
+
+    def _found(self, row: Row, build: Build) -> Row:
+        prompts = [prompt for prompt in row.prompts if build.asked and prompt.end == build.count]
+        asking = prompts[0].query if prompts else None
+        query = self.keys.query(row, build.count, asking, self.settings)
+        weights = query_weights(len(query), self.settings)
+        weights = torch.ones_like(weights) if asking is not None else weights
+        start = window_start(build, self.settings)
+        passages = look_up(row, query, weights.to(query.device), start, self.settings)
+        return replace(row, looked=build, found=passages)
+
+    def _context(self, row: Row, build: Build, stop: int) -> Tensor:
+        """Ids of a context with the row's tokens up to `stop`, [n] int64."""
+        if build == WHOLE:
+            return row.ids[:stop].long()
+        parts = [(0, self.settings.first), *((p.first, p.stop) for p in row.found)]
+        parts.append((window_start(build, self.settings), stop))
+        pieces, at = [], 0
+        for first, until in parts:
+            pieces.append(row.ids[max(first, at) : until])
+            at = max(at, until)
+        return torch.cat(pieces).long()
+
+    def _extend(
+        self,
+        ids: Tensor,
+        kwargs: dict,
+        cache: Cache,
+        entry: RereadEntry,
+        real: Tensor | None,
+        counts: list[int],
+    ) -> Any:
+        """The contexts go on."""
+        entry.open(cache)
+        made = entry.contexts
+        assert made is not None
+        start = torch.tensor(made.lengths, device=ids.device)[:, None]
+        tokens = torch.ones_like(ids) if real is None else real.long()
+        positions = (start + tokens.cumsum(1) - 1).clamp_min(0)
+        mask = made.mask_with(real, ids.shape[1])
+        output = self._base(kwargs, ids, mask, positions, past_key_values=cache)
+        entry.contexts = made.longer(real, counts)
+        return output
+
+    def _rebuild(
+        self,
+        rows: list[Row],
+        builds: list[Build],
+        keep: int,
+        kwargs: dict,
+        cache: Cache | None,
+        entry: RereadEntry,
+    ) -> Any:
+        """New contexts, read as prompts; logits of the latest `keep` tokens."""
+        pieces = [self._context(row, build, row.count) for row, build in zip(rows, builds)]
+        width = max(map(len, pieces))
+        ids, mask = pieces[0].new_zeros(len(rows), width), None
+        for row, piece in zip(ids, pieces):
+            row[width - len(piece) :] = piece
+        if min(map(len, pieces)) < width:
+            column = torch.arange(width, device=ids.device)
+            start = torch.tensor([[width - len(piece)] for piece in pieces], device=ids.device)
+            mask = column >= start
+        tokens = torch.ones_like(ids) if mask is None else mask.long()
+        positions = (tokens.cumsum(1) - 1).clamp_min(0)
+        if cache is not None:
+            entry.empty(cache)
+        more = {"past_key_values": cache, "use_cache": cache is not None}
+        output = self._base({**kwargs, "logits_to_keep": keep}, ids, mask, positions, **more)
+        lengths = tuple(len(piece) for piece in pieces)
+        entry.contexts = Contexts(tuple(builds), width, mask, lengths)
+        return output
+
+    def _row_by_row(
+        self,
+        rows: list[Row],
+        runs: list[list[tuple[int, int, Build]]],
+        keep: int,
+        real: Tensor | None,
+        kwargs: dict,
+        entry: RereadEntry,
+    ) -> tuple[list[Row], Any]:
+        """Logits of tokens in several contexts; what the KV layers hold is of no use then."""
+        entry.whole, entry.contexts = False, None
+        output: Any = None
+        whole: Tensor | None = None
+        alone = {**kwargs, "past_key_values": None, "use_cache": False}
+        for i, run in enumerate(runs):
+            parts = []
+            for first, stop, build in run:
+                rows[i] = self._looked_up([rows[i]], [build])[0]
+                ids = self._context(rows[i], build, stop)[None]
+                positions = torch.arange(ids.shape[1], device=ids.device)[None]
+                alone["logits_to_keep"] = stop - first
+                output = self._base(alone, ids, None, positions)
+                parts.append(_main(output)[0, -(stop - first) :])
+            if not parts:
+                continue
+            made = torch.cat(parts)
+            if whole is None:
+                whole = made.new_zeros(len(rows), keep, made.shape[-1])
+            columns = slice(None) if real is None else real[i, -keep:]
+            whole[i, columns] = made
+        if whole is None:
+            raise ValueError("all columns of the call are padding")
+        return rows, _replaced(output, whole)
+
+    def _base(
+        self, kwargs: dict, ids: Tensor, mask: Tensor | None, positions: Tensor, **more: Any
+    ) -> Any:
+        """The base model on ids [B, L], with such of these arguments as it has."""
+        kwargs = {**kwargs, **more, "input_ids": ids, "return_dict": True}
+        kwargs |= {"attention_mask": None if mask is None else mask.long()}
+        kwargs["position_ids"] = positions
+        for name in ("inputs_embeds", "labels", "cache_position", "token_type_ids"):
+            kwargs.pop(name, None)
+        for name in ("position_ids", "logits_to_keep"):
+            if name not in self.names:
+                kwargs.pop(name, None)
+        return self.base(**kwargs)
+
+    def _finished(
+        self, output: Any, kept: Any, keep: int, kwargs: dict, cache: Cache | None
+    ) -> Any:
+        """The output as the caller asked for it."""
+        main = _main(output)[:, -keep:]
+        if isinstance(kept, Tensor):
+            main = main[:, kept]
+        output = _replaced(output, main)
+        if cache is not None:
+            output["past_key_values"] = cache
+        return output if kwargs.get("return_dict") is not False else output.to_tuple()
+
+
+def passages(entry: RereadEntry | None) -> list[list[Passage]]:
+    """By row, what is in its working context beside the first tokens and the window."""
+    if entry is None or entry.contexts is None:
+        return [[] for _ in (entry.counts if entry else [])]
+    return [
+        list(row.found) if row.looked == build else []
+        for row, build in zip(entry.settle(), entry.contexts.builds)
+    ]
+
+
+def _with_tokens(rows: list[Row], ids: Tensor, real: Tensor | None, counts: list[int]) -> list[Row]:
+    """Rows with the tokens of a call. Neighbours that are the same and get the same stay so."""
+    made: list[Row] = []
+    for i, (row, n) in enumerate(zip(rows, counts)):
+        more = ids[i] if n == ids.shape[1] or real is None else ids[i][real[i]]
+        twin = i and rows[i - 1] is row and counts[i - 1] == n
+        if twin and torch.equal(made[-1].ids[row.count :], more.to(row.ids)):
+            made.append(made[-1])
+        else:
+            made.append(row.longer(more))
+    return made
+
+
+def _kept(real: Tensor | None, row: int, keep: int) -> int:
+    """Tokens of a row in the last `keep` columns."""
+    return keep if real is None else int(real[row, -keep:].sum())
+
+
+def _main(output: Any) -> Tensor:
+    """Logits, or the last hidden state. [B, L, V or H]."""
+    return output.logits if "logits" in output else output.last_hidden_state
+
+
+def _replaced(output: Any, main: Tensor) -> Any:
+    output["logits" if "logits" in output else "last_hidden_state"] = main
+    return output

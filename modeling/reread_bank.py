@@ -1,0 +1,159 @@
+"""One row's text and its bank: the ids of its tokens, and a key for each of those that were read.
+
+A row is a value: nothing in it is changed in place, so copies of a cache, beams and several answers
+to one prompt share what they have in common. Keys are kept by blocks of U tokens, of these by spans
+of `span_width`. A bank of at most M tokens: when a block is added to a full one, spans are let go,
+
+    oldest      those that were read first
+    plainest    those whose most unusual token is the least unusual: of a span's tokens the largest
+                distance to the mean key of its block counts, in units of the block's mean distance
+
+A key takes R numbers in the model's dtype, an id 4 bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .reread_schedule import Build
+from .reread_settings import RereadSettings
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A span that a look-up brought back: tokens first to stop, and what share of the best one's
+    score it has; None for one that came along behind another.
+    """
+
+    first: int
+    stop: int
+    score: float | None
+
+
+@dataclass(frozen=True)
+class KeyBlock:
+    """Keys of a block's spans that are still there.
+
+    keys: [spans, span_width, R]. spans: their numbers in the row, ascending. worth: of each span,
+    the larger the longer it stays.
+    """
+
+    keys: Tensor
+    spans: tuple[int, ...]
+    worth: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Where a prompt ends, in tokens. query: ids that ask instead of its latest tokens, [Q]."""
+
+    end: int
+    query: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """ids: [n] int32. blocks: the keys, of the first complete blocks. prompts: that have ended.
+
+    found: what the latest look-up has brought back; looked: for which build.
+    """
+
+    ids: Tensor
+    blocks: tuple[KeyBlock, ...] = ()
+    prompts: tuple[Prompt, ...] = ()
+    looked: Build | None = None
+    found: tuple[Passage, ...] = ()
+
+    def __deepcopy__(self, memo: Any) -> Row:
+        return self
+
+    @property
+    def count(self) -> int:
+        """Its tokens."""
+        return self.ids.shape[0]
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Counts at which prompts end."""
+        return tuple(prompt.end for prompt in self.prompts)
+
+    def longer(self, ids: Tensor) -> Row:
+        """With these tokens behind it. ids: [m]."""
+        if not len(ids):
+            return self
+        return replace(self, ids=torch.cat([self.ids, ids.to(self.ids)]))
+
+    def asked(self, prompt: Prompt) -> Row:
+        """With a prompt that ends."""
+        others = tuple(other for other in self.prompts if other.end != prompt.end)
+        return replace(self, prompts=(*others, prompt), looked=None, found=())
+
+    def cut(self, count: int, settings: RereadSettings) -> Row:
+        """Its first `count` tokens. Where a full bank has let go of spans for later blocks, all
+        keys are dropped: they are read again when they are needed.
+        """
+        if count == self.count:
+            return self
+        blocks = self.blocks[: count // settings.block]
+        whole = settings.block // settings.span_width
+        if len(blocks) < len(self.blocks) and any(len(b.spans) < whole for b in self.blocks):
+            blocks = ()
+        prompts = tuple(prompt for prompt in self.prompts if prompt.end <= count)
+        return Row(self.ids[:count], blocks, prompts)
+
+    def shifted(self, count: int, first: int, settings: RereadSettings) -> tuple[KeyBlock, ...]:
+        """Its blocks, of its first `count` tokens alone, for a row in which it begins at `first`,
+        which is a multiple of U.
+        """
+        width = settings.span_width
+        kept = (_kept(b, {s for s in b.spans if s * width >= count}) for b in self.blocks)
+        return tuple(
+            replace(block, spans=tuple(span + first // width for span in block.spans))
+            for block in kept
+        )
+
+    def with_keys(self, keys: Tensor, settings: RereadSettings) -> Row:
+        """With the keys of its next block, [U, R]; a full bank lets spans go."""
+        spans = keys.unflatten(0, (-1, settings.span_width))
+        number = len(self.blocks) * len(spans)
+        block = KeyBlock(spans, tuple(range(number, number + len(spans))), _worth(spans))
+        blocks = (*self.blocks, block)
+        surplus = sum(len(block.spans) for block in blocks)
+        surplus -= settings.bank_tokens // settings.span_width
+        return replace(self, blocks=_without(blocks, surplus, settings) if surplus > 0 else blocks)
+
+
+def _worth(spans: Tensor) -> tuple[float, ...]:
+    """Of each span, the distance of its most unusual key to the block's mean. [spans, width, R]."""
+    keys = spans.float()
+    distance = torch.linalg.vector_norm(keys - keys.mean((0, 1)), dim=-1)
+    return tuple((distance.amax(1) / distance.mean().clamp_min(1e-30)).tolist())
+
+
+def _without(
+    blocks: tuple[KeyBlock, ...], surplus: int, settings: RereadSettings
+) -> tuple[KeyBlock, ...]:
+    """Without so many spans, those of the least worth; among equals the oldest."""
+    ranked = sorted(
+        (worth if settings.forget == "plainest" else 0.0, span)
+        for block in blocks
+        for span, worth in zip(block.spans, block.worth)
+    )
+    gone = {span for _, span in ranked[:surplus]}
+    return tuple(_kept(block, gone) for block in blocks)
+
+
+def _kept(block: KeyBlock, gone: set[int]) -> KeyBlock:
+    stay = [i for i, span in enumerate(block.spans) if span not in gone]
+    if len(stay) == len(block.spans):
+        return block
+    index = torch.tensor(stay, dtype=torch.int64, device=block.keys.device)
+    return KeyBlock(
+        block.keys.index_select(0, index),
+        tuple(block.spans[i] for i in stay),
+        tuple(block.worth[i] for i in stay),
+    )

@@ -1,0 +1,138 @@
+"""Reading: the keys of a text, from the first layers alone.
+
+A token's key is the input x of the FFN of layer l, projected to R numbers by a fixed matrix of
+signs (Achlioptas 2003): k = x S / sqrt(R). Signs come from a hash, so they are the same everywhere.
+
+A block of U tokens is read behind the row's first token and the U / 4 tokens before the block, at
+positions from 0. So blocks do not depend on each other, and the cost of a token does not grow with
+the text: a block costs 1.25 times its tokens' way through layers 0 to l. The tokens that ask
+are read in the same way. The pass is left where the key is; nothing behind it is computed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .memory_session import current
+from .reread_bank import Row
+from .reread_settings import RereadSettings
+
+BATCH_TOKENS = 16384  # tokens of the blocks that are read together
+
+
+class _Left(Exception):
+    """The pass has come to the key."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.x = x
+
+
+def signs(width: int, size: int) -> Tensor:
+    """The projection, [width, size] in fp32: +-1 / sqrt(size), from SHAKE-256."""
+    stream = hashlib.shake_256(b"pace keys").digest(-(-width * size // 8))
+    octets = torch.frombuffer(bytearray(stream), dtype=torch.uint8)
+    bits = (octets[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
+    return (bits.flatten()[: width * size].view(width, size).float() * 2 - 1) / size**0.5
+
+
+@dataclass(eq=False)
+class KeyReader:
+    """Reads keys with a decoder stack.
+
+    ffn_input: path of the FFN's first linear layer below the stack, `{}` standing for the layer.
+    """
+
+    stack: nn.Module
+    ffn_input: str
+    projections: dict[tuple, Tensor] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def keys(self, ids: Tensor, settings: RereadSettings) -> Tensor:
+        """Keys of rows of equally many tokens. ids: [B, L] -> [B, L, R] in the model's dtype."""
+        module = self.stack.get_submodule(self.ffn_input.format(settings.layer))
+        hook = module.register_forward_pre_hook(_leave)
+        before, current.enabled = current.enabled, False
+        try:
+            self.stack(input_ids=ids, use_cache=False)
+        except _Left as left:
+            x = left.x.reshape(*ids.shape, -1)
+        finally:
+            hook.remove()
+            current.enabled = before
+        return x @ self._projection(x, settings.key_size)
+
+    def read(
+        self, rows: Sequence[Row], count: int | Sequence[int], settings: RereadSettings
+    ) -> list[Row]:
+        """Rows with the keys of all blocks that end at or before this count of tokens, one for all
+        rows or each its own.
+        """
+        rows = list(rows)
+        counts = [min(count, row.count) for row in rows] if isinstance(count, int) else count
+        missing = [
+            (i, number)
+            for i, (row, count) in enumerate(zip(rows, counts))
+            for number in range(len(row.blocks), count // settings.block)
+        ]
+        at_once = max(1, BATCH_TOKENS // (settings.block + settings.overlap + 1))
+        for group in _alike(missing, at_once):
+            pieces = [
+                _piece(rows[i].ids, n * settings.block, settings.block, settings) for i, n in group
+            ]
+            keys = self.keys(torch.stack(pieces).to(self.device), settings)
+            for (i, _), made in zip(group, keys[:, -settings.block :]):
+                rows[i] = rows[i].with_keys(made.clone(), settings)
+        return rows
+
+    def query(
+        self, row: Row, count: int, asking: Tensor | None, settings: RereadSettings
+    ) -> Tensor:
+        """Keys of the tokens that ask. asking: ids [Q]; None: the row's latest before `count`."""
+        if asking is None:
+            length = min(settings.query_tokens, count)
+            piece = _piece(row.ids, count - length, length, settings)
+        else:
+            length = len(asking)
+            piece = torch.cat([row.ids[:1], asking.to(row.ids)])
+        return self.keys(piece[None].to(self.device), settings)[0, -length:]
+
+    @property
+    def device(self) -> torch.device:
+        """Where ids go."""
+        module: Any = self.stack
+        return module.get_input_embeddings().weight.device
+
+    def _projection(self, x: Tensor, size: int) -> Tensor:
+        name = (x.shape[-1], size, x.dtype, x.device)
+        if name not in self.projections:
+            self.projections[name] = signs(x.shape[-1], size).to(x)
+        return self.projections[name]
+
+
+def _leave(module: nn.Module, args: tuple) -> None:
+    raise _Left(args[0])
+
+
+def _piece(ids: Tensor, first: int, length: int, settings: RereadSettings) -> Tensor:
+    """Tokens to read for those from `first` on: the row's first, some before, and they. int64."""
+    start = max(0, first - settings.overlap)
+    piece = ids[start : first + length]
+    return (torch.cat([ids[:1], piece]) if start else piece).long()
+
+
+def _alike(missing: list[tuple[int, int]], at_once: int) -> list[list[tuple[int, int]]]:
+    """Blocks that may be read together: as many tokens, in each row's order."""
+    groups: list[list[tuple[int, int]]] = []
+    for item in sorted(missing, key=lambda item: (item[1] != 0, item)):
+        begins = not groups or (groups[-1][0][1] == 0) != (item[1] == 0)
+        if begins or len(groups[-1]) == at_once:
+            groups.append([])
+        groups[-1].append(item)
+    return groups

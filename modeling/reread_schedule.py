@@ -1,0 +1,73 @@
+"""When a row's working context is made anew, and which tokens its window holds. Plain arithmetic.
+
+Notation: W = window, S = first, C = capacity. Tokens are counted in their row, from 0.
+
+Up to C tokens the working context is the row itself. Beyond, it is *built* at certain counts, from
+the tokens before: [first S | recalled spans | window], and tokens that come later extend it. A
+build at count c has the window that begins at (c // W - 1) W, so the window holds W to 2 W tokens.
+
+    scheduled, at C and at every multiple of W beyond   in effect from token c on
+    asked, at the end c > C of a prompt                 in effect from token c - 1 on: the logits of
+                                                        the prompt's last token come from it
+
+So which context a token is read in follows from its number and from where prompts end, and from
+nothing else: not from how the row was split over calls. Where a prompt ends at the count of a
+scheduled build, the prompt's stays.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .reread_settings import RereadSettings
+
+
+@dataclass(frozen=True)
+class Build:
+    """A working context made at a count of tokens. asked: at the end of a prompt."""
+
+    count: int
+    asked: bool = False
+
+    @property
+    def first(self) -> int:
+        """The first token that is read in it, as far as logits go."""
+        return self.count - self.asked
+
+
+WHOLE = Build(0)  # the row itself, nothing left out
+
+
+def build_of(token: int, prompts: tuple[int, ...], settings: RereadSettings) -> Build:
+    """The context that token number `token` is read in. prompts: counts at which prompts end."""
+    ends = [end for end in prompts if settings.capacity < end <= token + 1]
+    asked = Build(max(ends), asked=True) if ends else WHOLE
+    if token < settings.capacity:
+        return asked
+    due = Build(max(settings.capacity, token - token % settings.window))
+    return asked if asked.first >= due.first or due.count in ends else due
+
+
+def window_start(build: Build, settings: RereadSettings) -> int:
+    """The first token of its window; 0 where it is the row itself."""
+    if build == WHOLE:
+        return 0
+    return (build.count // settings.window - 1) * settings.window
+
+
+def segments(
+    first: int, stop: int, prompts: tuple[int, ...], settings: RereadSettings
+) -> list[tuple[int, int, Build]]:
+    """Tokens first to stop as runs that are read in one context each: (first, stop, build)."""
+    found: list[tuple[int, int, Build]] = []
+    while first < stop:
+        build = build_of(first, prompts, settings)
+        edges = [end - 1 for end in prompts if end > settings.capacity]
+        edges += [settings.capacity, first - first % settings.window + settings.window]
+        until = min([edge for edge in edges if edge > first] + [stop])
+        if found and found[-1][2] == build:
+            found[-1] = (found[-1][0], until, build)
+        else:
+            found.append((first, until, build))
+        first = until
+    return found

@@ -1,0 +1,1 @@
+"""Texts longer than a model holds: read once into banks, asked often."""
