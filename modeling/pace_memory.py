@@ -319,8 +319,8 @@ class PaceMixin(SavingMixin):
         return model_mark(self._stack_memory.stack, layers, settings)
 
     def passages(self, cache: Cache) -> list[list[Passage]]:
-        """By row, which tokens are in the working context of `cache` beside the first ones and the
-        window: what the latest look-up has found, in text order.
+        """By row, which tokens were read again beside the first ones and the window, in text order:
+        what the look-up at the latest prompt's end has found; without one, the latest scheduled.
         """
         return passages(find_reread(cache))
 

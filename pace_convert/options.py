@@ -247,8 +247,8 @@ class ConvertOptions(BaseModel):
 
 
 def reread_layer(layers: int) -> int:
-    """The layer whose FFN input is the key by default: a sixth of the way up."""
-    return max(0, round(layers / 6) - 1)
+    """The layer whose FFN input is the key by default: a quarter of the way up."""
+    return max(0, round(layers / 4) - 1)
 
 
 def _window_for(trained: int, options: ConvertOptions) -> dict:

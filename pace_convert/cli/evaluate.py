@@ -84,8 +84,8 @@ def benchmark_command(row: Benchmark) -> click.Command:
 def sweep(
     model: str, rest: tuple[str, ...], on: tuple[str, ...], as_json: bool, quiet: bool, **given: Any
 ) -> None:
-    """A grid of memory parameters, on any evaluation. They are switched at run time: nothing is
-    converted again.
+    """A grid of parameters of memory or window, on any evaluation. They are switched at run time:
+    nothing is converted again.
 
     \b
     pace eval sweep ./out --on needle --vary theta-high=0.6,0.75,0.9 --vary slots=50,100
@@ -124,7 +124,8 @@ def _options_of(name: str, model: str, rest: Sequence[str]) -> dict[str, Any]:
         raise CallError(
             f"{name}: {error.format_message()}", f"see pace eval {name} --help"
         ) from error
-    if any(given[name] for name in ("bases", "arms", "variants", "trust_remote_code")):
+    compared = ("bases", "arms", "variants", "window", "trust_remote_code")
+    if any(given[name] for name in compared) or given["spans"] is not None:
         raise CallError("a sweep is of one model and of no arms", "leave out BASE and --arms")
     return {option: given[option] for option in row.options.model_fields}
 

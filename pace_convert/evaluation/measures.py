@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from .intervals import Mean, ratio, ratio_difference
-from .tables import MOST_COLUMNS, console
+from .tables import ABSENT, MOST_COLUMNS, console
 
 if TYPE_CHECKING:
     from .runner import Results
@@ -41,6 +41,14 @@ class Measure:
         pair = self._sums(results, subject), self._sums(results, base)
         return ratio_difference(*(pair if self.sign > 0 else pair[::-1]))
 
+    def counted(self, results: Results, subject: str) -> bool:
+        """Whether there is anything of the subject to count."""
+        return sum(self._sums(results, subject)[1]) > 0
+
+    def base(self, results: Results) -> str:
+        """The first subject of which there is anything: what the others' gains are over."""
+        return next(s.name for s in results.subjects if self.counted(results, s.name))
+
     def _sums(self, results: Results, subject: str) -> tuple[list[float], list[float]]:
         cells = results.records[subject].items()
         chosen = [
@@ -52,14 +60,17 @@ class Measure:
 
 
 def facts(results: Results, measures: Sequence[Measure]) -> dict:
-    """For JSON: each measure of each subject, and its gain over the first."""
+    """For JSON: each measure of each subject, and its gain over the first that has it."""
     names, table = [subject.name for subject in results.subjects], []
     for measure in measures:
+        base = measure.base(results)
         for name in names:
+            if not measure.counted(results, name):
+                continue
             row: dict = {"group": measure.group or "all", "measure": measure.name, "subject": name}
             row |= measure.value(results, name).as_dict()
-            if name != names[0]:
-                row["gain"] = {"over": names[0], **measure.gain(results, name, names[0]).as_dict()}
+            if name != base:
+                row["gain"] = {"over": base, **measure.gain(results, name, base).as_dict()}
             table.append(row)
     return {**results.asked(), "clusters": len(results.evaluation.cells()), "table": table}
 
@@ -77,25 +88,32 @@ def print_measures(results: Results, measures: Sequence[Measure], title: str) ->
         for name in (first, *(f"{name}: gain" for name in others)):
             table.add_column(name, justify="right")
         for measure, after in zip(measures, [*measures[1:], None]):
-            cells = [plain(measure.value(results, first), measure.digits)]
-            cells += [_gain(results, measure, name, first) for name in others]
+            cells = [_cell(results, measure, name) for name in (first, *others)]
             ends = after is None or after.group != measure.group
             table.add_row(_label(measure), *cells, end_section=ends)
     else:
         for column in ("", "", first, "gain"):
             table.add_column(column, justify="right" if column else "left")
         for measure in measures:
-            table.add_row(
-                _label(measure), first, plain(measure.value(results, first), measure.digits), ""
-            )
-            for name in others:
-                gain = _gain(results, measure, name, first)
-                table.add_row("", name, plain(measure.value(results, name), measure.digits), gain)
+            base = measure.base(results)
+            for name in (first, *others):
+                gain = _cell(results, measure, name)
+                gain = gain if measure.counted(results, name) and name != base else ""
+                label = _label(measure) if name == first else ""
+                table.add_row(label, name, _value(results, measure, name), gain)
     shown = console(table)
     shown.print(table)
     if clusters == 1:
         shown.print(
             "There is but one cell to resample, and so there are no intervals.", soft_wrap=True
+        )
+    absent = [measure for measure in measures if not measure.counted(results, first)]
+    if absent:
+        base = absent[0].base(results)
+        shown.print(
+            f"{first} was not read that far: there {base} stands with its value, the others with "
+            f"their gains over {base}.",
+            soft_wrap=True,
         )
 
 
@@ -104,6 +122,21 @@ def plain(made: Mean, digits: int) -> str:
     if not made.has_interval:
         return f"{made.mean:.{digits}f}"
     return f"{made.mean:.{digits}f} ({made.low:.{digits}f} to {made.high:.{digits}f})"
+
+
+def _value(results: Results, measure: Measure, name: str) -> str:
+    """What there is of a subject."""
+    if not measure.counted(results, name):
+        return ABSENT
+    return plain(measure.value(results, name), measure.digits)
+
+
+def _cell(results: Results, measure: Measure, name: str) -> str:
+    """The gain over the measure's base; of the base itself the value."""
+    base = measure.base(results)
+    if name == base or not measure.counted(results, name):
+        return _value(results, measure, name)
+    return _gain(results, measure, name, base)
 
 
 def _gain(results: Results, measure: Measure, name: str, base: str) -> str:

@@ -23,6 +23,7 @@ from pydantic import (
 from ..device import resolve_device
 from ..errors import CallError, PaceError
 from ..options import option_name
+from .grid import KILO, parse_grid
 
 EXTRA = "pip install 'pace-convert[eval]'"
 Model = TypeVar("Model", bound=BaseModel)
@@ -82,15 +83,41 @@ class ComparisonOptions(JobOptions):
     arms: CommaSeparated | None = Field(
         None,
         description="Arms of MODEL, from its folder alone: pace (as it is), base, ce, pa, "
-        "pa-expert, ce+pa, ce+pa-expert.  [default: pace beside BASE; without it base and pace, of "
-        "longbench, infinitebench and ruler base, ce, pa, ce+pa and ce+pa-expert]",
+        "pa-expert, ce+pa, ce+pa-expert; of re-reading window (nothing comes back), reread, bm25.  "
+        "[default: pace beside BASE; without it base, window and reread with --window or --spans, "
+        "else base and pace, of longbench, infinitebench and ruler base, ce, pa, ce+pa and "
+        "ce+pa-expert]",
+    )
+    window: CommaSeparated | None = Field(
+        None,
+        description="Tokens of the window of the arms window, reread and bm25; 1k is 1024.  "
+        "[default: MODEL's own]",
+    )
+    spans: int | None = Field(
+        None,
+        ge=0,
+        description="Most spans that reread and bm25 bring back.  [default: MODEL's own]",
     )
     variants: tuple[str, ...] = Field(
         (),
-        description="One arm more: MODEL with these memory parameters, switched at run time: "
-        "update_interval=64, slots=50,layers=1+2 or preset=paper. May be repeated.",
+        description="One arm more: MODEL with these parameters, switched at run time: "
+        "update_interval=64, slots=50,layers=1+2, preset=paper or window=512,spans=4. May be "
+        "repeated.",
         json_schema_extra={"option": "--with", "metavar": "NAME=VALUE,..."},
     )
+
+    @property
+    def rereading(self) -> tuple[tuple[str, int], ...]:
+        """Parameters of the arms that re-read, as `Subject.window` has them. Raises CallError."""
+        given: list[tuple[str, int]] = []
+        if self.window is not None:
+            sizes = parse_grid(self.window, KILO)
+            if len(sizes) > 1:
+                raise CallError(f"--window {self.window}: give one number", "like 1k")
+            given.append(("window", sizes[0]))
+        if self.spans is not None:
+            given.append(("spans", self.spans))
+        return tuple(given)
 
 
 class SweepOptions(JobOptions):
@@ -104,8 +131,8 @@ class SweepOptions(JobOptions):
     )
     vary: tuple[str, ...] = Field(
         min_length=1,
-        description="A memory parameter and its values: slots=50,100 or "
-        "layers=single,pairs,second,all,1+2. Several: all combinations.",
+        description="A parameter of memory or window and its values: slots=50,100, "
+        "layers=single,pairs,second,all,1+2 or window=512,1k. Several: all combinations.",
         json_schema_extra={"metavar": "NAME=VALUE,..."},
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import groupby, takewhile
@@ -30,6 +30,23 @@ class Prefix:
     cache: Any
 
 
+@dataclass(frozen=True)
+class Answer:
+    """text: without special tokens. inside: the tokens of the prompt, (first, stop) each, that were
+    before the model; None: all.
+    """
+
+    text: str
+    inside: tuple[tuple[int, int], ...] | None = None
+
+    def share_inside(self, first: int, stop: int) -> float:
+        """1.0 where all of the prompt's tokens `first` to `stop` were before the model, else 0."""
+        if self.inside is None:
+            return 1.0
+        held = {token for a, b in self.inside for token in range(max(a, first), min(b, stop))}
+        return float(len(held) == stop - first)
+
+
 class Reader:
     """A model and its tokenizer. A row's result does not depend on the rows beside it (promise
     1).
@@ -46,7 +63,7 @@ class Reader:
 
     @property
     def context(self) -> int | None:
-        """Tokens that the model was made for, as its config says."""
+        """Tokens that the model was made for, as its config says; None: any number."""
         config = self.model.config
         return getattr(config, "max_position_embeddings", None) or getattr(
             config, "n_positions", None
@@ -55,6 +72,23 @@ class Reader:
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids; special: with those that the tokenizer puts around a text."""
         return self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+
+    def encode_parts(
+        self, text: str, parts: Sequence[str], special: bool = True
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids, and of each part of the text the first of its tokens and the one behind."""
+        made = self.tokenizer(text, add_special_tokens=special, verbose=False)
+        places = []
+        for part in parts:
+            at = text.index(part)
+            edges = (at, at + len(part) - 1)
+            if made.is_fast:
+                first, last = (made.char_to_token(edge) for edge in edges)
+            else:
+                before = len(self.opening) - 1 if special else -1
+                first, last = (before + len(self.encode(text[: e + 1], False)) for e in edges)
+            places.append((first, last + 1))
+        return made["input_ids"], places
 
     @property
     def opening(self) -> list[int]:
@@ -82,12 +116,45 @@ class Reader:
         turn = [{"role": "user", "content": text}]
         return self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
 
-    @torch.no_grad()
     def answer(
-        self, prompts: list[list[int]], max_new_tokens: int, stop: tuple[str, ...] = ()
+        self,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        stop: tuple[str, ...] = (),
+        questions: Sequence[str] | None = None,
     ) -> list[str]:
-        """Greedy answers, cut before the first `stop`. prompts: token ids, none empty."""
-        answers: list[str] = []
+        """Greedy answers, cut before the first `stop`. prompts: token ids, none empty. questions:
+        what they ask, where that is known; only who looks a text up by words needs it.
+        """
+        return [made.text for made in self.answered(prompts, max_new_tokens, stop, questions)]
+
+    def answer_each(
+        self,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        stop: tuple[str, ...] = (),
+        prefix: Prefix | None = None,
+        questions: Sequence[str] | None = None,
+    ) -> list[str]:
+        """As `answer`, for prompts that begin alike: what they have in common is read once, and its
+        cache copied.
+
+        prefix: of `read_common`; without, it is read where that saves at least half of the shortest
+        prompt.
+        """
+        made = self.answered_each(prompts, max_new_tokens, stop, prefix, questions)
+        return [answer.text for answer in made]
+
+    @torch.no_grad()
+    def answered(
+        self,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        stop: tuple[str, ...] = (),
+        questions: Sequence[str] | None = None,
+    ) -> list[Answer]:
+        """As `answer`, with what the model had before it."""
+        answers: list[Answer] = []
         for rows in _batches(prompts):
             width = max(map(len, rows))
             ids = torch.full((len(rows), width), self._padding)
@@ -97,24 +164,20 @@ class Reader:
             answers += self._generate(ids, mask, max_new_tokens, stop)
         return answers
 
-    def answer_each(
+    def answered_each(
         self,
         prompts: list[list[int]],
         max_new_tokens: int,
         stop: tuple[str, ...] = (),
         prefix: Prefix | None = None,
-    ) -> list[str]:
-        """As `answer`, for prompts that begin alike: what they have in common is read once, and its
-        cache copied.
-
-        prefix: of `read_common`; without, it is read where that saves at least half of the shortest
-        prompt.
-        """
+        questions: Sequence[str] | None = None,
+    ) -> list[Answer]:
+        """As `answer_each`, with what the model had before it."""
         if prefix is None:
             if len(prompts) < 2 or _common(prompts) < min(map(len, prompts)) // 2:
-                return self.answer(prompts, max_new_tokens, stop)
+                return self.answered(prompts, max_new_tokens, stop, questions)
             prefix = self.read_common(prompts)
-        answers: list[str] = []
+        answers: list[Answer] = []
         for row in prompts:
             ids = torch.tensor([row])
             cache = deepcopy(prefix.cache)
@@ -130,7 +193,7 @@ class Reader:
         """
         from transformers import DynamicCache
 
-        length = min(_common(prompts), min(map(len, prompts)) - 1)
+        length = common_length(prompts)
         cache = DynamicCache(config=self.model.config)
         for part in torch.tensor([prompts[0][:length]], dtype=torch.long, device=self.device).split(
             CHUNK, 1
@@ -146,28 +209,37 @@ class Reader:
         max_new_tokens: int,
         stop: tuple[str, ...],
         **more: Any,
-    ) -> list[str]:
+    ) -> list[Answer]:
         """ids, mask: [B, L]. Sampling parameters that a checkpoint brings along are set aside."""
         self.longest = max(self.longest, ids.shape[1] + max_new_tokens)
         if stop:
             more |= {"stop_strings": list(stop), "tokenizer": self.tokenizer}
-        if ids.shape[1] > CHUNK and "past_key_values" not in more:
-            more |= {"prefill_chunk_size": CHUNK}
+        if "past_key_values" not in more:
+            more |= self._in_chunks(ids.shape[1])
         made = self.model.generate(
             ids.to(self.device), attention_mask=mask.to(self.device), max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1, temperature=None, top_p=None, top_k=None, repetition_penalty=1.0,
             pad_token_id=self._padding, **more,
         )  # fmt: skip
-        return [_cut(self.decode(row), stop) for row in made[:, ids.shape[1] :].tolist()]
+        answers = made[:, ids.shape[1] :].tolist()
+        return [Answer(_cut(self.decode(row), stop)) for row in answers]
+
+    def _in_chunks(self, length: int) -> dict[str, int]:
+        """What `generate` is told so that it reads a prompt of so many tokens in several calls."""
+        return {"prefill_chunk_size": CHUNK} if length > CHUNK else {}
 
     def log_likelihood(
-        self, prompts: list[list[int]], continuations: list[list[int]]
+        self,
+        prompts: list[list[int]],
+        continuations: list[list[int]],
+        questions: Sequence[str] | None = None,
     ) -> list[float]:
         """Sum of the natural logs of the continuation's token probabilities, each given all before
         it.
 
         Rows of equal lengths are read together. Neither prompts nor continuations may be empty.
+        questions: as for `answer`.
         """
         pairs = [(tuple(map(len, pair)), i) for i, pair in enumerate(zip(prompts, continuations))]
         found = [0.0] * len(pairs)
@@ -179,7 +251,11 @@ class Reader:
         return found
 
     def log_likelihood_each(
-        self, prompts: list[list[int]], continuations: list[list[int]], prefix: Prefix
+        self,
+        prompts: list[list[int]],
+        continuations: list[list[int]],
+        prefix: Prefix,
+        questions: Sequence[str] | None = None,
     ) -> list[float]:
         """As `log_likelihood`, for prompts that begin alike; prefix: of `read_common`."""
         pairs = zip(prompts, continuations, strict=True)
@@ -205,29 +281,42 @@ class Reader:
         self.longest = max(self.longest, ids.shape[1])
         ids = ids.to(self.device)
         cache = deepcopy(prefix.cache) if prefix else DynamicCache(config=self.model.config)
-        first, last = (
-            prefix.length if prefix else 0,
-            ids.shape[1] - 1,
-        )  # the last token predicts nothing that counts
-        at_once = max(
-            1,
-            min(
-                LOGITS, LOGIT_VALUES // (len(ids) * self.model.config.get_text_config().vocab_size)
-            ),
-        )
+        first = prefix.length if prefix else 0
         found = [torch.zeros(len(ids), 0, dtype=torch.float64, device=self.device)]
-        while first < last:
-            stop = min(last, first + CHUNK, start - 1 if first < start - 1 else first + at_once)
-            keep = 1 if stop < start else stop - first
+        for a, b in self._steps(first, start, ids.shape[1] - 1, self._at_once(len(ids))):
+            keep = max(1, b - max(a, start - 1))
             logits = self.model(
-                ids[:, first:stop], past_key_values=cache, use_cache=True, logits_to_keep=keep
+                ids[:, a:b],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=keep,
+                **self._said(b == start),
             ).logits
-            if stop >= start:
+            if b >= start:
                 logits = logits.float()
-                chosen = logits.gather(-1, ids[:, first + 1 : stop + 1, None])[..., 0]
+                chosen = logits.gather(-1, ids[:, b - keep + 1 : b + 1, None])[..., 0]
                 found.append((chosen - logits.logsumexp(-1)).double())
-            first = stop
         return torch.cat(found, 1)
+
+    def _steps(self, first: int, start: int, last: int, at_once: int) -> Iterator[tuple[int, int]]:
+        """Calls that read tokens `first` to `last`, the last of which predicts nothing that counts:
+        (first, stop). Logits of no more than `at_once` tokens count in each, from that before
+        `start` on.
+        """
+        while first < last:
+            stop = start - 1 if first < start - 1 else first + at_once
+            stop = min(last, first + CHUNK, stop)
+            yield first, stop
+            first = stop
+
+    def _said(self, prompt_ends: bool) -> dict[str, Any]:
+        """What a call of the model is told beyond its tokens."""
+        return {}
+
+    def _at_once(self, rows: int) -> int:
+        """Positions whose logits are made at once."""
+        values = rows * self.model.config.get_text_config().vocab_size
+        return max(1, min(LOGITS, LOGIT_VALUES // values))
 
     @property
     def _padding(self) -> int:
@@ -236,6 +325,11 @@ class Reader:
             if value is not None:
                 return int(value)
         return 0
+
+
+def common_length(prompts: list[list[int]]) -> int:
+    """Tokens that all of them begin with, but for the last one of the shortest."""
+    return min(_common(prompts), min(map(len, prompts)) - 1)
 
 
 def _common(prompts: list[list[int]]) -> int:

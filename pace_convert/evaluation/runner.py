@@ -6,17 +6,18 @@ cell it is, so the same command goes on after a kill, and a larger one reuses wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from ..errors import CallError
 from ..jobs import run_here
 from ..progress import Progress
 from .folder import results_folder
 from .intervals import Mean, difference, mean_of
 from .reader import Reader
-from .subjects import Subject, blocks_of, load
+from .subjects import Subject, blocks_of, load, reach
 
 
 class Evaluation(Protocol):
@@ -46,6 +47,9 @@ class Evaluation(Protocol):
 
     def group(self, cell: str) -> str:
         """The row of the table that the cell belongs to."""
+
+    def tokens(self, cell: str) -> int | None:
+        """How long its prompts are, where that is what is asked; None: as long as a model takes."""
 
 
 @dataclass(frozen=True)
@@ -91,45 +95,81 @@ class Results:
         ]
 
     def groups(self) -> list[str]:
-        """Rows of the table, in order."""
-        return list(dict.fromkeys(self.evaluation.group(cell) for cell in self.evaluation.cells()))
+        """Rows of the table, in order; not those that nobody was asked."""
+        cells = [c for c in self.evaluation.cells() if any(c in r for r in self.records.values())]
+        return list(dict.fromkeys(map(self.evaluation.group, cells)))
+
+    @property
+    def whole(self) -> bool:
+        """Whether every subject was asked everything."""
+        most = len(self.evaluation.cells())
+        return all(len(self.records[subject.name]) == most for subject in self.subjects)
+
+    @property
+    def reference(self) -> str:
+        """The first subject that was asked all that anybody was."""
+        most = max(len(self.records[subject.name]) for subject in self.subjects)
+        return next(s.name for s in self.subjects if len(self.records[s.name]) == most)
+
+    @property
+    def shared(self) -> list[str]:
+        """Cells that all subjects were asked, but for those that were asked nothing."""
+        return self.asked_of([s.name for s in self.subjects if self.records[s.name]])
+
+    def asked_of(self, subjects: Sequence[str]) -> list[str]:
+        """Cells that all of these were asked."""
+        asked = [self.records[name] for name in subjects]
+        return [cell for cell in self.evaluation.cells() if all(cell in cells for cells in asked)]
 
     def scores(
-        self, subject: str, group: str | None = None, field: str = "score"
+        self,
+        subject: str,
+        group: str | None = None,
+        field: str = "score",
+        cells: Collection[str] | None = None,
     ) -> list[list[float]]:
-        """By cell, of a row or of all."""
-        cells = self.records[subject].items()
+        """By cell, of a row or of all. cells: of these alone."""
         found = [
             [record[field] for record in rows]
-            for cell, rows in cells
-            if group in (None, self.evaluation.group(cell))
+            for cell, rows in self.records[subject].items()
+            if group in (None, self.evaluation.group(cell)) and (cells is None or cell in cells)
         ]
         return [cell for cell in found if cell]
 
-    def mean(self, subject: str, group: str | None = None, field: str = "score") -> Mean:
+    def mean(
+        self,
+        subject: str,
+        group: str | None = None,
+        field: str = "score",
+        cells: Collection[str] | None = None,
+    ) -> Mean:
         """Mean with its interval, of the score or another number of the records."""
-        return mean_of(self.scores(subject, group, field))
+        return mean_of(self.scores(subject, group, field, cells))
 
     def against(self, subject: str, base: str, group: str | None = None) -> Mean:
-        """Difference to another subject on the same questions."""
-        return difference(self.scores(subject, group), self.scores(base, group))
+        """Difference to another subject on the same questions, of what both were asked."""
+        both = self.records[subject].keys() & self.records[base].keys()
+        return difference(
+            self.scores(subject, group, cells=both), self.scores(base, group, cells=both)
+        )
 
     def as_dict(self) -> dict:
-        """For JSON: every mean and difference with its interval, and the mean of each cell."""
+        """For JSON: every mean and difference with its interval, and the mean of each cell.
+
+        A difference is to the first subject that was asked the row; the last rows are over all that
+        every subject was asked.
+        """
         names = [subject.name for subject in self.subjects]
+        shared = self.shared
         table = []
         for group in [*self.groups(), None]:
-            for name in names:
-                row: dict = {
-                    "group": "all" if group is None else group,
-                    "subject": name,
-                    **self.mean(name, group).as_dict(),
-                }
-                if name != names[0]:
-                    row["against"] = {
-                        "subject": names[0],
-                        **self.against(name, names[0], group).as_dict(),
-                    }
+            asked = [name for name in names if self.scores(name, group, cells=_of(group, shared))]
+            for name in asked:
+                made = self.mean(name, group, cells=_of(group, shared))
+                row: dict = {"group": group or self.all_name, "subject": name, **made.as_dict()}
+                if name != asked[0]:
+                    change = self.against(name, asked[0], group)
+                    row["against"] = {"subject": asked[0], **change.as_dict()}
                 table.append(row)
         cells = [
             {
@@ -142,12 +182,28 @@ class Results:
             for cell, rows in self.records[name].items()
             if rows
         ]
-        return {**self.asked(), "table": table, "cells": cells}
+        left_out = {} if self.whole else {"left_out": self.left_out()}
+        return {**self.asked(), "table": table, "cells": cells, **left_out}
+
+    @property
+    def all_name(self) -> str:
+        """Of the row over all groups."""
+        return "all" if self.whole else "asked of all"
+
+    def left_out(self) -> list[str]:
+        """In words, what some subjects were not asked, and why."""
+        return left_out(self.evaluation, self.subjects)
 
     def asked(self) -> dict:
         """For JSON: what was asked of whom."""
         subjects = [
-            {"name": s.name, "model": s.model, "arm": s.arm, "memory": dict(s.memory)}
+            {
+                "name": s.name,
+                "model": s.model,
+                "arm": s.arm,
+                "memory": dict(s.memory),
+                **({"window": dict(s.window)} if s.window else {}),
+            }
             for s in self.subjects
         ]
         evaluation = {
@@ -176,7 +232,13 @@ def run_cells(
         CellTask(evaluation, subject, cell, device)
         for subject in subjects
         for cell in evaluation.cells()
+        if not beyond(evaluation, subject, cell)
     ]
+    absent = left_out(evaluation, subjects)
+    if not tasks:
+        raise CallError(absent[0], "give shorter --lengths, or an arm that re-reads")
+    for sentence in absent:
+        progress.say(sentence)
     command = f"pace eval {evaluation.name}"
     with results_folder(out, "evaluation", command, evaluation.identity()) as journal:
         todo = sorted(
@@ -205,3 +267,27 @@ def run_cells(
         if found and None not in found
     }
     return Results(evaluation, list(subjects), records, longest=longest)
+
+
+def beyond(evaluation: Evaluation, subject: Subject, cell: str) -> bool:
+    """Whether the cell's prompts are longer than what the subject was made for."""
+    most, tokens = reach(subject), evaluation.tokens(cell)
+    return most is not None and tokens is not None and tokens > most
+
+
+def left_out(evaluation: Evaluation, subjects: Sequence[Subject]) -> list[str]:
+    """In words, by subject, the rows that it is not asked because they are too long for it."""
+    said = []
+    for subject in subjects:
+        cells = [cell for cell in evaluation.cells() if beyond(evaluation, subject, cell)]
+        groups = ", ".join(dict.fromkeys(evaluation.group(cell) for cell in cells))
+        if groups:
+            said.append(
+                f"{subject.name} is left out at {groups} tokens: it was made for {reach(subject)}"
+            )
+    return said
+
+
+def _of(group: str | None, shared: list[str]) -> list[str] | None:
+    """The cells that count for a row: all of its own, or those that everybody was asked."""
+    return shared if group is None else None

@@ -21,20 +21,12 @@ from ..converted.load import edited_code, load_model, refuse_edited
 from ..converted.opened import Converted, open_converted
 from ..device import resolve_device
 from ..errors import CallError, PaceError
+from ..modeling.reread_settings import RereadSettings
 from ..options import memory_in_effect
+from .arms import ARMS, AS_IT_IS, Arm, as_parameters, window_settings
+from .bm25 import Bm25Reader
 from .reader import Reader
-
-# Whether the FFN's neurons are in the experts' order, and the granularity of the memory, None
-# where it is off.
-ARMS: dict[str, tuple[bool, str | None]] = {
-    "base": (False, None),
-    "ce": (True, None),
-    "pa": (False, "token"),
-    "pa-expert": (False, "expert"),
-    "ce+pa": (True, "token"),
-    "ce+pa-expert": (True, "expert"),
-}
-AS_IT_IS = "pace"
+from .rereading import RereadingReader
 
 
 @dataclass(frozen=True)
@@ -43,39 +35,53 @@ class Subject:
 
     model: folder or Hub id. arm: `pace`, the model as it is; or of ARMS, all made from the
     converted folder alone. memory: parameters switched at run time, (name, value) pairs as in
-    config.json's `pace.memory`.
+    config.json's `pace.memory`. window: those of re-reading, by the names of WINDOW_PARAMETERS.
     """
 
     model: str
     arm: str = AS_IT_IS
     memory: tuple[tuple[str, Any], ...] = ()
+    window: tuple[tuple[str, Any], ...] = ()
     label: str = ""
     trust_remote_code: bool = False
 
     @property
     def name(self) -> str:
         """What people see."""
-        changed = " ".join(f"{name}={_short(value)}" for name, value in self.memory)
+        changed = " ".join(f"{name}={_short(value)}" for name, value in self.parameters)
         return self.label or " ".join(part for part in (self.arm, changed) if part)
+
+    @property
+    def parameters(self) -> tuple[tuple[str, Any], ...]:
+        """All that are switched."""
+        return (*self.memory, *self.window)
 
     @property
     def weights(self) -> tuple[str, bool]:
         """What has to be loaded: the model, and whether its neurons stay in the experts' order."""
-        return self.model, ARMS.get(self.arm, (True, None))[0]
+        return self.model, ARMS[self.arm].clustered if self.arm in ARMS else True
 
     def key(self) -> str:
         """The same for what must score the same: the files' state, the arm and the parameters."""
         arm = [self.arm, [list(pair) for pair in self.memory]]
+        if self.window:
+            arm.append([list(pair) for pair in self.window])
         return hashlib.sha256(
             json.dumps([_state(self.model), arm], sort_keys=True, default=list).encode()
         ).hexdigest()[:16]
 
 
 def subjects_of(
-    model: str, bases: Sequence[str], arms: Sequence[str], trust_remote_code: bool = False
+    model: str,
+    bases: Sequence[str],
+    arms: Sequence[str],
+    trust_remote_code: bool = False,
+    window: tuple[tuple[str, Any], ...] = (),
 ) -> list[Subject]:
     """`bases` first, then the arms of `model`; checked. Raises CallError for what can't be
     loaded.
+
+    window: parameters of re-reading, for the arms that differ from the base in it alone.
     """
     for name in (*bases, model):
         opened = _open(name)
@@ -85,16 +91,16 @@ def subjects_of(
         Subject(base, label=_last_part(base), trust_remote_code=trust_remote_code) for base in bases
     ]
     for arm in arms:
-        check_arm(model, arm)
         named = len(arms) == 1 and arm == AS_IT_IS
-        subjects.append(
-            Subject(
-                model,
-                arm,
-                label=_last_part(model) if named else arm,
-                trust_remote_code=trust_remote_code,
-            )
+        made = Subject(
+            model,
+            arm,
+            window=window if arm in ARMS and ARMS[arm].finds else (),
+            label=_last_part(model) if named else arm,
+            trust_remote_code=trust_remote_code,
         )
+        check_arm(made)
+        subjects.append(made)
     names = [subject.name for subject in subjects]
     if len(set(names)) < len(names):
         raise CallError(
@@ -103,21 +109,56 @@ def subjects_of(
     return subjects
 
 
-def check_arm(model: str, arm: str) -> None:
-    """Raises CallError where this model has no such arm."""
+def check_arm(subject: Subject) -> None:
+    """Raises CallError where its model has no such arm, or none with these parameters."""
+    model, name = subject.model, subject.arm
     opened = _open(model)
-    if arm == AS_IT_IS:
+    if name == AS_IT_IS:
         return
     if not isinstance(opened, Converted):
         raise CallError(
-            f"{model} is not a PaceLLM, so it has no arm {arm}",
+            f"{model} is not a PaceLLM, so it has no arm {name}",
             "give a folder that pace-convert wrote",
         )
-    if ARMS[arm][1] and not memory_parameters(model):
+    arm = ARMS[name]
+    if (arm.granularity or arm.finds) and not memory_parameters(model):
         raise CallError(
-            f"{model} was converted without memory, so it has no arm {arm}",
+            f"{model} was converted without memory, so it has no arm {name}",
             "give base or ce, or convert again",
         )
+    if arm.finds and reread_settings(subject) is None:
+        raise CallError(
+            f"{model} has no window of its own, so the arm {name} needs one",
+            "give --window, like 1k",
+        )
+
+
+def reread_settings(subject: Subject) -> RereadSettings | None:
+    """How the subject reads a text that is longer than its working context; None: it does not.
+
+    Raises CallError for parameters that can't be.
+    """
+    arm, own = ARMS.get(subject.arm), memory_parameters(subject.model)
+    if not own or (arm and not arm.finds) or not (arm or own["enabled"]):
+        return None
+    changes = dict(subject.window)
+    if arm and arm.finds == "nothing":
+        changes["spans"] = 0
+    files = _files(subject.model)
+    window = own["window"]
+    if window is None and arm and "window" not in changes:
+        return None
+    try:
+        return window_settings(
+            window, changes, layer_count(subject.model), trained_length(files.config)
+        )
+    except (ValueError, TypeError) as error:
+        raise CallError(f"{subject.name}: {error}", "give other --window or --spans") from error
+
+
+def reach(subject: Subject) -> int | None:
+    """Tokens of the longest text that it can be asked about; None: any length."""
+    return None if reread_settings(subject) else trained_length(_files(subject.model).config)
 
 
 def memory_parameters(model: str) -> dict:
@@ -137,9 +178,7 @@ def is_pace(model: str) -> bool:
 
 def context_length(model: str) -> int:
     """Tokens the model was made for, as its config says; 8192 where it does not."""
-    opened = _open(model)
-    config = (opened.files if isinstance(opened, Converted) else opened).config
-    return trained_length(config) or 8192
+    return trained_length(_files(model).config) or 8192
 
 
 def layer_count(model: str) -> int:
@@ -168,8 +207,8 @@ def blocks_of(subject: Subject) -> int | None:
     memory.
     """
     memory = {**memory_parameters(subject.model), **dict(subject.memory)}
-    granularity = ARMS.get(subject.arm, (True, "as it is"))[1]
-    on = bool(memory) and (memory["enabled"] if subject.arm not in ARMS else granularity)
+    arm = ARMS.get(subject.arm)
+    on = bool(memory) and (memory["enabled"] if arm is None else arm.granularity)
     return memory["update_interval"] if on and memory["layers"] else None
 
 
@@ -189,28 +228,40 @@ def load(subject: Subject, device: str = "auto") -> Reader:
     fp32 on a CPU below 4 GB of weights, else the stored type. Raises PaceError where it does not
     load.
     """
-    granularity = ARMS.get(subject.arm, (True, None))[1]
     loaded = _load(*subject.weights, resolve_device(device), subject.trust_remote_code)
-    model = loaded.model
+    model, settings = loaded.model, reread_settings(subject)
     if hasattr(model, "set_memory") and loaded.memory:
-        arm = {"granularity": granularity} if granularity else {}
-        window = loaded.memory["window"]
-        try:
-            own = {name: value for name, value in loaded.memory.items() if name != "window"}
-            model.set_memory(**{**own, **arm, **dict(subject.memory)})
-            model.set_window(**(window or {}))
-        except (ValueError, TypeError) as error:
-            raise CallError(
-                f"{subject.name}: {error}", "see the memory options in pace-convert --help"
-            ) from error
-        model.set_memory_enabled(
-            granularity is not None if subject.arm in ARMS else loaded.memory["enabled"]
-        )
-    elif subject.memory:
+        _switch(loaded, subject, settings)
+    elif subject.parameters:
         raise CallError(
             f"{subject.model} has no memory whose parameters could be switched", "give a PaceLLM"
         )
-    return Reader(model, loaded.tokenizer)
+    if settings is None:
+        return Reader(model, loaded.tokenizer)
+    if subject.arm in ARMS and ARMS[subject.arm].finds == "words":
+        return Bm25Reader(model, loaded.tokenizer, settings)
+    return RereadingReader(model, loaded.tokenizer)
+
+
+def _switch(loaded: Loaded, subject: Subject, settings: RereadSettings | None) -> None:
+    """Memory and window of a loaded model as the subject has them."""
+    arm: Arm | None = ARMS.get(subject.arm)
+    changes: dict[str, Any] = {}
+    if arm and arm.granularity:
+        changes["granularity"] = arm.granularity
+    if arm and arm.finds:
+        changes["layers"] = ()  # they measure re-reading alone
+    own = {name: value for name, value in loaded.memory.items() if name != "window"}
+    by_words = arm is not None and arm.finds == "words"  # then the base reads what was found
+    try:
+        loaded.model.set_memory(**{**own, **changes, **dict(subject.memory)})
+        loaded.model.set_window(**({} if by_words else as_parameters(settings)))
+    except (ValueError, TypeError) as error:
+        raise CallError(
+            f"{subject.name}: {error}", "see the memory options in pace-convert --help"
+        ) from error
+    on = loaded.memory["enabled"] if arm is None else bool(arm.granularity or arm.finds)
+    loaded.model.set_memory_enabled(on and not by_words)
 
 
 @functools.lru_cache(maxsize=1)
@@ -253,10 +304,14 @@ def _open(model: str) -> Converted | Source:
     return open_converted(source.fetch().folder)
 
 
+def _files(model: str) -> Source:
+    opened = _open(model)
+    return opened.files if isinstance(opened, Converted) else opened
+
+
 @functools.lru_cache(maxsize=64)
 def _state(model: str) -> Any:
-    opened = _open(model)
-    files = opened.files if isinstance(opened, Converted) else opened
+    files = _files(model)
     return (
         files.hub.commit
         if files.hub

@@ -13,10 +13,12 @@ from pydantic import ValidationError
 
 from ..errors import CallError
 from ..modeling.memory_settings import MemorySettings
-from ..options import MEMORY_PARAMETERS, ConvertOptions
+from ..modeling.reread_settings import RereadSettings
+from ..options import MEMORY_PARAMETERS, ConvertOptions, parse_tokens
+from .arms import NO_WINDOW, WINDOW_PARAMETERS
 from .intervals import Mean, difference
 from .runner import Results
-from .subjects import Subject, check_arm, memory_parameters
+from .subjects import Subject, check_arm, memory_parameters, reread_settings
 
 LAYERS = "layers"
 LAYER_WORDS = {
@@ -26,7 +28,7 @@ LAYER_WORDS = {
     "all": "all layers",
 }
 SWITCH = {"true": True, "false": False}
-PARAMETERS = (LAYERS, *MEMORY_PARAMETERS)
+PARAMETERS = (LAYERS, *MEMORY_PARAMETERS, *WINDOW_PARAMETERS)
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class Level:
 
 
 def parse_factor(text: str, layers: int, option: str = "--vary") -> tuple[str, list[Any]]:
-    """'slots=50,100' or 'layers=single,1+2,all': a parameter's name and the values it shall take.
+    """'slots=50,100', 'layers=single,1+2,all' or 'window=512,1k': a parameter's name and the values
+    it shall take.
 
     layers: of the model. option: that errors name. Raises CallError for an unknown name or a value
     that can't be.
@@ -62,7 +65,8 @@ def parse_factor(text: str, layers: int, option: str = "--vary") -> tuple[str, l
     if name == LAYERS:
         found: list[Any] = [chosen for part in parts for chosen in _layers(part, layers, option)]
     else:
-        found = [_value(name, part, option) for part in parts]
+        read = _window_value if name in WINDOW_PARAMETERS else _value
+        found = [read(name, part, option) for part in parts]
     return name, list(dict.fromkeys(found))
 
 
@@ -76,14 +80,23 @@ def combinations(
     if len(set(names)) < len(names):
         raise CallError(f"{option} names a parameter twice", "give it once")
     own, subjects, refused = memory_parameters(model), [], []
-    for values in product(*(values for _, values in factors)):
-        memory = tuple(zip(names, values))
+    for chosen in product(*(values for _, values in factors)):
+        pairs = tuple(zip(names, chosen))
+        subject = Subject(
+            model,
+            memory=tuple(pair for pair in pairs if pair[0] not in WINDOW_PARAMETERS),
+            window=tuple(pair for pair in pairs if pair[0] in WINDOW_PARAMETERS),
+        )
+        changed = {**own, **dict(subject.memory)}
         try:
-            MemorySettings.from_config({"memory": {**own, **dict(memory)}, "experts": {"count": 1}})
+            MemorySettings.from_config({"memory": changed, "experts": {"count": 1}})
+            reread_settings(subject)
         except ValueError as error:
-            refused.append(f"{Subject(model, memory=memory).name}: {error}")
+            refused.append(f"{subject.name}: {error}")
+        except CallError as error:
+            refused.append(error.message)
         else:
-            subjects.append(Subject(model, memory=memory))
+            subjects.append(subject)
     if not subjects:
         raise CallError(f"{option}: no combination can be: {refused[0]}", "give other values")
     return subjects, refused
@@ -92,7 +105,7 @@ def combinations(
 def swept_subjects(model: str, grid: list[Subject], trust: bool) -> list[Subject]:
     """The base, the model as it is, and the combinations."""
     for arm in ("base", "ce+pa"):
-        check_arm(model, arm)
+        check_arm(Subject(model, arm))
     return [
         replace(subject, trust_remote_code=trust)
         for subject in (Subject(model, "base"), Subject(model), *grid)
@@ -100,24 +113,27 @@ def swept_subjects(model: str, grid: list[Subject], trust: bool) -> list[Subject
 
 
 def levels(results: Results, factors: Sequence[tuple[str, list[Any]]]) -> list[Level]:
-    """Each value of each factor, over all the others, paired with the base (the first subject)."""
-    base = results.scores(results.subjects[0].name)
-    made = []
+    """Each value of each factor, over all the others, paired with the base (the first subject; the
+    first that was asked all where the base was not), on what they were all asked.
+    """
+    reference, made = results.reference, []
     for name, values in factors:
         for value in values:
-            having = [s.name for s in results.subjects if dict(s.memory).get(name) == value]
-            if having:
+            having = [s.name for s in results.subjects if dict(s.parameters).get(name) == value]
+            cells = results.asked_of((reference, *having))
+            if having and cells:
+                base = results.scores(reference, cells=cells)
                 # Combinations answer the same questions: their mean at each question is one score,
                 # not several.
-                cells = zip(*(results.scores(subject) for subject in having))
-                mine = [[sum(scores) / len(having) for scores in zip(*cell)] for cell in cells]
+                theirs = zip(*(results.scores(s, cells=cells) for s in having))
+                mine = [[sum(scores) / len(having) for scores in zip(*cell)] for cell in theirs]
                 made.append(Level(name, value, difference(mine, base), len(having)))
     return made
 
 
 def ranked(results: Results) -> list[tuple[str, Mean, Mean]]:
     """Subjects by falling mean: name, mean, difference to the base."""
-    base = results.subjects[0].name
+    base = results.reference
     rows = [(s.name, results.mean(s.name), results.against(s.name, base)) for s in results.subjects]
     return sorted(rows, key=lambda row: -row[1].mean)
 
@@ -155,5 +171,26 @@ def _value(name: str, part: str, option: str) -> Any:
     except ValueError as error:
         raise CallError(
             f"{option} {name}: {part!r} is no {kind.__name__}", "give numbers like 0.5,0.75"
+        ) from error
+    return value
+
+
+def _window_value(name: str, part: str, option: str) -> Any:
+    if name == "window" and part == NO_WINDOW:
+        return part
+    parameter = WINDOW_PARAMETERS[name]
+    kind: Any = type(getattr(RereadSettings(), parameter))
+    try:
+        value = parse_tokens(part) if name == "window" else kind(part)
+    except ValueError as error:
+        what = "no number" if kind is float else "no whole number"
+        raise CallError(f"{option} {name}: {part!r} is {what}", "give one like 4 or 1k") from error
+    given = {"window": 1 << 20, "span_width": 4, parameter: value}  # fits whatever comes with it
+    try:
+        RereadSettings.from_config(given)
+    except ValueError as error:
+        said = str(error).removeprefix("window: ")
+        raise CallError(
+            f"{option} {name}={part}: {said}", "see the window's options in pace-convert --help"
         ) from error
     return value

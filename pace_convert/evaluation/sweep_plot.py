@@ -10,8 +10,8 @@ from .sweep import Level
 LEAST_RANGE = 2.0  # % points; so that nothing does not look like much
 
 
-def plot_levels(levels: list[Level], title: str, path: Path) -> None:
-    """One panel a factor: the mean difference to the base at each value, in per cent points with 95
+def plot_levels(levels: list[Level], title: str, base: str, path: Path) -> None:
+    """One panel a factor: the mean difference to `base` at each value, in per cent points with 95
     % intervals.
     """
     import matplotlib
@@ -46,7 +46,7 @@ def plot_levels(levels: list[Level], title: str, path: Path) -> None:
     bottom, top = axes[0][0].get_ylim()  # shared by all
     axes[0][0].set_ylim(min(bottom, -LEAST_RANGE), max(top, LEAST_RANGE))
     for axis in axes[:, 0]:
-        axis.set_ylabel("less base, % points")
+        axis.set_ylabel(f"less {base}, % points")
     for axis in list(axes.flat)[len(factors) :]:
         axis.axis("off")
     figure.suptitle(title, fontsize=11)

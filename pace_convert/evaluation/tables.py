@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,24 +10,30 @@ from rich.console import Console
 from rich.table import Table
 
 from .folder import RESULTS
-from .intervals import Mean
+from .intervals import Mean, mean_of
 
 if TYPE_CHECKING:
     from .runner import Results
     from .sweep import Level
 
+Columns = Mapping[str, Callable[["str | None"], str]]
+ABSENT = "-"  # of what a subject was not asked
 MOST_COLUMNS = 7  # subjects side by side; more become rows
 
 
-def show_results(results: Results, folder: Path) -> None:
-    """The table, and where all numbers are."""
-    print_results(results)
+def show_results(results: Results, folder: Path, beside: Columns | None = None) -> None:
+    """The table, what was left out, and where all numbers are."""
+    print_results(results, beside)
+    for sentence in [] if results.whole else results.left_out():
+        print(sentence)
     print(f"All numbers: {folder / RESULTS}")
 
 
-def print_results(results: Results) -> None:
+def print_results(results: Results, beside: Columns | None = None) -> None:
     """Mean scores in per cent with their 95 % intervals, by row and subject, and the difference to
     the first subject.
+
+    beside: columns more, by title: the row's group, None for all -> what stands there.
     """
     names = [subject.name for subject in results.subjects]
     title = f"{results.evaluation.name}: {results.evaluation.metric}, % (95 % interval)"
@@ -35,41 +42,69 @@ def print_results(results: Results) -> None:
     if len(names) > MOST_COLUMNS:
         _print_long(results, title, names)
         return
+    more = beside or {}
     table = Table(title=title)
     table.add_column("")
-    for name in names:
+    for name in (*names, *more, "questions"):
         table.add_column(name, justify="right")
-    table.add_column("questions", justify="right")
     for group in rows:
-        means = [results.mean(name, group) for name in names]
-        cells = [percent(mean) for mean in means]
-        table.add_row(
-            "all" if group is None else group,
-            *cells,
-            str(means[0].count),
-            end_section=group == groups[-1],
-        )
-    if len(names) > 1:
-        differences = [results.against(name, names[0]) for name in names[1:]]
-        table.add_row(f"all, less {names[0]}", "", *(signed(made) for made in differences), "")
+        cells = [_mean(results, name, group) for name in names]
+        count = max(sum(map(len, _scores(results, name, group))) for name in names)
+        extra = [column(group) for column in more.values()]
+        label = results.all_name if group is None else group
+        table.add_row(label, *cells, *extra, str(count), end_section=group == groups[-1])
+    for label, base in _bases(results):
+        changes = [_difference(results, name, base, base != names[0]) for name in names]
+        table.add_row(label, *changes, *("" for _ in more), "")
     console(table).print(table)
+
+
+def _bases(results: Results) -> list[tuple[str, str]]:
+    """Whom the others are compared with over all rows: label and name. Where the first subject was
+    not asked everything, one that was comes behind it.
+    """
+    first = results.subjects[0].name
+    bases = [first] if results.records[first] else []
+    bases += [results.reference] if results.reference not in bases else []
+    if len(results.subjects) < 2:
+        return []
+    labels = {first: results.all_name}
+    return [(f"{labels.get(base, 'all')}, less {base}", base) for base in bases]
+
+
+def _scores(results: Results, name: str, group: str | None) -> list[list[float]]:
+    """Of a row: over all groups those of what everybody was asked."""
+    return results.scores(name, group, cells=results.shared if group is None else None)
+
+
+def _mean(results: Results, name: str, group: str | None) -> str:
+    made = _scores(results, name, group)
+    return percent(mean_of(made)) if made else ABSENT
+
+
+def _difference(results: Results, name: str, base: str, everything: bool = False) -> str:
+    """To the base on what both were asked; nothing for itself and where that is nothing, or not
+    everything that the base was asked.
+    """
+    both = results.asked_of((name, base))
+    if name == base or not both or (everything and len(both) < len(results.records[base])):
+        return ""
+    return signed(results.against(name, base))
 
 
 def _print_long(results: Results, title: str, names: list[str]) -> None:
     table = Table(title=title)
-    for column in ("", "mean", f"less {names[0]}"):
+    base = results.reference
+    for column in ("", "mean", f"less {base}"):
         table.add_column(column, justify="right" if column else "left")
     for name in names:
-        change = "" if name == names[0] else signed(results.against(name, names[0]))
-        table.add_row(name, percent(results.mean(name)), change)
+        table.add_row(name, _mean(results, name, None), _difference(results, name, base))
     console(table).print(table)
 
 
 def print_levels(results: Results, made: list[Level]) -> None:
     """What each value of each factor does, over all the others."""
-    table = Table(
-        title=f"mean difference to the {results.subjects[0].name}, % points (95 % interval)"
-    )
+    table = Table(title=f"mean difference to the {results.reference}, % points (95 % interval)")
     for column in ("factor", "value", "difference", "combinations"):
         table.add_column(column, justify="left" if column == "factor" else "right")
     for before, level in zip([None, *made], made):

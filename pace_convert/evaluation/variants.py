@@ -1,5 +1,5 @@
-"""A converted model with other memory parameters, switched at run time: nothing is converted
-again.
+"""A converted model with other parameters of memory and window, switched at run time: nothing is
+converted again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _preset(name: str) -> list[tuple[str, list[Any]]]:
 
 
 def variants(model: str, texts: Sequence[str], trust: bool) -> list[Subject]:
-    """One subject a text like 'update_interval=64,theta_high=0.6', 'layers=1+2' or
+    """One subject a text like 'update_interval=64,theta_high=0.6', 'layers=1+2', 'window=512' or
     'preset=paper,update_interval=64': a preset's parameters, but for those that are given too.
 
     Raises CallError for unknown names, values out of bounds, and what can't be together.

@@ -55,7 +55,7 @@ class Knowing:
     def encode(self, text, special=True):
         return text.split()
 
-    def answer(self, rows, tokens):
+    def answer(self, rows, tokens, questions=None):
         return self.answers[: len(rows)]
 
 
@@ -268,7 +268,7 @@ def test_ruler_is_made_and_scored_by_the_harness(reader):
         def encode(self, text, special=True):
             return [text]
 
-        def answer(self, rows, tokens):
+        def answer(self, rows, tokens, questions=None):
             return [row[0].split(" is: ")[1].split(".")[0] for row in rows]
 
     assert [record["score"] for record in test.run(Finder(), "niah_single_1/512")] == [1, 1, 1]

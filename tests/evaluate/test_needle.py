@@ -2,17 +2,25 @@
 for.
 """
 
+import json
+
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pace_convert.errors import CallError
 from pace_convert.evaluation.benchmarks.needle import (
+    NeedleOptions,
     NeedleTest,
+    _row,
     found,
-    measurable_context,
+    needle_test,
+    recalled,
     rouge_recall,
 )
+from pace_convert.evaluation.benchmarks.needle_kinds import COUNTS, kind_prompts, names
+from pace_convert.evaluation.benchmarks.needle_results import measurable_context
 from pace_convert.evaluation.benchmarks.needle_text import (
     Needles,
     Prompt,
@@ -21,6 +29,7 @@ from pace_convert.evaluation.benchmarks.needle_text import (
     reference_prompts,
 )
 from pace_convert.evaluation.grid import parse_grid
+from pace_convert.evaluation.reader import Answer
 from pace_convert.evaluation.runner import Results
 from pace_convert.evaluation.subjects import Subject, load
 from pace_convert.reference.task import is_held_out
@@ -90,6 +99,74 @@ def test_a_haystack_of_ones_own_is_read_over_again(tmp_path):
             prose_prompts(str(place), Needles(), 200, 0.5, 0, words)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    kind=st.sampled_from(["alike", "words", "several"]), length=st.integers(300, 3000),
+    depth=st.sampled_from([0, 0.25, 0.5, 1]), seed=st.integers(0, 99), count=st.integers(1, 12),
+)  # fmt: skip
+def test_needles_among_others(kind, length, depth, seed, count):
+    needles = Needles(count, 1, kind=kind)
+    (prompt,) = kind_prompts("prose", needles, length, depth, seed, words)
+    assert [prompt] == kind_prompts("prose", needles, length, depth, seed, words)
+    haystack, question = prompt.text.split("\n\n")
+    assert length - 30 <= len(prompt.text.split()) <= length and question == prompt.question
+    assert len(set(prompt.hidden)) == count and set(prompt.wanted) <= set(prompt.hidden)
+    assert all(f"is {value}." in haystack for value in prompt.hidden)
+    asked = count if kind == "several" else 1
+    assert len(prompt.facts) == len(prompt.wanted) == asked
+    for fact, value in zip(prompt.facts, prompt.wanted):
+        name = " ".join(fact.split(" of ")[1].split()[:2])
+        assert fact.endswith(f" of {name} is {value}.") and name in question and fact in haystack
+    if kind == "words":
+        assert len(prompt.answer.split()) == 2
+    else:
+        assert all(len(value) == 5 and value.isdigit() for value in prompt.hidden)
+    first = haystack[: haystack.index(prompt.facts[0])].count(". ")
+    assert abs(first / haystack.count(". ") - depth) < 0.25 * (count > 1) + 0.05
+
+
+def test_halves_of_names_are_shared():
+    for seed in range(20):
+        made = names(np.random.default_rng(seed), 10)
+        first, last = made[0].split()
+        assert len(set(made)) == 10
+        assert sum(name.split()[0] == first for name in made) > 1
+        assert sum(name.split()[1] == last for name in made) > 1
+    assert len(set(names(np.random.default_rng(0), 40))) == 40
+
+
+@pytest.mark.parametrize("depth", [0, 0.5, 1])
+def test_pairs_of_keys_and_values(depth):
+    def letters(texts):
+        return [len(text) for text in texts]
+
+    (prompt,) = kind_prompts("prose", Needles(kind="keyvalue"), 3000, depth, 1, letters)
+    assert 2950 <= len(prompt.text) <= 3000
+    rest = prompt.text.partition("\n")[2]
+    body, question = rest.split("\n\n")
+    pairs = json.loads(body.replace(",\n}", "}"))
+    assert len(pairs) > 100 and prompt.hidden == tuple(pairs.values())
+    key = list(pairs)[round(depth * (len(pairs) - 1))]
+    assert pairs[key] == prompt.answer and key in question
+    assert prompt.facts == (f'"{key}": "{prompt.answer}"',) and len(key) == 8
+    with pytest.raises(CallError, match="no pair fits"):
+        kind_prompts("prose", Needles(kind="keyvalue"), 100, depth, 1, letters)
+
+
+def test_a_long_haystack_is_counted_bit_by_bit():
+    """No more sentences are tokenised at once than some, and few that are not needed."""
+    most, total = [], []
+
+    def count(texts):
+        most.append(len(texts))
+        total.append(sum(words(texts)))
+        return words(texts)
+
+    prompt = prose_prompts("prose", Needles(), 40_000, 0.5, 0, count)[0]
+    assert max(most) <= 512 and sum(total) < 1.2 * 40_000
+    assert 39_980 <= len(prompt.text.split()) <= 40_000
+
+
 def test_what_does_not_fit_is_refused():
     for length in (20, -5):
         with pytest.raises(TooShortError) as error:
@@ -109,6 +186,76 @@ def test_what_does_not_fit_is_refused():
 )  # fmt: skip
 def test_found(answer, score):
     assert found(answer, Prompt("", "river", ("river", "stone"))) == score
+
+
+def test_of_several_the_share_that_is_named_counts():
+    prompt = Prompt("", "1, 2", ("1", "2", "3"), answers=("1", "2"))
+    for answer, score in (("2 and 1", 1), ("1", 0.5), ("4", 0), ("1, 2, 3", 0), ("", 0)):
+        assert found(answer, prompt) == score
+
+
+def test_recalled():
+    answer = Answer("", ((0, 4), (10, 20)))
+    assert recalled(answer, [(10, 14)]) == 1 and recalled(answer, [(3, 5)]) == 0
+    assert recalled(answer, [(0, 2), (8, 12)]) == 0.5 and recalled(Answer(""), [(8, 12)]) == 1
+
+
+@pytest.mark.parametrize("kind", ["single", "alike", "words", "several", "keyvalue"])
+@pytest.mark.parametrize("chats", [True, False])
+def test_where_the_facts_are_is_known_in_tokens(reference, monkeypatch, kind, chats):
+    reader = load(Subject(str(reference), "base"), "cpu")
+    if not chats:
+        monkeypatch.setattr(reader.tokenizer, "chat_template", None)
+    test = NeedleTest((900,), (0.5,), needles=Needles(COUNTS[kind], kind=kind))
+    prompt = test._prompts(reader, 900, 0.5, 0)[0]
+    ids, places = _row(reader, prompt)
+    assert len(ids) <= 900 and prompt.facts
+    for fact, (first, stop) in zip(prompt.facts, places, strict=True):
+        assert reader.decode(ids[first:stop]).strip() in (fact, f'"{fact}'.replace('""', '"'))
+    by_hand = reader.encode_parts.__func__(Slow(reader), "ab cd ef", ["cd"], True)
+    assert by_hand[1] == [(3, 5)]
+
+
+class Slow:
+    """A reader of letters without offsets."""
+
+    opening = (0,)
+
+    def __init__(self, reader):
+        pass
+
+    def tokenizer(self, text, **options):
+        class Made(dict):
+            is_fast = False
+
+        return Made(input_ids=self.encode(text))
+
+    def encode(self, text, special=True):
+        return [0] * special + [ord(letter) for letter in text if letter != " "]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"kind": "alike", "ask": 1}, "--ask does not go with --kind alike"),
+        ({"kind": "several", "hops": 2}, "--hops does not go with --kind several"),
+        ({"kind": "words", "values": "numbers"}, "--values does not go"),
+        ({"kind": "keyvalue", "needles": 3}, "--needles does not go"),
+        ({"kind": "keyvalue", "haystack": __file__}, "--haystack does not go"),
+        ({"kind": "alike", "haystack": "reference"}, "--haystack reference does not go"),
+    ],
+)
+def test_options_that_do_not_go_with_a_kind(reference, options, words):
+    with pytest.raises(CallError, match=words):
+        needle_test(str(reference), NeedleOptions(**options), False)
+
+
+def test_needles_by_default(reference):
+    for kind, count in (("single", 1), ("alike", 10), ("words", 10), ("several", 4)):
+        test = needle_test(str(reference), NeedleOptions(kind=kind), False)
+        assert test.needles == Needles(count, 1, kind=kind)
+    test = needle_test(str(reference), NeedleOptions(needles=3), False)
+    assert test.needles == Needles(3, 3)
 
 
 def test_numbers_are_whole_words():

@@ -206,7 +206,8 @@ def test_wrong_calls(reference, files, tmp_path, make_source):
     refuse(wrong(on=tmp_path), 2, "holds no .txt file", out=none)
     refuse(wrong("--length", "1m"), 2, "can't read '1m'", out=none)
     refuse(wrong("--length", "1k,2k"), 2, "give one length", out=none)
-    refuse(wrong("--length", "900k"), 2, "was made for", out=none)
+    refuse(wrong("--length", "900k", "--arms", "base,ce"), 2, "was made for", out=none)
+    refuse(wrong("--length", "1"), 2, "give one length from 2 on", out=none)
     refuse(wrong("--with", "slot=3"), 2, "--with slot=3: no such parameter", out=none)
     refuse(wrong("--with", "slots=0"), 2, "--with slots=0", "greater than or equal to 1", out=none)
     refuse(

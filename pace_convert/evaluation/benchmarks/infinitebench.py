@@ -59,7 +59,8 @@ class InfiniteBench(FromRecords):
         new_tokens, chat = NEW_TOKENS[cell], reader.chats
         texts = [prompt_of(cell, question, chat) for question in questions]
         rows = [fitted(reader, text, new_tokens, self.max_length, chat) for text in texts]
-        answers = reader.answer(rows, new_tokens)
+        asked = [question["input"] for question in questions]
+        answers = reader.answer(rows, new_tokens, questions=asked)
         return [
             {"score": METRICS[cell](answer, label_of(cell, question)), "answer": answer}
             for question, answer in zip(questions, answers)

@@ -66,7 +66,8 @@ class LongBench(FromRecords):
         for question in questions:
             text = template.render(context=question["context"], question=question["input"])
             rows.append(fitted(reader, text, new_tokens, self.max_length, chat))
-        answers = reader.answer(rows, new_tokens)
+        asked = [question["input"] for question in questions]
+        answers = reader.answer(rows, new_tokens, questions=asked)
         return [
             {
                 "score": score(cell, answer, question["answers"], question.get("all_classes")),

@@ -7,7 +7,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -15,9 +14,11 @@ from pydantic import Field
 from ...errors import CallError
 from ..grid import KILO, parse_grid
 from ..options import CommaSeparated, EvaluationOptions
+from .needle_kinds import COUNTS, LONGEST_LEAD, kind_prompts
 from .needle_text import (
     PROSE,
     REFERENCE,
+    Kind,
     Needles,
     Prompt,
     TooShortError,
@@ -27,10 +28,10 @@ from .needle_text import (
 )
 
 if TYPE_CHECKING:
-    from ..reader import Reader
-    from ..runner import Results
+    from ..reader import Answer, Reader
 
-ANSWER_TOKENS = 24
+ANSWER_TOKENS = 24  # of one value
+SEVERAL_TOKENS = 64
 ONE = Needles()
 
 
@@ -43,12 +44,23 @@ class NeedleOptions(EvaluationOptions):
         "1024.  "
         "[default: ten steps up to what the model was made for]",
     )
+    kind: Kind = Field(
+        "single",
+        description="single: a fact; alike, words: one of ten like it, with numbers or words for "
+        "values; several: four, asked for at once, the score is the share named; keyvalue: a pair "
+        "of random keys and values among nothing but such.",
+    )
     depths: CommaSeparated = Field(
         "0..100", description="Depths of the needle in per cent, given like lengths."
     )
     seeds: int = Field(3, ge=1, description="Haystacks a cell.")
     first_seed: int = Field(0, ge=0, description="Seed of the first one.")
-    needles: int = Field(1, ge=1, le=40, description="Facts hidden in each.")
+    needles: int | None = Field(
+        None,
+        ge=1,
+        le=40,
+        description="Facts hidden in each.  [default: 1; alike and words 10, several 4]",
+    )
     ask: int | None = Field(
         None, ge=1, le=40, description="Facts asked for, each in its own prompt.  [default: all]"
     )
@@ -56,8 +68,8 @@ class NeedleOptions(EvaluationOptions):
     values: Literal["words", "numbers"] = Field("words", description="What is hidden.")
     haystack: str = Field(
         PROSE,
-        description="prose (generated), a text file, a folder of .txt files, or reference: the "
-        "reference model's own task.",
+        description="prose (generated), a text file or a folder of .txt files (read over again "
+        "where they are short), or reference: the reference model's own task.",
     )
     threshold: float = Field(
         0.8,
@@ -73,8 +85,10 @@ class NeedleTest:
     """A grid of lengths (tokens) and depths (0 beginning, 1 end), with `seeds` haystacks a cell,
     from first_seed on.
 
-    Score: 1 if the answer has the hidden value, as whole words, and no other hidden value; `rouge`
-    is ROUGE-L recall (Lin 2004; rouge_score).
+    Score: 1 if the answer has the hidden value, as whole words, and no other hidden value; of
+    several that are asked for at once the share that it has. `recalled`: 1 if the facts' tokens
+    were before the model: in its cache, or in the working context of one that re-reads; of several,
+    the share. `rouge` is ROUGE-L recall (Lin 2004; rouge_score).
     """
 
     lengths: tuple[int, ...]
@@ -109,31 +123,42 @@ class NeedleTest:
         """The length."""
         return cell.partition("/")[0]
 
+    def tokens(self, cell: str) -> int:
+        """The length."""
+        return int(self.group(cell))
+
     def run(self, reader: Reader, cell: str) -> list[dict]:
-        """One record a question: score, rouge, the value and the answer."""
+        """One record a question: score, recalled, rouge, the value and the answer."""
         length, depth = int(self.group(cell)), float(cell.partition("/")[2])
         stories = [
             self._prompts(reader, length, depth, self.first_seed + seed)
             for seed in range(self.seeds)
         ]
         prompts = [prompt for story in stories for prompt in story]
-        rows = [_row(reader, prompt) for prompt in prompts]
-        if self.needles.asked == 1:
-            answers = reader.answer(rows, ANSWER_TOKENS, stop=("\n",))
-        else:  # the questions to a haystack begin alike
-            answers = [
-                answer
-                for first in range(0, len(rows), self.needles.asked)
-                for answer in reader.answer_each(
-                    rows[first : first + self.needles.asked], ANSWER_TOKENS, stop=("\n",)
-                )
-            ]
+        rows, places = zip(*(_row(reader, prompt) for prompt in prompts))
+        answers = self._answers(reader, prompts, rows)
         return [
-            {"score": found(answer, prompt), "rouge": rouge_recall(answer, prompt.answer),
-            "value": prompt.answer,
-             "answer": answer, "tokens": len(row)}
-            for prompt, row, answer in zip(prompts, rows, answers)
+            {"score": found(answer.text, prompt), "recalled": recalled(answer, facts),
+             "rouge": rouge_recall(answer.text, prompt.answer), "value": prompt.answer,
+             "answer": answer.text, "tokens": len(row)}
+            for prompt, row, facts, answer in zip(prompts, rows, places, answers)
         ]  # fmt: skip
+
+    def _answers(
+        self, reader: Reader, prompts: list[Prompt], rows: Sequence[list[int]]
+    ) -> list[Answer]:
+        asked = [prompt.question for prompt in prompts]
+        if self.needles.kind == "several":  # which may come as a list, line by line
+            return reader.answered(list(rows), SEVERAL_TOKENS, questions=asked)
+        if self.needles.asked == 1:
+            return reader.answered(list(rows), ANSWER_TOKENS, ("\n",), asked)
+        answers: list[Answer] = []
+        for first in range(0, len(rows), self.needles.asked):  # to a haystack: they begin alike
+            part = slice(first, first + self.needles.asked)
+            answers += reader.answered_each(
+                list(rows[part]), ANSWER_TOKENS, ("\n",), questions=asked[part]
+            )
+        return answers
 
     def _prompts(self, reader: Reader, length: int, depth: float, seed: int) -> list[Prompt]:
         if self.haystack == REFERENCE:
@@ -144,9 +169,12 @@ class NeedleTest:
                 len(ids) for ids in reader.tokenizer(texts, add_special_tokens=False)["input_ids"]
             ]
 
-        around = len(_row(reader, Prompt("", "", (), lead="\nThe code of Victor is")))
+        single = self.needles.kind == "single"
+        lead = "\nThe code of Victor is" if single else LONGEST_LEAD
+        around = len(_row(reader, Prompt("", "", (), lead=lead))[0])
+        make = prose_prompts if single else kind_prompts
         try:
-            return prose_prompts(self.haystack, self.needles, length - around, depth, seed, count)
+            return make(self.haystack, self.needles, length - around, depth, seed, count)
         except TooShortError as error:
             needed = length + error.missing
             raise CallError(
@@ -163,9 +191,10 @@ class NeedleTest:
                 self._prompts(reader, min(self.lengths), depth, self.first_seed + seed)
 
 
-def needle_test(model: str, options: NeedleOptions) -> NeedleTest:
+def needle_test(model: str, options: NeedleOptions, any_length: bool) -> NeedleTest:
     """The test that these options describe. Raises CallError for what can't be."""
-    depths, count, ask = parse_grid(options.depths), options.needles, options.ask or options.needles
+    depths, count = parse_grid(options.depths), options.needles or COUNTS[options.kind]
+    ask = options.ask or (count if options.kind == "single" else 1)
     if max(depths) > 100:
         raise CallError(
             f"--depths {options.depths}: a depth is at most 100 per cent",
@@ -180,12 +209,32 @@ def needle_test(model: str, options: NeedleOptions) -> NeedleTest:
             "the reference model's task has no numbers",
             "leave out --values, or --haystack reference",
         )
+    _check_kind(options)
     if options.haystack not in (PROSE, REFERENCE):
         split_sentences(options.haystack)
     lengths = parse_grid(options.lengths, KILO) if options.lengths else _tenths(model)
-    needles = Needles(count, ask, options.hops, options.values)
+    needles = Needles(count, ask, options.hops, options.values, options.kind)
     shares = tuple(depth / 100 for depth in depths)
     return NeedleTest(lengths, shares, options.seeds, options.first_seed, needles, options.haystack)
+
+
+def _check_kind(options: NeedleOptions) -> None:
+    """Raises CallError for options that do not go with the kind."""
+    kind = options.kind
+    if kind == "single":
+        return
+    given = [
+        ("--ask", options.ask is not None),
+        ("--hops", options.hops != 1),
+        ("--values", options.values != "words"),
+        ("--needles", kind == "keyvalue" and options.needles is not None),
+        ("--haystack", options.haystack == REFERENCE),
+        ("--haystack", kind == "keyvalue" and options.haystack != PROSE),
+    ]
+    wrong = next((name for name, is_given in given if is_given), None)
+    if wrong:
+        what = f"{wrong} {REFERENCE}" if options.haystack == REFERENCE else wrong
+        raise CallError(f"{what} does not go with --kind {kind}", "leave one of them out")
 
 
 def _tenths(model: str) -> tuple[int, ...]:
@@ -196,55 +245,18 @@ def _tenths(model: str) -> tuple[int, ...]:
     return tuple(longest * i // 10 for i in range(1, 11))
 
 
-def needle_facts(results: Results, options: NeedleOptions, folder: Path) -> dict:
-    """What results.json holds; draws needle.png into the folder."""
-    from .needle_plot import plot_needle
-
-    names = [subject.name for subject in results.subjects]
-    reach = {name: measurable_context(results, name, options.threshold) for name in names}
-    plot_needle(results, reach, folder / "needle.png")
-    return {
-        **results.as_dict(),
-        "threshold": options.threshold,
-        "measurable_context": reach,
-        "rouge_l_recall": {name: results.mean(name, field="rouge").as_dict() for name in names},
-    }
-
-
-def show_needle(results: Results, folder: Path) -> None:
-    """The table, and beside it what else was found."""
-    from ..tables import show_results
-
-    show_results(results, folder)
-    found = results.facts
-    recall = found["rouge_l_recall"].items()
-    print(
-        "ROUGE-L recall of the values:",
-        ", ".join(f"{name} {made['mean']:.1%}" for name, made in recall),
-    )
-    print(f"Measurable context, tokens up to which the mean is at least {found['threshold']:.0%}:")
-    for name, tokens in found["measurable_context"].items():
-        print(f"  {name}: {tokens or 'none of the lengths tested'}")
-    print(f"The grid as a picture: {folder / 'needle.png'}")
-
-
-def measurable_context(results: Results, subject: str, threshold: float) -> int:
-    """The largest length tested up to which, at it and all shorter ones, the mean score is at least
-    `threshold`; or 0.
-    """
-    longest = 0
-    for group in sorted(results.groups(), key=int):
-        if results.mean(subject, group).mean < threshold:
-            break
-        longest = int(group)
-    return longest
-
-
 def found(answer: str, prompt: Prompt) -> float:
-    """1.0 if the value is named and no other hidden one, else 0.0."""
+    """The share of the values asked for that are named, 0 where another hidden one is named."""
     words = _words(answer)
-    others = [value for value in prompt.hidden if value != prompt.answer]
-    return float(_has(words, prompt.answer) and not any(_has(words, value) for value in others))
+    others = [value for value in prompt.hidden if value not in prompt.wanted]
+    if any(_has(words, value) for value in others):
+        return 0.0
+    return sum(_has(words, value) for value in prompt.wanted) / len(prompt.wanted)
+
+
+def recalled(answer: Answer, facts: Sequence[tuple[int, int]]) -> float:
+    """The share of the facts, (first, stop) in the prompt's tokens, that were before the model."""
+    return sum(answer.share_inside(first, stop) for first, stop in facts) / len(facts)
 
 
 def rouge_recall(answer: str, value: str) -> float:
@@ -259,12 +271,13 @@ def _scorer() -> Any:
     return RougeScorer(["rougeL"])
 
 
-def _row(reader: Reader, prompt: Prompt) -> list[int]:
+def _row(reader: Reader, prompt: Prompt) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids, and where in them the facts are."""
     if not prompt.chat:
-        return reader.encode(prompt.text)
+        return reader.encode_parts(prompt.text, prompt.facts)
     if not reader.chats:
-        return reader.encode(prompt.text + prompt.lead)
-    return reader.encode(reader.chat(prompt.text), special=False)
+        return reader.encode_parts(prompt.text + prompt.lead, prompt.facts)
+    return reader.encode_parts(reader.chat(prompt.text), prompt.facts, special=False)
 
 
 def _words(text: str) -> list[str]:

@@ -2,17 +2,18 @@
 
 Two kinds of text: the reference model's own task (`reference`, held-out facts), and prose:
 generated sentences (`prose`), or texts of yours. In prose the needle is "The code of Ada is river."
-or, with numbers, "... is 4820951."; it always stands between sentences.
+or, with numbers, "... is 4820951."; it always stands between sentences. `needle_kinds` has other
+needles.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from ...errors import CallError
 from ...reference.task import Question, Story, as_text, filler_sentence, make_story
@@ -22,19 +23,22 @@ if TYPE_CHECKING:
     import numpy as np
 
 PROSE, REFERENCE = "prose", "reference"
+AT_ONCE = 512  # sentences whose tokens are counted together
+Kind = Literal["single", "alike", "words", "several", "keyvalue"]
 Count = Callable[[list[str]], list[int]]  # tokens of each text
 
 
 @dataclass(frozen=True)
 class Needles:
     """How many facts are hidden, how many are asked for (each in a prompt of its own), over how
-    many hops; the values.
+    many hops; the values; the kind, see `needle_kinds`.
     """
 
     count: int = 1
     asked: int = 1
     hops: int = 1
     values: Literal["words", "numbers"] = "words"
+    kind: Kind = "single"
 
 
 class TooShortError(CallError):
@@ -50,8 +54,9 @@ class TooShortError(CallError):
 class Prompt:
     """text: up to the question's end. lead: begins the answer where no chat template does.
 
-    chat: `text` is one user turn; otherwise it is the whole prompt. hidden: all hidden values, of
-    which one is right.
+    chat: `text` is one user turn; otherwise it is the whole prompt. hidden: all hidden values.
+    answers: those that are right, where there are several. facts: the parts of the text that say
+    so. question: at the text's end.
     """
 
     text: str
@@ -59,6 +64,14 @@ class Prompt:
     hidden: tuple[str, ...]
     lead: str = ""
     chat: bool = True
+    answers: tuple[str, ...] = ()
+    facts: tuple[str, ...] = ()
+    question: str = ""
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """The values that are asked for."""
+        return self.answers or (self.answer,)
 
 
 def reference_prompts(needles: Needles, length: int, depth: float, seed: int) -> list[Prompt]:
@@ -67,7 +80,7 @@ def reference_prompts(needles: Needles, length: int, depth: float, seed: int) ->
     All facts stand together at `depth`. Raises CallError where they do not fit.
     """
     links = needles.count if needles.hops == 2 else 0
-    rng = _rng(needles, length, depth, seed)
+    rng = rng_of(needles, length, depth, seed)
     try:
         story = make_story(
             rng, length, needles.count, needles.asked, links, held_out=True, depth=depth
@@ -84,7 +97,10 @@ def _ask(story: Story, question: Question) -> Prompt:
     hidden = tuple(
         haystack[i + 3] for i in range(len(haystack) - 3) if haystack[i : i + 3 : 2] == ["of", "is"]
     )
-    return Prompt(as_text([*haystack, *turn]), question.answer, hidden, chat=False)
+    facts = [" ".join(haystack[question.source - 4 : question.source + 1])]
+    facts += [f"{question.name} has the same code as"] if question.hops == 2 else []
+    text, asks = as_text([*haystack, *turn]), " ".join(turn[:-1])
+    return Prompt(text, question.answer, hidden, chat=False, facts=tuple(facts), question=asks)
 
 
 def prose_prompts(
@@ -96,36 +112,54 @@ def prose_prompts(
     The first needle stands at `depth`, further ones evenly from there to the end. Raises
     TooShortError where the needles and a question do not fit.
     """
-    rng = _rng(needles, length, depth, seed)
+    rng = rng_of(needles, length, depth, seed)
     facts, asked = _facts(rng, needles)
     questions = [f"What is the code of {name}? Answer with the code alone." for name, _ in asked]
+    places = [depth + (1 - depth) * i / len(facts) for i in range(len(facts))]
+    text = hidden_in(haystack, list(zip(places, facts)), questions, length, rng, count)
+    hidden = tuple(value for _, value in asked)
+    return [
+        Prompt(
+            f"{text}\n\n{question}", value, hidden, lead=f"\nThe code of {name} is",
+            facts=tuple(f for f in facts if f" is {value}." in f or f.startswith(f"{name} has")),
+            question=question,
+        )
+        for question, (name, value) in list(zip(questions, asked))[: needles.asked]
+    ]  # fmt: skip
+
+
+def hidden_in(
+    haystack: str,
+    facts: Sequence[tuple[float, str]],
+    questions: list[str],
+    length: int,
+    rng: np.random.Generator,
+    count: Count,
+) -> str:
+    """A haystack with facts between its sentences, each at its share of them: with the longest of
+    the questions at most `length` tokens. Raises CallError where these do not fit.
+    """
     room = (
         length
-        - sum(count([f" {fact}" for fact in facts]))
+        - sum(count([f" {fact}" for _, fact in facts]))
         - max(count([f"\n\n{question}" for question in questions]))
     )
     if room < 0:
         many = f"{len(facts)} needles" if len(facts) > 1 else "a needle"
         raise TooShortError(f"{many} and a question", -room)
     sentences = _sentences(haystack, room, rng, count)
-    places = [
-        round(len(sentences) * (depth + (1 - depth) * i / len(facts))) for i in range(len(facts))
-    ]
-    for place, fact in sorted(zip(places, facts), reverse=True):
+    places = [round(len(sentences) * share) for share, _ in facts]
+    for place, fact in sorted(zip(places, (fact for _, fact in facts)), reverse=True):
         sentences.insert(place, fact)
-    text, hidden = " ".join(sentences), tuple(value for _, value in asked)
-    return [
-        Prompt(f"{text}\n\n{question}", value, hidden, lead=f"\nThe code of {name} is")
-        for question, (name, value) in list(zip(questions, asked))[: needles.asked]
-    ]
+    return " ".join(sentences)
 
 
-def _rng(needles: Needles, length: int, depth: float, seed: int) -> np.random.Generator:
+def rng_of(needles: Needles, length: int, depth: float, seed: int) -> np.random.Generator:
     import numpy as np  # not above: the help of a command must not wait for it
 
-    return np.random.default_rng(
-        [seed, max(0, length), round(1000 * depth), needles.count, needles.hops]
-    )
+    seeds = [seed, max(0, length), round(1000 * depth), needles.count, needles.hops]
+    kind = get_args(Kind).index(needles.kind)
+    return np.random.default_rng([*seeds, kind] if kind else seeds)
 
 
 def _facts(rng: np.random.Generator, needles: Needles) -> tuple[list[str], list[tuple[str, str]]]:
@@ -156,12 +190,15 @@ def _sentences(haystack: str, room: int, rng: np.random.Generator, count: Count)
     at = int(rng.integers(len(text))) if text else 0
     chosen: list[str] = []
     while True:
-        for _ in range(room // 8 + 1):
-            chosen.append(text[at % len(text)] if text else _filler(rng))
+        some = []
+        for _ in range(min(AT_ONCE, room // 8 + 1)):
+            some.append(text[at % len(text)] if text else _filler(rng))
             at += 1
-        ends = np.cumsum(count([f" {sentence}" for sentence in chosen]))
+        ends = np.cumsum(count([f" {sentence}" for sentence in some]))
+        chosen += some[: int(np.searchsorted(ends, room, side="right"))]
         if ends[-1] > room:
-            return chosen[: int(np.searchsorted(ends, room, side="right"))]
+            return chosen
+        room -= int(ends[-1])
 
 
 def _filler(rng: np.random.Generator) -> str:

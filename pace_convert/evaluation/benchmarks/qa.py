@@ -9,6 +9,7 @@ once.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -52,8 +53,7 @@ class QAOptions(EvaluationOptions):
         None,
         ge=2,
         description="Tokens of a prompt; of longer contexts the middle is left out.  [default: "
-        "what the "
-        "model was made for, less answer]",
+        "what the model was made for, less answer; of an arm that re-reads, all]",
     )
     plain: bool = Field(False, description="No chat template.")
     no_generate: bool = Field(
@@ -62,12 +62,15 @@ class QAOptions(EvaluationOptions):
     limit: int | None = Field(None, ge=1, description="Contexts of each file.  [default: all]")
 
 
+Question = tuple[str, str, tuple[str, ...]]  # id, question, right answers
+
+
 @dataclass(frozen=True)
 class Context:
-    """A long text and the questions to it: (id, question, right answers)."""
+    """A long text and the questions to it."""
 
     text: str
-    questions: tuple[tuple[str, str, tuple[str, ...]], ...]
+    questions: tuple[Question, ...]
 
     @property
     def mark(self) -> str:
@@ -83,8 +86,8 @@ class QuestionAnswering:
 
     contexts: (file, number in it, mark), what is asked of `files`. prompt: LongBench's, of which of
     its data sets. max_length: tokens of a prompt, of longer contexts the middle is left out, the
-    same for all questions; None: what the model was made for, less the answer. plain: no chat
-    template. generate: answers too, not their likelihood alone.
+    same for all questions; None: what the model was made for, less the answer, of one that re-reads
+    all. plain: no chat template. generate: answers too, not their likelihood alone.
     """
 
     files: tuple[Path, ...]
@@ -120,9 +123,12 @@ class QuestionAnswering:
         """The file."""
         return cell.rsplit(":", 2)[0]
 
+    def tokens(self, cell: str) -> None:
+        """Prompts are cut to what a model takes."""
+
     def run(self, reader: Reader, cell: str) -> list[dict]:
-        """Records hold the answer, its scores and the log-likelihood of the best right answer, nats
-        a token.
+        """Records hold the answer, its scores, the log-likelihood of the best right answer, nats a
+        token, and seconds, of which reading the context is shared by its questions.
         """
         file, number, mark = self.contexts[self.cells().index(cell)]
         context = read_contexts(self.files[file])[number]
@@ -131,19 +137,27 @@ class QuestionAnswering:
                 f"{self.files[file]} has changed while it was read", "run the command again"
             )
         prompts = self._fitted(reader, context)
+        begun = time.perf_counter()
         prefix = reader.read_common([prompt.ids for prompt in prompts])
-        records = [
-            {"id": name, **prompt.likelihood(reader, prefix)}
-            for (name, _, _), prompt in zip(context.questions, prompts)
-        ]  # fmt: skip
-        if not self.generate:
-            return [{"score": math.exp(record["log_likelihood"]), **record} for record in records]
-        tokens = official_prompt(self.prompt)[1]
-        answers = reader.answer_each([prompt.ids for prompt in prompts], tokens, prefix=prefix)
+        shared = (time.perf_counter() - begun) / len(prompts)
         return [
-            {**scores(answer, right), **record, "answer": answer}
-            for answer, (_, _, right), record in zip(answers, context.questions, records)
+            self._record(reader, prompt, prefix, asked, shared)
+            for prompt, asked in zip(prompts, context.questions)
         ]
+
+    def _record(
+        self, reader: Reader, prompt: Prompt, prefix: Any, asked: Question, shared: float
+    ) -> dict:
+        """shared: seconds that reading the context took, for each question."""
+        begun, (name, question, right) = time.perf_counter(), asked
+        record = {"id": name, **prompt.likelihood(reader, prefix, question)}
+        if self.generate:
+            tokens = official_prompt(self.prompt)[1]
+            answer = reader.answer_each([prompt.ids], tokens, (), prefix, [question])[0]
+            record |= {**scores(answer, right), "answer": answer}
+        else:
+            record["score"] = math.exp(record["log_likelihood"])
+        return {**record, "seconds": shared + time.perf_counter() - begun}
 
     def _fitted(self, reader: Reader, context: Context) -> list[Prompt]:
         """The questions' prompts around one context, cut until the longest of them fits.
@@ -201,9 +215,12 @@ class Prompt:
             behind.append(whole[len(ids) :] if fits else reader.encode(gap + answer, special=False))
         return cls(ids, behind)
 
-    def likelihood(self, reader: Reader, prefix: Any) -> dict:
+    def likelihood(self, reader: Reader, prefix: Any, question: str) -> dict:
         """Nats a token of the right answer that is likeliest by them, and its tokens."""
-        found = reader.log_likelihood_each([self.ids] * len(self.answers), self.answers, prefix)
+        count = len(self.answers)
+        found = reader.log_likelihood_each(
+            [self.ids] * count, self.answers, prefix, [question] * count
+        )
         best, tokens = max(
             (nats / len(answer), len(answer)) for nats, answer in zip(found, self.answers)
         )
@@ -231,7 +248,7 @@ def read_contexts(file: Path) -> list[Context]:
 
     Raises DamagedSourceError for a line that is no question or has no answer.
     """
-    asked: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {}
+    asked: dict[str, list[Question]] = {}
     for number, line in enumerate(
         Records("", folder=str(file.parent)).read(file.stem, FIELDS, None), 1
     ):
@@ -245,12 +262,12 @@ def read_contexts(file: Path) -> list[Context]:
     return [Context(text, tuple(questions)) for text, questions in asked.items()]
 
 
-def qa_test(model: str, options: QAOptions) -> QuestionAnswering:
+def qa_test(model: str, options: QAOptions, any_length: bool) -> QuestionAnswering:
     """The evaluation that these options describe. Raises CallError for what can't be."""
     from ..subjects import context_length
 
     most, longest = context_length(model), options.max_length
-    if longest is not None and longest > most:
+    if longest is not None and longest > most and not any_length:
         raise CallError(
             f"--max-length {longest} is more than the {most} that {model} was made for", "give less"
         )
@@ -284,8 +301,8 @@ def show_qa(results: Results, folder: Path) -> None:
 
 
 def qa_measures(results: Results) -> list[Measure]:
-    """By file and, where there are several, over all: F1, ROUGE-L, exact match in per cent, and the
-    log-likelihood.
+    """By file and, where there are several, over all: F1, ROUGE-L, exact match in per cent, the
+    log-likelihood, and the time.
     """
     groups: list[str | None] = list(results.groups())
     fields = [("F1, %", "score"), ("ROUGE-L, %", "rouge_l"), ("exact, %", "exact")]
@@ -300,6 +317,7 @@ def qa_measures(results: Results) -> list[Measure]:
         measures.append(
             Measure("log-likelihood, nats a token", lambda r: r["log_likelihood"], group=group)
         )
+        measures.append(Measure("seconds", lambda r: r["seconds"], group=group, sign=-1, digits=2))
     return measures
 
 

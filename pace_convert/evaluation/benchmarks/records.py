@@ -42,7 +42,7 @@ class RecordOptions(EvaluationOptions):
         ge=2,
         description="Tokens of a prompt; of longer ones the middle is left out.  [default: what "
         "the "
-        "model was made for, less answer]",
+        "model was made for, less answer; of an arm that re-reads, all]",
     )
 
 
@@ -152,8 +152,8 @@ class FromRecords:
 
     limit: questions of each; None: all. max_length: tokens of a prompt before the chat template,
     the middle of longer ones is left out; None: what the model was made for, less answer and
-    template. categories: the table's rows. asks: another number for other prompts or scores, so
-    that an older journal is not taken up.
+    template, of one that re-reads any number. categories: the table's rows. asks: another number
+    for other prompts or scores, so that an older journal is not taken up.
     """
 
     tasks: tuple[str, ...]
@@ -166,7 +166,7 @@ class FromRecords:
     asks: ClassVar[int] = 1
 
     @classmethod
-    def chosen(cls, model: str, options: RecordOptions) -> Self:
+    def chosen(cls, model: str, options: RecordOptions, any_length: bool) -> Self:
         """The evaluation that these options describe. Raises CallError for what can't be."""
         tasks = choose(options.tasks, cls.categories)
         records = cls.hub.local(options.data, list(tasks))
@@ -184,6 +184,9 @@ class FromRecords:
     def cells(self) -> list[str]:
         """Files."""
         return list(self.tasks)
+
+    def tokens(self, cell: str) -> None:
+        """Prompts are cut to what a model takes."""
 
     def group(self, cell: str) -> str:
         """Category."""

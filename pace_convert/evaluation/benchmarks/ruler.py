@@ -79,6 +79,10 @@ class Ruler:
         """The length."""
         return cell.partition("/")[2]
 
+    def tokens(self, cell: str) -> int:
+        """The length."""
+        return int(self.group(cell))
+
     def run(self, reader: Reader, cell: str) -> list[dict]:
         """One record a question. Raises PaceError where the harness can't make the task."""
         name, _, length = cell.partition("/")
@@ -93,7 +97,7 @@ class Ruler:
         return [{"score": score, "answer": answer} for score, answer in zip(scores, answers)]
 
 
-def ruler_test(model: str, options: RulerOptions) -> Ruler:
+def ruler_test(model: str, options: RulerOptions, any_length: bool) -> Ruler:
     """The evaluation that these options describe. Raises CallError for what can't be."""
     lengths = parse_grid(options.lengths, KILO)
     return Ruler(choose(options.tasks, CATEGORIES), lengths, options.limit)

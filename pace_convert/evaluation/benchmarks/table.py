@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from ...errors import CallError
-from . import infinitebench, longbench, needle, qa, ruler, text_loss
+from . import infinitebench, longbench, needle, needle_results, qa, ruler, text_loss
 from .records import RecordOptions
 
 if TYPE_CHECKING:
@@ -41,8 +41,9 @@ def _show(results: Results, folder: Path) -> None:
 class Benchmark:
     """A row.
 
-    options: what can be chosen. make: a model's name and valid options -> what is run; raises
-    CallError for what can't be, before any model is loaded. arms: those that are compared where
+    options: what can be chosen. make: a model's name, valid options, and whether anything compared
+    takes texts of any length -> what is run; raises CallError for what can't be, before any model
+    is loaded. arms: those that are compared where
     neither arms nor other models are given. needs: packages of the extra `eval`. facts: results,
     options and the folder of the results -> what results.json holds; draws the pictures into the
     folder. show: the results and that folder, on the terminal.
@@ -50,7 +51,7 @@ class Benchmark:
 
     name: str
     options: type[BaseModel]
-    make: Callable[[str, Any], Evaluation]
+    make: Callable[[str, Any, bool], Evaluation]
     help: str
     arms: tuple[str, ...] = BESIDE_BASE
     needs: tuple[str, ...] = ()
@@ -73,14 +74,18 @@ ROWS = (
 
         \b
         pace eval needle ./out Qwen/Qwen2-7B --lengths 1k..200k
+        pace eval needle ./out --window 1k --lengths 8k,32k,64k,128k,200k --haystack book.txt
+        pace eval needle ./out --arms base,reread,bm25 --kind alike --lengths 8k,64k
         pace eval needle ./out --arms base,ce,pa,ce+pa,ce+pa-expert --needles 4
         pace eval needle ./demo --haystack reference --lengths 512,1k,2k,4k
 
-        Writes results.json and needle.png into --out.
+        Lengths that an arm was not made for are left out; the arms window, reread and bm25 take
+        any, and the table says how often the needle was held in what they read. Writes
+        results.json and needle.png into --out.
         """,
         needs=("rouge_score",),
-        facts=needle.needle_facts,
-        show=needle.show_needle,
+        facts=needle_results.needle_facts,
+        show=needle_results.show_needle,
     ),
     Benchmark(
         "text",
@@ -92,8 +97,10 @@ ROWS = (
         pace eval text ./out --on book.txt --on ./essays
         pace eval text ./out --on texts.jsonl --with update_interval=64 --with update_interval=256
 
-        Each document is read from its beginning,
-        with an empty memory. Intervals are of resampled documents. Writes
+        pace eval text ./out --on book.txt --window 1k --length 64k
+
+        Each document is read from its beginning, with an empty memory; by an arm that does not
+        re-read up to what it was made for. Intervals are of resampled documents. Writes
         results.json and text.png into --out.
         """,
         facts=text_loss.text_facts,
@@ -109,6 +116,7 @@ ROWS = (
         \b
         pace eval qa ./out --on questions.jsonl
         pace eval qa ./out --on questions.jsonl --no-generate --with fusion_weight=0.05
+        pace eval qa ./out --on questions.jsonl --window 1k --arms base,window,reread,bm25
 
         Each context is read once for all its questions. Intervals are of resampled contexts.
         Writes results.json into --out.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,8 +37,8 @@ class TextOptions(EvaluationOptions):
     )
     length: CommaSeparated | None = Field(
         None,
-        description="Tokens of a piece: 4k or 512.  [default: what the model was made for, at most "
-        "4k]",
+        description="Tokens of a piece: 4k or 512; longer than what the model was made for where "
+        "an arm re-reads.  [default: what the model was made for, at most 4k]",
     )
     pieces: int = Field(1, ge=1, description="Pieces of each document.")
     limit: int | None = Field(None, ge=1, description="Documents of all.  [default: all]")
@@ -50,7 +51,7 @@ class TextLoss:
 
     files: as `read_texts` takes them. documents: (file, number in it, digest of the text), what is
     read of them. A piece begins with what the tokenizer puts before a text; positions count that
-    too.
+    too. A model is read whole bands, as many as it was made for.
     """
 
     files: tuple[Path, ...]
@@ -75,6 +76,9 @@ class TextLoss:
         """The file."""
         return cell.rsplit(":", 2)[0]
 
+    def tokens(self, cell: str) -> None:
+        """Pieces are read as far as a model can."""
+
     def run(self, reader: Reader, cell: str) -> list[dict]:
         """One record a piece: nats, tokens and bytes, each one number a band of `bands`."""
         file, number, mark = self.documents[self.cells().index(cell)]
@@ -91,29 +95,35 @@ class TextLoss:
 
     def _record(self, reader: Reader, piece: list[int], opening: int) -> dict:
         """Of the piece's tokens all but the first are predicted."""
-        found = reader.log_probs(piece)
+        piece = piece[: self._reach(reader)]
+        found = reader.log_probs(piece) if len(piece) > 1 else []
         record: dict[str, Any] = {"nats": [], "tokens": [], "bytes": []}
         for start, end in bands(self.length):
-            inside = slice(max(start, 1), min(end, len(piece)))
+            first = max(start, 1)
+            inside = slice(first, max(first, min(end, len(piece))))
             predicted = piece[max(inside.start, opening) : inside.stop]
             record["nats"].append(-math.fsum(found[inside.start - 1 : inside.stop - 1]))
             record["tokens"].append(len(range(inside.start, inside.stop)))
             record["bytes"].append(len(reader.decode(predicted).encode()))
-        return {"score": math.exp(sum(found) / len(found)), **record}
+        return {"score": math.exp(sum(found) / len(found)) if found else 0.0, **record}
+
+    def _reach(self, reader: Reader) -> int:
+        """Tokens of a piece that this model reads: all, or those of the bands that it was made
+        for.
+        """
+        most = reader.context or self.length
+        return max((end for _, end in bands(self.length) if end <= most), default=0)
 
 
-def text_test(model: str, options: TextOptions) -> TextLoss:
+def text_test(model: str, options: TextOptions, any_length: bool) -> TextLoss:
     """The evaluation that these options describe. Raises CallError for what can't be."""
     from ..subjects import context_length
 
     most = context_length(model)
     lengths = parse_grid(options.length, KILO) if options.length else (min(LONGEST, most),)
-    if len(lengths) > 1 or not 2 <= lengths[0] <= most:
-        raise CallError(
-            f"--length {options.length}: give one length from 2 to {most}, what {model} was made "
-            "for",
-            "like 4k",
-        )
+    if len(lengths) > 1 or lengths[0] < 2 or (lengths[0] > most and not any_length):
+        bound = "2 on" if any_length else f"2 to {most}, what {model} was made for"
+        raise CallError(f"--length {options.length}: give one length from {bound}", "like 4k")
     files = found_files(options.on, ".txt")
     places = [
         (file, number, digest(text))
@@ -129,9 +139,8 @@ def text_facts(results: Results, options: TextOptions, folder: Path) -> dict:
     """What results.json holds; draws text.png into the folder."""
     from .text_plot import plot_text
 
-    measures = text_measures(results)
-    plot_text(results, measures[:-2], folder / PICTURE)
-    return facts(results, measures)
+    plot_text(results, band_measures(results), folder / PICTURE)
+    return facts(results, text_measures(results))
 
 
 def show_text(results: Results, folder: Path) -> None:
@@ -150,29 +159,38 @@ def bands(length: int) -> list[tuple[int, int]]:
     return list(zip(edges, edges[1:]))
 
 
-def text_measures(results: Results) -> list[Measure]:
-    """Nats a token by position and over all, and bits a byte. Raises CallError where nothing was
-    predicted.
+def band_measures(results: Results) -> list[Measure]:
+    """Nats a token by position, of the bands that anybody was read in. Raises CallError where
+    nothing was predicted.
     """
-    test = results.evaluation
-    assert isinstance(test, TextLoss)
-    measures = [
-        _nats(f"{_short(a)} to {_short(b)}", i) for i, (a, b) in enumerate(bands(test.length))
-    ]
-    records = [
-        record for cell in results.records[results.subjects[0].name].values() for record in cell
-    ]
-    held = [measure for measure in measures if any(measure.count(record) for record in records)]
+    named = [(f"{_short(a)} to {_short(b)}", i) for i, (a, b) in enumerate(_bands(results))]
+    every = [_nats(name, [band]) for name, band in named]
+    names = [subject.name for subject in results.subjects]
+    held = [m for m in every if any(m.counted(results, name) for name in names)]
     if not held:
         raise CallError("no text has two tokens", "give longer ones")
-    bits = Measure(
-        "bits a byte",
-        lambda r: sum(r["nats"]) / math.log(2),
-        lambda r: sum(r["bytes"]),
-        sign=-1,
-        digits=4,
-    )
-    return [*held, _nats("all", None), bits]
+    return held
+
+
+def text_measures(results: Results) -> list[Measure]:
+    """Nats a token by position and over all, and bits a byte; these two apart where everybody was
+    read and where not. Raises CallError where nothing was predicted.
+    """
+    held = band_measures(results)
+    names = [s.name for s in results.subjects if any(m.counted(results, s.name) for m in held)]
+    common = sum(all(m.counted(results, name) for name in names) for m in held)
+    parts = {"": range(len(held))}
+    if common < len(held):
+        edge = _short(_bands(results)[common - 1][1])
+        parts = {f" to {edge}": range(common), f" beyond {edge}": range(common, len(held))}
+    overall = [_nats(f"all{part}", chosen) for part, chosen in parts.items()]
+    return [*held, *overall, *(_bits(f"bits a byte{part}", some) for part, some in parts.items())]
+
+
+def _bands(results: Results) -> list[tuple[int, int]]:
+    test = results.evaluation
+    assert isinstance(test, TextLoss)
+    return bands(test.length)
 
 
 def other_tokens(results: Results) -> list[str]:
@@ -186,15 +204,30 @@ def other_tokens(results: Results) -> list[str]:
         for subject in results.subjects
     }
     first = counts[results.subjects[0].name]
-    return [name for name, found in counts.items() if found != first]
+    return [name for name, found in counts.items() if not all(map(_alike, found, first))]
 
 
-def _nats(name: str, band: int | None) -> Measure:
-    def summed(field: str, record: dict) -> float:
-        return sum(record[field]) if band is None else record[field][band]
+def _alike(mine: list[int], other: list[int]) -> bool:
+    """Tokens by band, of those that both were read in."""
+    return all(a == b for a, b in zip(mine, other) if a and b)
 
+
+def _nats(name: str, chosen: Sequence[int]) -> Measure:
+    """A token, over the chosen bands."""
+
+    def summed(field: str) -> Callable[[dict], float]:
+        return lambda record: sum(record[field][band] for band in chosen)
+
+    return Measure(name, summed("nats"), summed("tokens"), sign=-1, digits=4)
+
+
+def _bits(name: str, chosen: Sequence[int]) -> Measure:
     return Measure(
-        name, lambda r: summed("nats", r), lambda r: summed("tokens", r), sign=-1, digits=4
+        name,
+        lambda r: sum(r["nats"][band] for band in chosen) / math.log(2),
+        lambda r: sum(r["bytes"][band] for band in chosen),
+        sign=-1,
+        digits=4,
     )
 
 

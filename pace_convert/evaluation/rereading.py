@@ -1,0 +1,108 @@
+"""A model that re-reads: prompts of any length, in a working context that it can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from transformers.generation import StoppingCriteria
+
+from ..modeling.reread_schedule import Build, window_start
+from ..modeling.reread_settings import RereadSettings
+from .reader import Answer, Prefix, Reader, common_length
+
+
+class RereadingReader(Reader):
+    """A converted model whose re-reading is on. A text is read once for all questions to it, each
+    prompt's end looks up, and logits are made of what follows a prompt alone.
+    """
+
+    @property
+    def context(self) -> int | None:
+        """Any number of tokens."""
+        return None
+
+    @property
+    def settings(self) -> RereadSettings:
+        """Of re-reading, as the loaded model has them."""
+        return self.model.window_settings
+
+    @torch.no_grad()
+    def read_common(self, prompts: list[list[int]]) -> Prefix:
+        """As a model's that holds all, where the prompts are short; else ids and keys alone are
+        kept.
+        """
+        length = common_length(prompts)
+        if max(map(len, prompts)) <= self.settings.capacity or not length:
+            return super().read_common(prompts)
+        return Prefix(length, self.model.read(torch.tensor([prompts[0][:length]])))
+
+    def _generate(
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        max_new_tokens: int,
+        stop: tuple[str, ...],
+        **more: Any,
+    ) -> list[Answer]:
+        if "past_key_values" not in more:
+            more["past_key_values"] = DynamicCache(config=self.model.config)
+            if ids.shape[1] <= self.settings.capacity:  # else nothing but a context is read
+                more |= self._in_chunks(ids.shape[1])
+        noting = _Noting(self.model, more["past_key_values"])
+        answers = super()._generate(
+            ids, mask, max_new_tokens, stop, stopping_criteria=[noting], **more
+        )
+        counts = mask.sum(1).tolist()
+        return [
+            replace(answer, inside=inside(count, [(p.first, p.stop) for p in row], self.settings))
+            for answer, count, row in zip(answers, counts, noting.found or [])
+        ]
+
+    def _steps(self, first: int, start: int, last: int, at_once: int) -> Iterator[tuple[int, int]]:
+        """The prompt in one call, which reads it; then as many tokens as belong into one context:
+        where it changes within a call, each part would be read as a prompt of its own.
+        """
+        capacity, window = self.settings.capacity, self.settings.window
+        if start > capacity and first < start:
+            yield first, start
+            first = start
+        for a, b in super()._steps(first, start, last, at_once):
+            edges = [edge for edge in range(b - b % window, a, -window) if edge >= capacity]
+            edges += [capacity] if a < capacity < b else []
+            cuts = sorted({a, *edges, b})
+            yield from zip(cuts, cuts[1:])
+
+    def _said(self, prompt_ends: bool) -> dict[str, Any]:
+        return {"look_up": True} if prompt_ends else {}
+
+
+class _Noting(StoppingCriteria):
+    """Stops nothing; notes what was recalled when the first token of an answer comes, because later
+    the schedule may have recalled something else.
+    """
+
+    def __init__(self, model: Any, cache: Any) -> None:
+        self.model, self.cache = model, cache
+        self.found: list[list[Any]] | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        if self.found is None:
+            self.found = self.model.passages(self.cache)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def inside(
+    count: int, passages: list[tuple[int, int]], settings: RereadSettings
+) -> tuple[tuple[int, int], ...] | None:
+    """Tokens of a prompt of `count` that are in its working context, (first, stop) each; None: all.
+
+    passages: that were brought back, (first, stop) each.
+    """
+    if count <= settings.capacity:
+        return None
+    start = window_start(Build(count, asked=True), settings)
+    return ((0, settings.first), *passages, (start, count))
