@@ -30,10 +30,8 @@ def edited_code(converted: Converted, source: Source | None = None) -> list[str]
     source: what was converted; other Python files and classes must be as they are there. Without it
     they are not looked at: nothing that this version ships imports them.
     """
-    if not converted.needs_code:
-        return []
     folder = converted.files.folder
-    shipped = modeling_files(converted.family)
+    shipped = modeling_files(converted.family) if converted.needs_code else {}
     edited = [name for name, text in shipped.items() if not _reads(folder / name, text.encode())]
     if source is not None:
         names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.py"))
@@ -43,14 +41,23 @@ def edited_code(converted: Converted, source: Source | None = None) -> list[str]
             for name in others
             if not _reads(source.folder / name, (folder / name).read_bytes())
         ]
-    classes = converted.files.config.get("auto_map")
-    expected = auto_map(source.config if source else {}, converted.family)
-    names = list(classes) if source and isinstance(classes, dict) else list(expected)
-    if not isinstance(classes, dict) or any(
-        classes.get(name) != expected.get(name) for name in names
-    ):
+    if _names_others(converted, source):
         edited.append("config.json (auto_map)")
     return edited
+
+
+def _names_others(converted: Converted, source: Source | None) -> bool:
+    """Whether config.json names other classes than the conversion wrote there."""
+    classes = converted.files.config.get("auto_map")
+    if not converted.needs_code:  # then there are the source's, and none that would be the model
+        if source is None:
+            return own_model_code(converted.files.config) is not None
+        return (classes or {}) != (source.config.get("auto_map") or {})
+    expected = auto_map(source.config if source else {}, converted.family)
+    names = list(classes) if source and isinstance(classes, dict) else list(expected)
+    return not isinstance(classes, dict) or any(
+        classes.get(name) != expected.get(name) for name in names
+    )
 
 
 def refuse_edited(edited: list[str], trust_remote_code: bool, instead: str = "") -> None:

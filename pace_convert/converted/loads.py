@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.own_code import own_model_code
 from ..device import free_memory
 from ..errors import PaceError, one_line
 from ..units import size
@@ -24,8 +23,8 @@ def check_loads(
     """With what is wrong when transformers makes the model without memory for its weights, loads
     them, and reads a few tokens.
 
-    Nothing is loaded of a folder that is not whole, that would run edited files or model code of
-    its own, or that is larger than the memory that is free: `not_loaded` says so.
+    Nothing is loaded of a folder that is not whole, that would run edited files or classes that no
+    conversion names, or that is larger than the memory that is free: `not_loaded` says so.
     """
     reason = _why_not(converted, whole, trust_remote_code)
     if reason:
@@ -47,9 +46,6 @@ def _why_not(converted: Converted, whole: Integrity, trust_remote_code: bool) ->
         return "it is not whole"
     if edited and not trust_remote_code:
         return f"{edited[0]} was edited; read it, then give --trust-remote-code"
-    if runs_own_code(converted) and not trust_remote_code:
-        code = own_model_code(converted.files.config)
-        return f"it has model code of its own ({code}); read it, then give --trust-remote-code"
     if converted.files.nbytes > free_memory():
         return f"its {size(converted.files.nbytes)} are more than the memory that is free"
     return ""

@@ -106,3 +106,21 @@ def test_a_no_memory_conversion_runs_nothing_when_it_is_loaded(hostile, tmp_path
     convert_folder(source, tmp_path / "out", no_memory=True)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=False)
     assert model.config.model_type == "qwen2" and not marker.exists()
+
+
+def test_model_code_that_was_added_to_a_no_memory_conversion(hostile, tmp_path):
+    """Said by every check, and not run by one."""
+    source, marker = hostile
+    out = tmp_path / "out"
+    convert_folder(source, out, no_memory=True)
+    shutil.copy(source / "evil.py", out / "added.py")
+    edit_json(out / "config.json", lambda config: config["auto_map"].update(AutoModel="evil.Evil"))
+    done = pace_convert(out, command=("verify",))
+    assert "config.json (auto_map) is not as it was shipped" in done.stdout
+    assert "was not loaded: config.json (auto_map) was edited" in done.stdout
+    compare = (out, "--source", source)
+    done = pace_convert(*compare, command=("verify",))
+    assert done.returncode == 2 and "added.py is not as this version ships it" in done.stderr
+    done = pace_convert(*compare, "--no-logits", command=("verify",))
+    assert "added.py" in done.stdout and "config.json (auto_map)" in done.stdout
+    assert not marker.exists()
