@@ -117,11 +117,7 @@ def verify(
             f"the conversion's base a {converted.family.model_type}",
             "give the source that was converted",
         )
-    for folder, names in (
-        (source.folder, source.side_files),
-        (converted.files.folder, converted.files.side_files),
-    ):
-        check_needed(folder, [CONFIG, *names])
+    check_needed(source.folder, [CONFIG, *source.side_files])
     permutations = {
         t.name: (t.axis, converted.orders[t.layer].inverse(t.parts)) for t in converted.ffn()
     }
@@ -133,7 +129,7 @@ def verify(
             edit for edit in config_edits(converted, source.config) if edit not in problems
         ]
     generation = generation_problem(converted.files.folder) if logits else None
-    problems += [generation] if generation else []
+    problems += [generation] if generation and generation not in problems else []
     different, hashes = _compare(converted.files, source, permutations, progress)
     edited = edited_code(converted, source)
     result = Verification(
