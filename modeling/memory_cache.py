@@ -39,6 +39,24 @@ class Call:
     counts: list[int] | None = None
 
 
+class MemorySummary(dict):
+    """What the memory did, by decoder layer: a dict of plain numbers; printed, a line a layer."""
+
+    def __repr__(self) -> str:
+        if not self:
+            return "no memory: it was off, or nothing was read with this cache"
+        return "\n".join(_line(layer, found) for layer, found in self.items())
+
+
+def _line(layer: int, found: dict) -> str:
+    """Of one layer: blocks and filled slots row by row, tokens of all rows."""
+    tokens = ", ".join(f"{sum(found[name])} {name}" for name in ("kept", "mixed", "reused"))
+    blocks, filled = (
+        ", ".join(str(count) for count in found[name]) for name in ("blocks", "filled")
+    )
+    return f"layer {layer}: {blocks} blocks, {filled} slots filled; tokens: {tokens}"
+
+
 class MemoryEntry(_EmptyLayer):
     """All layers' memories and the clock they share, as an entry of `Cache.layers`.
 
@@ -74,8 +92,8 @@ class MemoryEntry(_EmptyLayer):
         if self.stale:
             raise ValueError(
                 "this cache holds tokens that the memory has not seen (it was continued with the "
-                "memory off, or a call with it failed half-way); start with a new cache or switch "
-                "the memory off"
+                "memory off, a call with it failed half-way, it begins with a tuned prefix, or "
+                "entries were taken out); start with a new cache or switch the memory off"
             )
         if self.clock is None:
             self.clock = Clock(rows, self.settings.update_interval, device)
@@ -205,11 +223,11 @@ class MemoryEntry(_EmptyLayer):
         """What the memory did so far, by decoder layer; see `memory_summary`."""
         self.catch_up()
         if self.clock is None:
-            return {}
+            return MemorySummary()
         self.clock.read()
         self._follow(self.clock.before_step())
         blocks = [at.finished for at in self.clock.rows]
-        summary = {}
+        summary = MemorySummary()
         for layer, memory in sorted(self.memories.items()):
             rows = [row for span, at in self.clock.alike() for row in memory.tally(span, at)]
             summary[layer] = {
@@ -287,7 +305,7 @@ def memory_summary(cache: Cache) -> dict[int, dict]:
     each, with granularity "expert"): each a list with one int per row; and `hits`, per row a list
     of how many tokens have hit each slot since it was written. Empty if the cache has no memory.
     Nothing extra is counted in a decode step, and cropped tokens do not count; asking waits for the
-    device.
+    device. What comes back is a dict whose text is a line a layer.
     """
     entry = find_entry(cache)
-    return {} if entry is None else entry.summary()
+    return MemorySummary() if entry is None else entry.summary()

@@ -30,6 +30,36 @@ class State(Rows):
     settled: Tensor
 
 
+def needed_bytes(rows: int, settings: MemorySettings, size: int, itemsize: int) -> int:
+    """Of all layers' memories: the bank with and without its latest block, draft and ring, each of
+    `size` neurons of so many bytes; but for what is small beside them.
+    """
+    slots = settings.slots
+    vectors = 2 * 2 * slots + slots + Rhythm.of(settings.update_interval).ring + 1
+    wide = max(itemsize, 4)
+    shares = settings.experts * slots * (slots + 5) * wide
+    return len(settings.layers) * rows * (vectors * size * itemsize + shares + 48 * slots)
+
+
+def check_room(rows: int, settings: MemorySettings, like: Tensor) -> None:
+    """Before anything is allocated. Raises ValueError where it is more than the device can have."""
+    needed = needed_bytes(rows, settings, like.shape[-1], like.element_size())
+    if like.device.type == "cuda":
+        room = needed <= torch.cuda.mem_get_info(like.device)[1]
+    else:
+        try:  # asked for and given back untouched, which costs nothing
+            torch.empty(needed, dtype=torch.uint8, device=like.device)
+            room = True
+        except RuntimeError:
+            room = False
+    if not room:
+        raise ValueError(
+            f"memory: {settings.slots} slots and blocks of {settings.update_interval} tokens need "
+            f"{needed / 1e9:.1f} GB in {len(settings.layers)} layers for {rows} sequences, more "
+            "than there is: choose fewer of them"
+        )
+
+
 class LayerMemory:
     """The memory of one layer.
 
@@ -40,6 +70,7 @@ class LayerMemory:
     def __init__(self, rows: int, settings: MemorySettings, like: Tensor) -> None:
         self.settings = settings
         self.size = Rhythm.of(settings.update_interval).ring
+        check_room(rows, settings, like)
         bank = Bank.empty(rows, settings, like)
         self.state = State(bank, bank, Draft.empty(bank), bank.hits.new_zeros(rows, 3))
         with torch.inference_mode(False):  # written in place, also by calls outside inference mode

@@ -44,12 +44,21 @@ class Bounds:
         return f"{number} from {self.low} to {self.high}"
 
 
+# Beyond what any machine holds or any model needs; so a number that was mistyped or forged is
+# refused before anything of its size is made.
+MOST_SLOTS = 1 << 16
+MOST_TOKENS = 1 << 20
+MOST_EXPERTS = 1 << 20
+MOST_LAYERS = 1 << 14
+MOST_WEIGHT = 100
+
+
 def whole(default: int, low: int, high: int | None = None) -> Any:
     """A field with this default, a whole number within these bounds."""
     return field(default=default, metadata={"bounds": Bounds(int, low, high)})
 
 
-def real(default: float, low: float | None = None, high: float | None = None) -> Any:
+def real(default: float, low: float = -MOST_WEIGHT, high: float = MOST_WEIGHT) -> Any:
     """A field with this default, a finite number within these bounds."""
     return field(default=default, metadata={"bounds": Bounds(float, low, high)})
 
@@ -81,21 +90,21 @@ class MemorySettings:
 
     enabled: bool = True
     layers: tuple[int, ...] = ()
-    slots: int = whole(100, low=1)
+    slots: int = whole(100, low=1, high=MOST_SLOTS)
     theta_high: float = real(0.75, low=-1, high=1)
     theta_low: float = real(0.25, low=-1, high=1)
-    top_k: int = whole(5, low=1)
-    bottom_k: int = whole(2, low=0)
+    top_k: int = whole(5, low=1, high=MOST_SLOTS)
+    bottom_k: int = whole(2, low=0, high=MOST_SLOTS)
     fusion_weight: float = real(0.02, low=0, high=1)
     reuse_weight: float = real(1.0)
     mix_weight: float = real(0.5)
     noise_weight: float = real(0.1)
     match_norm: bool = True
-    outlier_norm: float = real(8.0, low=0)
+    outlier_norm: float = real(8.0, low=0, high=10**6)
     momentum: float = real(0.5, low=0, high=1)
-    update_interval: int = whole(1024, low=1)
+    update_interval: int = whole(1024, low=1, high=MOST_TOKENS)
     granularity: Granularity = "token"
-    experts: int = whole(1, low=1)
+    experts: int = whole(1, low=1, high=MOST_EXPERTS)
 
     @classmethod
     def parameters(cls) -> list[str]:
@@ -122,13 +131,32 @@ class MemorySettings:
         known = {parameter.name for parameter in fields(cls)} - {"experts"}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise ValueError(f"memory: unknown parameter {', '.join(unknown)}")
-        if isinstance(values.get("layers"), list):
+            raise ValueError(
+                f"memory: unknown parameter {', '.join(unknown)}; there are "
+                f"{', '.join(parameter.name for parameter in fields(cls)[:-1])}"
+            )
+        if isinstance(values.get("layers"), list | range):
             values["layers"] = tuple(values["layers"])
         experts: Any = 1
         if values.get("granularity") == "expert":
             experts = (pace.get("experts") or {}).get("count")
         return cls(**values, experts=experts)
+
+    def check_model(self, layers: int, intermediate_size: int) -> None:
+        """Whether a model of so many layers, and neurons in each FFN, can have this memory. Raises
+        ValueError.
+        """
+        absent = [layer for layer in self.layers if layer >= layers]
+        if absent:
+            raise ValueError(
+                f"memory: layers has {absent[0]}, the model has no such layer; its layers are "
+                f"0 to {layers - 1}"
+            )
+        if self.layers and intermediate_size % self.experts:
+            raise ValueError(
+                f"memory: granularity expert needs experts of equal size, and {self.experts} "
+                f"does not divide {intermediate_size}"
+            )
 
     def __post_init__(self) -> None:
         for parameter in fields(self):
@@ -138,12 +166,13 @@ class MemorySettings:
                 raise ValueError(f"memory: {parameter.name} is {value!r}, not {bounds}")
             if isinstance(parameter.default, bool) and not isinstance(value, bool):
                 raise ValueError(f"memory: {parameter.name} is {value!r}, neither true nor false")
-        layer = Bounds(int, 0)
+        layer = Bounds(int, 0, MOST_LAYERS)
         if not isinstance(self.layers, tuple) or not all(
             layer.admit(number) for number in self.layers
         ):
             raise ValueError(
-                f"memory: layers is {self.layers!r}, not a list of 0-based layer numbers"
+                f"memory: layers is {self.layers!r}, not a list of 0-based layer numbers "
+                "such as (3, 9)"
             )
         if self.theta_low > self.theta_high:
             raise ValueError(

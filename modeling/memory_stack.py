@@ -77,7 +77,7 @@ class StackMemory:
     def _bind(self) -> None:
         """Hook the projections, and again those that a quantiser or an adapter has replaced."""
         for layer in self.settings.layers:
-            module = self.stack.get_submodule(self.projection.format(layer))
+            module = self._projection(layer)
             if layer in self.bound and self.bound[layer][0] is module:
                 continue
             with _binding:  # threads may make a model's first call together
@@ -87,6 +87,17 @@ class StackMemory:
                 if old is None or old[0] is not module:
                     hook = module.register_forward_pre_hook(_Fuse(self, layer))
                     self.bound[layer] = (module, hook)
+
+    def _projection(self, layer: int) -> nn.Module:
+        """A layer's output projection. Raises RuntimeError where layers were taken out."""
+        blocks: Any = self.stack.get_submodule(self.projection.partition(".{}")[0])
+        if layer >= len(blocks):
+            raise RuntimeError(
+                f"the memory is in layer {layer}, which this model does not have (any more); "
+                "choose others with model.set_memory(layers=...), or prune the source and convert "
+                "that"
+            )
+        return self.stack.get_submodule(self.projection.format(layer))
 
     def _open(self, stack: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         kwargs = {**dict(zip(self.names, args)), **kwargs}
@@ -152,7 +163,10 @@ class _Fuse:
         size = self.memory.intermediate_size
         if h.shape[-1] != size:
             raise RuntimeError(
-                "the memory needs whole FFN activations: tensor parallelism is not supported"
+                f"layer {self.layer}'s FFN has {h.shape[-1]} neurons here, and {size} in "
+                "config.json: the memory supports neither tensor parallelism nor FFNs pruned after "
+                "the conversion; choose whole layers with model.set_memory(layers=...), or switch "
+                "the memory off with model.set_memory_enabled(False)"
             )
         assert session.call is not None
         tokens = h.reshape(session.call.rows, session.call.length, size)
@@ -193,8 +207,9 @@ def real_columns(kwargs: dict, past: int, length: int) -> Tensor | None:
         packed = packed or bool((positions.diff(dim=-1) != 1).any())
     if packed:
         raise ValueError(
-            "packed inputs (several sequences in one row) are not supported by the memory; "
-            "pad instead"
+            "the positions of this call do not follow one another: packed inputs (several "
+            "sequences in one row; pad instead), prefix tuning and caches with entries taken out "
+            "are not supported by the memory"
         )
     if isinstance(mask, dict) or (mask is not None and mask.dim() != 2):
         if length == 1:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from .memory_cache import MemoryEntry, find_entry, memory_summary
+from .memory_saving import SavingMixin
 from .memory_session import current
 from .memory_settings import MemorySettings
 from .memory_stack import StackMemory
@@ -43,7 +44,7 @@ def rereading(forward: Callable) -> Callable:
     return wrapped
 
 
-class PaceMixin:
+class PaceMixin(SavingMixin):
     """What every PaceLLM model class adds to its base class."""
 
     config: Any
@@ -69,22 +70,14 @@ class PaceMixin:
             raise ValueError(
                 "config.json: pace.intermediate_size is missing; convert the model again"
             )
-        absent = [layer for layer in settings.layers if layer >= self.config.num_hidden_layers]
-        if absent:
-            raise ValueError(f"memory: layers has {absent[0]}, the model has no such layer")
-        if settings.layers and pace["intermediate_size"] % settings.experts:
-            raise ValueError(
-                f"memory: granularity expert needs experts of equal size, and {settings.experts} "
-                f"does not divide {pace['intermediate_size']}"
-            )
+        settings.check_model(self.config.num_hidden_layers, pace.get("intermediate_size", 0))
         return settings
 
     def _window_settings(self, window: dict | None) -> RereadSettings | None:
         if window is None:
             return None
         settings = RereadSettings.from_config(window)
-        if settings.layer >= self.config.num_hidden_layers:
-            raise ValueError(f"window: layer is {settings.layer}, the model has no such layer")
+        settings.check_model(self.config.num_hidden_layers)
         return settings
 
     # Calls
@@ -326,8 +319,8 @@ class PaceMixin:
         return model_mark(self._stack_memory.stack, layers, settings)
 
     def passages(self, cache: Cache) -> list[list[Passage]]:
-        """By row, which tokens are in the working context of `cache` beside the first ones and the
-        window: what the latest look-up has found, in text order.
+        """By row, which tokens were read again beside the first ones and the window, in text order:
+        what the look-up at the latest prompt's end has found; without one, the latest scheduled.
         """
         return passages(find_reread(cache))
 

@@ -314,7 +314,8 @@ class Rereader:
         weights = torch.ones_like(weights) if asking is not None else weights
         start = window_start(build, self.settings)
         passages = look_up(row, query, weights.to(query.device), start, self.settings)
-        return replace(row, looked=build, found=passages)
+        answering = passages if build.asked else row.answering
+        return replace(row, looked=build, found=passages, answering=answering)
 
     def _context(self, row: Row, build: Build, stop: int) -> Tensor:
         """Ids of a context with the row's tokens up to `stop`, [n] int64."""
@@ -440,13 +441,9 @@ class Rereader:
 
 
 def passages(entry: RereadEntry | None) -> list[list[Passage]]:
-    """By row, what is in its working context beside the first tokens and the window."""
-    if entry is None or entry.contexts is None:
-        return [[] for _ in (entry.counts if entry else [])]
-    return [
-        list(row.found) if row.looked == build else []
-        for row, build in zip(entry.settle(), entry.contexts.builds)
-    ]
+    """By row, what the look-up at the latest prompt's end has found; without one the latest."""
+    rows = entry.settle() if entry is not None else []
+    return [list(row.found if row.answering is None else row.answering) for row in rows]
 
 
 def _with_tokens(rows: list[Row], ids: Tensor, real: Tensor | None, counts: list[int]) -> list[Row]:

@@ -59,7 +59,8 @@ class Prompt:
 class Row:
     """ids: [n] int32. blocks: the keys, of the first complete blocks. prompts: that have ended.
 
-    found: what the latest look-up has brought back; looked: for which build.
+    found: what the latest look-up has brought back; looked: for which build. answering: what the
+    one at the latest prompt's end has.
     """
 
     ids: Tensor
@@ -67,6 +68,7 @@ class Row:
     prompts: tuple[Prompt, ...] = ()
     looked: Build | None = None
     found: tuple[Passage, ...] = ()
+    answering: tuple[Passage, ...] | None = None
 
     def __deepcopy__(self, memo: Any) -> Row:
         return self
@@ -90,7 +92,7 @@ class Row:
     def asked(self, prompt: Prompt) -> Row:
         """With a prompt that ends."""
         others = tuple(other for other in self.prompts if other.end != prompt.end)
-        return replace(self, prompts=(*others, prompt), looked=None, found=())
+        return replace(self, prompts=(*others, prompt), looked=None, found=(), answering=None)
 
     def cut(self, count: int, settings: RereadSettings) -> Row:
         """Its first `count` tokens. Where a full bank has let go of spans for later blocks, all

@@ -2,16 +2,18 @@
 
 Keys outside the window are centred by their mean and normed; so are the keys of the tokens that
 ask. Each asking token's similarities are standardised over the text: z = (s - mean) / deviation. A
-span is scored by the weighted sum, over the tokens that ask, of their votes for it, with z the best
-match of the token in the span:
+span is scored by the weighted sum, over the tokens that ask, of their votes for it:
 
-    cube    z^3, 0 where z < 0: many weak matches do not outweigh a strong one
-    best    z
-    rank    1 / (10 + rank of the span by z)
+    phrase  A token's match counts with those of the two before it, so that words next to each other
+            in the question are found next to each other: z' of the q-th asking token and the t-th
+            of the text is (z[q, t] + z[q-1, t-1] + z[q-2, t-2]) / 3. The best z' in each span is
+            standardised once more, over the spans, and votes with its fourth power: a word that
+            stands everywhere has many good spans and so no outstanding one.
+    cube    The third power of the best z in the span.
 
-The spans whose score is at least `stand_out` times the best one's come back, at most `spans`, and
-the one behind each with it. The nearest published work is REFORM (Song et al. 2025, arXiv
-2506.01215), whose keys are attention's own and whose unit are single tokens.
+Negative ones do not vote. The spans whose score is at least `stand_out` times the best one's come
+back, at most `spans`, and the one behind each with it. The nearest published work is REFORM (Song
+et al. 2025, arXiv 2506.01215), whose keys are attention's own and whose unit are single tokens.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from torch import Tensor
 from .reread_bank import KeyBlock, Passage, Row
 from .reread_settings import RereadSettings
 
-AT_ONCE = 64  # blocks whose similarities are in memory together
+AT_ONCE = 32  # blocks whose similarities are in memory together
+PHRASE = 3  # tokens that are matched together
 
 
 def query_weights(count: int, settings: RereadSettings) -> Tensor:
@@ -72,55 +75,74 @@ def _outside(block: KeyBlock, stop: int, settings: RereadSettings) -> list[int]:
 def _scores(
     blocks: list[KeyBlock], query: Tensor, weights: Tensor, stop: int, settings: RereadSettings
 ) -> Tensor:
-    """Of every span outside, in order. [spans]."""
-    count, total = 0, torch.zeros((), device=query.device)
-    for keys, real in _parts(blocks, stop, settings):
-        total = total + torch.where(real[..., None], keys, 0).sum((0, 1))
-        count += int(real.sum())
-    mean = total / count
-
-    def centred(keys: Tensor) -> Tensor:
-        return torch.nn.functional.normalize(keys - mean, dim=-1)
-
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    asking = centred(query.to(wide))
-    first = torch.zeros(len(query), dtype=torch.float64, device=query.device)
-    second, best = torch.zeros_like(first), []
-    for keys, real in _parts(blocks, stop, settings):
-        similar = torch.matmul(centred(keys), asking.T)  # [spans, width, Q]
-        inside = torch.where(real[..., None], similar, 0).double()
-        first, second = first + inside.sum((0, 1)), second + inside.square().sum((0, 1))
-        best.append(similar.masked_fill(~real[..., None], -2).amax(1))
+    """Of every span outside, in order. [spans], float64."""
+    total = torch.zeros(query.shape[1], dtype=torch.float64, device=query.device)
+    count = 0
+    for keys, _, inside in _parts(blocks, stop, settings):
+        total = total + torch.where(inside[:, None], keys, 0).sum(0)
+        count += int(inside.sum())
+    mean = (total / count).to(_wide(query))
+    asking = _unit(query.to(mean) - mean)
+    first, second = torch.zeros(2, len(query), dtype=torch.float64, device=query.device)
+    for keys, _, inside in _parts(blocks, stop, settings):
+        similar = torch.where(inside[:, None], _unit(keys - mean) @ asking.T, 0).double()
+        first, second = first + similar.sum(0), second + similar.square().sum(0)
     first, second = first / count, second / count
     deviation = (second - first.square()).clamp_min(1e-12).sqrt()
-    z = (torch.cat(best).double() - first) / deviation  # [spans, Q]
-    return _votes(z, settings) @ weights.to(z)
+    best, before = [], None
+    for keys, token, inside in _parts(blocks, stop, settings):
+        z = ((_unit(keys - mean) @ asking.T).double() - first) / deviation
+        if settings.vote == "phrase":
+            z, before = _phrases(z, token, before), (z[-PHRASE:], token[-PHRASE:])
+        z = z.masked_fill(~inside[:, None], -torch.inf)
+        best.append(z.unflatten(0, (-1, settings.span_width)).amax(1))
+    return _votes(torch.cat(best), settings) @ weights.to(first)
+
+
+def _phrases(z: Tensor, token: Tensor, before: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Matches with those of the tokens before. z: [T, Q]. token: [T], numbers in the row.
+
+    before: of the end of the part before, so that nothing depends on how the text is parted.
+    """
+    behind = 0
+    if before is not None:
+        z, token = torch.cat([before[0], z]), torch.cat([before[1], token])
+        behind = len(before[0])
+    found = z.clone()
+    for offset in range(1, PHRASE):
+        neighbours = (token[offset:] - token[:-offset] == offset)[:, None]
+        found[offset:, offset:] += torch.where(neighbours, z[:-offset, :-offset], 0)
+    return found[behind:] / PHRASE
 
 
 def _parts(
     blocks: list[KeyBlock], stop: int, settings: RereadSettings
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Keys of spans outside, some at once, and which tokens of them are: [n, width, R], [n, width].
-
-    The keys in fp32, or in float64 where they are.
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Tokens of spans outside, some at once: keys [T, R], numbers in the row [T], and which of them
+    are outside [T]. The keys in fp32, or in float64 where they are.
     """
     width = settings.span_width
     for at in range(0, len(blocks), AT_ONCE):
         some = blocks[at : at + AT_ONCE]
         keys = [b.keys[[b.spans.index(s) for s in _outside(b, stop, settings)]] for b in some]
         numbers = [span for block in some for span in _outside(block, stop, settings)]
-        stacked = torch.cat(keys)
+        stacked = torch.cat(keys).flatten(0, 1)
         token = torch.tensor(numbers, device=stacked.device)[:, None] * width
-        token = token + torch.arange(width, device=stacked.device)
-        wide = torch.float64 if stacked.dtype == torch.float64 else torch.float32
-        yield stacked.to(wide), (token >= settings.first) & (token < stop)
+        token = (token + torch.arange(width, device=stacked.device)).flatten()
+        yield stacked.to(_wide(stacked)), token, (token >= settings.first) & (token < stop)
 
 
-def _votes(z: Tensor, settings: RereadSettings) -> Tensor:
-    """Votes for spans, of standardised best matches. z: [spans, Q]."""
+def _wide(keys: Tensor) -> torch.dtype:
+    return torch.float64 if keys.dtype == torch.float64 else torch.float32
+
+
+def _unit(x: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(x, dim=-1)
+
+
+def _votes(best: Tensor, settings: RereadSettings) -> Tensor:
+    """Votes for spans, of the best matches in them. best: [spans, Q]."""
     if settings.vote == "cube":
-        return z.clamp_min(0) ** 3
-    if settings.vote == "best":
-        return z
-    rank = z.argsort(stable=True, dim=0, descending=True).argsort(0)
-    return 1.0 / (10.0 + rank.to(z))
+        return best.clamp_min(0) ** 3
+    spread = best.std(0, correction=0).clamp_min(1e-12)
+    return ((best - best.mean(0)) / spread).clamp_min(0) ** 4

@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
-from .memory_settings import real, whole
+from .memory_settings import MOST_LAYERS, MOST_SLOTS, MOST_TOKENS, real, whole
 
-Vote = Literal["cube", "best", "rank"]
+Vote = Literal["phrase", "cube"]
 Forget = Literal["oldest", "plainest"]
 
 BLOCK = 1024  # tokens that are read together, fewer where the window is smaller
@@ -31,17 +31,17 @@ class RereadSettings:
     Raises ValueError, naming parameter, value and bounds, for what can't be.
     """
 
-    window: int = whole(1024, low=16)
-    layer: int = whole(0, low=0)
-    first: int = whole(64, low=1)
-    spans: int = whole(8, low=0)
+    window: int = whole(1024, low=16, high=MOST_TOKENS)
+    layer: int = whole(0, low=0, high=MOST_LAYERS)
+    first: int = whole(64, low=1, high=MOST_TOKENS)
+    spans: int = whole(8, low=0, high=MOST_SLOTS)
     span_width: int = whole(64, low=4, high=1024)
     stand_out: float = real(0.5, low=0, high=1)
-    key_size: int = whole(192, low=1)
-    bank_tokens: int = whole(262144, low=1024)
-    query_tokens: int = whole(128, low=1)
-    query_half_life: float = real(16.0, low=0.1)
-    vote: Vote = "cube"
+    key_size: int = whole(192, low=1, high=MOST_SLOTS)
+    bank_tokens: int = whole(262144, low=1024, high=1 << 31)
+    query_tokens: int = whole(128, low=1, high=MOST_TOKENS)
+    query_half_life: float = real(8.0, low=0.1, high=MOST_TOKENS)
+    vote: Vote = "phrase"
     forget: Forget = "oldest"
 
     def __post_init__(self) -> None:
@@ -70,6 +70,11 @@ class RereadSettings:
         if unknown:
             raise ValueError(f"window: unknown parameter {', '.join(unknown)}")
         return cls(**window)
+
+    def check_model(self, layers: int) -> None:
+        """Whether a model of so many layers can have them. Raises ValueError."""
+        if self.layer >= layers:
+            raise ValueError(f"window: layer is {self.layer}, the model has {layers} layers")
 
     @property
     def recalled(self) -> int:

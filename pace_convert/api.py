@@ -110,7 +110,14 @@ def prepare(
 
 
 @overload
-def verify(out: str | Path, source: None = None) -> Integrity: ...
+def verify(
+    out: str | Path,
+    source: None = None,
+    *,
+    logits: bool = True,
+    trust_remote_code: bool = False,
+    progress: Callback | Progress | None = None,
+) -> Integrity: ...
 
 
 @overload
@@ -141,20 +148,28 @@ def verify(
     """Whether the converted folder `out` is whole; with `source`, whether it is that model,
     permuted.
 
-    Without `source` index, shapes, permutations, config and modeling files are looked at. With it
-    every tensor is compared bit for bit, the tokenizer, and, if asked, the logits with the memory
-    off, which runs `out`'s modeling files: only those of this version, or with trust_remote_code.
+    Without `source` every tensor is compared with the hash that the conversion left, and index,
+    shapes, permutations, config and modeling files are looked at. With it every tensor is compared
+    bit for bit, config.json and the tokenizer. With `logits` the model is loaded too, where it
+    fits, and run; with `source` its logits with the memory off are compared. That runs `out`'s
+    modeling files: only those of this version, or with trust_remote_code.
     What comes back has `passed`. Raises CallError, DamagedSourceError, PaceError.
     """
     from .converted.opened import open_converted
 
     converted = open_converted(Path(out))
+    shown = as_progress(progress)
     if source is None:
         if revision or token or cache_dir:
             raise CallError("revision, token and cache_dir are of a source", "give the source too")
         from .converted.integrity import check_integrity
 
-        return check_integrity(converted)
+        whole = check_integrity(converted, shown)
+        if not logits:
+            return whole
+        from .converted.loads import check_loads
+
+        return check_loads(converted, whole, trust_remote_code)
     from .checkpoint.checkpoint import open_source
     from .converted.verify import verify as compare
 
@@ -164,7 +179,7 @@ def verify(
     return compare(
         converted,
         opened,
-        as_progress(progress),
+        shown,
         logits=logits,
         trust_remote_code=trust_remote_code,
     )
@@ -175,17 +190,22 @@ def undo(
     original: str | Path,
     *,
     jobs: int | None = None,
+    fine_tuned: bool = False,
     progress: Callback | Progress | None = None,
 ) -> Restored:
     """Write the model that `out` was made from into the folder `original`, bit for bit.
 
     It needs `out` alone, and goes on where an earlier call was interrupted. jobs: processes; None:
-    what cores and memory allow. Raises CallError, DamagedSourceError, PaceError.
+    what cores and memory allow. fine_tuned: the weights may be others than the conversion wrote,
+    as after a training whose result was not saved by `save_pretrained`. Raises CallError,
+    DamagedSourceError, PaceError.
     """
     from .conversion.undo import undo as restore
     from .converted.opened import open_converted
 
-    return restore(open_converted(Path(out)), Path(original), as_progress(progress), jobs)
+    return restore(
+        open_converted(Path(out)), Path(original), as_progress(progress), jobs, fine_tuned
+    )
 
 
 def push(

@@ -6,17 +6,19 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import wait
-from typing import Protocol, TypeVar
+from multiprocessing.connection import Connection, wait
+from typing import Any, Protocol, TypeVar
 
 from .device import core_count
 from .errors import PaceError
 from .progress import hush_libraries
+
+_PATIENCE = 10  # seconds for a process to end
 
 
 class Runnable(Protocol):
@@ -40,24 +42,112 @@ def run_here(tasks: Sequence[Work], jobs: int) -> Iterator[tuple[Work, dict]]:
 
 
 def _in_processes(tasks: Sequence[Work], jobs: int) -> Iterator[tuple[Work, dict]]:
+    """Each worker has a pipe of its own, and one task at a time.
+
+    Not `ProcessPoolExecutor`: its workers share a queue and the lock on it, so one that is killed
+    while it sends its result leaves the parent waiting for the rest for ever. Here the pipe ends
+    with the worker.
+    """
     threads = max(1, core_count() // jobs)
-    # "spawn": a fork of a process in which torch has threads, or CUDA, may hang.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(jobs, context, _begin_worker, (threads,))
+    waiting = list(reversed(tasks))
+    workers: list[_Worker] = []
     try:
-        running = {pool.submit(task.run): task for task in tasks}
-        for future in as_completed(running):
-            yield running[future], future.result()
-    except BrokenProcessPool as error:
-        raise PaceError(
-            "a worker process died, perhaps for want of memory", "give fewer --jobs"
-        ) from error
-    except BaseException:
-        for process in multiprocessing.active_children():  # what they were at is done again
-            process.kill()
-        raise
+        for _ in range(min(jobs, len(tasks))):
+            workers.append(_Worker(threads))
+        for worker in workers:
+            worker.give(waiting.pop())
+        while busy := {worker.connection: worker for worker in workers if worker.task is not None}:
+            for connection in wait(list(busy)):
+                worker = busy[connection]  # type: ignore[index]
+                done = worker.take()
+                if waiting:
+                    worker.give(waiting.pop())
+                yield done
+        for worker in workers:
+            worker.end()
     finally:
-        pool.shutdown(cancel_futures=True)
+        for worker in workers:
+            worker.kill()  # what it was at is done again
+
+
+class _Worker:
+    """A process at work. task: what it is at; None: it waits for one."""
+
+    def __init__(self, threads: int) -> None:
+        # "spawn": a fork of a process in which torch has threads, or CUDA, may hang.
+        context = multiprocessing.get_context("spawn")
+        self.connection, its_end = context.Pipe()
+        self.process = context.Process(target=_work, args=(its_end, threads))
+        self.process.start()
+        its_end.close()  # so that the pipe ends when the process does
+        self.task: Any = None
+
+    def give(self, task: Any) -> None:
+        """Raises PaceError if the process died."""
+        self.task = task
+        try:
+            self.connection.send(task)
+        except OSError as error:
+            raise _died() from error
+
+    def take(self) -> tuple[Any, dict]:
+        """The task and what it returned. Raises what it raised, PaceError if the process died."""
+        try:
+            made, error, trace = self.connection.recv()
+        except (EOFError, OSError) as error:
+            raise _died() from error
+        if error is not None:
+            raise error from _InWorker(trace)
+        task, self.task = self.task, None
+        return task, made
+
+    def end(self) -> None:
+        """Let a process that waits come to its end."""
+        self.connection.close()
+        self.process.join(_PATIENCE)
+
+    def kill(self) -> None:
+        """At once, whatever it is at."""
+        self.connection.close()
+        if self.process.is_alive():
+            self.process.kill()
+        self.process.join(_PATIENCE)
+
+
+class _InWorker(Exception):
+    """Where in its process a task failed: the traceback there."""
+
+    def __str__(self) -> str:
+        return f"in a worker process:\n{self.args[0]}"
+
+
+def _died() -> PaceError:
+    return PaceError("a worker process died, perhaps for want of memory", "give fewer --jobs")
+
+
+def _work(connection: Connection, threads: int) -> None:
+    """What a worker does: task after task, until the pipe ends."""
+    _begin_worker(threads)
+    while True:
+        try:
+            task = connection.recv()
+        except EOFError:
+            return
+        answer: tuple[dict | None, Exception | None, str]
+        try:
+            answer = (task.run(), None, "")
+        except Exception as error:
+            answer = (None, _picklable(error), traceback.format_exc())
+        connection.send(answer)
+
+
+def _picklable(error: Exception) -> Exception:
+    """The error, or its words where it can't be sent."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # as a class may have it
+        return PaceError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def _begin_worker(threads: int) -> None:

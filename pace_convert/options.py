@@ -6,13 +6,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from .device import NAMES
 from .errors import CallError
-from .modeling.memory_settings import Granularity, MemorySettings
+from .modeling.memory_settings import MOST_EXPERTS, MOST_LAYERS, Granularity, MemorySettings
 from .modeling.reread_settings import RereadSettings
+from .yaml_options import YamlOptions, read_options
 
 EXPERT_OPTIONS = ("experts", "cluster_method", "exact_restarts", "seed")
 MEMORY_PARAMETERS = tuple(MemorySettings.parameters())
@@ -27,7 +27,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "granularity": "token",
     },
 }  # fmt: skip
-Layer = Annotated[int, Field(ge=0)]
+LAYER_WORDS = ("auto", "none", "all", "second")  # "second": every second one
+Layer = Annotated[int, Field(ge=0, le=MOST_LAYERS)]
 # Options of re-reading, and the parameters of `RereadSettings` that they set.
 WINDOW_OPTIONS = {
     "window": "window", "reread_layer": "layer", "first_tokens": "first", "spans": "spans",
@@ -70,14 +71,21 @@ def _memory(name: str, description: str, settings: Any = MemorySettings) -> Any:
 
 
 def _parse_layers(value: object) -> object:
-    """A tuple of '12,26' or of a list, sorted, each once; what is neither is left to pydantic."""
-    if isinstance(value, str) and value not in ("auto", "none"):
+    """A word of LAYER_WORDS, or a tuple of '12,26', of a list or of one number, sorted, each once.
+
+    Raises ValueError for anything else.
+    """
+    if isinstance(value, str) and value not in LAYER_WORDS:
         parts = [part.strip() for part in value.split(",")]
-        if not all(part.isascii() and part.isdigit() for part in parts):
-            raise ValueError("give auto, none or 0-based layer numbers like 12,26")
-        value = [int(part) for part in parts]
-    if isinstance(value, list | tuple) and all(type(part) is int for part in value):
-        return tuple(sorted(set(value)))
+        value = [int(part) for part in parts if part.isascii() and part.isdigit()]
+        value = value if len(value) == len(parts) else None
+    if type(value) is int:
+        value = [value]
+    if isinstance(value, list | tuple):
+        numbers = all(type(part) is int and part >= 0 for part in value)
+        value = tuple(sorted(set(value))) if numbers else None
+    if value is None or not isinstance(value, str | tuple):
+        raise ValueError(f"give {', '.join(LAYER_WORDS)} or 0-based layer numbers like 12,26")
     return value
 
 
@@ -107,7 +115,10 @@ class ConvertOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     experts: int = Field(
-        64, ge=1, description="Cortical experts (clusters of FFN neurons) per layer, K."
+        64,
+        ge=1,
+        le=MOST_EXPERTS,
+        description="Cortical experts (clusters of FFN neurons) per layer, K.",
     )
     cluster_method: Literal["fast", "exact"] = Field(
         "fast",
@@ -122,8 +133,12 @@ class ConvertOptions(BaseModel):
     )
     seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of the clustering.")
     memory_layers: Annotated[
-        Literal["auto", "none"] | tuple[Layer, ...], BeforeValidator(_parse_layers)
-    ] = Field("auto", description="Layers with memory, 0-based: auto, none or a list like 12,26.")
+        Literal["auto", "none", "all", "second"] | tuple[Layer, ...], BeforeValidator(_parse_layers)
+    ] = Field(
+        "auto",
+        description="Layers with memory, 0-based: auto, none, all, second (every second one), "
+        "or a list like 12,26.",
+    )
     preset: Literal["default", "paper"] = Field(
         "default",
         description="Where the memory's parameters come from that are not given one by one; paper: "
@@ -308,17 +323,15 @@ def load_options(config: Path | None, given: dict) -> tuple[ConvertOptions, RunO
     """Options from a YAML file, overridden by those `given`. Raises CallError that names the wrong
     option.
     """
-    try:
-        values = yaml.safe_load(config.read_text()) if config else {}
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CallError(
-            f"can't read {config}: {str(error).splitlines()[0]}",
-            "give a YAML file of option: value lines",
-        ) from error
-    values = values or {}  # an empty file
-    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise CallError(f"{config} is not a mapping", "give a YAML file of option: value lines")
-    values = {**values, **given}
+    kinds = {
+        name: field.annotation
+        for model in (ConvertOptions, RunOptions)
+        for name, field in model.model_fields.items()
+    }
+    file = read_options(config, kinds) if config else YamlOptions()
+    own = {name: value for name, value in file.values.items() if name not in given}
+    places = YamlOptions(config, own, {name: file.spelt[name] for name in own})
+    values = {**own, **given}
     run = {name: values.pop(name) for name in RunOptions.model_fields if name in values}
     idle = _idle(values)
     if idle:
@@ -327,6 +340,6 @@ def load_options(config: Path | None, given: dict) -> tuple[ConvertOptions, RunO
         return ConvertOptions.model_validate(values), RunOptions.model_validate(run)
     except ValidationError as error:
         first = error.errors()[0]
-        where = option_name(str(first["loc"][0])) + ": " if first["loc"] else ""
+        where = places.place(str(first["loc"][0])) + ": " if first["loc"] else ""
         message = first["msg"].removeprefix("Value error, ")
         raise CallError(f"{where}{message}", "see pace-convert --help") from error

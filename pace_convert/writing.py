@@ -4,6 +4,7 @@ what was there before.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -29,6 +30,7 @@ def write_whole(
             part.write_bytes(content.encode() if isinstance(content, str) else content)
         flush(part)
         part.replace(path)
+        flush_folder(path.parent)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
@@ -43,3 +45,20 @@ def flush(path: Path) -> None:
     """Wait until what was written to a file is on the disk."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
+
+
+def flush_folder(path: Path) -> None:
+    """Wait until a folder's names are on the disk: of files that were put there, or moved."""
+    if not hasattr(os, "O_DIRECTORY"):  # Windows, which can't open folders
+        return
+    try:
+        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except PermissionError:  # one that may be written and not listed
+        return
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system that has no such
+            raise
+    finally:
+        os.close(folder)

@@ -27,6 +27,8 @@ be a link.
 - JSON is read as its standard has it: a key once, numbers that are numbers, 64 MB at most. \
 Python's own parser takes more.
 - Of the header of a shard `safetensors` checks offsets and sizes; we check names and shapes.
+- Weights must be finite. Buffers that old checkpoints carry and nothing computes with \
+(attention masks, a mask's value, rotary tables) may hold infinities.
 - Python files, pickles and templates of a source are never run or loaded, by no command. Python \
 files are copied, pickled weights are not.
 - Hidden files (`.git*`, `.cache`) and weights in other formats are not looked at and not copied.

@@ -75,14 +75,34 @@ class SlowReread:
             weights = 0.5 ** (np.arange(length - 1, -1, -1) / s.query_half_life)
         similar = unit(asking - mean) @ keys.T
         z = (similar - similar.mean(1, keepdims=True)) / similar.std(1, keepdims=True)
-        scores = {}
-        for span in sorted({t // s.span_width for t in outside}):
-            here = [i for i, t in enumerate(outside) if t // s.span_width == span]
-            best = np.maximum(z[:, here].max(1), 0)
-            scores[span] = float(weights @ best**3)
+        spans = sorted({t // s.span_width for t in outside})
+        if s.vote == "phrase":
+            z = self._phrases(z, outside, spans)
+        best = np.array([
+            max_over([i for i, t in enumerate(outside) if t // s.span_width == span], z)
+            for span in spans
+        ])  # fmt: skip
+        power = 3
+        if s.vote == "phrase":
+            best, power = (best - best.mean(0)) / best.std(0), 4
+        scores = dict(zip(spans, np.maximum(best, 0) ** power @ weights))
         ranked = sorted(scores, key=lambda span: (-scores[span], span))[: s.spans]
         chosen = {span for span in ranked if scores[span] >= s.stand_out * scores[ranked[0]]}
         return sorted(chosen | {span + 1 for span in chosen if (span + 1) * s.span_width < start})
+
+    def _phrases(self, z, outside, spans):
+        """Also what lies just before the text that is searched, in the first span, is a neighbour;
+        of the tokens before it there are no keys.
+        """
+        known = range(spans[0] * self.settings.span_width, outside[0])
+        assert not len(known), "these tests begin spans where the searched text begins"
+        found = np.array(z)
+        for q in range(len(z)):
+            for i in range(len(outside)):
+                for back in (1, 2):
+                    if q >= back and i >= back:
+                        found[q, i] += z[q - back, i - back]
+        return found / 3
 
     def key(self, token: int) -> np.ndarray:
         block = self.settings.block
@@ -114,3 +134,7 @@ class SlowReread:
 
 def unit(x: np.ndarray) -> np.ndarray:
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def max_over(places: list[int], z: np.ndarray) -> np.ndarray:
+    return z[:, places].max(1)

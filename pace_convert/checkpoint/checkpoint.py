@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import fnmatch
 import glob
+import logging
 import os
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from huggingface_hub import HfApi, get_safetensors_metadata, snapshot_download
+from huggingface_hub import (
+    HfApi,
+    get_cached_repo_tree,
+    get_safetensors_metadata,
+    hf_hub_download,
+    snapshot_download,
+)
+from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
 
-from ..errors import CallError, DamagedSourceError
+from ..errors import CallError, DamagedSourceError, PaceError
 from .files import HIDDEN, check_file, check_names, list_files, read_json
-from .hub_errors import READING, hub_errors
+from .hub_errors import READING, hub_errors, is_out_of_reach
 from .shards import TensorInfo, check_tensors, read_header
 
 CONFIG = "config.json"
@@ -26,15 +34,20 @@ OTHER_WEIGHTS = (
 )  # fmt: skip
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class HubAddress:
-    """A repository on the Hub at a resolved commit."""
+    """A repository on the Hub at a resolved commit. cached: the Hub was not reached, and all that
+    there is of it on this machine is in its cache.
+    """
 
     repo_id: str
     commit: str
     token: str | None
     cache_dir: Path | None
+    cached: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,7 +83,7 @@ class Source:
 
     def fetch(self) -> Source:
         """This source with its weights on this machine."""
-        if self.hub is None:
+        if self.hub is None or self.hub.cached:
             return self
         hub = self.hub
         with hub_errors(hub.repo_id, READING):
@@ -101,8 +114,10 @@ def open_source(
 ) -> Source:
     """Config, tensor list and side files of a local folder or of a Hub repository.
 
-    Of a Hub repository only the small files and the shards' headers are downloaded. Raises
-    CallError for what can't be a source and DamagedSourceError for one with broken files.
+    Of a Hub repository only the small files and the shards' headers are downloaded. Where the Hub
+    is out of reach, or HF_HUB_OFFLINE is set, a repository that is whole in the cache is taken from
+    there, which a warning says. Raises CallError for what can't be a source, DamagedSourceError for
+    one with broken files, and PaceError where there is none.
     """
     folder = Path(name)
     if folder.is_dir():
@@ -120,7 +135,13 @@ def open_source(
         raise CallError(
             f"no such folder: {name}", "give the folder of a model, or a Hub id like Qwen/Qwen2-7B"
         )
-    return _open_hub(name, revision, token, cache_dir)
+    try:
+        with hub_errors(name, READING):
+            return _open_hub(name, revision, token, cache_dir)
+    except PaceError as error:
+        if not is_out_of_reach(error.__cause__):
+            raise
+        return _open_cached(name, revision, token, cache_dir, error)
 
 
 def open_folder(folder: Path, name: str | None = None) -> Source:
@@ -147,22 +168,23 @@ def open_folder(folder: Path, name: str | None = None) -> Source:
 def _open_hub(
     repo_id: str, revision: str | None, token: str | None, cache_dir: Path | None
 ) -> Source:
-    with hub_errors(repo_id, READING):
-        info = HfApi(token=token).model_info(repo_id, revision=revision)
-        files = sorted(sibling.rfilename for sibling in info.siblings or [])
-        if CONFIG not in files:
-            raise CallError(
-                f"{repo_id} is not a model repository: it has no config.json", "check the name"
-            )
-        check_names(files, "file")  # before any of them is downloaded
-        _refuse_pickled_only(repo_id, files)
-        side_files = _side_files(files)
-        commit = info.sha or "main"  # all that follows is of one commit, whatever is pushed
-        folder = snapshot_download(
-            repo_id, revision=commit, token=token, cache_dir=cache_dir,
-            allow_patterns=_exactly(*side_files, CONFIG, INDEX),
-        )  # fmt: skip
-        headers = get_safetensors_metadata(repo_id, revision=commit, token=token or None)
+    info = HfApi(token=token).model_info(repo_id, revision=revision)
+    files = sorted(sibling.rfilename for sibling in info.siblings or [])
+    if CONFIG not in files:
+        raise CallError(
+            f"{repo_id} is not a model repository: it has no config.json", "check the name"
+        )
+    check_names(files, "file")  # before any of them is downloaded
+    _refuse_pickled_only(repo_id, files)
+    side_files = _side_files(files)
+    commit = info.sha or "main"  # all that follows is of one commit, whatever is pushed
+    folder = snapshot_download(
+        repo_id, revision=commit, token=token, cache_dir=cache_dir,
+        allow_patterns=_exactly(*side_files, CONFIG, INDEX),
+    )  # fmt: skip
+    # By its own name too, so that the cache knows what commit that is where there is no Hub.
+    hf_hub_download(repo_id, CONFIG, revision=revision, token=token, cache_dir=cache_dir)
+    headers = get_safetensors_metadata(repo_id, revision=commit, token=token or None)
     # The Hub client does not say where the data begins: `fetch` reads the headers again.
     tensors = {
         name: TensorInfo(shard, t.dtype, tuple(t.shape), -1, t.data_offsets[1] - t.data_offsets[0])
@@ -174,6 +196,59 @@ def _open_hub(
     return Source(
         repo_id, Path(folder), _read_config(Path(folder)), tensors, side_files, hub=address
     )
+
+
+def _open_cached(
+    repo_id: str,
+    revision: str | None,
+    token: str | None,
+    cache_dir: Path | None,
+    unreached: PaceError,
+) -> Source:
+    """A repository out of the Hub's cache. unreached: why the Hub is not asked, raised where the
+    cache has nothing of it.
+    """
+    try:
+        folder = Path(
+            snapshot_download(
+                repo_id,
+                revision=revision,
+                cache_dir=cache_dir,
+                local_files_only=True,
+                allow_patterns=_exactly(CONFIG),
+            )
+        )
+    except LocalEntryNotFoundError as error:
+        at = f" at {revision}" if revision else ""
+        raise PaceError(
+            f"{unreached.message}; its cache has no {repo_id}{at}", unreached.hint
+        ) from error
+    try:
+        source = open_folder(folder, repo_id)
+    except PaceError as error:
+        raise PaceError(
+            f"{repo_id} is not whole in the Hub's cache: {error.message}",
+            "run this again where the Hub can be reached",
+        ) from error
+    logger.warning(
+        "%s: the Hub is out of reach; taking commit %s from its cache%s",
+        repo_id,
+        folder.name,
+        _without(repo_id, source, folder.name, cache_dir),
+    )
+    return replace(source, hub=HubAddress(repo_id, folder.name, token, cache_dir, cached=True))
+
+
+def _without(repo_id: str, source: Source, commit: str, cache_dir: Path | None) -> str:
+    """What of a cached commit's side files is not there, in words; what a client that loads models
+    alone had no use for. Nothing where the cache does not list the commit's files.
+    """
+    try:
+        tree = get_cached_repo_tree(repo_id, revision=commit, cache_dir=cache_dir)
+    except CachedRepoTreeNotFoundError:
+        return ""
+    absent = set(_side_files(sorted(file.path for file in tree))) - set(source.side_files)
+    return f", without {', '.join(sorted(absent))}" if absent else ""
 
 
 def _states(folder: Path, names: list[str]) -> dict[str, tuple[int, int]]:

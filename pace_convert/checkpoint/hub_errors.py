@@ -148,6 +148,18 @@ def hub_errors(repo_id: str, table: tuple[Row, ...]) -> Iterator[None]:
         raise row.kind(row.message.format_map(words), row.hint.format_map(words)) from error
 
 
+def is_out_of_reach(error: BaseException | None) -> bool:
+    """Whether an error of the Hub client says that there is no Hub: it is kept offline, there is no
+    network, or the server is out of order.
+    """
+    if error is None:
+        return False
+    names = {cls.__name__ for cls in type(error).__mro__}  # each HTTP backend has its own classes
+    away = isinstance(error, ConnectionError | TimeoutError) or "TransportError" in names
+    broken = (_code(error) or 0) >= 500
+    return away or broken or is_out_of_reach(error.__cause__)
+
+
 def _reason(error: BaseException) -> str:
     """What the server says, or the error itself, in one line."""
     said = getattr(error, "server_message", None)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -35,6 +36,13 @@ ITEM_SIZES = {
 }
 # The bits of the exponent, as an unsigned integer of the item size.
 EXPONENTS = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x1F << 10, "BF16": 0xFF << 7}
+# Buffers that older transformers wrote into checkpoints: masks, position tables, a mask's value,
+# which is -inf in 16 bits. Nothing computes with them: newer ones make them anew or load none.
+CONSTANTS = re.compile(
+    r"(^|\.)((attn|attention|self_attn|self_attention)\.(bias|masked_bias|mask_value|causal_mask)"
+    r"|masked_bias|causal_mask|attn_mask|attention_mask|mask_value|position_ids"
+    r"|inv_freq|(cos|sin)_cached)$"
+)
 BLOCK_BYTES = 32 << 20  # of a tensor that are in memory at once, where it need not be whole
 MAX_DIMENSIONS = 32  # numpy takes no more
 MAX_SIZE = 1 << 48  # of a dimension; none is longer
@@ -75,6 +83,13 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     tensors = {name: _tensor(path.name, t, 8 + length) for name, t in header.items()}
     check_tensors(tensors)
     return tensors
+
+
+def header_bytes(path: Path) -> bytes:
+    """The header of a shard that `read_header` has taken, its length included."""
+    with path.open("rb") as file:
+        length = file.read(8)
+        return length + file.read(int.from_bytes(length, "little"))
 
 
 def check_tensors(tensors: dict[str, TensorInfo]) -> None:
@@ -130,18 +145,26 @@ def row_blocks(path: Path, info: TensorInfo) -> Iterator[tuple[int, np.ndarray]]
 
 
 def reordered(
-    path: Path, info: TensorInfo, axis: int, permutation: np.ndarray
+    path: Path,
+    info: TensorInfo,
+    axis: int,
+    permutation: np.ndarray,
+    seen: Callable[[memoryview], object] | None = None,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """(first row, bits of some rows) of the tensor with its entries along `axis` in the
     permutation's order.
 
-    In pieces of about 32 MB; along the first axis the whole tensor is in memory meanwhile.
+    In pieces of about 32 MB; along the first axis the whole tensor is in memory meanwhile. seen:
+    called with its bytes in the order in which they lie in the file.
     """
+    seen = seen or (lambda _: None)
     if axis:
         for first, bits in row_blocks(path, info):
+            seen(bits.data)
             yield first, np.take(bits, permutation, axis=1, mode="clip")
         return
     bits = read(path, info)
+    seen(bits.data)
     step = max(1, BLOCK_BYTES * len(bits) // max(1, bits.nbytes))
     for first in range(0, len(bits), step):
         yield first, np.take(bits, permutation[first : first + step], axis=0, mode="clip")
@@ -171,6 +194,13 @@ def first_bad_row(bits: np.ndarray, dtype: str) -> int | None:
             row_items = max(1, flat.size // len(np.atleast_1d(bits)))
             return (start + int(np.argmax(piece == exponent))) // row_items
     return None
+
+
+def is_constant(name: str) -> bool:
+    """Whether a tensor of this name is a constant that no model computes with. Attention's own
+    weights and biases lie one level deeper (`attn.c_attn.bias`).
+    """
+    return CONSTANTS.search(name) is not None
 
 
 def copy_range(source: Path, target: Path, start: int, stop: int) -> None:

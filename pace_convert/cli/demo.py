@@ -89,7 +89,7 @@ def _compare(name: str, out: Path, progress: Progress, **options: Any) -> None:
     """Run a benchmark on the converted folder and its base, and print what came out."""
     folder = out.with_name(f"{out.name}-{name}")
     results = api.evaluate(name, out, out=folder, progress=progress, **options)
-    benchmark(name).show(results, folder)
+    benchmark(name).print(results, folder)
     print()
 
 

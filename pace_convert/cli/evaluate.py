@@ -70,7 +70,7 @@ def benchmark_command(row: Benchmark) -> click.Command:
         if as_json:
             click.echo(as_json_text(results.facts))
         else:
-            row.show(results, folder)
+            row.print(results, folder)
 
     return click.command(row.name, help=row.help)(command)
 
@@ -108,6 +108,8 @@ def sweep(
         return
     show_results(results, folder)
     print_levels(results, levels)
+    for note in results.facts["notes"]:
+        click.echo(note)
     click.echo(f"Each factor as a picture: {folder / 'sweep.png'}")
 
 

@@ -35,7 +35,7 @@ def plan_text(source: str, out: Path, plan: Plan, expected: Duration) -> str:
         f"{source} -> {out}",
         f"  family     {plan.family.causal_lm_class}, {plan.layers} layers",
         f"  experts    {options.experts} of {plan.intermediate_size} neurons a layer ({method})",
-        f"  memory     {_memory_line(options, plan.memory_layers)}",
+        *_memory_lines(options, plan.memory_layers),
         f"  window     {_window_line(plan.window)}",
         f"  bytes      {size(plan.weights_bytes)} to read and to write, "
         f"{len(plan.ffn)} tensors permuted",
@@ -46,11 +46,23 @@ def plan_text(source: str, out: Path, plan: Plan, expected: Duration) -> str:
     return "\n".join(lines)
 
 
-def _memory_line(options: ConvertOptions, layers: tuple[int, ...]) -> str:
+def _memory_lines(options: ConvertOptions, layers: tuple[int, ...]) -> list[str]:
+    """Where the memory is and what it does there: all that decides about an answer."""
     if options.no_memory:
-        return "none; the original architecture is kept"
-    where = f"layers {', '.join(map(str, layers))}" if layers else "no layers"
-    return f"{where}; {options.slots} slots, updated every {options.update_interval} tokens"
+        return ["  memory     none; the original architecture is kept"]
+    if not layers:
+        return ["  memory     none, in no layer"]
+    compared = (
+        "whole activations" if options.granularity == "token" else "each expert's block on its own"
+    )
+    return [
+        f"  memory     layers {', '.join(map(str, layers))}; {options.slots} slots, "
+        f"updated every {options.update_interval} tokens",
+        f"             compares {compared} (granularity {options.granularity}): reuses above "
+        f"{options.theta_high}, mixes above {options.theta_low}",
+        f"             fuses {options.top_k} similar and {options.bottom_k} dissimilar slots, "
+        f"weight {options.fusion_weight}",
+    ]
 
 
 def _window_line(window: dict | None) -> str:
@@ -196,6 +208,9 @@ def verification_text(result: Verification, hashes: bool = False) -> str:
     lines += [f"  differs  {name}" for name in result.different[:10]]
     if len(result.different) > 10:
         lines.append(f"  and {len(result.different) - 10} more")
+    if result.saved and result.different:
+        lines.append("  saved by save_pretrained since the conversion: expected of a fine-tune")
+    lines += [f"  wrong    {problem}" for problem in result.problems[:10]]
     lines += [f"{value}  {name}" for name, value in result.hashes.items() if hashes]
     lines.append(
         f"sha256     {result.digest} of the source's tensors"
@@ -220,13 +235,16 @@ def integrity_text(whole: Integrity) -> str:
     shards = "1 shard" if whole.shards == 1 else f"{whole.shards} shards"
     lines = [
         f"files      {whole.tensors} tensors in {shards}",
+        *_hash_lines(whole),
         f"experts    {whole.layers} layers of {whole.intermediate_size} neurons, "
         "each in the order of its permutation",
     ]
     lines += [f"  wrong    {problem}" for problem in whole.problems[:10]]
-    lines += [
-        f"edited     {name} is not the file this version ships" for name in whole.edited_files
-    ]
+    if whole.loaded or whole.not_loaded:
+        lines.append(f"model      {'loads and runs' if whole.loaded else _not_loaded(whole)}")
+    if len(whole.problems) > 10:
+        lines.append(f"  and {len(whole.problems) - 10} more")
+    lines += [f"edited     {name} is not as it was shipped" for name in whole.edited_files]
     lines.append(
         "whole; give --source to compare it with the model it was made from"
         if whole.passed
@@ -235,12 +253,49 @@ def integrity_text(whole: Integrity) -> str:
     return "\n".join(lines)
 
 
+def _not_loaded(whole: Integrity) -> str:
+    return f"was not loaded: {whole.not_loaded}"
+
+
+def _hash_lines(whole: Integrity) -> list[str]:
+    if not whole.hashed:
+        return ["hashes     none were left: give --source to compare the weights"]
+    if not whole.changed:
+        wrong = any("as the conversion wrote" in problem for problem in whole.problems)
+        return [] if wrong else ["hashes     every tensor is as the conversion wrote it"]
+    names = [f"  trained  {name}" for name in whole.changed[:10]]
+    more = len(whole.changed) - len(names)
+    return [
+        f"hashes     {len(whole.changed)} of {whole.tensors} tensors are not the conversion's: "
+        "saved by save_pretrained since, as is expected of a fine-tune",
+        *names,
+        *([f"  and {more} more"] if more else []),
+    ]
+
+
 def restored_text(restored: Restored) -> str:
     """A Restored in words."""
+    did = "Already in" if restored.already else "Wrote"
     return (
-        f"Wrote {restored.folder}: {len(restored.files)} files, "
-        f"{restored.tensors} tensors, {size(restored.nbytes)}. "
-        "They are the source's, byte for byte, if nothing in OUT was changed since."
+        f"{did} {restored.folder}: {len(restored.files)} files, "
+        f"{restored.tensors} tensors, {size(restored.nbytes)}. {_proof(restored)}"
+    )
+
+
+def _proof(restored: Restored) -> str:
+    names = ", ".join(restored.changed[:3]) + (", ..." if len(restored.changed) > 3 else "")
+    if restored.proved and restored.changed:
+        return f"They are the source's, byte for byte, but for what was edited since: {names}."
+    if restored.proved:
+        return "They are the source's, byte for byte, by the hashes that the conversion left."
+    if restored.changed:
+        return (
+            "They were trained or changed since the conversion: only the permutation was taken "
+            f"back. {len(restored.changed)} tensors are not the source's: {names}."
+        )
+    return (
+        "The permutation was taken back; there are no hashes to prove that the weights are the "
+        "source's."
     )
 
 

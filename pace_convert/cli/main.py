@@ -250,8 +250,8 @@ def verify(
 ) -> None:  # fmt: skip
     """Prove that OUT is SOURCE, permuted: tensors bit for bit, logits with the memory off.
 
-    Without --source only OUT itself is looked at: index, shapes, permutations, config and modeling
-    files.
+    Without --source only OUT itself is looked at: every tensor by the hash that the conversion
+    left, index, shapes, permutations, config and modeling files; and whether it loads and runs.
 
     \b
     pace verify ./out --source Qwen/Qwen2-7B
@@ -260,7 +260,12 @@ def verify(
     if hashes and source is None:
         raise CallError("--hashes is for the tensors of a source", "give --source")
     if source is None:
-        whole = api.verify(out)
+        whole = api.verify(
+            out,
+            logits=not no_logits,
+            trust_remote_code=trust_remote_code,
+            progress=Progress(quiet),
+        )
         click.echo(as_json_text(whole.as_dict()) if as_json else in_words.integrity_text(whole))
         sys.exit(0 if whole.passed else 1)
     result = api.verify(
@@ -345,9 +350,16 @@ def push(
     type=click.IntRange(min=1),
     help="Processes side by side; by default what cores and memory allow.",
 )
+@click.option(
+    "--fine-tuned",
+    is_flag=True,
+    help="Take weights that are not as the conversion wrote them, trained and saved by whatever.",
+)
 @output_options
 @friendly
-def undo(out: Path, original: Path, jobs: int | None, as_json: bool, quiet: bool) -> None:
+def undo(
+    out: Path, original: Path, jobs: int | None, fine_tuned: bool, as_json: bool, quiet: bool
+) -> None:
     """Write the model that OUT was made from into the folder ORIGINAL, bit for bit.
 
     \b
@@ -355,7 +367,7 @@ def undo(out: Path, original: Path, jobs: int | None, as_json: bool, quiet: bool
 
     It needs OUT alone. One that was interrupted goes on when the same command is run again.
     """
-    restored = api.undo(out, original, jobs=jobs, progress=Progress(quiet))
+    restored = api.undo(out, original, jobs=jobs, fine_tuned=fine_tuned, progress=Progress(quiet))
     click.echo(as_json_text(restored.as_dict()) if as_json else in_words.restored_text(restored))
 
 

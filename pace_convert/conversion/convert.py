@@ -11,6 +11,7 @@ from ..checkpoint.tokenizer import CONFIG as TOKENIZER_CONFIG
 from ..checkpoint.tokenizer import named_tokenizer_config
 from ..converted.format import (
     CARD,
+    HASHES,
     KEPT,
     PERMUTATION,
     SEAL,
@@ -19,16 +20,17 @@ from ..converted.format import (
     read_seal,
     to_json,
 )
+from ..converted.hashes import Hashes
 from ..converted.opened import open_converted
 from ..converted.push import Pushed, Target, check_card, check_target, push
-from ..converted.shipped import converted_config, modeling_files
+from ..converted.shipped import expected_config, modeling_files
 from ..device import resolve_device
-from ..errors import PaceError
+from ..errors import CallError, PaceError
 from ..journal import Journal
 from ..options import ConvertOptions, RunOptions
 from ..progress import Progress
-from .executors import check_executor, run_remaining
-from .identity import fingerprint, other_conversion
+from .executors import check_executor, check_run, run_remaining
+from .identity import difference, fingerprint, other_conversion
 from .new_card import model_card
 from .output import AGAIN, OutputFolder, explained
 from .output_checks import MOVE, check_free, check_names_free, check_places, check_room
@@ -95,9 +97,12 @@ def prepare(
     """
     check_places(source, out)
     plan = make_plan(source, options, run)
+    check_run(plan.run)
     check_names_free(source)
     finished = resume and is_finished(source, out, plan)
     if not finished:
+        if resume and not overwrite:
+            _refuse_another(source, out, plan)
         check_free(out, overwrite=overwrite, resume=resume)
     card = model_card(source, plan)
     if target is not None:
@@ -180,7 +185,23 @@ def is_finished(source: Source, out: Path, plan: Plan) -> bool:
     made_from = read_seal(out)
     if made_from is None:
         return False
-    return made_from == fingerprint(source, plan.options, _clustering_device(plan.run))
+    return made_from == _fingerprint(source, plan)
+
+
+def _refuse_another(source: Source, out: Path, plan: Plan) -> None:
+    """Raises CallError where OUT is a finished conversion, but not this one."""
+    made_from = read_seal(out)
+    if made_from is not None:
+        raise CallError(
+            f"{out} is finished, and another conversion: "
+            f"{difference(made_from, _fingerprint(source, plan))}",
+            "give its source and options, another OUT, or --overwrite without --resume",
+        )
+
+
+def _fingerprint(source: Source, plan: Plan) -> dict:
+    """What this conversion's bytes depend on, on this machine."""
+    return fingerprint(source, plan.options, _clustering_device(plan.run))
 
 
 def _write_files(
@@ -198,7 +219,7 @@ def _write_files(
         theirs.append(INDEX)
     # What is written anew keeps the source's own under another name, for `undo`.
     copies = {name: KEPT[name] if name in texts or name == INDEX else name for name in theirs}
-    origins: dict[str, str | None] = dict.fromkeys([PERMUTATION, INDEX, *texts])
+    origins: dict[str, str | None] = dict.fromkeys([PERMUTATION, HASHES, INDEX, *texts])
     origins |= {target: name for name, target in copies.items()}
     origins |= {name: name for name in source.shards}
     orders = [layer_result(journal.done[f"layer {layer}"]) for layer in range(plan.layers)]
@@ -208,7 +229,20 @@ def _write_files(
     for name, text in texts.items():
         folder.write(name, text)
     folder.index(source.tensors)
+    folder.record(_hashes(source, journal))
     return list(origins)
+
+
+def _hashes(source: Source, journal: Journal) -> Hashes:
+    """Of tensors and headers, as the tasks read and wrote them."""
+    records = journal.done.values()
+    pairs = {name: pair for record in records for name, pair in record["hashes"].items()}
+    return Hashes(
+        tensors={name: pairs[name][1] for name in sorted(pairs)},
+        source_tensors={name: pairs[name][0] for name in sorted(pairs)},
+        headers={name: journal.done[f"rest of {name}"]["header"] for name in source.shards},
+        files={},
+    )
 
 
 def _config(source: Source, plan: Plan) -> dict:
@@ -216,9 +250,7 @@ def _config(source: Source, plan: Plan) -> dict:
     options = plan.options
     size, layers = plan.intermediate_size, plan.memory_layers
     pace = pace_object(plan.family, options, size, layers, plan.window)
-    if options.no_memory:
-        return {**source.config, "pace": pace}
-    return converted_config(source.config, plan.family, pace)
+    return expected_config(source.config, plan.family, pace, not options.no_memory)
 
 
 def _clustering_device(run: RunOptions) -> str:

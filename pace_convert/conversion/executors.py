@@ -8,8 +8,10 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from typing import Any, Protocol, TypeVar
 
+from ..device import resolve_device
 from ..errors import CallError, PaceError
 from ..jobs import run_here
 from ..journal import Journal
@@ -72,6 +74,18 @@ def run_remaining(
             report(task.name, task.nbytes, task.is_layer)
 
 
+def check_run(run: RunOptions) -> None:
+    """Whether what a conversion shall run on is there, as far as can be told without starting
+    anything. Raises CallError.
+    """
+    if run.executor == "ray":
+        if find_spec("ray") is None:
+            raise _no_ray()
+        _reach(run.ray_address)
+    elif run.device != "auto":
+        resolve_device(run.device)
+
+
 def check_executor(run: RunOptions, task_bytes: int) -> None:
     """Whether tasks can run where they shall, before anything is written. Raises CallError."""
     if run.executor == "ray":
@@ -118,12 +132,16 @@ def _on_ray(tasks: Sequence[Work], run: RunOptions, task_bytes: int) -> Iterator
         ray.shutdown()
 
 
+def _no_ray() -> CallError:
+    return CallError("--executor ray needs Ray", "pip install 'pace-convert[ray]'")
+
+
 def _connect(address: str | None) -> Any:
     """The module `ray`, connected. Raises CallError without Ray or without a cluster there."""
     try:
         import ray
     except ImportError as error:
-        raise CallError("--executor ray needs Ray", "pip install 'pace-convert[ray]'") from error
+        raise _no_ray() from error
     if ray.is_initialized():
         return ray
     try:

@@ -34,12 +34,12 @@ def other_conversion(before: Any, now: dict) -> CallError:
     now: a fingerprint.
     """
     return CallError(
-        f"the unfinished conversion can't go on: {_difference(before, now)}",
+        f"the unfinished conversion can't go on: {difference(before, now)}",
         "give the same source and options, or --overwrite without --resume to start again",
     )
 
 
-def _difference(before: Any, now: dict) -> str:
+def difference(before: Any, now: dict) -> str:
     """The first thing in which two fingerprints differ, in words."""
     if not isinstance(before, dict) or not isinstance(before.get("options", {}), dict):
         return "its journal is of something else"

@@ -10,7 +10,7 @@ import contextlib
 import errno
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -19,6 +19,8 @@ from ..checkpoint.checkpoint import CONFIG, INDEX
 from ..checkpoint.files import is_inside
 from ..checkpoint.shards import TensorInfo
 from ..converted.format import (
+    CARD,
+    HASHES,
     LOCK,
     PERMUTATION,
     SEAL,
@@ -28,11 +30,12 @@ from ..converted.format import (
     permutation_file,
     seal_text,
 )
+from ..converted.hashes import Hashes, hash_file
 from ..errors import CallError, DamagedSourceError, PaceError, Stopped
 from ..experts.permute import ExpertOrder
 from ..journal import NAME as JOURNAL
 from ..journal import read_journal
-from ..writing import flush
+from ..writing import flush, flush_folder
 from .output_checks import MOVE, check_free, written_before
 
 AGAIN = "give --overwrite without --resume to start again"
@@ -50,6 +53,7 @@ class OutputFolder:
         self.overwrite = overwrite
         self.resume = resume
         self.staging = path / UNFINISHED
+        self.hashes: dict[str, str] = {}  # of the files that this made, but for shards
         # Folders that this makes and may have to take away again, the deepest first.
         above = path.absolute().parents
         self.missing = [folder for folder in (path, *above) if not folder.exists()]
@@ -92,15 +96,16 @@ class OutputFolder:
         """The index, for one shard too: readers that take every *.safetensors then skip the
         permutation.
         """
-        weight_map = {name: info.shard for name, info in sorted(tensors.items())}
-        metadata = {"total_size": sum(info.nbytes for info in tensors.values())}
-        self.write(
-            INDEX, json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n"
-        )
+        self.write(INDEX, index_text(tensors))
 
     def permutation(self, orders: Sequence[ExpertOrder], files: Mapping[str, str | None]) -> None:
         """Each layer's order of neurons, and all files of OUT; see `permutation_file`."""
         self._whole(PERMUTATION, lambda path: path.write_bytes(permutation_file(orders, files)))
+
+    def record(self, hashes: Hashes) -> None:
+        """HASHES: of tensors and headers these, of files those that were made."""
+        files = {name: value for name, value in self.hashes.items() if name != CARD}
+        self.write(HASHES, hashes.model_copy(update={"files": files}).text())
 
     def seal(self, fingerprint: dict, files: list[str]) -> None:
         """Leave in OUT what was converted and how, and every file's size, so that a call for the
@@ -131,9 +136,28 @@ class OutputFolder:
         if CONFIG in made:  # while it is in staging, OUT is not a model
             for name in [CONFIG, *remove]:
                 (self.path / name).unlink(missing_ok=True)
-        for name in sorted(made, key=lambda name: name == CONFIG):  # config.json last
-            (self.path / name).parent.mkdir(parents=True, exist_ok=True)
-            (self.staging / name).replace(self.path / name)
+        for name in made:
+            if name != CONFIG:
+                self._move_up(name)
+        # All else is on the disk under its name before config.json is, whatever the power does.
+        self._flush_folders(files)
+        if CONFIG in made:
+            self._move_up(CONFIG)
+            flush_folder(self.path)
+
+    def _flush_folders(self, names: Iterable[str]) -> None:
+        """Those of these files, and those in which OUT itself is new."""
+        root = self.path.absolute()
+        files = (root / name for name in names)
+        inside = {
+            above for file in files for above in file.parents if root in (above, *above.parents)
+        }
+        for folder in {*inside, root.parent, *(new.absolute().parent for new in self.missing)}:
+            flush_folder(folder)
+
+    def _move_up(self, name: str) -> None:
+        (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (self.staging / name).replace(self.path / name)
 
     def _check_free(self, locked: bool = False) -> None:
         check_free(self.path, overwrite=self.overwrite, resume=self.resume, locked=locked)
@@ -144,6 +168,7 @@ class OutputFolder:
         path.parent.mkdir(parents=True, exist_ok=True)
         make(path)
         flush(path)
+        self.hashes[name] = hash_file(path)
 
     def _finish_earlier(self) -> None:
         """Let a conversion that was killed while it moved its files be whole before another one
@@ -175,6 +200,13 @@ class OutputFolder:
                 for folder in self.missing if not any(self.path.iterdir()) else ():
                     folder.rmdir()
         self.lock.release()
+
+
+def index_text(tensors: dict[str, TensorInfo]) -> str:
+    """The index of these tensors."""
+    weight_map = {name: info.shard for name, info in sorted(tensors.items())}
+    metadata = {"total_size": sum(info.nbytes for info in tensors.values())}
+    return json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n"
 
 
 @contextlib.contextmanager

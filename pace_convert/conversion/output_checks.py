@@ -42,7 +42,11 @@ def check_places(source: Source, out: Path) -> None:
         )
     here = out.resolve()
     there = source.folder.resolve()
-    if here == there or there in here.parents:
+    if here == there:
+        raise CallError(
+            f"OUT is SOURCE: {out}", "choose another folder: a conversion leaves its source alone"
+        )
+    if there in here.parents:
         raise CallError(f"{out} lies inside {source.folder}", "choose another folder")
     if here in there.parents:
         raise CallError(f"{source.folder} lies inside {out}", "choose another folder")

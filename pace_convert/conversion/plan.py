@@ -57,6 +57,7 @@ def make_plan(source: Source, options: ConvertOptions, run: RunOptions | None = 
     """Check source and options. Raises CallError or DamagedSourceError."""
     config = source.config
     run = run or RunOptions()
+    _refuse_converted(source)
     _refuse_quantised(config)
     _check_type(config, "auto_map", dict)
     family = find_family(config, _check_type(config, "architectures", list) or [])
@@ -117,12 +118,15 @@ def _window(options: ConvertOptions, layers: int, config: dict) -> dict | None:
 
 
 def resolve_layers(wanted: str | tuple[int, ...], layers: int) -> tuple[int, ...]:
-    """0-based memory layers; "auto" takes Qwen2-7B's relative depths, 13 and 27 of 28 (1-based).
+    """0-based memory layers. wanted: numbers, or a word of LAYER_WORDS; "auto" takes Qwen2-7B's
+    relative depths, 13 and 27 of 28 (1-based).
 
     Raises CallError for a layer the model does not have.
     """
     if wanted == "none":
         return ()
+    if wanted in ("all", "second"):
+        return tuple(range(0, layers, 1 if wanted == "all" else 2))
     if isinstance(wanted, str):
         return tuple(sorted({max(0, round(13 * layers / 28) - 1), max(0, layers - 2)}))
     for layer in wanted:
@@ -132,6 +136,18 @@ def resolve_layers(wanted: str | tuple[int, ...], layers: int) -> tuple[int, ...
                 f"its layers are 0 to {layers - 1}",
             )
     return wanted
+
+
+def _refuse_converted(source: Source) -> None:
+    """Raises CallError for what a conversion has made, with a memory or without."""
+    if isinstance(source.config.get("pace"), dict):
+        here = "OUT" if source.hub else source.folder
+        fetched = "download it into a folder OUT, then " if source.hub else ""
+        raise CallError(
+            f"{source.name} is a PaceLLM already",
+            f"{fetched}`pace undo {here} ORIGINAL` gives back the model that it was made from: "
+            "convert that",
+        )
 
 
 def _refuse_quantised(config: dict) -> None:

@@ -9,9 +9,8 @@ done again. What `run` returns is all that has to be remembered of it.
 from __future__ import annotations
 
 import base64
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -20,73 +19,23 @@ import numpy as np
 
 from ..checkpoint.checkpoint import Source
 from ..checkpoint.shards import (
-    TensorInfo,
     copy_range,
-    first_bad_row,
+    header_bytes,
+    is_constant,
     read,
     reordered,
     row_blocks,
     write,
 )
-from ..errors import DamagedSourceError, PaceError
+from ..converted.hashes import Hashes
+from ..errors import PaceError
 from ..experts.permute import ExpertOrder, canonical_permutation, repeat
 from ..families import FfnTensor
-from ..writing import flush
+from .places import Place, Shard, at_rest, check_hashes, not_as_written, refuse_non_finite
 from .plan import Plan
 
 if TYPE_CHECKING:
     import torch
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A file of the source, the one to be made from it, and the state in which the conversion first
-    saw it.
-    """
-
-    source: Path
-    target: Path
-    nbytes: int
-    modified: int  # nanoseconds
-
-    def check(self) -> None:
-        """Raises DamagedSourceError if the source's file is not what it was."""
-        try:
-            now = self.source.stat()
-        except FileNotFoundError as error:
-            raise DamagedSourceError(
-                f"{self.source} is not there (any more)",
-                "on several machines, put SOURCE and OUT on a file system they share",
-            ) from error
-        if (now.st_size, now.st_mtime_ns) != (self.nbytes, self.modified):
-            raise DamagedSourceError(
-                f"{self.source.name} changed while it was converted",
-                "convert again when it is at rest",
-            )
-
-    def prepare(self) -> None:
-        """Give the target its size; what it holds already stays."""
-        with os.fdopen(os.open(self.target, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
-            if file.seek(0, os.SEEK_END) != self.nbytes:
-                file.truncate(self.nbytes)
-
-    @property
-    def is_there(self) -> bool:
-        """Whether the target is, with its size."""
-        return self.target.is_file() and self.target.stat().st_size == self.nbytes
-
-
-@dataclass(frozen=True)
-class Place:
-    """A tensor and the file it lies in; for one that is permuted, the axis over its `parts` sets of
-    neurons.
-    """
-
-    name: str
-    info: TensorInfo
-    shard: Shard
-    axis: int = 0
-    parts: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +91,7 @@ class LayerTask(_OfLayer):
 
         from ..experts.cluster import cluster_neurons
 
-        with _at_rest({place.shard for place in self.tensors}):
+        with at_rest({place.shard for place in self.tensors}):
             try:
                 clustering = cluster_neurons(
                     self._features(), self.experts, self.seed, self.method, self.restarts
@@ -156,8 +105,9 @@ class LayerTask(_OfLayer):
                     raise MemoryError from error
                 raise
             order = canonical_permutation(clustering.labels)
-            _write_permuted(self.tensors, order.permutation)
+            hashes = _write_permuted(self.tensors, order.permutation)
         return {
+            "hashes": hashes,
             "permutation": _pack(order.permutation),
             "sizes": _pack(order.sizes),
             "changed": clustering.changed,
@@ -171,7 +121,7 @@ class LayerTask(_OfLayer):
 
         place = self.tensors[0]
         bits = read(place.shard.source, place.info)
-        _refuse_non_finite(place, range(len(bits)), bits)
+        refuse_non_finite(place, range(len(bits)), bits)
         dtypes = {
             "F64": torch.float64,
             "F32": torch.float32,
@@ -187,24 +137,33 @@ class LayerTask(_OfLayer):
 class RestoreTask(_OfLayer):
     """Write one layer's FFN of a conversion in the order of its source.
 
-    inverse: the permutation that undoes the conversion's, [D] int32.
+    inverse: the permutation that undoes the conversion's, [D] int32. expected: the hashes of each
+    tensor as it lies there and as the source had it; {} where they need not hold.
     """
 
     inverse: np.ndarray
+    expected: dict[str, list[str]]
 
     def run(self) -> dict:
-        """Returns nothing to remember. Raises DamagedSourceError, OSError."""
-        with _at_rest({place.shard for place in self.tensors}):
-            _write_permuted(self.tensors, self.inverse)
-        return {}
+        """Returns the tensors' hashes. Raises DamagedSourceError, OSError."""
+        with at_rest({place.shard for place in self.tensors}):
+            hashes = _write_permuted(self.tensors, self.inverse)
+        check_hashes(self.tensors, hashes, self.expected)
+        return {"hashes": hashes}
 
 
 @dataclass(frozen=True, eq=False)
 class ShardTask(_Task):
-    """Copy what no layer's FFN holds: the header, other tensors and the gaps between them."""
+    """Copy what no layer's FFN holds: the header, other tensors and the gaps between them.
+
+    expected, expected_header: hashes of the tensors, as in RestoreTask, and of the header; {} and
+    None where they need not hold.
+    """
 
     shard: Shard
     ranges: tuple[tuple[int, int], ...]
+    expected: dict[str, list[str]]
+    expected_header: str | None
 
     @property
     def name(self) -> str:
@@ -217,14 +176,23 @@ class ShardTask(_Task):
         return self.shard.is_there
 
     def run(self) -> dict:
-        """Returns nothing to remember. Raises DamagedSourceError, OSError."""
-        with _at_rest({self.shard}):
+        """Returns hashes, of the tensors and the header. Raises DamagedSourceError, OSError."""
+        hashes = {}
+        with at_rest({self.shard}):
+            header = hashlib.sha256(header_bytes(self.shard.source)).hexdigest()
             for place in self.tensors:
+                digest, constant = hashlib.sha256(), is_constant(place.name)
                 for first, bits in row_blocks(self.shard.source, place.info):
-                    _refuse_non_finite(place, range(first, first + bits.size), bits)
+                    if not constant:
+                        refuse_non_finite(place, range(first, first + bits.size), bits)
+                    digest.update(bits.data)
+                hashes[place.name] = [digest.hexdigest()] * 2
             for start, stop in self.ranges:
                 copy_range(self.shard.source, self.shard.target, start, stop)
-        return {}
+        check_hashes(self.tensors, hashes, self.expected)
+        if self.expected_header not in (None, header):
+            raise not_as_written(f"the header of {self.shard.source.name}")
+        return {"hashes": hashes, "header": header}
 
 
 Task = LayerTask | RestoreTask | ShardTask
@@ -247,18 +215,32 @@ def make_tasks(source: Source, plan: Plan, out: Path, device: str) -> list[Task]
             device=device,
         )
 
-    return _all_tasks(source, plan.ffn, out, layer_task)
+    return _all_tasks(source, plan.ffn, out, layer_task, {}, {})
 
 
 def restore_tasks(
-    converted: Source, ffn: Sequence[FfnTensor], orders: Sequence[ExpertOrder], out: Path
+    converted: Source,
+    ffn: Sequence[FfnTensor],
+    orders: Sequence[ExpertOrder],
+    out: Path,
+    expected: Hashes | None,
 ) -> list[Task]:
-    """All that makes a conversion's source again, in the folder `out`. orders: by layer."""
+    """All that makes a conversion's source again, in the folder `out`.
+
+    orders: by layer. expected: what must be read and written; None: whatever is there.
+    """
+    pairs: dict[str, list[str]] = {}
+    if expected:
+        pairs = {
+            name: [value, expected.source_tensors.get(name, "")]
+            for name, value in expected.tensors.items()
+        }
 
     def layer_task(layer: int, places: tuple[Place, ...]) -> Task:
-        return RestoreTask(places, layer, orders[layer].inverse())
+        its = {place.name: pairs.get(place.name, ["", ""]) for place in places} if pairs else {}
+        return RestoreTask(places, layer, orders[layer].inverse(), its)
 
-    return _all_tasks(converted, ffn, out, layer_task)
+    return _all_tasks(converted, ffn, out, layer_task, pairs, expected.headers if expected else {})
 
 
 def _all_tasks(
@@ -266,9 +248,13 @@ def _all_tasks(
     ffn: Sequence[FfnTensor],
     out: Path,
     layer_task: Callable[[int, tuple[Place, ...]], Task],
+    expected: Mapping[str, list[str]],
+    headers: Mapping[str, str],
 ) -> list[Task]:
-    """Of each shard the rest, then the layers whose first tensor lies in it. layer_task: makes a
-    task of a layer's number and tensors.
+    """Of each shard the rest, then the layers whose first tensor lies in it.
+
+    layer_task: makes a task of a layer's number and tensors. expected, headers: hashes of tensors
+    and of shards' headers, none where they need not hold.
     """
     folder = source.folder.resolve()
     shards = {
@@ -289,7 +275,10 @@ def _all_tasks(
         taken = [
             (info.offset, info.offset + info.nbytes) for n, info in here.items() if n in permuted
         ]
-        tasks.append(ShardTask(others, shard, tuple(_gaps(taken, shard.nbytes))))
+        its = {place.name: expected.get(place.name, ["", ""]) for place in others}
+        header = headers.get(name, "") if headers else None
+        gaps = tuple(_gaps(taken, shard.nbytes))
+        tasks.append(ShardTask(others, shard, gaps, its if expected else {}, header))
         tasks += [
             layer_task(layer, tuple(its)) for layer, its in places.items() if its[0].shard is shard
         ]
@@ -312,44 +301,31 @@ def _gaps(taken: list[tuple[int, int]], end: int) -> Iterator[tuple[int, int]]:
         yield at, end
 
 
-def _permuted(place: Place, permutation: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """(first row, rows) of the tensor in its new order, in pieces of about 32 MB."""
-    for first, bits in reordered(place.shard.source, place.info, place.axis, permutation):
+def _permuted(
+    place: Place,
+    permutation: np.ndarray,
+    seen: Callable[[memoryview], object] | None = None,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(first row, rows) of the tensor in its new order, in pieces of about 32 MB. seen: as in
+    `reordered`.
+    """
+    for first, bits in reordered(place.shard.source, place.info, place.axis, permutation, seen):
         rows = range(first, first + len(bits)) if place.axis else permutation[first:]
-        _refuse_non_finite(place, rows, bits)
+        refuse_non_finite(place, rows, bits)
         yield first, bits
 
 
-def _write_permuted(places: tuple[Place, ...], permutation: np.ndarray) -> None:
+def _write_permuted(places: tuple[Place, ...], permutation: np.ndarray) -> dict[str, list[str]]:
+    """By name the SHA-256 of each tensor, as it was read and as it was written."""
+    hashes = {}
     for place in places:
-        for first, bits in _permuted(place, repeat(permutation, place.parts)):
+        before = hashlib.sha256()
+        after = hashlib.sha256()
+        for first, bits in _permuted(place, repeat(permutation, place.parts), before.update):
+            after.update(bits.data)
             write(place.shard.target, place.info, first, bits)
-
-
-@contextmanager
-def _at_rest(shards: set[Shard]) -> Iterator[None]:
-    """Sources that stay as they were meanwhile; what was written into their targets is then on the
-    disk.
-    """
-    for shard in shards:
-        shard.check()
-        shard.prepare()
-    yield
-    for shard in shards:
-        flush(shard.target)
-        shard.check()
-
-
-def _refuse_non_finite(place: Place, rows: Sequence[int] | np.ndarray, bits: np.ndarray) -> None:
-    """Raises DamagedSourceError for a NaN or an infinity. rows: the numbers of these rows in the
-    source; bits: as `read` gives them.
-    """
-    row = first_bad_row(bits, place.info.dtype)
-    if row is not None:
-        raise DamagedSourceError(
-            f"{place.name} has a NaN or an infinity in row {rows[row]}",
-            "get an undamaged copy of the model",
-        )
+        hashes[place.name] = [before.hexdigest(), after.hexdigest()]
+    return hashes
 
 
 def _pack(numbers: np.ndarray) -> str:

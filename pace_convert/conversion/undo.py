@@ -1,26 +1,36 @@
 """The way back: a conversion's source, file by file as it was.
 
-Weights are put back by the inverse permutation. What a conversion writes anew (config.json, the
-index, the model card, at times tokenizer_config.json) it keeps in the source's own version beside
-it; everything else it copied.
+Weights are put back by the inverse permutation and proved by the hashes that the conversion left.
+What a conversion writes anew (config.json, the index, the model card, at times
+tokenizer_config.json) it keeps in the source's own version beside it; everything else it copied. Of
+a model that was trained and saved since, only the permutation is taken back.
 """
 
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..checkpoint.checkpoint import CONFIG, Source
-from ..checkpoint.files import check_file, is_inside
-from ..converted.format import PERMUTATION, UNFINISHED, is_unfinished, written_files
+from ..checkpoint.checkpoint import Source, open_folder
+from ..converted.format import (
+    PERMUTATION,
+    UNFINISHED,
+    is_unfinished,
+)
+from ..converted.hashes import (
+    Hashes,
+    hash_tensor,
+)
 from ..converted.opened import Converted
-from ..errors import CallError, DamagedSourceError
+from ..errors import CallError
 from ..journal import NAME as JOURNAL
 from ..journal import Journal, read_journal
 from ..options import RunOptions
 from ..progress import Progress
 from ..version import __version__
+from .as_written import Written, as_written, is_finished
 from .executors import run_remaining
 from .output import OutputFolder, explained
 from .output_checks import MOVE, check_places, check_room, files_in
@@ -33,12 +43,20 @@ ANEW = "delete it, or choose another folder"
 
 @dataclass(frozen=True)
 class Restored:
-    """What was written."""
+    """What was written.
+
+    proved: whether all tensors and the files that a conversion replaces are, by their hashes, the
+    source's. changed: tensors, and files that were copied, that are not. already: whether all of it
+    was there before.
+    """
 
     folder: Path
     files: tuple[str, ...]
     tensors: int
     nbytes: int
+    proved: bool = False
+    changed: tuple[str, ...] = ()
+    already: bool = False
 
     def as_dict(self) -> dict:
         """For `--json`."""
@@ -47,26 +65,43 @@ class Restored:
             "files": list(self.files),
             "tensors": self.tensors,
             "bytes": self.nbytes,
+            "proved": self.proved,
+            "changed": list(self.changed),
+            "already": self.already,
         }
 
 
 def undo(
-    converted: Converted, original: Path, progress: Progress, jobs: int | None = None
+    converted: Converted,
+    original: Path,
+    progress: Progress,
+    jobs: int | None = None,
+    fine_tuned: bool = False,
 ) -> Restored:
-    """Write the model that was converted into the folder `original`: its files' bytes, where OUT's
-    are as they were made.
+    """Write the model that was converted into the folder `original`: its files' bytes, proved by
+    the hashes that the conversion left.
 
-    Called again after a kill it goes on. Raises CallError, DamagedSourceError, PaceError.
+    fine_tuned: the weights may be others than the conversion wrote, as they are in a folder of
+    `save_pretrained`; then the permutation is taken back and nothing else, and config.json is the
+    base model's with what it says now. Called again after a kill it goes on. Raises CallError,
+    DamagedSourceError, PaceError.
     """
     source = converted.files
     ffn = converted.ffn()
-    copies = _origins(converted)
-    files = [*source.shards, *copies.values()]
-    identity = _identity(source)
-    restored = Restored(original, tuple(sorted(files)), len(source.tensors), source.nbytes)
+    written = as_written(converted, fine_tuned)
+    files = sorted([*source.shards, *written.copies.values(), *written.texts])
+    identity = _identity(source, written)
+    restored = Restored(original, tuple(files), len(source.tensors), source.nbytes)
     if _only_to_tidy(original, files):
         shutil.rmtree(original / UNFINISHED)
-        return restored
+    if is_finished(converted, original, written, files):
+        made = {} if written.hashes is None else _hashes_of(open_folder(original), progress)
+        return replace(
+            restored,
+            proved=written.expected is not None,
+            changed=(*written.changed, *_other_tensors(made, written.hashes)),
+            already=True,
+        )
     _check_free(source, original, identity)
     check_room(source, original)
     infos = [source.tensors[tensor.name] for tensor in ffn]
@@ -78,7 +113,7 @@ def undo(
         journal.open(identity, lambda *_: _other_job(original))
         if MOVE not in journal.done:
             run_remaining(
-                restore_tasks(source, ffn, converted.orders, folder.staging),
+                restore_tasks(source, ffn, converted.orders, folder.staging, written.expected),
                 journal,
                 progress,
                 run=RunOptions(),
@@ -86,11 +121,27 @@ def undo(
                 task_bytes=task_bytes,
                 words=("restoring", "restored"),
             )
-            for name, origin in copies.items():
+            for name, origin in written.copies.items():
                 folder.copy(source.folder / name, origin)
+            for name, text in written.texts.items():
+                folder.write(name, text)
             journal.add(MOVE, folder.moves(files))
         folder.move(**journal.done[MOVE])
-    return restored
+    made = {
+        name: pair[1]
+        for record in journal.done.values()
+        for name, pair in record.get("hashes", {}).items()
+    }
+    changed = (*written.changed, *_other_tensors(made, written.hashes))
+    return replace(restored, proved=written.expected is not None, changed=changed)
+
+
+def _other_tensors(made: Mapping[str, str], hashes: Hashes | None) -> list[str]:
+    """Tensors that are not the source's; none are known without hashes. made: those written."""
+    if hashes is None:
+        return []
+    known = hashes.source_tensors
+    return sorted(name for name in {*made, *known} if made.get(name) != known.get(name))
 
 
 def _only_to_tidy(original: Path, files: list[str]) -> bool:
@@ -104,34 +155,27 @@ def _only_to_tidy(original: Path, files: list[str]) -> bool:
     )
 
 
-def _identity(source: Source) -> dict:
+def _hashes_of(files: Source, progress: Progress) -> dict[str, str]:
+    """Each tensor's."""
+    with progress.step("hashing tensors", files.nbytes, "B") as bar:
+        found = {}
+        for name, info in files.tensors.items():
+            found[name] = hash_tensor(files.path(name), info)
+            bar.update(info.nbytes)
+    return found
+
+
+def _identity(source: Source, written: Written) -> dict:
     """What the restored bytes depend on; files are known by size and time of change, as a
     conversion's are.
     """
     permutation = (source.folder / PERMUTATION).stat()
     states = {**source.states, PERMUTATION: (permutation.st_size, permutation.st_mtime_ns)}
-    return {"version": __version__, "undo": {name: list(state) for name, state in states.items()}}
-
-
-def _origins(converted: Converted) -> dict[str, str]:
-    """Name in OUT -> name in the source, of all files but the shards. Raises DamagedSourceError if
-    one is missing.
-    """
-    folder = converted.files.folder
-    shards = converted.files.shards
-    origins = {
-        name: origin
-        for name, origin in written_files(folder).items()
-        if origin is not None and name not in shards
+    return {
+        "version": __version__,
+        "proved": written.expected is not None,
+        "undo": {name: list(state) for name, state in states.items()},
     }
-    names = (*origins, *origins.values())
-    if CONFIG not in origins.values() or not all(is_inside(name) for name in names):
-        raise DamagedSourceError(
-            f"{folder} does not say which files its source had", "convert again, then undo that"
-        )
-    for name in origins:
-        check_file(folder, name)
-    return origins
 
 
 def _check_free(source: Source, original: Path, identity: dict) -> None:

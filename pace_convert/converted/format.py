@@ -20,11 +20,13 @@ from ..errors import CallError, DamagedSourceError, one_line
 from ..experts.permute import ExpertOrder
 from ..families import FamilySpec
 from ..journal import NAME as JOURNAL
+from ..modeling.memory_settings import Bounds, MemorySettings
 from ..modeling.reread_settings import RereadSettings
-from ..options import MEMORY_PARAMETERS, ConvertOptions
+from ..options import ConvertOptions
 
 MODELING = "modeling_pace.py"
 PERMUTATION = "pace_permutation.safetensors"
+HASHES = "pace_hashes.json"
 CARD = "README.md"
 SOURCE_CARD = "README.source.md"
 # Files of the source that a conversion writes anew, and the names under which the source's own are
@@ -41,6 +43,7 @@ UNFINISHED = ".pace-unfinished"
 SEAL = ".pace-conversion.json"
 LOCK = "lock"  # in UNFINISHED
 FORMAT_VERSION = 1
+MOST_NEURONS = 1 << 24  # of a layer's FFN
 
 
 class Difference(BaseModel):
@@ -108,19 +111,20 @@ def check_pace(pace: dict) -> None:
 
     Raises DamagedSourceError, naming the parameter.
     """
+    version = pace.get("version")
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise DamagedSourceError(
+            f"config.json: pace.version is {version!r}; this version of pace-convert knows "
+            f"{FORMAT_VERSION}",
+            "update pace-convert, or convert again",
+        )
+    _settings(pace)
     try:
         experts = dict(pace["experts"])
         memory = dict(pace["memory"])
         enabled = memory.pop("enabled")
         layers = tuple(memory.pop("layers"))
-        window = memory.pop("window", None)
-        if window is not None:
-            RereadSettings.from_config(window)
-        unknown = sorted(set(memory) - set(MEMORY_PARAMETERS))
-        if unknown:  # or it could be another option of a conversion
-            raise DamagedSourceError(
-                f"config.json: pace.memory: unknown parameter {', '.join(unknown)}", "convert again"
-            )
+        memory.pop("window", None)
         given = {
             "experts": experts.pop("count"),
             "cluster_method": experts.pop("method"),
@@ -138,10 +142,6 @@ def check_pace(pace: dict) -> None:
             f"config.json: pace: {where}{first['msg']}", "convert again"
         ) from error
     except (KeyError, TypeError, ValueError) as error:
-        if str(error).startswith("window: "):
-            raise DamagedSourceError(
-                f"config.json: pace.memory.{error}", "convert again"
-            ) from error
         raise DamagedSourceError(
             "config.json: pace.experts or pace.memory is incomplete", "convert again"
         ) from error
@@ -149,6 +149,36 @@ def check_pace(pace: dict) -> None:
         raise DamagedSourceError(
             "config.json: pace.memory.enabled is neither true nor false", "convert again"
         )
+
+
+def check_memory(pace: dict, layers: int) -> None:
+    """What the files of a checkpoint themselves check when it is loaded, of a `pace` that
+    `check_pace` takes. layers: of the model. Raises DamagedSourceError.
+    """
+    neurons = pace.get("intermediate_size")
+    if not Bounds(int, 1, MOST_NEURONS).admit(neurons):
+        raise DamagedSourceError(
+            f"config.json: pace.intermediate_size is {neurons!r}, not a number of neurons",
+            "convert again",
+        )
+    try:
+        _settings(pace).check_model(layers, pace["intermediate_size"])
+        if pace["memory"].get("window") is not None:
+            RereadSettings.from_config(pace["memory"]["window"]).check_model(layers)
+    except ValueError as error:
+        raise DamagedSourceError(f"config.json: pace.{error}", "convert again") from error
+
+
+def _settings(pace: dict) -> MemorySettings:
+    """As a checkpoint's own files read them, in whose words it raises DamagedSourceError."""
+    if not all(isinstance(pace.get(name), dict) for name in ("experts", "memory")):
+        raise DamagedSourceError(
+            "config.json: pace.experts or pace.memory is incomplete", "convert again"
+        )
+    try:
+        return MemorySettings.from_config(pace)
+    except ValueError as error:
+        raise DamagedSourceError(f"config.json: pace.{error}", "convert again") from error
 
 
 def is_unfinished(folder: Path) -> bool:

@@ -1,5 +1,5 @@
-"""Is a converted folder whole in itself? From headers, config and permutations alone; no weights
-are read, no code runs.
+"""Is a converted folder whole in itself? By the hashes that the conversion left, and from headers,
+config and permutations; no code runs.
 """
 
 from __future__ import annotations
@@ -7,17 +7,33 @@ from __future__ import annotations
 import os
 from dataclasses import asdict, dataclass
 
-from ..checkpoint.checkpoint import INDEX
+from ..checkpoint.checkpoint import CONFIG, INDEX, SINGLE
 from ..checkpoint.files import read_json
 from ..errors import DamagedSourceError, one_line
-from .format import written_files
+from ..progress import Progress
+from .config_edits import config_edits
+from .format import KEPT, PERMUTATION, written_files
+from .hashes import Hashes, changed_files, changed_headers, changed_tensors, read_hashes
 from .load import edited_code
 from .opened import Converted
+from .shipped import auto_map as shipped_auto_map
+
+NOT_AS_WRITTEN = "is not as the conversion wrote it"
+QUIET = Progress(quiet=True)
+# Files that nobody edits: a conversion's own, and what it keeps of the source.
+_FIXED = frozenset([PERMUTATION, *KEPT.values()])
 
 
 @dataclass(frozen=True)
 class Integrity:
-    """problems: in words; edited_files: Python files that are not what this version ships."""
+    """What was found.
+
+    problems: in words. edited_files: Python files that are not what this version ships, and other
+    files that are not as the conversion wrote them. hashed: whether tensors were compared with
+    their hashes. saved: whether `save_pretrained` wrote the folder; changed: tensors that are then
+    others than the conversion's, as a training leaves them. loaded: whether the model was loaded
+    and has run; not_loaded: why that was not tried.
+    """
 
     tensors: int
     shards: int
@@ -25,6 +41,11 @@ class Integrity:
     intermediate_size: int
     problems: tuple[str, ...]
     edited_files: tuple[str, ...]
+    hashed: bool = False
+    saved: bool = False
+    changed: tuple[str, ...] = ()
+    loaded: bool = False
+    not_loaded: str = ""
 
     @property
     def passed(self) -> bool:
@@ -36,11 +57,20 @@ class Integrity:
         return {**asdict(self), "passed": self.passed}
 
 
-def check_integrity(converted: Converted) -> Integrity:
-    """What `open_converted` does not look at: index, shapes, order of the experts, memory layers,
-    files that are gone.
+def check_integrity(converted: Converted, progress: Progress | None = None) -> Integrity:
+    """What `open_converted` does not look at: weights and files by their hashes, index, shapes,
+    order of the experts, memory layers, config.json, files that are gone.
+
+    Raises DamagedSourceError for hashes that can't be read.
     """
-    problems = [*_files(converted), *_index(converted), *_experts(converted), *_config(converted)]
+    hashes = read_hashes(converted.files.folder)
+    changed = changed_tensors(converted.files, hashes, progress or QUIET) if hashes else []
+    saved = hashes is not None and hashes.saved
+    problems = structure_problems(converted, hashes)
+    if hashes is not None and not saved:
+        problems += [f"{_place(converted, name)} {NOT_AS_WRITTEN}" for name in changed]
+        headers = changed_headers(converted.files, hashes)
+        problems += [f"the header of {name} {NOT_AS_WRITTEN}" for name in headers]
     problems = [one_line(problem) for problem in problems]  # they hold names from elsewhere
     return Integrity(
         tensors=len(converted.files.tensors),
@@ -48,23 +78,65 @@ def check_integrity(converted: Converted) -> Integrity:
         layers=converted.layers,
         intermediate_size=converted.intermediate_size,
         problems=tuple(problems),
-        edited_files=tuple(edited_code(converted)),
+        edited_files=tuple([*edited_code(converted), *_edited(converted, hashes)]),
+        hashed=hashes is not None,
+        saved=saved,
+        changed=tuple(changed) if saved else (),
     )
 
 
-def _files(converted: Converted) -> list[str]:
-    folder = converted.files.folder
+def structure_problems(converted: Converted, hashes: Hashes | None) -> list[str]:
+    """Everything that is wrong but for weights."""
     return [
+        *_files(converted, hashes),
+        *_index(converted, hashes),
+        *_experts(converted),
+        *_config(converted, hashes),
+    ]
+
+
+def _place(converted: Converted, tensor: str) -> str:
+    info = converted.files.tensors.get(tensor)
+    return f"{info.shard}: {tensor}" if info else tensor
+
+
+def _edited(converted: Converted, hashes: Hashes | None) -> list[str]:
+    """Files that people may edit, and that were edited."""
+    if hashes is None or hashes.saved:
+        return []
+    changed = changed_files(converted.files.folder, hashes)
+    edited = [name for name in changed if name not in _FIXED and not name.endswith(".py")]
+    # What else differs in it is a problem, named by its key.
+    names = {CONFIG: "config.json (pace)"}
+    return [names.get(name, name) for name in edited if name != CONFIG or not _edits(converted)]
+
+
+def _edits(converted: Converted) -> list[str]:
+    """In what config.json is not what was made of the kept one, `pace` aside."""
+    folder = converted.files.folder
+    if not (folder / KEPT[CONFIG]).is_file():
+        return []
+    return config_edits(converted, read_json(folder, KEPT[CONFIG]))
+
+
+def _files(converted: Converted, hashes: Hashes | None) -> list[str]:
+    folder = converted.files.folder
+    if hashes is not None and hashes.saved:  # which leaves out what is not the model's
+        return []
+    changed = changed_files(folder, hashes) if hashes else []
+    return [f"{name} {NOT_AS_WRITTEN}" for name in changed if name in _FIXED] + [
         f"{name}, which the conversion wrote, is gone"
         for name in written_files(folder)
         if not (folder / name).is_file()
     ]
 
 
-def _index(converted: Converted) -> list[str]:
+def _index(converted: Converted, hashes: Hashes | None) -> list[str]:
     files = converted.files
     if not os.path.lexists(files.folder / INDEX):
         return []  # said by _files
+    if hashes and hashes.saved and files.shards == [SINGLE]:
+        return []  # left there from before, and not looked at by transformers either
     index = read_json(files.folder, INDEX)
     metadata = index.get("metadata")
     weight_map = index.get("weight_map")
@@ -98,13 +170,17 @@ def _experts(converted: Converted) -> list[str]:
     return problems
 
 
-def _config(converted: Converted) -> list[str]:
-    problems = []
+def _config(converted: Converted, hashes: Hashes | None) -> list[str]:
+    problems = [] if hashes and hashes.saved else _edits(converted)
     try:
         converted.ffn()
     except DamagedSourceError as error:
         problems.append(error.message)
-    layers = converted.pace["memory"]["layers"]
-    if any(layer >= converted.layers for layer in layers):
-        problems.append(f"config.json: memory in layers {layers}, the model has {converted.layers}")
+    classes = converted.files.config.get("auto_map")
+    named = classes if isinstance(classes, dict) else {}
+    missing = [name for name in shipped_auto_map({}, converted.family) if name not in named]
+    if converted.needs_code and missing:
+        problems.append(
+            f"config.json: auto_map does not name {missing[0]}: transformers can't load it"
+        )
     return problems

@@ -4,15 +4,22 @@ this version ships.
 
 from __future__ import annotations
 
+import contextlib
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.checkpoint import Source
+from ..checkpoint.checkpoint import CONFIG, Source
+from ..checkpoint.files import read_json
 from ..device import load_dtype
-from ..errors import CallError, PaceError
+from ..errors import CallError, DamagedSourceError, PaceError
 from .format import MODELING
 from .opened import Converted
 from .shipped import auto_map, modeling_files
+
+GENERATION = "generation_config.json"
+ADAPTER = "adapter_config.json"  # of PEFT, which transformers takes up wherever it lies
 
 
 def edited_code(converted: Converted, source: Source | None = None) -> list[str]:
@@ -73,27 +80,81 @@ def load_model(
     """
     from transformers.utils import logging
 
-    converted = files if isinstance(files, Converted) else None
     source = files.files if isinstance(files, Converted) else files
-    if converted:
-        refuse_edited(edited_code(converted), trust_remote_code)
+    if isinstance(files, Converted):
+        refuse_edited(edited_code(files), trust_remote_code)
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # without the head, its weights would be named as unused
-    try:
-        cls = (
-            _shipped_class(converted, head)
-            if converted and converted.needs_code
-            else _own_class(head)
-        )
+    with in_words(files, "load"):
         dtype = load_dtype(source.nbytes, device)
-        model = cls.from_pretrained(
+        model = model_class(files, head).from_pretrained(
             source.folder, dtype=dtype, local_files_only=True, trust_remote_code=False
         )
         return model.eval().to(device)
+
+
+@contextlib.contextmanager
+def in_words(files: Source | Converted, what: str) -> Iterator[None]:
+    """Whatever a library raises becomes a PaceError that names the file. what: what the model does
+    not do then, "load" or "run".
+    """
+    source = files.files if isinstance(files, Converted) else files
+    try:
+        yield
+    except PaceError:
+        raise
     except Exception as error:  # each class fails in its own way, and so do edited files
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        hint = "`pace verify` says what differs from the source" if converted else "check its files"
-        raise PaceError(f"{source.name} does not load: {reason[0]}", hint) from error
+        lines = (line.strip() for line in str(error).splitlines())
+        reason = " ".join(line for line in lines if line)[:300] or type(error).__name__
+        hint = "check its files"
+        if isinstance(files, Converted):
+            hint = "`pace verify` says what differs from the source"
+        where = _to_blame(files, error)
+        raise PaceError(f"{source.name} does not {what}: {where}{reason}", hint) from error
+
+
+def _to_blame(files: Source | Converted, error: Exception) -> str:
+    """The file that an error of loading or running a model comes from, and a colon; "" where it is
+    none's fault.
+    """
+    import torch
+    from safetensors import SafetensorError
+
+    folder = (files.files if isinstance(files, Converted) else files).folder
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return ""
+    paths = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+    if (folder / ADAPTER).is_file() and any("peft" in (*p.parts, p.stem) for p in paths):
+        return f"{ADAPTER}: "
+    if isinstance(error, SafetensorError):
+        return "its weights: "
+    edited = edited_code(files) if isinstance(files, Converted) else []
+    if paths and paths[-1].name in edited:
+        return f"{paths[-1].name}: "
+    return f"{GENERATION if generation_problem(folder) else CONFIG}: "
+
+
+def generation_problem(folder: Path) -> str | None:
+    """What transformers says of generation_config.json; None where that is as it should be."""
+    from transformers import GenerationConfig
+
+    if not (folder / GENERATION).is_file():
+        return None
+    try:
+        read_json(folder, GENERATION)
+        GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except DamagedSourceError as error:
+        return error.message
+    except Exception as error:  # in its own way too
+        return f"{GENERATION}: {' '.join(str(error).split())[:300] or type(error).__name__}"
+    return None
+
+
+def model_class(files: Source | Converted, head: bool = True) -> Any:
+    """The class to load a model with: a conversion's own, or the Auto class of transformers."""
+    if isinstance(files, Converted) and files.needs_code:
+        return _shipped_class(files, head)
+    return _own_class(head)
 
 
 def _own_class(head: bool) -> Any:

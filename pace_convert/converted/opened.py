@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from ..checkpoint.ffn import check_ffn, count_layers
 from ..errors import CallError, DamagedSourceError
 from ..experts.permute import ExpertOrder
 from ..families import FAMILIES, FamilySpec, FfnTensor
-from .format import PERMUTATION, check_pace, is_unfinished, read_permutation
+from .format import PERMUTATION, check_memory, check_pace, is_unfinished, read_permutation
 
 
 @dataclass(frozen=True)
@@ -65,17 +66,24 @@ def open_converted(out: Path) -> Converted:
     files = open_folder(out)
     pace = files.config.get("pace")
     base = pace.get("base_model_type") if isinstance(pace, dict) else None
-    known = isinstance(base, str) and base in FAMILIES and (out / PERMUTATION).is_file()
+    known = isinstance(base, str) and base in FAMILIES
     if not isinstance(pace, dict) or not isinstance(base, str) or not known:
         raise CallError(f"{out} is not a PaceLLM", "give the folder that pace-convert wrote")
+    if not os.path.lexists(out / PERMUTATION):
+        raise CallError(
+            f"{out} lacks {PERMUTATION}, so the order of its neurons is not known",
+            "copy it from the conversion that this model was made or trained from",
+        )
     if files.config["model_type"] not in (base, f"pace_{base}"):
         raise DamagedSourceError(
             f"config.json: model_type is {files.config['model_type']!r}, not pace_{base}",
             "convert again",
         )
     check_pace(pace)
+    layers = count_layers(FAMILIES[base], files.config)
+    check_memory(pace, layers)
     orders = read_permutation(out)
-    if len(orders) != count_layers(FAMILIES[base], files.config):
+    if len(orders) != layers:
         raise DamagedSourceError(
             f"{PERMUTATION} does not have one permutation per layer", "convert again"
         )

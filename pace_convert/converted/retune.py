@@ -14,7 +14,8 @@ from filelock import FileLock, Timeout
 from ..errors import CallError
 from ..writing import write_whole
 from .card import is_untouched, retuned
-from .format import CARD, LOCK, SEAL, UNFINISHED, Tuned, in_use, is_unfinished, to_json
+from .format import CARD, HASHES, LOCK, SEAL, UNFINISHED, Tuned, in_use, is_unfinished, to_json
+from .hashes import hash_text, read_hashes
 from .opened import Converted
 
 
@@ -40,6 +41,10 @@ def write_memory(converted: Converted, memory: dict, tuned: Tuned) -> bool:
     ours = is_untouched(card)
     if ours:
         texts[CARD] = retuned(card.decode(), memory, converted.layers, tuned.sentence())
+    hashes = read_hashes(folder)
+    if hashes is not None:
+        made = {**hashes.files, "config.json": hash_text(texts["config.json"])}
+        texts[HASHES] = hashes.model_copy(update={"files": made}).text()
     if (folder / SEAL).is_file():
         seal = json.loads((folder / SEAL).read_text(encoding="utf-8"))
         seal["files"] |= {name: len(text.encode()) for name, text in texts.items()}

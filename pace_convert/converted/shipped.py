@@ -10,7 +10,7 @@ from importlib.resources import files
 from jinja2 import Environment, StrictUndefined
 
 from ..families import FamilySpec
-from .format import KEPT, MODELING, PERMUTATION
+from .format import HASHES, KEPT, MODELING, PERMUTATION
 
 
 def modeling_files(family: FamilySpec) -> dict[str, str]:
@@ -22,7 +22,7 @@ def modeling_files(family: FamilySpec) -> dict[str, str]:
 
 def shipped_names() -> list[str]:
     """Names that a conversion adds to a repository; a source must not have them."""
-    return [MODELING, PERMUTATION, *KEPT.values(), *_modeling_sources()]
+    return [MODELING, PERMUTATION, HASHES, *KEPT.values(), *_modeling_sources()]
 
 
 def converted_config(source: dict, family: FamilySpec, pace: dict) -> dict:
@@ -37,6 +37,25 @@ def converted_config(source: dict, family: FamilySpec, pace: dict) -> dict:
         "architectures": [f"Pace{family.causal_lm_class}"],
         "auto_map": auto_map(source, family),
     }
+
+
+def expected_config(source: dict, family: FamilySpec, pace: dict, needs_code: bool) -> dict:
+    """config.json of a conversion. source: its config.json; needs_code: whether it has a memory."""
+    return converted_config(source, family, pace) if needs_code else {**source, "pace": pace}
+
+
+def base_config(config: dict, family: FamilySpec) -> dict:
+    """config.json of the base model, of a conversion's as it is now."""
+    ours = MODELING.removesuffix(".py") + "."
+    classes = config.get("auto_map")
+    theirs = {
+        name: value
+        for name, value in (classes if isinstance(classes, dict) else {}).items()
+        if not str(value).startswith(ours)
+    }
+    base = {key: value for key, value in config.items() if key not in ("pace", "auto_map")}
+    base |= {"model_type": family.model_type, "architectures": [family.causal_lm_class]}
+    return {**base, "auto_map": theirs} if theirs else base
 
 
 def auto_map(source: dict, family: FamilySpec) -> dict[str, str]:

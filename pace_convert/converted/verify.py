@@ -15,9 +15,13 @@ import torch
 from ..checkpoint.checkpoint import Source
 from ..checkpoint.shards import reordered, row_blocks
 from ..checkpoint.tokenizer import read_with_tokenizer
-from ..errors import CallError
+from ..errors import CallError, one_line
 from ..progress import Progress
-from .load import edited_code, load_model, refuse_edited
+from .config_edits import config_edits
+from .hashes import read_hashes
+from .integrity import structure_problems
+from .load import edited_code, generation_problem, load_model, refuse_edited
+from .loads import run
 from .opened import Converted
 
 SAMPLE = (
@@ -33,6 +37,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torc
 class Verification:
     """What was compared.
 
+    problems: of the folder itself and of its config.json beside the source's, in words.
     hashes: SHA-256 of each tensor of the source, by name, over its bytes in the source's order.
     logit_difference: the largest absolute one; None where logits were not asked for.
     same_tokens: whether both tokenizers read a sample alike; None without a tokenizer.
@@ -48,13 +53,14 @@ class Verification:
     logits_match: bool | None = None
     same_tokens: bool | None = None
     hashes: dict[str, str] = field(default_factory=dict)
+    problems: tuple[str, ...] = ()
+    saved: bool = False
 
     @property
     def passed(self) -> bool:
         """Whether OUT is the source, permuted."""
-        return (
-            not self.different and self.logits_match is not False and self.same_tokens is not False
-        )
+        alike = self.logits_match is not False and self.same_tokens is not False
+        return alike and not self.different and not self.problems
 
     @property
     def digest(self) -> str:
@@ -104,6 +110,15 @@ def verify(
     permutations = {
         t.name: (t.axis, converted.orders[t.layer].inverse(t.parts)) for t in converted.ffn()
     }
+    left = read_hashes(converted.files.folder)
+    problems = structure_problems(converted, left)
+    saved = left is not None and left.saved
+    if not saved:
+        problems += [
+            edit for edit in config_edits(converted, source.config) if edit not in problems
+        ]
+    generation = generation_problem(converted.files.folder) if logits else None
+    problems += [generation] if generation else []
     different, hashes = _compare(converted.files, source, permutations, progress)
     edited = edited_code(converted, source)
     result = Verification(
@@ -114,8 +129,10 @@ def verify(
         edited_files=tuple(edited),
         same_tokens=_same_tokens(source, converted),
         hashes=hashes,
+        problems=tuple(one_line(problem) for problem in problems),
+        saved=saved,
     )
-    if not logits or different:
+    if not logits or not result.passed:
         return result
     refuse_edited(edited, trust_remote_code, "or --no-logits to compare tensors only")
     return _with_logits(result, converted, source, trust_remote_code)
@@ -171,8 +188,8 @@ def _with_logits(
     result: Verification, converted: Converted, source: Source, trust_remote_code: bool
 ) -> Verification:
     # One model in memory at a time: each is dropped once its logits are there.
-    expected, dtype = _logits(load_model(source))
-    got, _ = _logits(load_model(converted, trust_remote_code=trust_remote_code))
+    expected, dtype = _logits(source, load_model(source))
+    got, _ = _logits(converted, load_model(converted, trust_remote_code=trust_remote_code))
     difference = (got - expected).abs().max().item()
     largest = expected.abs().max().item()
     return replace(
@@ -183,14 +200,10 @@ def _with_logits(
     )
 
 
-@torch.no_grad()
-def _logits(model: Any) -> tuple[torch.Tensor, torch.dtype]:
-    """Logits [2, 64, vocabulary] in float64 of the same random tokens for every model, its memory
-    off; and its dtype.
+def _logits(files: Source | Converted, model: Any) -> tuple[torch.Tensor, torch.dtype]:
+    """Logits [2, 64, vocabulary] in float64, fewer positions where the model has fewer, of the same
+    random tokens for every model, its memory off; and its dtype.
     """
     if hasattr(model, "set_memory_enabled"):
         model.set_memory_enabled(False)
-    ids = torch.randint(
-        model.config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0)
-    )
-    return model(ids).logits.double(), model.dtype
+    return run(files, model, rows=2).double(), model.dtype

@@ -16,8 +16,9 @@ from .arms import ARMS, AS_IT_IS, REREADING
 from .benchmarks.table import Benchmark, benchmark
 from .folder import RESULTS
 from .options import ComparisonOptions, JobOptions, SweepOptions, require_extra, validated
+from .reader import Reader
 from .runner import Evaluation, Results, run_cells
-from .subjects import Subject, is_pace, layer_count, reach, subjects_of
+from .subjects import Subject, is_pace, layer_count, reach, subjects_of, tokenizer_of
 from .sweep import Level, combinations, levels, parse_factor, swept_subjects
 from .sweep_plot import plot_levels
 from .variants import variants as variants_of
@@ -66,8 +67,11 @@ def evaluate(
     chosen = validated(row.options, options, command)
     subjects = chosen_subjects(job, row.arms)
     folder = job.folder(name)
+    any_length = any(reach(subject) is None for subject in subjects)
+    test = _made(row, job, chosen, subjects, any_length)
+    _check(test, subjects)
     results = run_cells(
-        _made(row, job, chosen, subjects, any(reach(subject) is None for subject in subjects)),
+        test,
         subjects,
         folder,
         progress or Progress(quiet=True),
@@ -117,6 +121,7 @@ def sweep(
     test = _made(row, job, chosen, subjects, any_length=False)  # all are compared with the base
     for reason in refused:
         progress.say(f"left out: {reason}")
+    _check(test, subjects)
     results = run_cells(test, subjects, folder, progress, jobs=job.jobs, device=job.device)
     made = levels(results, factors)
     title = f"{test.name}: {test.metric}, {len(grid)} combinations"
@@ -153,7 +158,18 @@ def _made(
     return row.make(job.model, options, any_length)
 
 
+def _check(test: Evaluation, subjects: Sequence[Subject]) -> None:
+    """What only a tokenizer can tell of these options, before any model is loaded. Raises
+    CallError.
+    """
+    check = getattr(test, "check", None)
+    if check is not None:
+        for model in dict.fromkeys(subject.model for subject in subjects):
+            check(Reader(None, tokenizer_of(model)))
+
+
 def _written(results: Results, facts: dict, folder: Path) -> Results:
-    """With its facts, which are in results.json then."""
+    """With its facts and notes, which are in results.json then."""
+    facts = {**facts, "notes": results.notes()}
     write_json(folder / RESULTS, facts)
     return replace(results, facts=facts)

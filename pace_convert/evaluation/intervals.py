@@ -11,21 +11,32 @@ STRATUM = 20  # scores of a cell that can be resampled alone
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean of `count` scores with its 95 % interval, all in the scores' unit."""
+    """A mean of `count` scores with its 95 % interval, all in the scores' unit.
+
+    sample: how many there were to resample, where these are not the scores. One of them has no
+    interval: low and high are then the mean, and are not shown.
+    """
 
     mean: float
     low: float
     high: float
     count: int
+    sample: int | None = None
+
+    @property
+    def has_interval(self) -> bool:
+        """Whether there was more than one to resample."""
+        return (self.count if self.sample is None else self.sample) > 1
 
     @property
     def beyond_noise(self) -> bool:
         """Of a difference: the interval leaves zero out."""
-        return self.low > 0 or self.high < 0
+        return self.has_interval and (self.low > 0 or self.high < 0)
 
     def as_dict(self) -> dict:
-        """For JSON."""
-        return {"mean": self.mean, "low": self.low, "high": self.high, "count": self.count}
+        """For JSON; low and high are null where there is no interval."""
+        low, high = (self.low, self.high) if self.has_interval else (None, None)
+        return {"mean": self.mean, "low": low, "high": high, "count": self.count}
 
 
 def mean_of(cells: list[list[float]], seed: int = 0) -> Mean:
@@ -97,4 +108,4 @@ def ratio_difference(
     low, high = np.percentile(ratios, [tail, 100 - tail])
     total = values.sum(1)
     mean = float(total[0] / total[1] - total[2] / total[3])
-    return Mean(mean, float(low), float(high), int(total[1]))
+    return Mean(mean, float(low), float(high), int(total[1]), values.shape[1])

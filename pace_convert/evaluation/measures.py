@@ -88,7 +88,7 @@ def print_measures(results: Results, measures: Sequence[Measure], title: str) ->
         for name in (first, *(f"{name}: gain" for name in others)):
             table.add_column(name, justify="right")
         for measure, after in zip(measures, [*measures[1:], None]):
-            cells = [_cell(results, measure, name, clusters) for name in (first, *others)]
+            cells = [_cell(results, measure, name) for name in (first, *others)]
             ends = after is None or after.group != measure.group
             table.add_row(_label(measure), *cells, end_section=ends)
     else:
@@ -97,25 +97,30 @@ def print_measures(results: Results, measures: Sequence[Measure], title: str) ->
         for measure in measures:
             base = measure.base(results)
             for name in (first, *others):
-                gain = _cell(results, measure, name, clusters)
+                gain = _cell(results, measure, name)
                 gain = gain if measure.counted(results, name) and name != base else ""
                 label = _label(measure) if name == first else ""
                 table.add_row(label, name, _value(results, measure, name), gain)
     shown = console(table)
     shown.print(table)
     if clusters == 1:
-        shown.print("There is but one cell to resample: the intervals say nothing.")
+        shown.print(
+            "There is but one cell to resample, and so there are no intervals.", soft_wrap=True
+        )
     absent = [measure for measure in measures if not measure.counted(results, first)]
     if absent:
         base = absent[0].base(results)
         shown.print(
             f"{first} was not read that far: there {base} stands with its value, the others with "
-            f"their gains over {base}."
+            f"their gains over {base}.",
+            soft_wrap=True,
         )
 
 
 def plain(made: Mean, digits: int) -> str:
-    """2.345 (2.300 to 2.400)"""
+    """2.345 (2.300 to 2.400), or 2.345 alone where there is no interval."""
+    if not made.has_interval:
+        return f"{made.mean:.{digits}f}"
     return f"{made.mean:.{digits}f} ({made.low:.{digits}f} to {made.high:.{digits}f})"
 
 
@@ -126,20 +131,22 @@ def _value(results: Results, measure: Measure, name: str) -> str:
     return plain(measure.value(results, name), measure.digits)
 
 
-def _cell(results: Results, measure: Measure, name: str, clusters: int) -> str:
+def _cell(results: Results, measure: Measure, name: str) -> str:
     """The gain over the measure's base; of the base itself the value."""
     base = measure.base(results)
     if name == base or not measure.counted(results, name):
         return _value(results, measure, name)
-    return _gain(results, measure, name, base, clusters)
+    return _gain(results, measure, name, base)
 
 
-def _gain(results: Results, measure: Measure, name: str, base: str, clusters: int) -> str:
+def _gain(results: Results, measure: Measure, name: str, base: str) -> str:
     """+0.012 (-0.003 to +0.027), with a star where the interval leaves zero out and the gain is
     more than rounding.
     """
     made, digits = measure.gain(results, name, base), measure.digits
-    star = " *" if made.beyond_noise and clusters > 1 and round(made.mean, digits) else ""
+    if not made.has_interval:
+        return f"{made.mean:+.{digits}f}"
+    star = " *" if made.beyond_noise and round(made.mean, digits) else ""
     return f"{made.mean:+.{digits}f} ({made.low:+.{digits}f} to {made.high:+.{digits}f}){star}"
 
 

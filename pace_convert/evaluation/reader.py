@@ -54,6 +54,7 @@ class Reader:
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
+        self.longest = 0  # tokens of the longest row that was read or written so far
 
     @property
     def device(self) -> torch.device:
@@ -210,6 +211,7 @@ class Reader:
         **more: Any,
     ) -> list[Answer]:
         """ids, mask: [B, L]. Sampling parameters that a checkpoint brings along are set aside."""
+        self.longest = max(self.longest, ids.shape[1] + max_new_tokens)
         if stop:
             more |= {"stop_strings": list(stop), "tokenizer": self.tokenizer}
         if "past_key_values" not in more:
@@ -276,6 +278,7 @@ class Reader:
         """
         from transformers import DynamicCache
 
+        self.longest = max(self.longest, ids.shape[1])
         ids = ids.to(self.device)
         cache = deepcopy(prefix.cache) if prefix else DynamicCache(config=self.model.config)
         first = prefix.length if prefix else 0

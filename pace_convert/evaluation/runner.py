@@ -17,7 +17,7 @@ from ..progress import Progress
 from .folder import results_folder
 from .intervals import Mean, difference, mean_of
 from .reader import Reader
-from .subjects import Subject, load, reach
+from .subjects import Subject, blocks_of, load, reach
 
 
 class Evaluation(Protocol):
@@ -66,21 +66,34 @@ class CellTask:
         return f"{self.subject.key()}/{self.cell}"
 
     def run(self) -> dict:
-        """{"records": ...}, as the journal keeps it."""
+        """{"records": ..., "longest": tokens}, as the journal keeps it."""
         reader = load(self.subject, self.device)
-        return {"subject": self.subject.name, "records": self.evaluation.run(reader, self.cell)}
+        records = self.evaluation.run(reader, self.cell)
+        return {"subject": self.subject.name, "records": records, "longest": reader.longest}
 
 
 @dataclass(frozen=True)
 class Results:
-    """records: [subject][cell] -> one record a question. facts: what results.json holds, once
-    written.
+    """records: [subject][cell] -> one record a question. longest: [subject] -> tokens of the
+    longest row that it read. facts: what results.json holds, once written.
     """
 
     evaluation: Evaluation
     subjects: list[Subject]
     records: dict[str, dict[str, list[dict]]] = field(default_factory=dict)
     facts: dict = field(default_factory=dict)
+    longest: dict[str, int] = field(default_factory=dict)
+
+    def notes(self) -> list[str]:
+        """What the numbers alone do not say: what was left out, whose memory could do nothing."""
+        blocks = {s.name: blocks_of(s) for s in self.subjects if s.name in self.longest}
+        absent = [] if self.whole else left_out(self.evaluation, self.subjects)
+        return absent + [
+            f"{name}: its memory did nothing here: it acts from token {size + 1} on "
+            f"(update_interval {size}), and the longest text had {self.longest[name]} tokens."
+            for name, size in blocks.items()
+            if size is not None and self.longest[name] <= size
+        ]
 
     def groups(self) -> list[str]:
         """Rows of the table, in order; not those that nobody was asked."""
@@ -170,17 +183,12 @@ class Results:
             for cell, rows in self.records[name].items()
             if rows
         ]
-        left_out = {} if self.whole else {"left_out": self.left_out()}
-        return {**self.asked(), "table": table, "cells": cells, **left_out}
+        return {**self.asked(), "table": table, "cells": cells}
 
     @property
     def all_name(self) -> str:
         """Of the row over all groups."""
         return "all" if self.whole else "asked of all"
-
-    def left_out(self) -> list[str]:
-        """In words, what some subjects were not asked, and why."""
-        return left_out(self.evaluation, self.subjects)
 
     def asked(self) -> dict:
         """For JSON: what was asked of whom."""
@@ -246,7 +254,15 @@ def run_cells(
         records: dict[str, dict[str, list[dict]]] = {subject.name: {} for subject in subjects}
         for task in tasks:
             records[task.subject.name][task.cell] = journal.done[task.key]["records"]
-    return Results(evaluation, list(subjects), records)
+        read: dict[str, list[int | None]] = {subject.name: [] for subject in subjects}
+        for task in tasks:  # a journal of an earlier version does not know
+            read[task.subject.name].append(journal.done[task.key].get("longest"))
+    longest = {
+        name: max(tokens for tokens in found if tokens is not None)
+        for name, found in read.items()
+        if found and None not in found
+    }
+    return Results(evaluation, list(subjects), records, longest=longest)
 
 
 def beyond(evaluation: Evaluation, subject: Subject, cell: str) -> bool:

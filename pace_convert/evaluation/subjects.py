@@ -189,6 +189,29 @@ def layer_count(model: str) -> int:
     return opened.layers
 
 
+def tokenizer_of(model: str) -> Any:
+    """Its tokenizer, which needs no weights. Raises PaceError where none loads."""
+    opened = _open(model)
+    tokenizer = load_tokenizer(
+        opened.files.folder if isinstance(opened, Converted) else opened.folder
+    )
+    if tokenizer is None:
+        raise PaceError(
+            f"{model} has no tokenizer that loads", "copy the source's tokenizer files there"
+        )
+    return tokenizer
+
+
+def blocks_of(subject: Subject) -> int | None:
+    """Tokens of a block of its memory, U, before which it can do nothing; None without a
+    memory.
+    """
+    memory = {**memory_parameters(subject.model), **dict(subject.memory)}
+    arm = ARMS.get(subject.arm)
+    on = bool(memory) and (arm.granularity if arm else memory["enabled"])
+    return memory["update_interval"] if on and memory["layers"] else None
+
+
 @dataclass
 class Loaded:
     """A model in memory; what it was made from, and the parameters it was loaded with."""
@@ -248,12 +271,7 @@ def _load(model: str, clustered: bool, device: str, trust_remote_code: bool) -> 
     loaded = load_model(files, device=device, trust_remote_code=trust_remote_code)
     if isinstance(files, Converted) and not clustered:
         _restore_order(loaded, files)
-    tokenizer = load_tokenizer(files.files.folder if isinstance(files, Converted) else files.folder)
-    if tokenizer is None:
-        raise PaceError(
-            f"{model} has no tokenizer that loads", "copy the source's tokenizer files there"
-        )
-    return Loaded(loaded, tokenizer, memory_parameters(model))
+    return Loaded(loaded, tokenizer_of(model), memory_parameters(model))
 
 
 @torch.no_grad()

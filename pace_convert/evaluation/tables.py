@@ -22,10 +22,8 @@ MOST_COLUMNS = 7  # subjects side by side; more become rows
 
 
 def show_results(results: Results, folder: Path, beside: Columns | None = None) -> None:
-    """The table, what was left out, and where all numbers are."""
+    """The table, and where all numbers are."""
     print_results(results, beside)
-    for sentence in [] if results.whole else results.left_out():
-        print(sentence)
     print(f"All numbers: {folder / RESULTS}")
 
 
@@ -123,11 +121,15 @@ def console(table: Table) -> Console:
 
 
 def percent(made: Mean) -> str:
-    """62.0 (57.1-66.8)"""
+    """62.0 (57.1-66.8), or 62.0 alone where there is no interval."""
+    if not made.has_interval:
+        return f"{100 * made.mean:.1f}"
     return f"{100 * made.mean:.1f} ({100 * made.low:.1f}-{100 * made.high:.1f})"
 
 
 def signed(made: Mean) -> str:
     """+1.2 (-0.3 to +2.7), with a star where the interval leaves zero out."""
+    if not made.has_interval:
+        return f"{100 * made.mean:+.1f}"
     star = " *" if made.beyond_noise else ""
     return f"{100 * made.mean:+.1f} ({100 * made.low:+.1f} to {100 * made.high:+.1f}){star}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..converted.activations import listening
-from ..converted.load import load_model
+from ..converted.load import in_words, load_model
 from ..converted.opened import Converted
 from ..errors import PaceError
 from ..modeling.memory_settings import MemorySettings
@@ -57,7 +57,8 @@ def probe(
         )
     shares = _Shares([sizes for _, sizes in converted.orders], len(text.ids))
     traces = _traces(converted)
-    cache = _run(model, converted, text.ids, shares=shares, traces=traces, progress=progress)
+    with in_words(converted, "run"):
+        cache = _run(model, converted, text.ids, shares=shares, traces=traces, progress=progress)
     summary = model.memory_summary(cache) if traces else {}
     hits = {layer: summary[layer]["hits"][0] for layer in traces}
     return Probe(text, shares.bounds, shares.means(), traces, hits)

@@ -79,7 +79,7 @@ def phases(source: Path, out: Path) -> dict[str, float]:
     """Seconds of one conversion in this process, by what they were spent on."""
     from pace_convert.checkpoint.checkpoint import open_source
     from pace_convert.conversion import convert as conversion
-    from pace_convert.conversion import tasks
+    from pace_convert.conversion import places, tasks
     from pace_convert.experts import cluster
     from pace_convert.options import ConvertOptions, RunOptions
     from pace_convert.progress import Progress
@@ -96,16 +96,16 @@ def phases(source: Path, out: Path) -> dict[str, float]:
 
         return wrapper
 
-    places = {
+    parts = {
         "clustering": (cluster, "cluster_neurons"), "reading": (tasks, "read"),
         "writing": (tasks, "write"), "copying": (tasks, "copy_range"),
-        "flushing": (tasks.Shard, "flush"), "checking": (tasks, "first_bad_row"),
+        "flushing": (places, "flush"), "checking": (places, "first_bad_row"),
     }  # fmt: skip
-    before = {name: getattr(owner, attribute) for name, (owner, attribute) in places.items()}
+    before = {name: getattr(owner, attribute) for name, (owner, attribute) in parts.items()}
     shutil.rmtree(out, ignore_errors=True)
     start = time.perf_counter()
     try:
-        for name, (owner, attribute) in places.items():
+        for name, (owner, attribute) in parts.items():
             setattr(owner, attribute, timed(name, before[name]))
         opened = open_source(str(source))
         prepared = conversion.prepare(
@@ -113,7 +113,7 @@ def phases(source: Path, out: Path) -> dict[str, float]:
         )
         conversion.carry_out(prepared, Progress(quiet=True))
     finally:
-        for name, (owner, attribute) in places.items():
+        for name, (owner, attribute) in parts.items():
             setattr(owner, attribute, before[name])
     total = time.perf_counter() - start
     return {**spent, "permuting and the rest": total - sum(spent.values()), "total": total}

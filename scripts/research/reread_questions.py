@@ -149,6 +149,7 @@ def main() -> None:
     parser.add_argument("--arm", action="append", default=[])
     parser.add_argument("--window", default="window=512,spans=8,layer=7")
     parser.add_argument("--part", default="0/1", help="every n-th context, from the k-th on")
+    parser.add_argument("--questions", type=int, default=99, help="of each context, at most")
     parser.add_argument("--threads", type=int, default=1)
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
@@ -173,7 +174,7 @@ def ask_context(
     """All arms on all questions to a text."""
     asker = Asker(reader, window)
     template, made = official_prompt(PROMPT)[0], []
-    for _, question, right in context.questions:
+    for _, question, right in context.questions[: asked.questions]:
         text = template.render(context=context.text, question=question)
         chat = reader.chats
         prompt = Prompt.of(reader, reader.chat(text) if chat else text, right, chat)

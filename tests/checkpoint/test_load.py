@@ -80,7 +80,9 @@ def test_what_does_not_load_is_said_in_a_line(folders, tmp_path, make_source):
         file.write("raise RuntimeError('edited code ran\\nand more')\n")
     with pytest.raises(CallError, match=r"memory_bank\.py is not as this version ships it"):
         load_model(open_converted(copy))
-    with pytest.raises(PaceError, match=r"out does not load: edited code ran$") as error:
+    with pytest.raises(
+        PaceError, match=r"out does not load: memory_bank\.py: edited code ran"
+    ) as error:
         load_model(open_converted(copy), trust_remote_code=True)
     assert "pace verify" in error.value.hint
     source = shutil.copytree(make_source("qwen2"), tmp_path / "wide")

@@ -41,6 +41,12 @@ TRANSFORMERS = {
 # The one file that may write and read another, where a caller says so: a text that was read.
 FILE = "reread_file.py"
 OF_FILE = {"json", "pathlib", "safetensors", "safetensors.torch"}
+SAVING = {"json", "pathlib", "transformers.utils"}
+# What the one file that opens files does: `save_pretrained` copies two of them.
+IN_SAVING = {
+    *(f"imports {name}" for name in SAVING),
+    *("uses .push_to_hub", "uses .save_pretrained", "uses OSError", "uses bytes"),
+}
 BUILTINS = {
     "BaseException", "Exception", "NotImplementedError", "OSError", "RuntimeError", "TypeError",
     "ValueError", "abs", "all", "any", "bool", "bytearray", "classmethod", "dict", "enumerate",
@@ -116,16 +122,28 @@ def test_shipped_files_only_compute(shipped):
             (name, found)
             for name, text in shipped
             for found in findings(text, names, OF_FILE if name == FILE else frozenset())
+            if name != "memory_saving.py" or found not in IN_SAVING
         ]
         == []
     )
+
+
+def test_one_file_opens_files(shipped):
+    """It copies two, by their names, and nothing else in it reaches out."""
+    (text,) = (text for name, text in shipped if name == "memory_saving.py")
+    assert set(findings(text, {"memory_saving.py"})) == IN_SAVING
+    calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+    named = sorted(call.func.attr for call in calls if isinstance(call.func, ast.Attribute))
+    assert [name for name in named if name in ("read_bytes", "write_bytes", "replace")] == [
+        "read_bytes", "replace", "write_bytes",
+    ]  # fmt: skip
 
 
 def test_nothing_is_allowed_that_is_not_used(shipped):
     trees = [ast.parse(text) for _, text in shipped]
     modules = {module for tree in trees for module, _ in imported(tree)[0]}
     names = {node.id for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    assert modules == STANDARD | TORCH | TRANSFORMERS | OF_FILE and names >= BUILTINS
+    assert modules == STANDARD | TORCH | TRANSFORMERS | SAVING | OF_FILE and names >= BUILTINS
 
 
 def test_nothing_points_to_what_is_not_there(shipped):

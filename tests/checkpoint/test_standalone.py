@@ -18,6 +18,7 @@ from helpers import (
 from safetensors import safe_open
 
 from pace_convert.converted.format import SEAL
+from pace_convert.reference import reference_model
 
 SHIPPED = [
     "memory_bank.py",
@@ -25,6 +26,7 @@ SHIPPED = [
     "memory_cache.py",
     "memory_draft.py",
     "memory_layer.py",
+    "memory_saving.py",
     "memory_session.py",
     "memory_settings.py",
     "memory_stack.py",
@@ -72,6 +74,19 @@ def test_loaded_alone_is_what_is_loaded_here(qwen2_pair, tmp_path):
         assert model(ids).logits.sum().item() == pytest.approx(alone["sum"], rel=1e-12)
         with model.memory_disabled():
             assert model(ids).logits.sum().item() != pytest.approx(alone["sum"], rel=1e-9)
+
+
+def test_the_tokenizer_needs_no_code_and_asks_nothing(tmp_path):
+    """Neither with trust nor without; stdin is closed, and a question would be an error."""
+    convert_folder(reference_model(), tmp_path / "out", experts=16)
+    code = """
+import json
+from transformers import AutoTokenizer
+load = AutoTokenizer.from_pretrained
+found = [load(sys.argv[1], trust_remote_code=value) for value in (False, True)]
+print(json.dumps([type(one).__module__.split(".")[0] for one in found]))
+"""
+    assert run_alone(code, tmp_path / "out", modules=tmp_path) == ["transformers"] * 2
 
 
 def test_config_without_pace_is_the_base_model(qwen2_pair, tmp_path):
@@ -124,8 +139,8 @@ def test_exact_files(make_source, tmp_path):
         [
             SEAL, "LICENSE", "README.md", "README.source.md", "chat_template.jinja", "config.json",
             "config.source.json", "generation_config.json", "model.safetensors",
-            "model.safetensors.index.json", "nested/notes.txt", "pace_permutation.safetensors",
-            "tokenizer.json", *SHIPPED,
+            "model.safetensors.index.json", "nested/notes.txt", "pace_hashes.json",
+            "pace_permutation.safetensors", "tokenizer.json", *SHIPPED,
         ]
     )  # fmt: skip
     for name in ("LICENSE", "tokenizer.json", "chat_template.jinja", "nested/notes.txt"):

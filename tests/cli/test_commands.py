@@ -93,6 +93,18 @@ def test_dry_run_prints_the_plan_and_writes_nothing(make_source, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_plan_shows_what_the_memory_will_do(make_source, tmp_path):
+    chosen = ("--granularity", "expert", "--theta-high", 0.6, "--theta-low", 0.1, "--top-k", 3)
+    words = ("granularity expert", "reuses above 0.6, mixes above 0.1", "3 similar and 2 dissim")
+    source, out = make_source("llama"), tmp_path / "out"
+    shown = pace_convert(source, out, "--experts", 8, "--dry-run", *chosen).stdout
+    assert all(word in shown for word in words), shown
+    shown = pace_convert(source, out, "--experts", 8, "--dry-run").stdout
+    assert "whole activations (granularity token): reuses above 0.75, mixes above 0.25" in shown
+    shown = pace_convert(source, out, "--experts", 8, "--dry-run", "--memory-layers", "none").stdout
+    assert "memory     none, in no layer" in shown
+
+
 def test_verify_says_so_with_numbers(qwen2_pair):
     done = pace_convert(qwen2_pair[1], "--source", qwen2_pair[0], command=("verify",))
     assert done.returncode == 0

@@ -105,13 +105,23 @@ def test_not_a_causal_language_model(source, tmp_path):
     )
 
 
-def test_already_converted(qwen2_pair, tmp_path):
-    refuse(
-        pace_convert(qwen2_pair[1], tmp_path / "out"),
-        2,
-        "is a PaceLLM already",
-        out=tmp_path / "out",
-    )
+@pytest.mark.parametrize("options", [(), ("--no-memory",)], ids=["memory", "no memory"])
+def test_already_converted(source, tmp_path, options):
+    made, out = tmp_path / "made", tmp_path / "out"
+    assert pace_convert(source, made, "--experts", 8, *options).returncode == 0
+    refuse(pace_convert(made, out), 2, "is a PaceLLM already", f"pace undo {made} ORIG", out=out)
+
+
+def test_resume_of_a_finished_conversion_with_other_options(source, tmp_path):
+    out = tmp_path / "out"
+    assert pace_convert(source, out, "--experts", 8).returncode == 0
+    for options, words in [
+        (("--experts", 9), "--experts was 8 and is 9"),
+        (("--experts", 8, "--slots", 7), "--slots was 100 and is 7"),
+    ]:
+        refuse(pace_convert(source, out, *options, "--resume"), 2, "is finished", words)
+    edit_config(source, rope_theta=1.0)
+    refuse(pace_convert(source, out, "--experts", 8, "--resume"), 2, "config.json of the source")
 
 
 def test_pickled_only(source, tmp_path):
@@ -291,7 +301,7 @@ def test_out_inside_source(source):
     refuse(
         pace_convert(source, source / "out", "--experts", 8), 2, "lies inside", out=source / "out"
     )
-    refuse(pace_convert(source, source, "--experts", 8), 2, "lies inside")
+    refuse(pace_convert(source, source, "--experts", 8), 2, "OUT is SOURCE")
     assert (source / WEIGHTS).exists()
 
 
@@ -437,3 +447,21 @@ def test_verify_and_inspect_of_the_wrong_folder(source, qwen2_pair, make_source,
         2,
         "is a llama",
     )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(source, tmp_path):
+    """Before anything is done, and in a dry run too."""
+    for more in ((), ("--dry-run",)):
+        refuse(
+            pace_convert(source, tmp_path / "out", "--experts", 8, "--device", "cuda", *more),
+            2,
+            "--device cuda: there is no such GPU",
+            out=tmp_path / "out",
+        )
+
+
+def test_a_ray_cluster_that_is_not_there(source, tmp_path):
+    where = ("--executor", "ray", "--ray-address", "127.0.0.1:9")
+    done = pace_convert(source, tmp_path / "out", "--experts", 8, "--dry-run", *where)
+    refuse(done, 2, "no Ray cluster at 127.0.0.1:9", out=tmp_path / "out")

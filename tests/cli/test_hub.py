@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import refuse
+from helpers import hashes, refuse
 from hub_server import Hub, Repository
 
 from pace_convert.reference.tokenizer import build_tokenizer
@@ -166,3 +166,42 @@ def test_server_out_of_order(hub, run, tmp_path):
 def test_no_network(run, tmp_path):
     done = run("convert", REPO, tmp_path / "out", HF_ENDPOINT="http://127.0.0.1:9")
     refuse(done, 1, "the Hub did not give", "network", out=tmp_path / "out")
+
+
+OFFLINE = [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}]
+
+
+@pytest.mark.parametrize("away", [*OFFLINE, "broken"], ids=["offline", "no network", "broken"])
+def test_a_source_that_is_whole_in_the_cache_needs_no_hub(hub, run, tmp_path, away):
+    online, out = tmp_path / "online", tmp_path / "out"
+    assert run("convert", REPO, online, "--experts", 8).returncode == 0
+    if away == "broken":
+        away, hub.hook = {}, lambda *_: 503
+    done = run("convert", REPO, out, "--experts", 8, **away)
+    assert done.returncode == 0, done.stderr
+    said = f"{REPO}: the Hub is out of reach; taking commit {hub.repositories[REPO].sha} from its"
+    assert said in done.stderr and "without" not in done.stderr
+    assert hashes(out) == hashes(online)
+    done = run("verify", out, "--source", REPO, **away)
+    assert done.returncode == 0 and said in done.stderr, done.stderr
+    done = run("convert", REPO, out, "--experts", 8, "--resume", **away)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_the_cache_lacks_is_said(hub, run, tmp_path):
+    out = tmp_path / "out"
+    refuse(run("convert", REPO, out, **OFFLINE[0]), 1, f"its cache has no {REPO}", out=out)
+    assert run("convert", REPO, out, "--experts", 8, "--dry-run").returncode == 0
+    done = run("convert", REPO, out, "--experts", 8, **OFFLINE[0])
+    refuse(done, 1, "not whole in the Hub's cache", "model-00001", "is missing", out=out)
+    assert run("convert", REPO, tmp_path / "a", "--experts", 8).returncode == 0
+    refuse(
+        run("convert", REPO, out, "--revision", "v9", **OFFLINE[0]),
+        1,
+        f"its cache has no {REPO} at v9",
+        out=out,
+    )
+    (snapshot,) = (tmp_path / "cache").glob("models--*/snapshots/*")
+    (snapshot / "README.md").unlink()
+    done = run("convert", REPO, out, "--experts", 8, **OFFLINE[0])
+    assert done.returncode == 0 and "from its cache, without README.md" in done.stderr

@@ -72,7 +72,7 @@ def journal(out: Path) -> str:
 
 def test_resume_does_not_take_another_models_conversion_for_its_own(other, out):
     before = hashes(out)
-    refuse(pace_convert(other, out, *OPTIONS, "--resume"), 2, "is not empty")
+    refuse(pace_convert(other, out, *OPTIONS, "--resume"), 2, "is finished, and another", "source")
     assert hashes(out) == before
     assert pace_convert(other, out, *OPTIONS, "--resume", "--overwrite").returncode == 0
     assert hashes(out) != before

@@ -182,7 +182,8 @@ def test_resume_of_what_is_finished_is_done_at_once(source, undisturbed, tmp_pat
     states = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     assert run(source, out, tmp_path / "log", "--resume") == 0
     assert states == {path: path.stat().st_mtime_ns for path in out.iterdir()}
-    assert "is not empty" in refused(source, out, tmp_path, "--resume", "--seed", 5)
+    other = refused(source, out, tmp_path, "--resume", "--seed", 5)
+    assert "is finished, and another conversion: --seed was 0 and is 5" in other
 
 
 def test_a_damaged_journal_is_said_and_overwritten(source, half_done, tmp_path):

@@ -10,15 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import synthetic
-from helpers import ACTIVE, hashes, pace_convert, refuse
+import torch
+from helpers import ACTIVE, convert_folder, hashes, load, pace_convert, random_ids, refuse
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from pace_convert.checkpoint import shards
 from pace_convert.checkpoint.checkpoint import open_source
 from pace_convert.conversion import tasks
 from pace_convert.conversion.convert import prepare
-from pace_convert.errors import CallError
+from pace_convert.errors import CallError, DamagedSourceError
 from pace_convert.evaluation.cost.shapes import SHAPES
 from pace_convert.journal import Journal
 from pace_convert.options import ConvertOptions, RunOptions
@@ -225,3 +227,47 @@ def test_dry_run_of_a_model_far_larger_than_the_machine(tmp_path, name):
         refuse(done, 2, "GB free", "choose another disk", out=tmp_path / "out")
     else:
         assert done.returncode == 0
+
+
+CONSTANT = (
+    "gpt_neox.layers.0.attention.masked_bias", "gpt_neox.layers.0.attention.bias",
+    "gpt_neox.layers.0.attention.rotary_emb.inv_freq", "transformer.h.3.attn.masked_bias",
+    "h.0.attn.bias", "model.layers.1.self_attn.rotary_emb.cos_cached",
+)  # fmt: skip
+COMPUTED = (
+    "h.0.attn.c_attn.bias", "gpt_neox.layers.0.attention.dense.bias", "model.norm.weight",
+    "transformer.h.0.mlp.fc_in.bias", "gpt_neox.layers.0.attention.query_key_value.bias",
+    "transformer.h.0.self_attention.dense.bias", "lm_head.bias",
+)  # fmt: skip
+
+
+def test_constants_are_told_from_what_a_model_computes_with():
+    assert all(map(shards.is_constant, CONSTANT)) and not any(map(shards.is_constant, COMPUTED))
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "gptj", "gpt2"])
+def test_constants_may_be_infinite(make_source, tmp_path, family):
+    """Checkpoints of older transformers hold -inf as a mask's value, in float16."""
+    source = Path(shutil.copytree(make_source(family, dtype=torch.float16), tmp_path / "source"))
+    weights = load_file(source / "model.safetensors")
+    attention = next(n for n in weights if ".attn" in n or ".attention" in n)
+    path = attention[: attention.index(".att")] + (".attn", ".attention")[".attention" in attention]
+    weights[f"{path}.masked_bias"] = torch.tensor(float("-inf"), dtype=torch.float16)
+    weights[f"{path}.bias"] = torch.ones(1, 1, 64, 64, dtype=torch.uint8).tril()
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    out, original = tmp_path / "out", tmp_path / "original"
+    convert_folder(source, out)
+    load(out)(random_ids(1, 30))
+    whole = pace_convert(out, "--source", source, command=("verify",))
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    assert pace_convert(out, original, command=("undo",)).returncode == 0
+    assert hashes(original) == hashes(source)
+
+
+def test_an_infinite_weight_of_attention_is_named(make_source, tmp_path):
+    source = Path(shutil.copytree(make_source("gpt_neox"), tmp_path / "source"))
+    weights = load_file(source / "model.safetensors")
+    weights["gpt_neox.layers.1.attention.dense.bias"][3] = float("nan")
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DamagedSourceError, match=r"layers\.1\.attention\.dense\.bias has a NaN"):
+        convert_folder(source, tmp_path / "out")

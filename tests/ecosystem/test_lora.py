@@ -109,3 +109,18 @@ def test_merged_model_is_saved_and_loads_again(qwen2_pair, trained, tmp_path):
     for model in (merged.eval(), load(tmp_path / "merged")):
         torch.testing.assert_close(model(ids).logits, logits, rtol=1e-6, atol=1e-6)
         assert_memory_acted(model.memory_summary(generate(model, ids)[1]))
+
+
+def test_virtual_tokens(qwen2_pair):
+    """Prompt tuning puts embeddings before the text, which the memory reads as tokens; prefix
+    tuning fills the cache, whose tokens it can't have seen.
+    """
+    ids = random_ids(1, 20)
+    mask = torch.ones_like(ids)
+    made = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    tuned = peft.get_peft_model(load(qwen2_pair[1]), made)
+    assert tuned(input_ids=ids, attention_mask=mask).logits.shape == (1, 24, 120)
+    made = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    tuned = peft.get_peft_model(load(qwen2_pair[1]), made)
+    with pytest.raises(ValueError, match="it begins with a tuned prefix"):
+        tuned(input_ids=ids, attention_mask=mask)

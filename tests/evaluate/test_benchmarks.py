@@ -190,6 +190,22 @@ def test_blank_lines_are_no_questions_and_other_encodings_are_refused(tmp_path):
         Records("", folder=str(tmp_path)).read("qa", ("n",), None)
 
 
+def test_a_file_under_another_name_is_the_one_data_set_of_tasks(reference, tmp_path):
+    data, none = official.longbench_files(tmp_path / "data", count=2), tmp_path / "none"
+    mine = (data / "hotpotqa.jsonl").rename(tmp_path / "my questions.jsonl")
+    arguments = ("--data", mine, "--arms", "base", "--json")
+    done = evaluate("longbench", reference, *arguments, "--tasks", "hotpotqa", "--out", none)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["cells"][0]["questions"] == 2
+    refuse(
+        evaluate("longbench", reference, *arguments, "--out", tmp_path / "no"),
+        2,
+        "is one file, and 14 data sets are asked for",
+        "pace eval qa",
+        out=tmp_path / "no",
+    )
+
+
 def test_wrong_calls(reference, tmp_path):
     data, none = official.longbench_files(tmp_path / "data", count=1), tmp_path / "none"
     (data / "lcc.jsonl").unlink()

@@ -12,6 +12,7 @@ from helpers import pace_convert
 from pace_convert.cli.main import pace
 from pace_convert.errors import CallError, PaceError
 from pace_convert.evaluation import options as shared
+from pace_convert.evaluation import subjects
 from pace_convert.evaluation.benchmarks.table import BENCHMARKS
 from pace_convert.evaluation.evaluate import evaluate, sweep
 from pace_convert.options import option_name
@@ -86,6 +87,35 @@ def test_wrong_calls_from_python(reference, tmp_path, name, options, words):
         evaluate(name, reference, out=tmp_path / "none", **options)
     assert words in error.value.message and error.value.hint
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("length", ["0", "10", "40"])
+def test_lengths_that_hold_no_needle_are_said_before_a_model_is_loaded(
+    reference, tmp_path, monkeypatch, length
+):
+    monkeypatch.setattr(subjects, "_load", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(CallError) as error:
+        evaluate("needle", reference, lengths=f"{length},1k", out=tmp_path / "none")
+    said = error.value
+    assert f"--lengths {length} is too short: a needle and a question take " in said.message
+    assert not (tmp_path / "none").exists()
+    monkeypatch.undo()
+    enough = int(said.message.split()[-2])
+    assert f"lengths of {enough} and more" in said.hint and enough > int(length)
+
+
+def test_a_memory_that_could_do_nothing_is_said(reference, tmp_path):
+    """The reference model's folder has blocks of 64 tokens."""
+    texts = tmp_path / "t.txt"
+    texts.write_text("the old farmer saw a lamp . " * 30)
+    options = {"on": [texts], "length": 60, "variants": ["update_interval=16"]}
+    short = evaluate("text", reference, out=tmp_path / "short", **options)
+    (note,) = short.facts["notes"]
+    assert note.startswith("pace: its memory did nothing here: it acts from token 65 on")
+    again = evaluate("text", reference, out=tmp_path / "short", **options)
+    assert again.facts["notes"] == [note]  # from the journal
+    long = evaluate("text", reference, out=tmp_path / "long", **{**options, "length": 100})
+    assert long.facts["notes"] == []
 
 
 def test_a_missing_package_of_the_extra_is_named_before_any_work(reference, tmp_path, monkeypatch):

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from pace_convert.evaluation.intervals import difference, mean_of, ratio, ratio_difference
+from pace_convert.evaluation.measures import plain
+from pace_convert.evaluation.tables import percent, signed
 
 
 def test_covers_the_truth_about_as_often_as_it_says():
@@ -19,6 +21,17 @@ def test_covers_the_truth_about_as_often_as_it_says():
 def test_the_mean_of_cells_counts_each_cell_once():
     made = mean_of([[1.0] * 30, [0.0] * 90])
     assert made.mean == 0.5 and made.count == 120 and made.low == made.high == 0.5
+
+
+def test_one_question_has_no_interval():
+    """+0.0 (+0.0 to +0.0) would say that nothing differs."""
+    one, two = mean_of([[0.5]]), mean_of([[0.5, 0.7]])
+    assert one.as_dict() == {"mean": 0.5, "low": None, "high": None, "count": 1}
+    assert (percent(one), signed(one)) == ("50.0", "+50.0") and not one.beyond_noise
+    assert two.as_dict()["low"] is not None and "(" in percent(two)
+    cluster = ratio([3.0], [4.0])
+    assert not cluster.has_interval and not cluster.beyond_noise and plain(cluster, 2) == "0.75"
+    assert ratio([3.0, 1.0], [4.0, 4.0]).has_interval
 
 
 def test_small_cells_are_one_sample():

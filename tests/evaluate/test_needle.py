@@ -24,6 +24,7 @@ from pace_convert.evaluation.benchmarks.needle_results import measurable_context
 from pace_convert.evaluation.benchmarks.needle_text import (
     Needles,
     Prompt,
+    TooShortError,
     prose_prompts,
     reference_prompts,
 )
@@ -148,7 +149,7 @@ def test_pairs_of_keys_and_values(depth):
     key = list(pairs)[round(depth * (len(pairs) - 1))]
     assert pairs[key] == prompt.answer and key in question
     assert prompt.facts == (f'"{key}": "{prompt.answer}"',) and len(key) == 8
-    with pytest.raises(CallError, match="no pair fits"):
+    with pytest.raises(TooShortError, match="a pair and a question"):
         kind_prompts("prose", Needles(kind="keyvalue"), 100, depth, 1, letters)
 
 
@@ -167,8 +168,10 @@ def test_a_long_haystack_is_counted_bit_by_bit():
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(CallError, match="tokens more than 20"):
-        prose_prompts("prose", Needles(4, 4), 20, 0.5, 0, words)
+    for length in (20, -5):
+        with pytest.raises(TooShortError) as error:
+            prose_prompts("prose", Needles(4, 4), length, 0.5, 0, words)
+        assert length + error.value.missing == 4 * 6 + 11  # facts, and the question
     with pytest.raises(CallError, match="words more than 20"):
         reference_prompts(Needles(4, 4), 20, 0.5, 0)
 

@@ -343,6 +343,10 @@ def test_quantised_cache(pace):
         model.generate(prompt, memory_enabled=enabled, **kwargs) for enabled in (True, False)
     )
     summary = model.memory_summary(on.past_key_values)[1]
+    lines = str(model.memory_summary(on.past_key_values)).splitlines()
+    assert len(lines) == 2 and lines[0].startswith("layer 1: ") and max(map(len, lines)) < 200
+    assert f"{sum(summary['reused'])} reused" in lines[0]
+    assert str(model.memory_summary(off.past_key_values)).startswith("no memory: it was off")
     assert (
         summary["blocks"] == [3]
         and summary["kept"][0] + summary["mixed"][0] + summary["reused"][0] == 80

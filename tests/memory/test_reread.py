@@ -149,7 +149,10 @@ def test_batch_padding_and_split_change_nothing(qwen, data):
         close(qwen, found, alone)
 
 
-def test_the_end_of_a_prompt_looks_up(qwen):
+@pytest.mark.parametrize("vote", ["phrase", "cube"])
+def test_the_end_of_a_prompt_looks_up(qwen2_pair, vote):
+    qwen = prepared(qwen2_pair[1])
+    qwen.set_window(16, vote=vote)
     ids = random_ids(1, LONG, seed=9)
     rules = slow(qwen, ids[0].tolist(), [80])
     cache = DynamicCache(config=qwen.config)

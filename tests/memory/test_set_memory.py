@@ -53,8 +53,8 @@ def test_a_running_sequence_keeps_its_own(qwen2_pair):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"slots": 0}, "at least 1"), ({"theta_low": 0.9}, "theta_low"),
-        ({"layers": (9,)}, "no such layer"), ({"nonsense": 1}, "nonsense"),
+        ({"slots": 0}, "from 1 to 65536"), ({"theta_low": 0.9}, "theta_low"),
+        ({"layers": (9,)}, "no such layer; its layers are 0 to 3"), ({"nonsense": 1}, "nonsense"),
         ({"granularity": "neuron"}, "granularity"),
         ({"fusion_weight": 5, "momentum": -3}, "fusion_weight is 5"),
         ({"slots": 4, "momentum": -3}, "momentum is -3"),

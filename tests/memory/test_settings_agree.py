@@ -17,10 +17,14 @@ PARAMETERS = sorted(
     set(ConvertOptions.model_fields)
     - {*EXPERT_OPTIONS, *WINDOW_OPTIONS, "memory_layers", "preset", "no_memory"}
 )
+KNOWN = ", ".join(["enabled", "layers", *MemorySettings.parameters()])
 VALUES = st.one_of(
     st.integers(-3, 3),
     st.sampled_from(
-        [10**400, -(10**400), -1.0, 0.0, 1.0, math.nextafter(1.0, 2.0), math.nextafter(-1.0, -2.0)]
+        [
+            *(10**400, -(10**400), 10**12, 65536, 65537, 1 << 20, (1 << 20) + 1, 1e29, -100.0, 101),
+            *(-1.0, 0.0, 1.0, math.nextafter(1.0, 2.0), math.nextafter(-1.0, -2.0)),
+        ]
     ),
     st.floats(),
     st.floats(-1.5, 1.5),
@@ -81,15 +85,23 @@ def test_layers(layers):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"slots": 0}, "memory: slots is 0, not a whole number of at least 1"),
-        ({"top_k": True}, "memory: top_k is True, not a whole number of at least 1"),
+        ({"slots": 0}, "memory: slots is 0, not a whole number from 1 to 65536"),
+        ({"top_k": True}, "memory: top_k is True, not a whole number from 1 to 65536"),
         ({"momentum": -3}, "memory: momentum is -3, not a finite number from 0 to 1"),
-        ({"mix_weight": math.inf}, "memory: mix_weight is inf, not a finite number"),
+        (
+            {"mix_weight": math.inf},
+            "memory: mix_weight is inf, not a finite number from -100 to 100",
+        ),
         ({"theta_low": 0.9}, "memory: theta_low 0.9 is above theta_high 0.75"),
-        ({"layers": 3}, "memory: layers is 3, not a list of 0-based layer numbers"),
+        ({"layers": 3}, "memory: layers is 3, not a list of 0-based layer numbers such as (3, 9)"),
         ({"enabled": "no"}, "memory: enabled is 'no', neither true nor false"),
         ({"granularity": "neuron"}, "memory: granularity is 'neuron', not token or expert"),
-        ({"experts": 4}, "memory: unknown parameter experts"),
+        (
+            {"layers": "all"},
+            "memory: layers is 'all', not a list of 0-based layer numbers such as (3, 9)",
+        ),
+        ({"slot": 4}, f"memory: unknown parameter slot; there are {KNOWN}"),
+        ({"experts": 4}, f"memory: unknown parameter experts; there are {KNOWN}"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )

@@ -19,7 +19,7 @@ FLOORS = (
     ("converted",),
     ("checkpoint", "experts"),
     ("options", "journal", "jobs"),
-    ("families", "modeling", "progress", "device", "writing"),
+    ("families", "modeling", "progress", "device", "writing", "yaml_options"),
     ("errors", "units", "version"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -104,6 +104,21 @@ def test_the_command_says_what_it_wrote(sharded, tmp_path):
     assert hashes(tmp_path / "again") == hashes(sharded)
 
 
+def test_the_same_command_again_says_that_it_is_done(sharded, tmp_path):
+    convert_folder(sharded, tmp_path / "out")
+    arguments = (tmp_path / "out", tmp_path / "original")
+    assert pace_convert(*arguments, command=("undo",)).returncode == 0
+    states = {path: path.stat().st_mtime_ns for path in (tmp_path / "original").iterdir()}
+    again = pace_convert(*arguments, command=("undo",))
+    assert again.returncode == 0 and again.stdout.startswith("Already in "), again.stderr
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "original").iterdir()} == states
+    shard = next((tmp_path / "original").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"!")
+    refused(tmp_path / "out", tmp_path / "original", "is not empty", code=2)
+    shard.write_bytes(b"!")
+    refused(tmp_path / "out", tmp_path / "original", "is not empty", code=2)
+
+
 @pytest.mark.slow
 def test_several_processes_write_the_same_bytes(sharded, tmp_path):
     convert_folder(sharded, tmp_path / "out")

@@ -107,12 +107,6 @@ def unbalance(arrays: dict) -> None:
             "lm_head.weight does not lie",
         ),
         (
-            lambda out: edit_json(
-                out / "config.json", lambda c: c["pace"]["memory"].update(layers=[7])
-            ),
-            "memory in layers [7]",
-        ),
-        (
             lambda out: (out / "README.md").unlink(),
             "README.md, which the conversion wrote, is gone",
         ),
@@ -120,7 +114,7 @@ def unbalance(arrays: dict) -> None:
 )
 def test_what_is_wrong_is_named(out, change, words):
     change(out)
-    assert len(problems(out)) == 1 and words in problems(out)[0]
+    assert any(words in problem for problem in problems(out))
 
 
 def cut_a_weight(out: Path) -> None:
@@ -166,6 +160,18 @@ def test_permutation_that_is_none(out, change):
         {"slots": "many"},
         {"layers": 5},
         {"layers": [-1]},
+        {"layers": [7]},
+        {"layers": [10**9]},
+        {"layers": ["a"]},
+        {"layers": None},
+        {"slots": 10**12},
+        {"slots": None},
+        {"slots": 1.5},
+        {"top_k": 10**9},
+        {"update_interval": 10**9},
+        {"reuse_weight": 1e29},
+        {"outlier_norm": 1e300},
+        {"granularity": "words"},
         {"enabled": "yes"},
         {"unknown": 1},
         {"theta_low": 2.0},

@@ -56,22 +56,64 @@ def test_a_preset_sets_the_memory_and_what_is_given_goes_first(tmp_path):
         load_options(None, {"preset": "paper", "no_memory": True})
 
 
+def test_yaml_takes_what_the_command_line_takes(tmp_path):
+    """Names with hyphens or underscores, and values as they are typed there."""
+    (tmp_path / "o.yaml").write_text(
+        "memory-layers: 3,1\ntheta-low: 1e-3\nno-match-norm: true\ntop_k: '3'\n"
+        "cluster-method: exact\nexact-restarts: '2'\n"
+    )
+    options, _ = load_options(tmp_path / "o.yaml", {})
+    assert (options.memory_layers, options.theta_low, options.top_k) == ((1, 3), 1e-3, 3)
+    assert options.match_norm is False and (options.cluster_method, options.exact_restarts) == (
+        "exact",
+        2,
+    )
+    for text, layers in [("3", (3,)), ("all", "all"), ("[4, 2]", (2, 4)), ("none", "none")]:
+        (tmp_path / "o.yaml").write_text(f"memory-layers: {text}")
+        assert load_options(tmp_path / "o.yaml", {})[0].memory_layers == layers
+
+
+def test_a_wrong_value_is_looked_for_where_it_was_given(tmp_path):
+    (tmp_path / "o.yaml").write_text("slots: 7\nmemory-layer: 3\n")
+    with pytest.raises(CallError, match=r"no option memory-layer$") as error:
+        load_options(tmp_path / "o.yaml", {})
+    assert "did you mean memory_layers?" in error.value.hint
+    (tmp_path / "o.yaml").write_text("slots: 0\n")
+    assert load_options(tmp_path / "o.yaml", {"slots": 3})[0].slots == 3
+    with pytest.raises(CallError, match=r"^--slots: "):
+        load_options(tmp_path / "o.yaml", {"slots": -1})
+
+
+def test_layers_in_words():
+    assert resolve_layers(ConvertOptions(memory_layers="all").memory_layers, 3) == (0, 1, 2)
+    assert resolve_layers("second", 5) == (0, 2, 4)
+    assert ConvertOptions(memory_layers=3).memory_layers == (3,)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("preset: papers", "--preset"),
-        ("preset: [paper]", "--preset"),
-        ("match_norm: 1", "--match-norm"),
-        ("outlier_norm: -1", "--outlier-norm"),
-        ("slotz: 7", "--slotz"),
-        ("slots: zero", "--slots"),
+        ("preset: papers", "o.yaml: preset: "),
+        ("preset: [paper]", "o.yaml: preset: "),
+        ("match_norm: 1", "o.yaml: match_norm: "),
+        ("outlier-norm: -1", "o.yaml: outlier-norm: "),
+        ("slotz: 7", "o.yaml: there is no option slotz"),
+        ("slots: zero", "o.yaml: slots: "),
         ("- 1", "not a mapping"),
         ("a: [", "can't read"),
         ("theta_low: 0.9", "above"),
         ("exact_restarts: 3", "--exact-restarts goes with --cluster-method exact"),
         ("ray_address: auto", "--ray-address goes with --executor ray"),
-        ("device: tpu", "--device"),
-        ("jobs: 0", "--jobs"),
+        ("device: tpu", "o.yaml: device: "),
+        ("jobs: 0", "o.yaml: jobs: "),
+        ("memory-layers: [1, x]", "o.yaml: memory-layers: give auto, none, all, second or 0-based"),
+        ("memory_layers: -1", "o.yaml: memory_layers: give auto"),
+        ("slots: 3\nslots: 4", "o.yaml: slots stands twice$"),
+        ("top-k: 3\ntop_k: 4", "o.yaml: top_k stands twice, as top-k too"),
+        ("no-match-norm: 3", "o.yaml: no-match-norm is 3, neither true nor false"),
+        ("match_norm: true\nno-match-norm: true", "stands twice, as match_norm too"),
+        ("revision: main", "o.yaml: revision is no option of the method"),
+        ("push-to-hub: a/b", "o.yaml: push-to-hub is no option of the method"),
     ],
 )
 def test_wrong_yaml_is_named(tmp_path, text, message):

@@ -21,6 +21,7 @@ from .needle_text import (
     Kind,
     Needles,
     Prompt,
+    TooShortError,
     prose_prompts,
     reference_prompts,
     split_sentences,
@@ -172,7 +173,22 @@ class NeedleTest:
         lead = "\nThe code of Victor is" if single else LONGEST_LEAD
         around = len(_row(reader, Prompt("", "", (), lead=lead))[0])
         make = prose_prompts if single else kind_prompts
-        return make(self.haystack, self.needles, length - around, depth, seed, count)
+        try:
+            return make(self.haystack, self.needles, length - around, depth, seed, count)
+        except TooShortError as error:
+            needed = length + error.missing
+            raise CallError(
+                f"--lengths {length} is too short: {error.what} take {needed} tokens",
+                f"give lengths of {needed} and more",
+            ) from error
+
+    def check(self, reader: Reader) -> None:
+        """Whether the shortest texts hold what is hidden in them. reader: needs no model. Raises
+        CallError.
+        """
+        for depth in self.depths:
+            for seed in range(self.seeds):
+                self._prompts(reader, min(self.lengths), depth, self.first_seed + seed)
 
 
 def needle_test(model: str, options: NeedleOptions, any_length: bool) -> NeedleTest:

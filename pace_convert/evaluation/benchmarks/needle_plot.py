@@ -11,6 +11,7 @@ import numpy as np
 from ...units import tokens_text
 from ...writing import write_whole
 from ..runner import Results
+from ..tables import signed
 
 ABREAST = 4
 
@@ -46,9 +47,7 @@ def plot_needle(results: Results, reach: dict[str, int], path: Path) -> None:
         if place and differs:
             below = axes[each * (place // columns) + 1][place % columns]
             made = results.against(name, names[0])
-            title = (
-                f"{name} less {names[0]}\n{made.mean:+.1%} ({made.low:+.1%} to {made.high:+.1%})"
-            )
+            title = f"{name} less {names[0]}\n{signed(made)} %"
             delta = _heat(
                 below, grids[name] - grids[names[0]], lengths, depths, title, "RdBu", (-1, 1)
             )

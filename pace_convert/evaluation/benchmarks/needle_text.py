@@ -41,6 +41,15 @@ class Needles:
     kind: Kind = "single"
 
 
+class TooShortError(CallError):
+    """A text has no room for what is hidden in it. missing: how many tokens more it needs."""
+
+    def __init__(self, what: str, missing: int) -> None:
+        super().__init__(f"{what}: {missing} tokens too few", "give longer --lengths")
+        self.what = what
+        self.missing = missing
+
+
 @dataclass(frozen=True)
 class Prompt:
     """text: up to the question's end. lead: begins the answer where no chat template does.
@@ -100,8 +109,8 @@ def prose_prompts(
     """Prompts of at most `length` tokens, less by one sentence at most. haystack: `prose` or a
     path.
 
-    The first needle stands at `depth`, further ones evenly from there to the end. Raises CallError
-    where a needle and its question do not fit.
+    The first needle stands at `depth`, further ones evenly from there to the end. Raises
+    TooShortError where the needles and a question do not fit.
     """
     rng = rng_of(needles, length, depth, seed)
     facts, asked = _facts(rng, needles)
@@ -128,7 +137,7 @@ def hidden_in(
     count: Count,
 ) -> str:
     """A haystack with facts between its sentences, each at its share of them: with the longest of
-    the questions at most `length` tokens. Raises CallError where these do not fit.
+    the questions at most `length` tokens. Raises TooShortError where these do not fit.
     """
     room = (
         length
@@ -136,10 +145,8 @@ def hidden_in(
         - max(count([f"\n\n{question}" for question in questions]))
     )
     if room < 0:
-        raise CallError(
-            f"{len(facts)} needles and a question need {-room} tokens more than {length}",
-            "give longer --lengths",
-        )
+        many = f"{len(facts)} needles" if len(facts) > 1 else "a needle"
+        raise TooShortError(f"{many} and a question", -room)
     sentences = _sentences(haystack, room, rng, count)
     places = [round(len(sentences) * share) for share, _ in facts]
     for place, fact in sorted(zip(places, (fact for _, fact in facts)), reverse=True):
@@ -150,7 +157,7 @@ def hidden_in(
 def rng_of(needles: Needles, length: int, depth: float, seed: int) -> np.random.Generator:
     import numpy as np  # not above: the help of a command must not wait for it
 
-    seeds = [seed, length, round(1000 * depth), needles.count, needles.hops]
+    seeds = [seed, max(0, length), round(1000 * depth), needles.count, needles.hops]
     kind = get_args(Kind).index(needles.kind)
     return np.random.default_rng([*seeds, kind] if kind else seeds)
 

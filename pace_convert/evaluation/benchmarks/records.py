@@ -4,6 +4,7 @@ downloaded from the Hub.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import zipfile
@@ -32,7 +33,8 @@ class RecordOptions(EvaluationOptions):
     data: Path | None = Field(
         None,
         strict=False,
-        description="Folder of .jsonl files in the official format.  [default: the Hub]",
+        description="Folder of .jsonl files in the official format, or one such file for the one "
+        "data set of --tasks.  [default: the Hub]",
     )
     limit: int | None = Field(None, ge=1, description="Questions of each data set.  [default: all]")
     max_length: int | None = Field(
@@ -49,41 +51,49 @@ class Records:
     """Where a benchmark's files are.
 
     repo_id: of the official data set on the Hub. archive: the zip in it that holds the files; ""
-    where they lie free. folder: of files on this machine instead; "" for the Hub.
+    where they lie free. folder: of files on this machine instead; "" for the Hub. file: the one of
+    them that is read, whatever it is called; "" for NAME.jsonl.
     """
 
     repo_id: str
     archive: str = ""
     folder: str = ""
+    file: str = ""
 
     def read(self, name: str, fields: tuple[str, ...], limit: int | None) -> list[dict]:
         """The first `limit` questions of NAME.jsonl. Raises CallError where it is missing,
         DamagedSourceError for bad lines.
         """
-        with self._open(f"{name}.jsonl") as file:
+        called = self.file or f"{name}.jsonl"
+        with self._open(called) as file:
             lines = (
-                (number, line)
-                for number, line in enumerate(_text(file, f"{name}.jsonl"), 1)
-                if line.strip()
+                (number, line) for number, line in enumerate(_text(file, called), 1) if line.strip()
             )
             questions = [
-                _question(line, f"{name}.jsonl, line {number}", fields)
+                _question(line, f"{called}, line {number}", fields)
                 for number, line in islice(lines, limit)
             ]
         if not questions:
-            raise DamagedSourceError(f"{name}.jsonl is empty", "download it again")
+            raise DamagedSourceError(f"{called} is empty", "download it again")
         return questions
 
     def local(self, folder: Path | None, names: list[str]) -> Records:
-        """The same files in a folder of this machine, or these. Raises CallError where one is
-        missing.
+        """The same files in a folder of this machine, or these. folder: or the one file of the one
+        name. Raises CallError where one is missing.
         """
         if folder is None:
             return self
+        if folder.is_file():
+            if len(names) > 1:
+                raise CallError(
+                    f"--data {folder} is one file, and {len(names)} data sets are asked for",
+                    f"name its one with --tasks, or ask it by `pace eval qa MODEL --on {folder}`",
+                )
+            return replace(self, folder=str(folder.resolve().parent), file=folder.name)
         if not folder.is_dir():
             raise CallError(
                 f"--data {folder} is no folder",
-                "give one that holds the .jsonl files, or leave it out",
+                "give one that holds the .jsonl files, one of these files, or leave it out",
             )
         found = replace(self, folder=str(folder.resolve()))
         found.check(names)
@@ -99,7 +109,8 @@ class Records:
         if absent:
             raise CallError(
                 f"--data {self.folder} has no {absent[0]}.jsonl",
-                f"download it from {self.repo_id}, or leave it out of --tasks",
+                f"download it from {self.repo_id}, leave it out of --tasks, or ask questions of "
+                "your own by `pace eval qa MODEL --on FILE`",
             )
 
     def identity(self) -> str:
@@ -110,7 +121,7 @@ class Records:
             return self.repo_id
         states = [
             (p.name, p.stat().st_size, p.stat().st_mtime_ns)
-            for p in sorted(Path(self.folder).glob("*.jsonl"))
+            for p in sorted(Path(self.folder).glob(glob.escape(self.file) or "*.jsonl"))
         ]
         return hashlib.sha256(json.dumps(states).encode()).hexdigest()[:16]
 

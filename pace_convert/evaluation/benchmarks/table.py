@@ -58,6 +58,12 @@ class Benchmark:
     facts: Callable[[Results, Any, Path], dict] = _facts
     show: Callable[[Results, Path], None] = _show
 
+    def print(self, results: Results, folder: Path) -> None:
+        """Everything that a person should see: what `show` shows, and the notes on it."""
+        self.show(results, folder)
+        for note in results.facts["notes"]:
+            print(note)
+
 
 ROWS = (
     Benchmark(

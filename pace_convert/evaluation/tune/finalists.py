@@ -100,7 +100,8 @@ def judged(
             }
         )
     first = rows[0]
-    wins = first["held_out"]["low"] > 0 and first["held_in"]["mean"] > 0
+    # One item has no interval, and wins nothing.
+    wins = (first["held_out"]["low"] or 0) > 0 and first["held_in"]["mean"] > 0
     over = None
     if memory["layers"] and first["memory"] != memory:
         over = difference([against[first["name"]]], [against[rows[-1]["name"]]])

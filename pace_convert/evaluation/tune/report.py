@@ -68,6 +68,8 @@ def words_of(memory: dict, now: dict) -> str:
 
 
 def _signed(row: dict) -> str:
+    if row["low"] is None:  # of one item
+        return f"{row['mean']:+.3g}"
     star = " *" if row["low"] > 0 or row["high"] < 0 else ""
     return f"{row['mean']:+.3g} ({row['low']:+.3g} to {row['high']:+.3g}){star}"
 
@@ -140,4 +142,5 @@ def verdict(facts: dict, options: TuneOptions) -> str:
 
 def difference_of(row: dict) -> Difference:
     """Of a row's "held_in" or "held_out"."""
-    return Difference(**{name: row[name] for name in ("mean", "low", "high")})
+    ends = {name: row["mean"] if row[name] is None else row[name] for name in ("low", "high")}
+    return Difference(mean=row["mean"], **ends)

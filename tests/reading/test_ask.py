@@ -1,0 +1,137 @@
+"""`pace read` and `pace ask`: real commands on a small model, and where passages come from."""
+
+import json
+
+import pytest
+from helpers import convert_folder, pace_convert, refuse
+
+from pace_convert.errors import CallError
+from pace_convert.options import RunOptions
+from pace_convert.progress import Progress
+from pace_convert.reading.documents import Document, read_document
+from pace_convert.reading.library import read_library
+from pace_convert.reading.reader import DocumentReader
+from pace_convert.reference import reference_model
+
+WORDS = "the code of ada is river and the boat went down the hill to see a tree . "
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """The reference model, which has a tokenizer, with a window of a few tokens."""
+    folder = tmp_path_factory.mktemp("ask") / "out"
+    convert_folder(
+        reference_model(), folder, experts=16, memory_layers="none", window=32, spans=2,
+        span_width=8, first_tokens=4, reread_layer=1, key_size=32,
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def book(tmp_path):
+    """Lines of known numbers."""
+    path = tmp_path / "book.txt"
+    path.write_text("".join(f"{WORDS}\n" for _ in range(40)))
+    return path
+
+
+def ask(*args, **more):
+    return pace_convert(*args, command=("ask",), **more)
+
+
+def test_ask_says_where_it_read(out, book, tmp_path):
+    done = ask(out, "--file", book, "--banks", tmp_path / "banks", "what is the code of ada ?",
+        "--json", "--max-new-tokens", 4)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    [answer] = json.loads(done.stdout)
+    text = book.read_text()
+    assert answer["passages"] and answer["read"] > 600 > answer["context"]
+    for passage in answer["passages"]:
+        assert text[passage["first"] : passage["stop"]] == passage["text"]
+        assert passage["line"] == text.count("\n", 0, passage["first"]) + 1
+    assert "reading book.txt" in done.stderr
+    again = ask(out, "--file", book, "--banks", tmp_path / "banks", "what is the code of ada ?",
+        "--json", "--max-new-tokens", 4)  # fmt: skip
+    assert json.loads(again.stdout) == [answer] and "reading" not in again.stderr
+    assert len(list((tmp_path / "banks").iterdir())) == 1
+
+
+def test_the_screen(out, book, tmp_path):
+    done = ask(out, "--file", book, "--no-bank", "what is the code of ada ?", "where is the boat ?")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Read again") == 2 and "book.txt, line" in done.stdout
+    assert "#" in done.stdout and done.stdout.index("code of ada ?") < done.stdout.index("boat ?")
+
+
+def test_wrong_calls(out, book, tmp_path):
+    refuse(ask(out, "--file", book), 2, "no question")
+    refuse(ask(out, "--file", tmp_path / "absent.txt", "x"), 2, "no such file")
+    (tmp_path / "empty.txt").write_text(" \n")
+    refuse(ask(out, "--file", tmp_path / "empty.txt", "x"), 2, "has no text")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+    refuse(ask(out, "--file", tmp_path / "bytes.txt", "x"), 2, "not a UTF-8 text")
+    refuse(ask(tmp_path, "--file", book, "x"), 2, "config.json")
+    plain = tmp_path / "plain"
+    convert_folder(reference_model(), plain, experts=16, memory_layers="none", window="none")
+    refuse(ask(plain, "--file", book, "x"), 2, "has no window")
+    bare = tmp_path / "bare"
+    convert_folder(reference_model(), bare, experts=16, no_memory=True)
+    refuse(ask(bare, "--file", book, "x"), 2, "--no-memory")
+
+
+def test_a_library_by_processes_and_alone(out, tmp_path):
+    """The same banks, and what is read is not read again."""
+    library = tmp_path / "library"
+    library.mkdir()
+    for i in range(3):
+        (library / f"{i}.txt").write_text(f"{WORDS} {i} " * (20 + i))
+    args = ("--file", library, "--json", "--device", "cpu", "--banks")
+    done = pace_convert(out, *args, tmp_path / "a", "-j", 2, command=("read",))
+    assert done.returncode == 0, done.stderr
+    records = json.loads(done.stdout)
+    assert [record["file"] for record in records] == [str(library / f"{i}.txt") for i in range(3)]
+    alone = read_library(
+        out, [library], tmp_path / "b", RunOptions(device="cpu"), Progress(quiet=True)
+    )
+    assert alone == records
+    names = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+    assert names == {path.name: path.read_bytes() for path in (tmp_path / "b").iterdir()}
+
+
+def test_passages_of_several_texts(out):
+    reader = DocumentReader.load(out, device="cpu")
+    documents = [Document(f"{i}.txt", f"{WORDS}\n" * (10 + i)) for i in range(3)]
+    texts = [reader.read(document, None, Progress(quiet=True)) for document in documents]
+    answer = reader.ask(texts, "what is the code of ada ?", 4)
+    by_name = {document.name: document.text for document in documents}
+    assert answer.passages
+    for found in answer.passages:
+        assert by_name[found.document][found.first : found.stop] == found.text
+
+
+def test_short_texts_are_read_whole(out):
+    reader = DocumentReader.load(out, device="cpu")
+    text = reader.read(Document("a", "the code of ada is river ."), None, Progress(quiet=True))
+    answer = reader.ask([text], "what ?", 4)
+    assert answer.passages == () and answer.answer == reader.ask([text], "what ?", 4).answer
+
+
+def test_html_and_pdf(tmp_path):
+    page = tmp_path / "page.html"
+    page.write_text("<html><script>no()</script><p>One &amp; two</p><p>three</p></html>")
+    assert read_document(page).text == "One & two\nthree"
+    from pypdf import PdfWriter
+
+    writer = PdfWriter()
+    writer.add_blank_page(100, 100)
+    writer.write(tmp_path / "blank.pdf")
+    with pytest.raises(CallError, match="no text"):
+        read_document(tmp_path / "blank.pdf")
+    (tmp_path / "broken.pdf").write_bytes(b"%PDF-1.4 nothing")
+    with pytest.raises(CallError, match="broken"):
+        read_document(tmp_path / "broken.pdf")
+
+
+def test_a_line_is_found_by_its_character():
+    document = Document("a", "one\ntwo\n\nfour")
+    assert [document.line(i) for i in (0, 3, 4, 7, 8, 9, 12)] == [1, 1, 2, 2, 3, 4, 4]
