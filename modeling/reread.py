@@ -307,6 +307,8 @@ class Rereader:
         return [made.get((id(row), build), row) for row, build in zip(rows, builds)]
 
     def _found(self, row: Row, build: Build) -> Row:
+        if not self.settings.spans:
+            return replace(row, looked=build)
         prompts = [prompt for prompt in row.prompts if build.asked and prompt.end == build.count]
         asking = prompts[0].query if prompts else None
         query = self.keys.query(row, build.count, asking, self.settings)

@@ -75,6 +75,8 @@ class KeyReader:
         rows or each its own.
         """
         rows = list(rows)
+        if not settings.spans:
+            return rows  # nobody asks for keys
         counts = [min(count, row.count) for row in rows] if isinstance(count, int) else count
         missing = [
             (i, number)
