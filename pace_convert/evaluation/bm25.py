@@ -1,5 +1,5 @@
-"""The rival of re-reading: the same spans, found by the words of the question (BM25, Robertson et
-al. 1994; rank_bm25), and read by the base model as an ordinary prompt.
+"""The rival of re-reading: the same spans, found by the words of the question, and read by the base
+model as an ordinary prompt. BM25 (Robertson et al. 1994) is rank_bm25's.
 
 First tokens, window, width of the spans, their number and that each comes with its successor are
 those of re-reading; only what finds them differs. Where the benchmark says what the question is,

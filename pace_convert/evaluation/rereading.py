@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -39,6 +41,38 @@ class RereadingReader(Reader):
         if max(map(len, prompts)) <= self.settings.capacity or not length:
             return super().read_common(prompts)
         return Prefix(length, self.model.read(torch.tensor([prompts[0][:length]])))
+
+    def log_likelihood_each(
+        self,
+        prompts: list[list[int]],
+        continuations: list[list[int]],
+        prefix: Prefix,
+        questions: Sequence[str] | None = None,
+    ) -> list[float]:
+        """Neighbours that are the same prompt are looked up once, and what was read is copied."""
+        found: list[float] = []
+        pairs = zip(prompts, continuations, strict=True)
+        for prompt, group in groupby(pairs, key=lambda pair: pair[0]):
+            behind = [continuation for _, continuation in group]
+            if len(prompt) <= self.settings.capacity:
+                found += super().log_likelihood_each([prompt] * len(behind), behind, prefix)
+                continue
+            first, cache = self._asked(prompt, prefix)
+            read = Prefix(len(prompt), cache)
+            for continuation in behind:
+                rest = self._log_probs(torch.tensor([prompt + continuation]), len(prompt), read)
+                found.append(first[continuation[0]].item() + rest.sum().item())
+        return found
+
+    @torch.no_grad()
+    def _asked(self, prompt: list[int], prefix: Prefix) -> tuple[torch.Tensor, Any]:
+        """Natural logs of the probabilities of what may follow the prompt, [V] in float64, and the
+        cache.
+        """
+        cache = deepcopy(prefix.cache)
+        ids = torch.tensor([prompt[prefix.length :]], device=self.device)
+        output = self.model(ids, past_key_values=cache, look_up=True, logits_to_keep=1)
+        return output.logits[0, -1].float().log_softmax(-1).double(), cache
 
     def _generate(
         self,

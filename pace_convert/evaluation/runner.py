@@ -85,9 +85,10 @@ class Results:
     longest: dict[str, int] = field(default_factory=dict)
 
     def notes(self) -> list[str]:
-        """What the numbers alone do not say: of subjects whose memory could do nothing."""
+        """What the numbers alone do not say: what was left out, whose memory could do nothing."""
         blocks = {s.name: blocks_of(s) for s in self.subjects if s.name in self.longest}
-        return [
+        absent = [] if self.whole else left_out(self.evaluation, self.subjects)
+        return absent + [
             f"{name}: its memory did nothing here: it acts from token {size + 1} on "
             f"(update_interval {size}), and the longest text had {self.longest[name]} tokens."
             for name, size in blocks.items()
@@ -182,17 +183,12 @@ class Results:
             for cell, rows in self.records[name].items()
             if rows
         ]
-        left_out = {} if self.whole else {"left_out": self.left_out()}
-        return {**self.asked(), "table": table, "cells": cells, **left_out}
+        return {**self.asked(), "table": table, "cells": cells}
 
     @property
     def all_name(self) -> str:
         """Of the row over all groups."""
         return "all" if self.whole else "asked of all"
-
-    def left_out(self) -> list[str]:
-        """In words, what some subjects were not asked, and why."""
-        return left_out(self.evaluation, self.subjects)
 
     def asked(self) -> dict:
         """For JSON: what was asked of whom."""

@@ -208,7 +208,7 @@ def blocks_of(subject: Subject) -> int | None:
     """
     memory = {**memory_parameters(subject.model), **dict(subject.memory)}
     arm = ARMS.get(subject.arm)
-    on = bool(memory) and (memory["enabled"] if arm is None else arm.granularity)
+    on = bool(memory) and (arm.granularity if arm else memory["enabled"])
     return memory["update_interval"] if on and memory["layers"] else None
 
 

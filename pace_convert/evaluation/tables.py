@@ -22,10 +22,8 @@ MOST_COLUMNS = 7  # subjects side by side; more become rows
 
 
 def show_results(results: Results, folder: Path, beside: Columns | None = None) -> None:
-    """The table, what was left out, and where all numbers are."""
+    """The table, and where all numbers are."""
     print_results(results, beside)
-    for sentence in [] if results.whole else results.left_out():
-        print(sentence)
     print(f"All numbers: {folder / RESULTS}")
 
 

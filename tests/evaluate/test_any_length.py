@@ -41,7 +41,7 @@ def test_needles_beyond_what_the_base_was_made_for(reference, tmp_path):
     assert ("3072", "base") not in rows and rows["300", "base"]["count"] == 3
     assert rows["3072", "reread"]["against"]["subject"] == "window"
     assert rows["asked of all", "reread"]["count"] == 3
-    assert made["left_out"] == [sentence]
+    assert made["notes"] == [sentence]
     held = made["recalled"]
     assert set(held) == {"window", "reread", "bm25"} and held["window"] == {
         "300": 1, "3072": 0, "all": 0.5,
@@ -169,7 +169,7 @@ def test_a_sweep_of_windows_beyond_the_base(reference, tmp_path):
     )
     made = written(tmp_path / "s")
     assert [level["value"] for level in made["levels"]] == [64, 128, 0, 2]
-    assert made["left_out"] and len(made["cells"]) == 5
+    assert made["notes"] and len(made["cells"]) == 5
 
 
 def test_what_is_beyond(reference):

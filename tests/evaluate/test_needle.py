@@ -149,7 +149,7 @@ def test_pairs_of_keys_and_values(depth):
     key = list(pairs)[round(depth * (len(pairs) - 1))]
     assert pairs[key] == prompt.answer and key in question
     assert prompt.facts == (f'"{key}": "{prompt.answer}"',) and len(key) == 8
-    with pytest.raises(CallError, match="no pair fits"):
+    with pytest.raises(TooShortError, match="a pair and a question"):
         kind_prompts("prose", Needles(kind="keyvalue"), 100, depth, 1, letters)
 
 

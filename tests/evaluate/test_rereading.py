@@ -101,7 +101,7 @@ def likelihood(model, prompt, continuation):
 
 
 @pytest.mark.parametrize("length", [40, CAPACITY - 3, CAPACITY + 1, 500, 638])
-def test_likelihoods_are_those_behind_the_prompts_end(reader, logits, monkeypatch, length):
+def test_likelihoods_are_those_behind_the_prompts_end(reader, calls, logits, monkeypatch, length):
     """Also where the continuation comes past a scheduled build (640), or past the capacity."""
     monkeypatch.setattr(module, "CHUNK", 50)
     monkeypatch.setattr(module, "LOGITS", 7)
@@ -112,8 +112,14 @@ def test_likelihoods_are_those_behind_the_prompts_end(reader, logits, monkeypatc
     assert got == pytest.approx(expected, rel=1e-4) and max(logits) <= 7
     prefix = reader.read_common([prompt, prompt[:-5]])
     assert prefix.length == length - 6
+    calls.clear()
     again = reader.log_likelihood_each([prompt] * 3, continuations, prefix)
     assert again == pytest.approx(expected, rel=1e-4)
+    contexts = [tokens for _, tokens in calls if tokens > 128 + 20]
+    assert len(contexts) <= 2, "one look-up for all continuations, and where a new context is due"
+    again = reader.log_likelihood_each([prompt, prompt[:-5]], continuations[1:], prefix)
+    alone = likelihood(reader.model, prompt[:-5], continuations[2])
+    assert again == pytest.approx([expected[1], alone], rel=1e-4)
 
 
 def test_a_text_is_read_once_for_all_questions(reader, calls):

@@ -170,8 +170,8 @@ def test_variants_of_the_window(pairs):
     assert (settings.window, settings.query_half_life) == (90, 8.0)
     assert second.model is first.model and none.model.memory_settings.layers
     for text, words in (
-        ("window=8", "at least 16"), ("spans=x", "no whole number"),
-        ("stand_out=x", "no number"), ("vote=all", "not one of cube"),
+        ("window=8", "not a whole number from 16"), ("spans=x", "no whole number"),
+        ("stand_out=x", "no number"), ("vote=all", "not one of"),
         ("reread_layer=9", "has 4 layers"), ("window=500", "more than the 512"),
         ("window=1k,2k", "no such parameter"),
     ):  # fmt: skip

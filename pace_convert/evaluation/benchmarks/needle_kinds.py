@@ -14,9 +14,8 @@ from __future__ import annotations
 from math import ceil, sqrt
 from typing import TYPE_CHECKING
 
-from ...errors import CallError
 from ...reference.words import CODES
-from .needle_text import AT_ONCE, Count, Kind, Needles, Prompt, hidden_in, rng_of
+from .needle_text import AT_ONCE, Count, Kind, Needles, Prompt, TooShortError, hidden_in, rng_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,7 +35,7 @@ def kind_prompts(
     """One prompt of at most `length` tokens; arguments as for `prose_prompts`.
 
     What is asked for stands at `depth`, further ones that are asked for evenly from there to the
-    end; those that are like it, anywhere. Raises CallError where they do not fit.
+    end; those that are like it, anywhere. Raises TooShortError where they do not fit.
     """
     rng = rng_of(needles, length, depth, seed)
     if needles.kind == "keyvalue":
@@ -90,14 +89,14 @@ def _pairs(rng: np.random.Generator, length: int, depth: float, count: Count) ->
         some = [f'"{key:08x}": "{value:08x}",\n' for key, value in numbers]
         for line, tokens in zip(some, count(some)):
             room -= tokens
+            if room < 0 and not lines:
+                raise TooShortError("a pair and a question", -room)
             if room < 0:
-                return _asked(lines, depth, length)
+                return _asked(lines, depth)
             lines.append(line)
 
 
-def _asked(lines: list[str], depth: float, length: int) -> Prompt:
-    if not lines:
-        raise CallError(f"no pair fits into {length} tokens", "give longer --lengths")
+def _asked(lines: list[str], depth: float) -> Prompt:
     line = lines[round(depth * (len(lines) - 1))]
     key, value = line.split('"')[1::2]
     question = f"What is the value of the key {key}? Answer with the value alone."

@@ -137,7 +137,7 @@ def hidden_in(
     count: Count,
 ) -> str:
     """A haystack with facts between its sentences, each at its share of them: with the longest of
-    the questions at most `length` tokens. Raises CallError where these do not fit.
+    the questions at most `length` tokens. Raises TooShortError where these do not fit.
     """
     room = (
         length

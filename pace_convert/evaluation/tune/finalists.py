@@ -37,7 +37,9 @@ def reader_of(options: TuneOptions, memory: dict | None) -> Reader:
     """The model with these parameters; None: with the memory off."""
     on = memory is not None and memory["enabled"] and memory["layers"]
     parameters = tuple(
-        (name, tuple(v) if name == "layers" else v) for name, v in (memory or {}).items()
+        (name, tuple(v) if name == "layers" else v)
+        for name, v in (memory or {}).items()
+        if name != "window"  # of re-reading, which is not tuned
     )
     arm, trust = "ce+pa" if on else "ce", options.trust_remote_code
     return load(
