@@ -32,6 +32,14 @@ SHIPPED = [
     "memory_stack.py",
     "modeling_pace.py",
     "pace_memory.py",
+    "reread.py",
+    "reread_bank.py",
+    "reread_cache.py",
+    "reread_file.py",
+    "reread_keys.py",
+    "reread_lookup.py",
+    "reread_schedule.py",
+    "reread_settings.py",
 ]
 
 
