@@ -66,6 +66,8 @@ class RereadSettings:
         """From config.json's `pace.memory.window`. Raises ValueError, also for what this version
         does not know.
         """
+        if not isinstance(window, dict):
+            raise ValueError(f"window: {window!r} is not an object")
         unknown = sorted(set(window) - {parameter.name for parameter in fields(cls)})
         if unknown:
             raise ValueError(f"window: unknown parameter {', '.join(unknown)}")

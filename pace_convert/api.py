@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from .errors import CallError
+from .errors import CallError, check_paths
 from .options import ConvertOptions, RunOptions
 from .progress import CallbackProgress, Progress, Update
 
@@ -37,14 +37,16 @@ def convert(
     resume: bool = False,
     push_to_hub: str | None = None,
     private: bool = False,
+    include: Sequence[str] = (),
     progress: Callback | Progress | None = None,
 ) -> Conversion:
     """Convert `source`, a model folder or a Hub id, into a PaceLLM in the folder `out`.
 
     options: of the method; run: device, processes. revision, token, cache_dir: of a source on the
     Hub. overwrite: replace an earlier conversion; resume: go on with an unfinished one.
-    push_to_hub: then upload it to this repository, a new one private if asked. progress: called
-    with an `Update` before and after each piece of work. Raises CallError for a call that can't be
+    push_to_hub: then upload it to this repository, a new one private if asked. include: patterns
+    of files that go along beside those that a model is known to have. progress: called with an
+    `Update` before and after each piece of work. Raises CallError for a call that can't be
     carried out, and PaceError for what fails; what is done by then is kept for `resume`.
     """
     shown = as_progress(progress)
@@ -60,6 +62,7 @@ def convert(
         resume=resume,
         push_to_hub=push_to_hub,
         private=private,
+        include=include,
     )
     from .conversion.convert import carry_out, publish
 
@@ -82,6 +85,7 @@ def prepare(
     resume: bool = False,
     push_to_hub: str | None = None,
     private: bool = False,
+    include: Sequence[str] = (),
 ) -> Prepared:
     """All that `convert` checks before any work. Changes nothing, reads no weights; see
     `convert`.
@@ -90,13 +94,16 @@ def prepare(
     from .conversion.convert import prepare as check
     from .converted.push import Target
 
+    check_paths(source, out, cache_dir, include)
     if private and push_to_hub is None:
         raise CallError(
             "--private is for a repository on the Hub", "give --push-to-hub ORG/NAME too"
         )
 
+    if isinstance(include, str):
+        raise CallError(f"include is the text {include!r}", "give a list of patterns")
     opened = open_source(
-        str(source), revision, token, None if cache_dir is None else Path(cache_dir)
+        str(source), revision, token, None if cache_dir is None else Path(cache_dir), include
     )
     return check(
         opened,
@@ -155,6 +162,7 @@ def verify(
     modeling files: only those of this version, or with trust_remote_code.
     What comes back has `passed`. Raises CallError, DamagedSourceError, PaceError.
     """
+    check_paths(out, source, cache_dir)
     from .converted.opened import open_converted
 
     converted = open_converted(Path(out))
@@ -200,6 +208,7 @@ def undo(
     as after a training whose result was not saved by `save_pretrained`. Raises CallError,
     DamagedSourceError, PaceError.
     """
+    check_paths(out, original)
     from .conversion.undo import undo as restore
     from .converted.opened import open_converted
 
@@ -226,6 +235,7 @@ def push(
     where it is missing; None: main. An upload that was interrupted goes on when called again.
     Raises CallError, DamagedSourceError, PaceError.
     """
+    check_paths(out, source)
     from .checkpoint.checkpoint import open_source
     from .converted import push as upload
     from .converted.opened import open_converted
@@ -266,6 +276,7 @@ def evaluate(
     the benchmark's pictures. Raises CallError for what can't be before any model is loaded,
     PaceError where something fails.
     """
+    check_paths(model, list(bases), out, *options.values())
     from .evaluation.evaluate import evaluate as job
 
     return job(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
+
 MAX_LINE = 500
 
 
@@ -30,6 +32,22 @@ class CallError(PaceError):
     """The call itself can't be carried out: a wrong path, option or kind of source."""
 
     exit_code = 2
+
+
+def check_paths(*given: object) -> None:
+    """Raises CallError for a path, alone or in a list, that is not UTF-8: no card, journal or JSON
+    could name it. Anything else that was given is passed by.
+    """
+    for value in given:
+        if isinstance(value, list | tuple):
+            check_paths(*value)
+        elif isinstance(value, str | PurePath):
+            try:
+                str(value).encode()
+            except UnicodeEncodeError as error:
+                raise CallError(
+                    f"{value} is not UTF-8 text, as a path has to be", "rename it, or give another"
+                ) from error
 
 
 class DamagedSourceError(PaceError):

@@ -30,8 +30,17 @@ Python's own parser takes more.
 - Weights must be finite. Buffers that old checkpoints carry and nothing computes with \
 (attention masks, a mask's value, rotary tables) may hold infinities.
 - Python files, pickles and templates of a source are never run or loaded, by no command. Python \
-files are copied, pickled weights are not.
-- Hidden files (`.git*`, `.cache`) and weights in other formats are not looked at and not copied.
+files that an `auto_map` names, and what these import, are copied.
+- What goes along is what a model folder is known to hold. Left out and named: weights in other \
+formats or of other models with all that belongs to them (an adapter, `onnx/`, the dense layer of \
+a sentence transformer with its `modules.json`), hidden files, what is named as secrets are, other \
+Python, files of unknown kinds. `--include PATTERN` takes more. Git's files and caches (`.git*`, \
+`.cache`) are not even looked at.
+- A name, wherever it is read (a folder, the Hub, an index, a conversion's own record, a journal), \
+stays inside, can be printed, is neither Git's nor a cache's, and belongs to one file.
+- Every file that a load needs is opened once before any work: it is not empty, no Git LFS \
+pointer, and JSON where its name says so.
+- What looks like a secret, by its name or by what it holds, is never uploaded.
 
 The page is written by
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import glob
 import logging
 import os
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,21 +22,18 @@ from huggingface_hub import (
 from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
 
 from ..errors import CallError, DamagedSourceError, PaceError
-from .files import HIDDEN, check_file, check_names, list_files, read_json
+from .files import check_file, check_names, is_passed_over, list_files, read_json
 from .hub_errors import READING, hub_errors, is_out_of_reach
-from .shards import TensorInfo, check_tensors, read_header
+from .index import INDEX as INDEX
+from .index import SINGLE as SINGLE
+from .index import read_tensors
+from .selection import PICKLED, Selection, asked_for, by_name, is_weights, readable_by_name, select
+from .shards import TensorInfo, check_tensors
 
 CONFIG = "config.json"
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-# Weights beside the shards that are converted, in this format or another: not copied.
-OTHER_WEIGHTS = (
-    "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth",
-    "*.ckpt", "*.h5", "*.msgpack", "*.ot", "*.onnx", "*.onnx_data", "*.gguf", "*.tflite", "*.pkl",
-)  # fmt: skip
-PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 logger = logging.getLogger(__name__)
+_WITH_THE_HUB = "run this again where the Hub can be reached"
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,9 @@ class Source:
     """A checkpoint to convert.
 
     folder: where the files are; for a Hub source without the weights until `fetch`. side_files:
-    every file that is neither weights nor config, relative to the folder. states: size in bytes and
-    time of change in ns of every file that is here, from before it was read.
+    what else of the folder goes with a conversion, as it is; left_out: what does not, and why;
+    include: patterns that were asked for. states: size in bytes and time of change in ns of every
+    file that is here, from before it was read.
     """
 
     name: str
@@ -66,6 +66,8 @@ class Source:
     side_files: tuple[str, ...]
     states: dict[str, tuple[int, int]] = field(default_factory=dict)
     hub: HubAddress | None = None
+    left_out: dict[str, str] = field(default_factory=dict)
+    include: tuple[str, ...] = ()
 
     @property
     def shards(self) -> list[str]:
@@ -95,9 +97,7 @@ class Source:
                 allow_patterns=_exactly(*self.side_files, *self.shards, CONFIG, INDEX),
             )
         states = _states(Path(folder), [*self.side_files, *self.shards, CONFIG])
-        return replace(
-            self, folder=Path(folder), tensors=_read_tensors(Path(folder)), states=states
-        )
+        return replace(self, folder=Path(folder), tensors=read_tensors(Path(folder)), states=states)
 
 
 def trained_length(config: dict) -> int | None:
@@ -110,14 +110,19 @@ def trained_length(config: dict) -> int | None:
 
 
 def open_source(
-    name: str, revision: str | None = None, token: str | None = None, cache_dir: Path | None = None
+    name: str,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: Path | None = None,
+    include: Sequence[str] = (),
 ) -> Source:
     """Config, tensor list and side files of a local folder or of a Hub repository.
 
     Of a Hub repository only the small files and the shards' headers are downloaded. Where the Hub
     is out of reach, or HF_HUB_OFFLINE is set, a repository that is whole in the cache is taken from
-    there, which a warning says. Raises CallError for what can't be a source, DamagedSourceError for
-    one with broken files, and PaceError where there is none.
+    there, which a warning says. include: patterns of files that go with a conversion beside those
+    that a model is known to have. Raises CallError for what can't be a source, DamagedSourceError
+    for one with broken files, and PaceError where there is none.
     """
     folder = Path(name)
     if folder.is_dir():
@@ -126,7 +131,7 @@ def open_source(
             raise CallError(
                 f"{option} is for a source on the Hub, {name} is a folder", f"leave {option} out"
             )
-        return open_folder(folder, name)
+        return _open_local(folder, name, include)
     if folder.exists():
         raise CallError(
             f"{name} is a file", "give the folder of a model, or a Hub id like Qwen/Qwen2-7B"
@@ -137,17 +142,32 @@ def open_source(
         )
     try:
         with hub_errors(name, READING):
-            return _open_hub(name, revision, token, cache_dir)
+            return _open_hub(name, revision, token, cache_dir, include)
     except PaceError as error:
         if not is_out_of_reach(error.__cause__):
             raise
-        return _open_cached(name, revision, token, cache_dir, error)
+        return _open_cached(name, revision, token, cache_dir, include, error)
 
 
-def open_folder(folder: Path, name: str | None = None) -> Source:
-    """A source in a local folder; `name` is what messages call it. Raises CallError,
-    DamagedSourceError.
+def open_folder(folder: Path) -> Source:
+    """A checkpoint in a local folder with everything that lies beside it, hidden files apart: a
+    conversion. Raises CallError, DamagedSourceError.
     """
+    config, files, tensors = _read_folder(folder, str(folder))
+    own = {CONFIG, *(info.shard for info in tensors.values())}
+    side_files = [file for file in files if file not in own and not is_weights(file)]
+    return _opened(str(folder), folder, config, tensors, Selection(tuple(side_files), {}), ())
+
+
+def _open_local(folder: Path, name: str, include: Sequence[str]) -> Source:
+    """name: what messages call it."""
+    config, files, tensors = _read_folder(folder, name)
+    own = {CONFIG, INDEX, *(info.shard for info in tensors.values())}
+    return _opened(name, folder, config, tensors, select(folder, files, own, include), include)
+
+
+def _read_folder(folder: Path, name: str) -> tuple[dict, list[str], dict[str, TensorInfo]]:
+    """config.json, the names of all files, and the tensors."""
     if not os.path.lexists(folder / CONFIG):
         raise CallError(
             f"{folder} is not a model folder: it has no config.json",
@@ -155,18 +175,36 @@ def open_folder(folder: Path, name: str | None = None) -> Source:
         )
     config = _read_config(folder)
     files = list_files(folder)
-    _refuse_pickled_only(name or str(folder), files)
-    tensors = _read_tensors(folder)
-    side_files = _side_files(files)
+    _refuse_pickled_only(name, files)
+    return config, files, read_tensors(folder)
+
+
+def _opened(
+    name: str,
+    folder: Path,
+    config: dict,
+    tensors: dict[str, TensorInfo],
+    selected: Selection,
+    include: Sequence[str],
+) -> Source:
+    """Every file that will be read or copied lies in the folder and is a regular one."""
     shards = sorted({info.shard for info in tensors.values()})
-    read = [*side_files, CONFIG, *shards, *({INDEX} & set(files))]
-    for file in read:
+    index = [INDEX] if os.path.lexists(folder / INDEX) else []
+    read = [*selected.taken, CONFIG, *shards]
+    for file in [*read, *index]:
         check_file(folder, file)
-    return Source(name or str(folder), folder, config, tensors, side_files, _states(folder, read))
+    return Source(
+        name, folder, config, tensors, selected.taken, _states(folder, [*read, *index]),
+        left_out=selected.left_out, include=tuple(include),
+    )  # fmt: skip
 
 
 def _open_hub(
-    repo_id: str, revision: str | None, token: str | None, cache_dir: Path | None
+    repo_id: str,
+    revision: str | None,
+    token: str | None,
+    cache_dir: Path | None,
+    include: Sequence[str],
 ) -> Source:
     info = HfApi(token=token).model_info(repo_id, revision=revision)
     files = sorted(sibling.rfilename for sibling in info.siblings or [])
@@ -176,11 +214,13 @@ def _open_hub(
         )
     check_names(files, "file")  # before any of them is downloaded
     _refuse_pickled_only(repo_id, files)
-    side_files = _side_files(files)
+    files = [file for file in files if not is_passed_over(file)]
     commit = info.sha or "main"  # all that follows is of one commit, whatever is pushed
-    folder = snapshot_download(
-        repo_id, revision=commit, token=token, cache_dir=cache_dir,
-        allow_patterns=_exactly(*side_files, CONFIG, INDEX),
+    folder = Path(
+        snapshot_download(
+            repo_id, revision=commit, token=token, cache_dir=cache_dir,
+            allow_patterns=_exactly(*readable_by_name(files, include), CONFIG, INDEX),
+        )
     )  # fmt: skip
     # By its own name too, so that the cache knows what commit that is where there is no Hub.
     hf_hub_download(repo_id, CONFIG, revision=revision, token=token, cache_dir=cache_dir)
@@ -192,10 +232,13 @@ def _open_hub(
         for name, t in header.tensors.items()
     }
     check_tensors(tensors)
-    address = HubAddress(repo_id, commit, token, cache_dir)
+    own = {CONFIG, INDEX, *headers.files_metadata}
+    selected = select(folder, files, own, include)
     return Source(
-        repo_id, Path(folder), _read_config(Path(folder)), tensors, side_files, hub=address
-    )
+        repo_id, folder, _read_config(folder), tensors, selected.taken,
+        hub=HubAddress(repo_id, commit, token, cache_dir),
+        left_out=selected.left_out, include=tuple(include),
+    )  # fmt: skip
 
 
 def _open_cached(
@@ -203,13 +246,42 @@ def _open_cached(
     revision: str | None,
     token: str | None,
     cache_dir: Path | None,
+    include: Sequence[str],
     unreached: PaceError,
 ) -> Source:
     """A repository out of the Hub's cache. unreached: why the Hub is not asked, raised where the
     cache has nothing of it.
     """
+    folder = _cached_folder(repo_id, revision, cache_dir, unreached)
+    with _whole_in_cache(repo_id):
+        config, files, tensors = _read_folder(folder, repo_id)
+    listed = _listed(repo_id, folder.name, cache_dir)
+    missing = sorted(asked_for(listed, include) - set(files))
+    if missing:
+        raise PaceError(
+            f"--include asks for {missing[0]}, which is not in the Hub's cache", _WITH_THE_HUB
+        )
+    own = {CONFIG, INDEX, *(info.shard for info in tensors.values())}
+    without = sorted(set(by_name(listed, own)) - set(files))
+    # With what is left out whether it is here or not: the same bytes as with the Hub.
+    names = sorted({*files, *listed} - set(without))
+    with _whole_in_cache(repo_id, DamagedSourceError):
+        selected = select(folder, names, own, include)
+        source = _opened(repo_id, folder, config, tensors, selected, include)
+    logger.warning(
+        "%s: the Hub is out of reach; taking commit %s from its cache%s",
+        repo_id,
+        folder.name,
+        f", without {', '.join(without)}" if without else "",
+    )
+    return replace(source, hub=HubAddress(repo_id, folder.name, token, cache_dir, cached=True))
+
+
+def _cached_folder(
+    repo_id: str, revision: str | None, cache_dir: Path | None, unreached: PaceError
+) -> Path:
     try:
-        folder = Path(
+        return Path(
             snapshot_download(
                 repo_id,
                 revision=revision,
@@ -223,32 +295,30 @@ def _open_cached(
         raise PaceError(
             f"{unreached.message}; its cache has no {repo_id}{at}", unreached.hint
         ) from error
+
+
+@contextlib.contextmanager
+def _whole_in_cache(repo_id: str, kind: type[PaceError] = PaceError) -> Iterator[None]:
+    """What is wrong with a cached repository was not downloaded, or not to its end."""
     try:
-        source = open_folder(folder, repo_id)
-    except PaceError as error:
+        yield
+    except kind as error:
         raise PaceError(
-            f"{repo_id} is not whole in the Hub's cache: {error.message}",
-            "run this again where the Hub can be reached",
+            f"{repo_id} is not whole in the Hub's cache: {error.message}", _WITH_THE_HUB
         ) from error
-    logger.warning(
-        "%s: the Hub is out of reach; taking commit %s from its cache%s",
-        repo_id,
-        folder.name,
-        _without(repo_id, source, folder.name, cache_dir),
-    )
-    return replace(source, hub=HubAddress(repo_id, folder.name, token, cache_dir, cached=True))
 
 
-def _without(repo_id: str, source: Source, commit: str, cache_dir: Path | None) -> str:
-    """What of a cached commit's side files is not there, in words; what a client that loads models
-    alone had no use for. Nothing where the cache does not list the commit's files.
+def _listed(repo_id: str, commit: str, cache_dir: Path | None) -> list[str]:
+    """A commit's files, of which a client that loads models alone had not all to download. None
+    where the cache does not list them.
     """
     try:
         tree = get_cached_repo_tree(repo_id, revision=commit, cache_dir=cache_dir)
     except CachedRepoTreeNotFoundError:
-        return ""
-    absent = set(_side_files(sorted(file.path for file in tree))) - set(source.side_files)
-    return f", without {', '.join(sorted(absent))}" if absent else ""
+        return []
+    files = sorted(file.path for file in tree if not is_passed_over(file.path))
+    check_names(files, "file")
+    return files
 
 
 def _states(folder: Path, names: list[str]) -> dict[str, tuple[int, int]]:
@@ -272,54 +342,6 @@ def _read_config(folder: Path) -> dict:
     return config
 
 
-def _read_tensors(folder: Path) -> dict[str, TensorInfo]:
-    """From the shards' headers. Where both are there, transformers too takes the single file and
-    not the index.
-    """
-    if os.path.lexists(folder / INDEX) and not os.path.lexists(folder / SINGLE):
-        return _read_sharded(folder, read_json(folder, INDEX).get("weight_map"))
-    return read_header(check_file(folder, SINGLE))
-
-
-def _read_sharded(folder: Path, weight_map: object) -> dict[str, TensorInfo]:
-    """The tensors of all shards that the index names. Raises DamagedSourceError where index and
-    shards disagree.
-    """
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(shard, str) for shard in weight_map.values()
-    ):
-        raise DamagedSourceError(
-            f"{INDEX} has no weight_map of tensor to shard", "download or copy this file again"
-        )
-    tensors: dict[str, TensorInfo] = {}
-    for shard in sorted(set(weight_map.values())):
-        if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise DamagedSourceError(
-                f"{INDEX} names {shard!r}, which is not a shard of this folder", "check the source"
-            )
-        if not os.path.lexists(folder / shard):
-            raise DamagedSourceError(
-                f"{INDEX} names {shard}, which is missing", "download or copy this shard again"
-            )
-        header = read_header(check_file(folder, shard))
-        absent = [
-            name for name, where in weight_map.items() if where == shard and name not in header
-        ]
-        if absent:
-            raise DamagedSourceError(
-                f"{shard} lacks {absent[0]}, which {INDEX} puts there",
-                "download or copy this shard again",
-            )
-        twice = [name for name in header if name in tensors]
-        if twice:
-            raise DamagedSourceError(
-                f"{tensors[twice[0]].shard} and {shard} both hold {twice[0]}", "check the source"
-            )
-        tensors.update(header)
-    check_tensors(tensors)
-    return tensors
-
-
 def _refuse_pickled_only(name: str, files: list[str]) -> None:
     if SINGLE in files or INDEX in files:
         return
@@ -332,13 +354,3 @@ def _refuse_pickled_only(name: str, files: list[str]) -> None:
     raise CallError(
         f"{name} has no {SINGLE} and no {INDEX}", "give a checkpoint in safetensors format"
     )
-
-
-def _side_files(files: list[str]) -> tuple[str, ...]:
-    """What is copied as it is: all but weights, the config and hidden files."""
-
-    def wanted(file: str) -> bool:
-        weights = any(fnmatch.fnmatch(Path(file).name, pattern) for pattern in OTHER_WEIGHTS)
-        return not weights and not HIDDEN.search(file) and file != CONFIG
-
-    return tuple(file for file in files if wanted(file))

@@ -18,10 +18,19 @@ from pathlib import Path, PurePosixPath
 
 from ..errors import DamagedSourceError
 
-HIDDEN = re.compile(r"(^|/)\.(git|cache|DS_Store|pace-)")
+# Git's, caches' and a conversion's own: not even listed.
+PASSED_OVER = re.compile(r"(^|/)\.(git|cache|DS_Store|pace-)", re.IGNORECASE)
 MAX_FILES = 10_000
 MAX_JSON_BYTES = 64 << 20  # the index of a model with a hundred thousand tensors has 10 MB
 MAX_NAME = 512
+# How the file begins that Git checks out in place of another: its first bytes, what it is called,
+# what fetches the other.
+PLACEHOLDERS = (
+    (b"version https://git-lfs.github.com/spec/", "Git LFS", "git lfs pull"),
+    (b"version https://hawser.github.com/spec/", "Git LFS", "git lfs pull"),
+    (b"# xet version", "Xet", "git xet checkout"),
+    (b"/annex/objects/", "git-annex", "git annex get ."),
+)
 AGAIN = "download or copy this file again"
 
 
@@ -36,15 +45,16 @@ def list_files(folder: Path) -> list[str]:
     for at, folders, files in os.walk(folder, onerror=_raise):
         here = Path(at).relative_to(folder)
         # In place: `os.walk` goes on into what is left in it.
-        folders[:] = [name for name in folders if not HIDDEN.search((here / name).as_posix())]
-        for name in folders:
-            if (Path(at) / name).is_symlink():
+        folders[:] = [name for name in folders if not is_passed_over((here / name).as_posix())]
+        links = [name for name in folders if (Path(at) / name).is_symlink()]
+        for name in links:
+            if not any(part.startswith(".") for part in (here / name).parts):
                 raise DamagedSourceError(
                     f"{(here / name).as_posix()} is a link to a folder",
                     "put the folder itself there, or remove it",
                 )
-        names = [(here / file).as_posix() for file in files]
-        found += [name for name in names if not HIDDEN.search(name)]
+        names = [(here / file).as_posix() for file in [*files, *links]]
+        found += [name for name in names if not is_passed_over(name)]
         if len(found) > MAX_FILES:
             raise DamagedSourceError(
                 f"{folder} has more than {MAX_FILES} files", "give the folder of one model"
@@ -53,10 +63,27 @@ def list_files(folder: Path) -> list[str]:
     return sorted(found)
 
 
+def is_passed_over(name: str) -> bool:
+    """Whether a file is none of a model's, and not even named as left out."""
+    return PASSED_OVER.search(name) is not None
+
+
 def is_inside(name: str) -> bool:
     """Whether a name, joined to a folder, stays below it."""
     parts = name.split("/")
     return bool(name) and "\\" not in name and not any(part in ("", ".", "..") for part in parts)
+
+
+def is_taken(name: str) -> bool:
+    """Whether a conversion has files of such a name: one that stays inside, can be printed, and is
+    neither Git's nor a cache's nor a conversion's own.
+    """
+    return (
+        len(name) <= MAX_NAME
+        and name.isprintable()
+        and is_inside(name)
+        and not is_passed_over(name)
+    )
 
 
 def check_names(names: Iterable[str], kind: str) -> None:
@@ -100,6 +127,8 @@ def check_file(folder: Path, name: str) -> Path:
     and a folder that was downloaded must not pull other files of this machine into it.
     """
     path = folder / name
+    if "\0" in name:
+        raise DamagedSourceError(f"{name!r} is no name of a file", AGAIN)
     try:
         real = Path(os.path.realpath(path, strict=True))
     except OSError as error:
@@ -118,11 +147,24 @@ def check_file(folder: Path, name: str) -> Path:
     return path
 
 
+def refuse_placeholder(path: Path, name: str) -> None:
+    """Raises DamagedSourceError for a file that only stands for one that Git would fetch."""
+    with path.open("rb") as file:
+        beginning = file.read(64)
+    for mark, what, fetch in PLACEHOLDERS:
+        if beginning.startswith(mark):
+            raise DamagedSourceError(
+                f"{name} is a {what} pointer, not the file itself",
+                f"run `{fetch}` in its folder, or download it again",
+            )
+
+
 def read_json(folder: Path, name: str) -> dict:
     """A JSON object in UTF-8. Raises DamagedSourceError for anything else, and for what
     `parse_json` refuses.
     """
     path = check_file(folder, name)
+    refuse_placeholder(path, name)
     if path.stat().st_size > MAX_JSON_BYTES:
         raise DamagedSourceError(
             f"{name} has {path.stat().st_size / 1e6:.0f} MB, too much for JSON", AGAIN

@@ -19,7 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ..errors import DamagedSourceError
-from .files import check_names, parse_json
+from .files import check_names, parse_json, refuse_placeholder
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 ITEM_SIZES = {
@@ -63,9 +63,10 @@ class TensorInfo:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Every tensor of a shard. Raises DamagedSourceError for a file that is truncated or
-    malformed.
+    """Every tensor of a shard. Raises DamagedSourceError for a file that is truncated, malformed or
+    a placeholder.
     """
+    refuse_placeholder(path, path.name)
     try:
         # Offsets, sizes and the header's own size are right, or it raises.
         with safe_open(path, framework="numpy"):

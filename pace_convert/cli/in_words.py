@@ -5,12 +5,16 @@ the top.
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import one_line
 from ..modeling.reread_settings import RereadSettings
 from ..options import ConvertOptions
 from ..units import duration, size
+
+MOST_NAMES = 10  # that a line lists
 
 if TYPE_CHECKING:
     from ..conversion.convert import Conversion
@@ -44,6 +48,24 @@ def plan_text(source: str, out: Path, plan: Plan, expected: Duration) -> str:
         f"grouping {duration(expected.clustering)}, copying {duration(expected.copying)}",
     ]
     return "\n".join(lines)
+
+
+def left_out_text(left_out: Mapping[str, str]) -> str:
+    """What of a source does not go with its conversion, by reason; nothing where all does."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in left_out.items():
+        by_reason.setdefault(reason, []).append(name)
+    lines = [f"{named(names)} ({reason})" for reason, names in by_reason.items()]
+    if not lines:
+        return ""
+    lines.append("--include PATTERN takes along what is left out")
+    return "\n  left out   " + "\n             ".join(lines)
+
+
+def named(names: Sequence[str]) -> str:
+    """Some of the names, and how many more there are."""
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return one_line(", ".join(names[:MOST_NAMES])) + more
 
 
 def _memory_lines(options: ConvertOptions, layers: tuple[int, ...]) -> list[str]:
@@ -226,6 +248,10 @@ def verification_text(result: Verification, hashes: bool = False) -> str:
         )
     if result.same_tokens is not None:
         lines.append(f"tokenizer  {'reads alike' if result.same_tokens else 'READS DIFFERENTLY'}")
+    if result.own_code and result.logit_difference is None:
+        lines.append(f"not run    {one_line(result.own_code)}, the source's own model code")
+    if result.left_out:
+        lines.append(f"left out   of the source, not compared: {named(result.left_out)}")
     lines.append("verified" if result.passed else "NOT the same model")
     return "\n".join(lines)
 
@@ -245,6 +271,8 @@ def integrity_text(whole: Integrity) -> str:
     if len(whole.problems) > 10:
         lines.append(f"  and {len(whole.problems) - 10} more")
     lines += [f"edited     {name} is not as it was shipped" for name in whole.edited_files]
+    if whole.left_out:
+        lines.append(f"left out   of the source: {named(whole.left_out)}")
     lines.append(
         "whole; give --source to compare it with the model it was made from"
         if whole.passed
@@ -279,6 +307,7 @@ def restored_text(restored: Restored) -> str:
     return (
         f"{did} {restored.folder}: {len(restored.files)} files, "
         f"{restored.tensors} tensors, {size(restored.nbytes)}. {_proof(restored)}"
+        + _not_here(restored.left_out)
     )
 
 
@@ -297,6 +326,13 @@ def _proof(restored: Restored) -> str:
         "The permutation was taken back; there are no hashes to prove that the weights are the "
         "source's."
     )
+
+
+def _not_here(left_out: Sequence[str]) -> str:
+    """Said of the way back."""
+    if not left_out:
+        return ""
+    return f"\nNot among them, because the conversion had left it out: {named(left_out)}"
 
 
 def table(rows: list[dict[str, str]]) -> str:

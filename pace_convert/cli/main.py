@@ -55,6 +55,12 @@ class GroupedCommand(click.Command):
 @click.argument("out", type=click.Path(path_type=Path))
 @hub_options
 @click.option(
+    "--include",
+    multiple=True,
+    metavar="PATTERN",
+    help="Files of SOURCE that go along beside those that a model is known to have.",
+)
+@click.option(
     "--config",
     type=click.Path(path_type=Path),
     help="YAML file of options; the command line goes first.",
@@ -77,8 +83,8 @@ class GroupedCommand(click.Command):
 def pace_convert(
     *,
     source: str, out: Path, revision: str | None, token: str | None, cache_dir: Path | None,
-    config: Path | None, dry_run: bool, overwrite: bool, resume: bool, push_to_hub: str | None,
-    private: bool, as_json: bool, quiet: bool, **given: Any,
+    include: tuple[str, ...], config: Path | None, dry_run: bool, overwrite: bool, resume: bool,
+    push_to_hub: str | None, private: bool, as_json: bool, quiet: bool, **given: Any,
 ) -> None:  # fmt: skip
     """Convert SOURCE, a model folder or a Hub id, into a PaceLLM in the folder OUT.
 
@@ -108,18 +114,23 @@ def pace_convert(
         resume=resume,
         push_to_hub=push_to_hub,
         private=private,
+        include=include,
     )
     plan, expected = prepared.plan, estimate_duration(prepared.source, prepared.plan, out)
+    left_out = in_words.left_out_text(prepared.source.left_out)
     progress.event(
         "plan",
         source=source,
         out=str(out),
+        left_out=prepared.source.left_out,
         push_to_hub=push_to_hub,
         **plan.as_dict(),
         **expected.as_dict(),
     )
-    words = in_words.plan_text(source, out, plan, expected) + (
-        f"\n  push to    {push_to_hub}" if push_to_hub else ""
+    words = (
+        in_words.plan_text(source, out, plan, expected)
+        + left_out
+        + (f"\n  push to    {push_to_hub}" if push_to_hub else "")
     )
     if dry_run:
         if not as_json:
@@ -239,7 +250,7 @@ def inspect(
 @click.option(
     "--trust-remote-code",
     is_flag=True,
-    help="Run OUT's modeling files even where they were edited.",
+    help="Run OUT's modeling files even where they were edited, and SOURCE's own model code.",
 )
 @output_options
 @friendly

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from ..errors import PaceError, one_line
+from ..errors import PaceError, check_paths, one_line
 from ..progress import hush_libraries
 
 
@@ -41,6 +41,7 @@ def friendly(command: Callable) -> Callable:
     def run(*args: Any, **kwargs: Any) -> None:
         hush_libraries()
         try:
+            check_paths(*args, *kwargs.values())
             command(*args, **kwargs)
         except PaceError as error:
             _fail(error.message, error.hint, error.exit_code)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint.checkpoint import CONFIG, INDEX, SINGLE
-from ..checkpoint.files import check_file, is_inside, read_json
+from ..checkpoint.files import check_file, read_json
 from ..converted.card import is_untouched
 from ..converted.config_edits import config_edits
 from ..converted.format import (
@@ -17,6 +17,7 @@ from ..converted.format import (
     PERMUTATION,
     SOURCE_CARD,
     is_unfinished,
+    not_written,
     to_json,
     written_files,
 )
@@ -135,11 +136,12 @@ def _origins(converted: Converted) -> dict[str, str]:
         for name, origin in written_files(folder).items()
         if origin is not None and name not in shards
     }
-    names = (*origins, *origins.values())
-    if CONFIG not in origins.values() or not all(is_inside(name) for name in names):
+    if CONFIG not in origins.values():
         raise DamagedSourceError(
             f"{folder} does not say which files its source had", "convert again, then undo that"
         )
+    if SINGLE in origins.values():  # it would be loaded in the shards' place
+        raise not_written(SINGLE)
     for name in origins:
         check_file(folder, name)
     return origins

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint.checkpoint import CONFIG, INDEX, Source
+from ..checkpoint.needed import check_needed
+from ..checkpoint.selection import readable_by_name
 from ..checkpoint.tokenizer import CONFIG as TOKENIZER_CONFIG
 from ..checkpoint.tokenizer import named_tokenizer_config
 from ..converted.format import (
@@ -22,7 +24,7 @@ from ..converted.format import (
 )
 from ..converted.hashes import Hashes
 from ..converted.opened import open_converted
-from ..converted.push import Pushed, Target, check_card, check_target, push
+from ..converted.push import Pushed, Target, check_card, check_secrets, check_target, push
 from ..converted.shipped import expected_config, modeling_files
 from ..device import resolve_device
 from ..errors import CallError, PaceError
@@ -99,6 +101,7 @@ def prepare(
     plan = make_plan(source, options, run)
     check_run(plan.run)
     check_names_free(source)
+    check_needed(source.folder, [CONFIG, *readable_by_name(source.side_files, source.include)])
     finished = resume and is_finished(source, out, plan)
     if not finished:
         if resume and not overwrite:
@@ -107,6 +110,7 @@ def prepare(
     card = model_card(source, plan)
     if target is not None:
         check_target(target, source)
+        check_secrets(source.folder, [CONFIG, *source.side_files])
         check_card(target, card)
     return Prepared(source, out, plan, card, overwrite, resume, finished, target)
 
@@ -145,7 +149,7 @@ def carry_out(prepared: Prepared, progress: Progress) -> Conversion:
             folder.seal(identity, files)
             # From here on only files are moved; killed meanwhile, it goes on with that.
             journal.add(MOVE, folder.moves([*files, SEAL]))
-        folder.move(**journal.done[MOVE])
+        folder.move(journal.done[MOVE])
     records = journal.done.values()
     changed = [record["changed"] for record in records if record.get("changed") is not None]
     moved = sum(changed) if changed else None
@@ -223,7 +227,7 @@ def _write_files(
     origins |= {target: name for name, target in copies.items()}
     origins |= {name: name for name in source.shards}
     orders = [layer_result(journal.done[f"layer {layer}"]) for layer in range(plan.layers)]
-    folder.permutation(orders, origins)
+    folder.permutation(orders, origins, list(source.left_out))
     for name, target in copies.items():
         folder.copy(source.folder / name, target)
     for name, text in texts.items():

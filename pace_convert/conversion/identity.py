@@ -23,6 +23,7 @@ def fingerprint(source: Source, options: ConvertOptions, device: str) -> dict:
             **options.model_dump(mode="json", exclude={"preset"}),
             "device": device.partition(":")[0],
         },
+        **({"include": list(source.include)} if source.include else {}),
         "source": source.hub.commit
         if source.hub
         else {name: list(state) for name, state in source.states.items()},
@@ -51,6 +52,9 @@ def difference(before: Any, now: dict) -> str:
         old = before["options"].get(name)
         if old != value:
             return f"{option_name(name)} was {old} and is {value}"
+    if before.get("include") != now.get("include"):
+        patterns = [" ".join(job.get("include") or ["nothing"]) for job in (before, now)]
+        return f"--include was {patterns[0]} and is {patterns[1]}"
     if not (isinstance(before.get("source"), dict) and isinstance(now["source"], dict)):
         return f"the source was at {before.get('source')} and is at {now['source']}"
     names = {**before["source"], **now["source"]}

@@ -12,12 +12,14 @@ from typing import Any
 import yaml
 
 from ..checkpoint.checkpoint import Source
+from ..converted import markup
 from ..converted.card import load_block, memory_block, sealed, verification_block
 from ..converted.format import CARD, SOURCE_CARD
 from ..converted.shipped import render
 from ..version import __version__
 from .plan import Plan
 
+MOST_NAMES = 20  # of files that were left out
 CARD_BYTES = 1 << 20  # of the source's card are searched for its metadata
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
 # As they stand in the source's card. The Hub shows the extra_gated ones where a repository is
@@ -73,6 +75,8 @@ def model_card(source: Source, plan: Plan) -> str:
         load=load_block(needs_code=not plan.options.no_memory),
         verification=verification_block(),
         source_card=SOURCE_CARD if has_card else None,
+        left_out=list(source.left_out)[:MOST_NAMES],
+        more_left_out=max(0, len(source.left_out) - MOST_NAMES),
         version=__version__,
     )
     return sealed(text)
@@ -129,8 +133,9 @@ def _licence(metadata: dict, side_files: tuple[str, ...]) -> str:
     named, stated = (_as_list(metadata.get(key)) for key in ("license_name", "license"))
     names = [name.lower() for name in (*named, *stated)]
     name = ", ".join(named or stated)
-    link = metadata.get("license_link")
-    sentences = [f"As for the source: {f'[{name}]({link})' if link else name}."]
+    link = next(iter(_as_list(metadata.get("license_link"))), None)
+    shown = markup.link(name or "its licence", link, side_files) if link else markup.plain(name)
+    sentences = [f"As for the source: {shown}."]
     if not names:
         sentences = ["The source states no licence: ask its authors before you pass this on."]
     sentences += [
@@ -142,7 +147,8 @@ def _licence(metadata: dict, side_files: tuple[str, ...]) -> str:
         if file != link and any(fnmatch.fnmatch(file, kind) for kind in LICENCE_FILES)
     ]
     if files:
-        sentences.append(f"See also {', '.join(f'[{file}]({file})' for file in files)}.")
+        links = [markup.link(file, file, side_files) for file in files]
+        sentences.append(f"See also {', '.join(links)}.")
     if any(key.startswith(TERMS_OF_ACCESS) for key in metadata):
         sentences.append(
             "The source is for those who accept its terms; its questions stand in this card's "

@@ -16,7 +16,6 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..checkpoint.checkpoint import CONFIG, INDEX
-from ..checkpoint.files import is_inside
 from ..checkpoint.shards import TensorInfo
 from ..converted.format import (
     CARD,
@@ -36,7 +35,7 @@ from ..experts.permute import ExpertOrder
 from ..journal import NAME as JOURNAL
 from ..journal import read_journal
 from ..writing import flush, flush_folder
-from .output_checks import MOVE, check_free, written_before
+from .output_checks import MOVE, check_free, is_move, written_before
 
 AGAIN = "give --overwrite without --resume to start again"
 
@@ -98,9 +97,15 @@ class OutputFolder:
         """
         self.write(INDEX, index_text(tensors))
 
-    def permutation(self, orders: Sequence[ExpertOrder], files: Mapping[str, str | None]) -> None:
-        """Each layer's order of neurons, and all files of OUT; see `permutation_file`."""
-        self._whole(PERMUTATION, lambda path: path.write_bytes(permutation_file(orders, files)))
+    def permutation(
+        self,
+        orders: Sequence[ExpertOrder],
+        files: Mapping[str, str | None],
+        left_out: Sequence[str],
+    ) -> None:
+        """Each layer's order of neurons, all files of OUT, what is not; see `permutation_file`."""
+        content = permutation_file(orders, files, left_out)
+        self._whole(PERMUTATION, lambda path: path.write_bytes(content))
 
     def record(self, hashes: Hashes) -> None:
         """HASHES: of tensors and headers these, of files those that were made."""
@@ -122,12 +127,13 @@ class OutputFolder:
         sizes = {name: (self.staging / name).stat().st_size for name in files}
         return {"files": sizes, "remove": sorted(written_before(self.path) - set(files))}
 
-    def move(self, files: dict[str, int], remove: list[str]) -> None:
-        """Put the files that were made, of these sizes, in their place. Interrupted and called
-        again, it goes on.
+    def move(self, record: dict) -> None:
+        """Put the files that were made in their place. record: as `moves` gives it. Interrupted and
+        called again, it goes on.
         """
-        if not all(is_inside(name) for name in [*files, *remove]):
+        if not is_move(record):
             raise CallError(f"{self.staging / JOURNAL} is damaged", AGAIN)
+        files, remove = record["files"], record["remove"]
         made = [name for name in files if (self.staging / name).exists()]
         for name, size in files.items():
             path = (self.staging if name in made else self.path) / name
@@ -179,7 +185,7 @@ class OutputFolder:
             with contextlib.suppress(CallError):
                 moving = read_journal(self.staging / JOURNAL)[1].get(MOVE)
                 if moving:
-                    self.move(**moving)
+                    self.move(moving)
 
     def _empty_staging(self) -> None:
         (self.staging / JOURNAL).unlink(missing_ok=True)  # first: without it the rest means nothing

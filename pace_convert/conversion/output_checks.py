@@ -9,7 +9,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..checkpoint.checkpoint import CONFIG, Source
-from ..checkpoint.files import check_names, is_inside
+from ..checkpoint.files import check_names, is_taken
 from ..converted.card import is_untouched
 from ..converted.format import (
     CARD,
@@ -143,7 +143,7 @@ def written_before(out: Path) -> set[str]:
     moving = _moving(out)
     if moving:
         names |= {*moving["files"], *moving["remove"]}
-    return {name for name in names if is_inside(name)}
+    return {name for name in names if is_taken(name) or name == SEAL}
 
 
 def _moving(out: Path) -> dict | None:
@@ -151,9 +151,22 @@ def _moving(out: Path) -> dict | None:
     far.
     """
     try:
-        return read_journal(out / UNFINISHED / JOURNAL)[1].get(MOVE) if is_unfinished(out) else None
+        record = read_journal(out / UNFINISHED / JOURNAL)[1].get(MOVE) if is_unfinished(out) else {}
     except CallError:  # said when it is resumed
         return None
+    return record if record and is_move(record) else None
+
+
+def is_move(record: dict) -> bool:
+    """Whether a journal's record says what to move and to remove, all names that OUT can have."""
+    files, remove = record.get("files"), record.get("remove")
+    return (
+        isinstance(files, dict)
+        and isinstance(remove, list)
+        and all(
+            isinstance(name, str) and (is_taken(name) or name == SEAL) for name in [*files, *remove]
+        )
+    )
 
 
 def _is_locked(out: Path) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..checkpoint.checkpoint import Source, trained_length
 from ..checkpoint.ffn import check_ffn, count_layers, intermediate_size_of
+from ..checkpoint.own_code import DECIDING, own_model_code
 from ..errors import CallError, DamagedSourceError
 from ..families import FamilySpec, FfnTensor, find_family
 from ..options import ConvertOptions, RunOptions
@@ -61,6 +62,7 @@ def make_plan(source: Source, options: ConvertOptions, run: RunOptions | None = 
     _refuse_quantised(config)
     _check_type(config, "auto_map", dict)
     family = find_family(config, _check_type(config, "architectures", list) or [])
+    _refuse_own_code(config, family)
     layers = count_layers(family, config)
     intermediate_size = intermediate_size_of(family, config)
     ffn = check_ffn(family, layers, intermediate_size, source.tensors)
@@ -159,6 +161,20 @@ def _refuse_quantised(config: dict) -> None:
         raise CallError(
             f"the source is quantised ({method}): its FFN rows can't be clustered",
             "convert the full-precision model, then quantise",
+        )
+
+
+def _refuse_own_code(config: dict, family: FamilySpec) -> None:
+    """Raises CallError: a conversion is of transformers' class, and would silently compute what
+    that does and not what the source's does.
+    """
+    code = own_model_code(config)
+    if code:
+        raise CallError(
+            f"the source has model code of its own ({code} in config.json's auto_map), which "
+            f"transformers' {family.causal_lm_class} would replace",
+            f"if it computes the same, take {', '.join(DECIDING[:2])} and {DECIDING[2]} out of "
+            "auto_map in a copy of the source",
         )
 
 

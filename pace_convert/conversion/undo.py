@@ -18,6 +18,7 @@ from ..converted.format import (
     PERMUTATION,
     UNFINISHED,
     is_unfinished,
+    left_out_of,
 )
 from ..converted.hashes import (
     Hashes,
@@ -45,15 +46,16 @@ ANEW = "delete it, or choose another folder"
 class Restored:
     """What was written.
 
-    proved: whether all tensors and the files that a conversion replaces are, by their hashes, the
-    source's. changed: tensors, and files that were copied, that are not. already: whether all of it
-    was there before.
+    left_out: what of the source's the conversion had not taken along. proved: whether all tensors
+    and the files that a conversion replaces are, by their hashes, the source's. changed: tensors,
+    and files that were copied, that are not. already: whether all of it was there before.
     """
 
     folder: Path
     files: tuple[str, ...]
     tensors: int
     nbytes: int
+    left_out: tuple[str, ...] = ()
     proved: bool = False
     changed: tuple[str, ...] = ()
     already: bool = False
@@ -65,6 +67,7 @@ class Restored:
             "files": list(self.files),
             "tensors": self.tensors,
             "bytes": self.nbytes,
+            "left_out": list(self.left_out),
             "proved": self.proved,
             "changed": list(self.changed),
             "already": self.already,
@@ -91,7 +94,13 @@ def undo(
     written = as_written(converted, fine_tuned)
     files = sorted([*source.shards, *written.copies.values(), *written.texts])
     identity = _identity(source, written)
-    restored = Restored(original, tuple(files), len(source.tensors), source.nbytes)
+    restored = Restored(
+        original,
+        tuple(files),
+        len(source.tensors),
+        source.nbytes,
+        left_out_of(source.folder),
+    )
     if _only_to_tidy(original, files):
         shutil.rmtree(original / UNFINISHED)
     if is_finished(converted, original, written, files):
@@ -126,7 +135,7 @@ def undo(
             for name, text in written.texts.items():
                 folder.write(name, text)
             journal.add(MOVE, folder.moves(files))
-        folder.move(**journal.done[MOVE])
+        folder.move(journal.done[MOVE])
     made = {
         name: pair[1]
         for record in journal.done.values()

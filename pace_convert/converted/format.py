@@ -5,8 +5,10 @@ file, and the record that a finished conversion leaves. Reading and writing each
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -14,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from ..checkpoint.checkpoint import CONFIG, INDEX
-from ..checkpoint.files import check_file, is_inside
+from ..checkpoint.files import check_file, check_names, is_inside, is_taken, parse_json
 from ..checkpoint.tokenizer import CONFIG as TOKENIZER_CONFIG
 from ..errors import CallError, DamagedSourceError, one_line
 from ..experts.permute import ExpertOrder
@@ -193,8 +195,11 @@ def in_use(folder: Path) -> CallError:
     )
 
 
-def permutation_file(orders: Sequence[ExpertOrder], files: Mapping[str, str | None]) -> bytes:
-    """PERMUTATION's bytes: each layer's order, and all files of the folder.
+def permutation_file(
+    orders: Sequence[ExpertOrder], files: Mapping[str, str | None], left_out: Sequence[str] = ()
+) -> bytes:
+    """PERMUTATION's bytes: each layer's order, all files of the folder, what of the source is not
+    among them.
 
     files: name -> the name of the source's file that it is, shards apart from their order; None for
     ours.
@@ -204,7 +209,8 @@ def permutation_file(orders: Sequence[ExpertOrder], files: Mapping[str, str | No
         tensors[f"layers.{layer}.permutation"] = order.permutation
         tensors[f"layers.{layer}.expert_sizes"] = order.sizes
     # One entry: safetensors writes several in random order.
-    return save(tensors, metadata={"files": json.dumps(dict(files))})
+    record = {"files": dict(files), "left_out": list(left_out)} if left_out else dict(files)
+    return save(tensors, metadata={"files": json.dumps(record)})
 
 
 def read_permutation(folder: Path) -> list[ExpertOrder]:
@@ -233,15 +239,59 @@ def written_files(folder: Path) -> dict[str, str | None]:
     """Every file that the conversion in this folder wrote: its name, and the name of the source's
     that it is. Empty if there is no conversion.
     """
-    try:
-        if not (folder / PERMUTATION).is_file():
-            return {}
-        with safe_open(folder / PERMUTATION, framework="numpy") as file:
-            names = json.loads((file.metadata() or {})["files"])
-    except (SafetensorError, OSError, KeyError, ValueError, RecursionError):
-        return {}
+    names = _record(folder)[0]
     known = isinstance(names, dict) and all(isinstance(v, str | None) for v in names.values())
     return names if known else {}
+
+
+def check_written(folder: Path, shards: Sequence[str]) -> None:
+    """The files that the conversion in this folder says it wrote must be some that one can write.
+
+    A file of the source keeps its name, or has the one that KEPT gives it. shards: of the model.
+    Raises DamagedSourceError for other names: what undoes or replaces a conversion follows them.
+    """
+    files = written_files(folder)
+    wrong = [
+        name
+        for name, origin in files.items()
+        if not is_taken(name)
+        or not (origin in (None, name) or name == KEPT.get(origin))
+        or (name in shards and origin != name)
+    ]
+    origins = [origin for origin in files.values() if origin is not None]
+    wrong += [origin for origin, count in Counter(origins).items() if count > 1]
+    if wrong:
+        raise not_written(wrong[0])
+    check_names(files, "file")
+    check_names({*origins, *shards}, "file")
+
+
+def not_written(name: str) -> DamagedSourceError:
+    """What to say of a record that no conversion leaves."""
+    return DamagedSourceError(
+        f"{PERMUTATION} names {name!r} as a file, which no conversion writes so", "convert again"
+    )
+
+
+def left_out_of(folder: Path) -> tuple[str, ...]:
+    """What of the source the conversion in this folder left out, as far as it says so."""
+    names = _record(folder)[1]
+    known = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return tuple(one_line(name) for name in names) if known else ()
+
+
+def _record(folder: Path) -> tuple[Any, Any]:
+    """Files and what was left out, as PERMUTATION has them; of older versions files alone."""
+    try:
+        if not (folder / PERMUTATION).is_file():
+            return {}, []
+        with safe_open(folder / PERMUTATION, framework="numpy") as file:
+            record = parse_json((file.metadata() or {})["files"].encode())
+    except (SafetensorError, OSError, KeyError, ValueError, RecursionError):
+        return {}, []
+    if isinstance(record, dict) and isinstance(record.get("files"), dict):
+        return record["files"], record.get("left_out")
+    return record, []
 
 
 def seal_text(fingerprint: dict, sizes: Mapping[str, int]) -> str:

@@ -9,10 +9,11 @@ from dataclasses import asdict, dataclass
 
 from ..checkpoint.checkpoint import CONFIG, INDEX, SINGLE
 from ..checkpoint.files import read_json
+from ..checkpoint.needed import check_needed
 from ..errors import DamagedSourceError, one_line
 from ..progress import Progress
 from .config_edits import config_edits
-from .format import KEPT, PERMUTATION, written_files
+from .format import KEPT, PERMUTATION, left_out_of, written_files
 from .hashes import Hashes, changed_files, changed_headers, changed_tensors, read_hashes
 from .load import edited_code
 from .opened import Converted
@@ -29,10 +30,11 @@ class Integrity:
     """What was found.
 
     problems: in words. edited_files: Python files that are not what this version ships, and other
-    files that are not as the conversion wrote them. hashed: whether tensors were compared with
-    their hashes. saved: whether `save_pretrained` wrote the folder; changed: tensors that are then
-    others than the conversion's, as a training leaves them. loaded: whether the model was loaded
-    and has run; not_loaded: why that was not tried.
+    files that are not as the conversion wrote them. left_out: what of the source the conversion did
+    not take along. hashed: whether tensors were compared with their hashes. saved: whether
+    `save_pretrained` wrote the folder; changed: tensors that are then others than the conversion's,
+    as a training leaves them. loaded: whether the model was loaded and has run; not_loaded: why
+    that was not tried.
     """
 
     tensors: int
@@ -41,6 +43,7 @@ class Integrity:
     intermediate_size: int
     problems: tuple[str, ...]
     edited_files: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
     hashed: bool = False
     saved: bool = False
     changed: tuple[str, ...] = ()
@@ -79,6 +82,7 @@ def check_integrity(converted: Converted, progress: Progress | None = None) -> I
         intermediate_size=converted.intermediate_size,
         problems=tuple(problems),
         edited_files=tuple([*edited_code(converted), *_edited(converted, hashes)]),
+        left_out=left_out_of(converted.files.folder),
         hashed=hashes is not None,
         saved=saved,
         changed=tuple(changed) if saved else (),
@@ -89,6 +93,7 @@ def structure_problems(converted: Converted, hashes: Hashes | None) -> list[str]
     """Everything that is wrong but for weights."""
     return [
         *_files(converted, hashes),
+        *_needed(converted),
         *_index(converted, hashes),
         *_experts(converted),
         *_config(converted, hashes),
@@ -124,11 +129,24 @@ def _files(converted: Converted, hashes: Hashes | None) -> list[str]:
     if hashes is not None and hashes.saved:  # which leaves out what is not the model's
         return []
     changed = changed_files(folder, hashes) if hashes else []
-    return [f"{name} {NOT_AS_WRITTEN}" for name in changed if name in _FIXED] + [
+    written = written_files(folder)
+    problems = [f"{name} {NOT_AS_WRITTEN}" for name in changed if name in _FIXED]
+    if CONFIG not in written:
+        problems.append(f"{PERMUTATION} does not say which files the conversion wrote")
+    return problems + [
         f"{name}, which the conversion wrote, is gone"
-        for name in written_files(folder)
+        for name in written
         if not (folder / name).is_file()
     ]
+
+
+def _needed(converted: Converted) -> list[str]:
+    files = converted.files
+    try:
+        check_needed(files.folder, [CONFIG, *files.side_files])
+    except DamagedSourceError as error:
+        return [error.message]
+    return []
 
 
 def _index(converted: Converted, hashes: Hashes | None) -> list[str]:

@@ -12,6 +12,8 @@ from typing import Any
 
 from ..checkpoint.checkpoint import CONFIG, Source
 from ..checkpoint.files import read_json
+from ..checkpoint.own_code import own_model_code
+from ..checkpoint.selection import ADAPTER
 from ..device import load_dtype
 from ..errors import CallError, DamagedSourceError, PaceError
 from .format import MODELING
@@ -19,7 +21,6 @@ from .opened import Converted
 from .shipped import auto_map, modeling_files
 
 GENERATION = "generation_config.json"
-ADAPTER = "adapter_config.json"  # of PEFT, which transformers takes up wherever it lies
 
 
 def edited_code(converted: Converted, source: Source | None = None) -> list[str]:
@@ -29,10 +30,8 @@ def edited_code(converted: Converted, source: Source | None = None) -> list[str]
     source: what was converted; other Python files and classes must be as they are there. Without it
     they are not looked at: nothing that this version ships imports them.
     """
-    if not converted.needs_code:
-        return []
     folder = converted.files.folder
-    shipped = modeling_files(converted.family)
+    shipped = modeling_files(converted.family) if converted.needs_code else {}
     edited = [name for name, text in shipped.items() if not _reads(folder / name, text.encode())]
     if source is not None:
         names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.py"))
@@ -42,14 +41,23 @@ def edited_code(converted: Converted, source: Source | None = None) -> list[str]
             for name in others
             if not _reads(source.folder / name, (folder / name).read_bytes())
         ]
-    classes = converted.files.config.get("auto_map")
-    expected = auto_map(source.config if source else {}, converted.family)
-    names = list(classes) if source and isinstance(classes, dict) else list(expected)
-    if not isinstance(classes, dict) or any(
-        classes.get(name) != expected.get(name) for name in names
-    ):
+    if _names_others(converted, source):
         edited.append("config.json (auto_map)")
     return edited
+
+
+def _names_others(converted: Converted, source: Source | None) -> bool:
+    """Whether config.json names other classes than the conversion wrote there."""
+    classes = converted.files.config.get("auto_map")
+    if not converted.needs_code:  # then there are the source's, and none that would be the model
+        if source is None:
+            return own_model_code(converted.files.config) is not None
+        return (classes or {}) != (source.config.get("auto_map") or {})
+    expected = auto_map(source.config if source else {}, converted.family)
+    names = list(classes) if source and isinstance(classes, dict) else list(expected)
+    return not isinstance(classes, dict) or any(
+        classes.get(name) != expected.get(name) for name in names
+    )
 
 
 def refuse_edited(edited: list[str], trust_remote_code: bool, instead: str = "") -> None:
@@ -61,6 +69,25 @@ def refuse_edited(edited: list[str], trust_remote_code: bool, instead: str = "")
             f"{edited[0]} is not as this version ships it, so it is not run",
             f"read it, then give --trust-remote-code{', ' + instead if instead else ''}",
         )
+
+
+def refuse_own_code(source: Source, trust_remote_code: bool, instead: str = "") -> None:
+    """Raises CallError where a model's own code makes its logits and is not trusted. instead: as
+    above.
+    """
+    code = own_model_code(source.config)
+    if code and not trust_remote_code:
+        raise CallError(
+            f"{source.name} has model code of its own ({code}), which is not run unasked",
+            f"read it, then give --trust-remote-code{', ' + instead if instead else ''}",
+        )
+
+
+def runs_own_code(files: Source | Converted) -> bool:
+    """Whether model code of the folder's own would be loaded, and not that of a conversion."""
+    if isinstance(files, Converted):
+        return not files.needs_code and own_model_code(files.files.config) is not None
+    return own_model_code(files.config) is not None
 
 
 def load_model(
@@ -75,20 +102,26 @@ def load_model(
 
     Its dtype is `load_dtype`'s. head: False for the decoder without its vocabulary head. No Python
     of a folder runs but a conversion's modeling files, and those only as this version ships them,
-    or with `trust_remote_code`. Raises CallError for edited ones, PaceError where the model does
-    not load.
+    and, with `trust_remote_code`, edited ones and the model code of a folder that is no conversion.
+    Raises CallError for both without it, PaceError where the model does not load.
     """
     from transformers.utils import logging
 
     source = files.files if isinstance(files, Converted) else files
     if isinstance(files, Converted):
         refuse_edited(edited_code(files), trust_remote_code)
+    own_code = runs_own_code(files)
+    if own_code:
+        refuse_own_code(source, trust_remote_code)
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # without the head, its weights would be named as unused
     with in_words(files, "load"):
         dtype = load_dtype(source.nbytes, device)
         model = model_class(files, head).from_pretrained(
-            source.folder, dtype=dtype, local_files_only=True, trust_remote_code=False
+            source.folder,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=own_code,
         )
         return model.eval().to(device)
 

@@ -11,7 +11,7 @@ from ..device import free_memory
 from ..errors import PaceError, one_line
 from ..units import size
 from .integrity import Integrity
-from .load import edited_code, generation_problem, in_words, model_class
+from .load import edited_code, generation_problem, in_words, model_class, runs_own_code
 from .opened import Converted
 
 TOKENS = 64  # that are read for a trial, where the model has so many positions
@@ -23,8 +23,8 @@ def check_loads(
     """With what is wrong when transformers makes the model without memory for its weights, loads
     them, and reads a few tokens.
 
-    Nothing is loaded of a folder that is not whole, that would run edited files, or that is larger
-    than the memory that is free: `not_loaded` says so.
+    Nothing is loaded of a folder that is not whole, that would run edited files or classes that no
+    conversion names, or that is larger than the memory that is free: `not_loaded` says so.
     """
     reason = _why_not(converted, whole, trust_remote_code)
     if reason:
@@ -57,7 +57,11 @@ def _on_meta(converted: Converted) -> list[str]:
     with in_words(converted, "load"):
         config = _config(converted, cls)
         with torch.device("meta"):
-            model = cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
+            model = (
+                cls.from_config(config, trust_remote_code=runs_own_code(converted))
+                if hasattr(cls, "from_config")
+                else cls(config)
+            )
         shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     tensors = converted.files.tensors
     return [
@@ -72,7 +76,11 @@ def _config(converted: Converted, cls: Any) -> Any:
     from transformers import AutoConfig
 
     kind = cls.config_class if converted.needs_code else AutoConfig
-    return kind.from_pretrained(converted.files.folder, local_files_only=True)
+    return kind.from_pretrained(
+        converted.files.folder,
+        local_files_only=True,
+        trust_remote_code=runs_own_code(converted),
+    )
 
 
 def _in_memory(converted: Converted) -> list[str]:
@@ -83,7 +91,7 @@ def _in_memory(converted: Converted) -> list[str]:
             converted.files.folder,
             dtype="auto",
             local_files_only=True,
-            trust_remote_code=False,
+            trust_remote_code=runs_own_code(converted),
             output_loading_info=True,
         )
     missing = sorted(info["missing_keys"])

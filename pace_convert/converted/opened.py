@@ -11,7 +11,14 @@ from ..checkpoint.ffn import check_ffn, count_layers
 from ..errors import CallError, DamagedSourceError
 from ..experts.permute import ExpertOrder
 from ..families import FAMILIES, FamilySpec, FfnTensor
-from .format import PERMUTATION, check_memory, check_pace, is_unfinished, read_permutation
+from .format import (
+    PERMUTATION,
+    check_memory,
+    check_pace,
+    check_written,
+    is_unfinished,
+    read_permutation,
+)
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,7 @@ def open_converted(out: Path) -> Converted:
             "convert again",
         )
     check_pace(pace)
+    check_written(out, files.shards)
     layers = count_layers(FAMILIES[base], files.config)
     check_memory(pace, layers)
     orders = read_permutation(out)

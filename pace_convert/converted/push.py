@@ -4,6 +4,7 @@ interrupted.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from huggingface_hub.utils import (
 
 from ..checkpoint.checkpoint import Source
 from ..checkpoint.hub_errors import WRITING, hub_errors
+from ..checkpoint.secrets import find_secret
 from ..errors import CallError, DamagedSourceError, PaceError
 from ..progress import Progress
 from ..version import __version__
@@ -120,6 +122,16 @@ def check_target(target: Target, source: Source | None = None) -> None:
             )
 
 
+def check_secrets(folder: Path, names: Iterable[str]) -> None:
+    """Nothing of what will be uploaded may look like a secret. Raises CallError."""
+    found = find_secret(folder, names)
+    if found:
+        raise CallError(
+            f"{found}: nothing was uploaded",
+            "convert again without it; if it was ever public, revoke it",
+        )
+
+
 def check_card(target: Target, card: str) -> None:
     """Let the Hub validate a card's metadata. Raises CallError or PaceError."""
     with hub_errors(target.repo_id, WRITING):
@@ -148,14 +160,16 @@ def push(
     """
     _check_whole(converted, verification, progress)
     folder = converted.files.folder
+    uploaded = [
+        path.relative_to(folder)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not _hidden(path.relative_to(folder))
+    ]
+    check_secrets(folder, [path.as_posix() for path in uploaded if not path.match("*.safetensors")])
     card = _read_card(folder)
     if card is not None:
         check_card(target, card)
-    sizes = [
-        path.stat().st_size
-        for path in folder.rglob("*")
-        if path.is_file() and not _hidden(path.relative_to(folder))
-    ]
+    sizes = [(folder / path).stat().st_size for path in uploaded]
     needs_code = converted.needs_code
     progress.let_hub_talk()
     progress.say(f"uploading {len(sizes)} files, {sum(sizes) / 1e6:.2f} MB, to {target.repo_id}")

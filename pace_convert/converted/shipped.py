@@ -4,12 +4,12 @@ names.
 
 from __future__ import annotations
 
-import json
 from importlib.resources import files
 
 from jinja2 import Environment, StrictUndefined
 
 from ..families import FamilySpec
+from . import markup
 from .format import HASHES, KEPT, MODELING, PERMUTATION
 
 
@@ -76,7 +76,13 @@ def render(template: str, **values: object) -> str:
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    environment.filters["json"] = lambda value: json.dumps(value, ensure_ascii=False)
+    environment.filters |= {
+        "yaml_key": markup.yaml_key,
+        "yaml_value": markup.yaml_value,
+        "plain": markup.plain,
+        "code": markup.code,
+        "cell": markup.cell,
+    }
     text = files("pace_convert.templates").joinpath(template).read_text(encoding="utf-8")
     return environment.from_string(text).render(**values)
 

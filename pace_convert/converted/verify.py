@@ -12,15 +12,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..checkpoint.checkpoint import Source
+from ..checkpoint.checkpoint import CONFIG, Source
+from ..checkpoint.needed import check_needed
+from ..checkpoint.own_code import own_model_code
 from ..checkpoint.shards import reordered, row_blocks
 from ..checkpoint.tokenizer import read_with_tokenizer
 from ..errors import CallError, one_line
 from ..progress import Progress
 from .config_edits import config_edits
+from .format import left_out_of
 from .hashes import read_hashes
 from .integrity import structure_problems
-from .load import edited_code, generation_problem, load_model, refuse_edited
+from .load import edited_code, generation_problem, load_model, refuse_edited, refuse_own_code
 from .loads import run
 from .opened import Converted
 
@@ -28,6 +31,7 @@ SAMPLE = (
     "The code of Ada is 4711;\n\tit's   written in München, in 東京 and <|here|>. "
     "def f(x): return x**2"
 )
+NO_LOGITS = "or --no-logits to compare tensors only"
 # Reordering the sum over an FFN's neurons moves logits by rounding only; relative to the largest
 # logit.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -40,7 +44,9 @@ class Verification:
     problems: of the folder itself and of its config.json beside the source's, in words.
     hashes: SHA-256 of each tensor of the source, by name, over its bytes in the source's order.
     logit_difference: the largest absolute one; None where logits were not asked for.
-    same_tokens: whether both tokenizers read a sample alike; None without a tokenizer.
+    same_tokens: whether both tokenizers read a sample alike; None without a tokenizer. left_out:
+    files of the source that the conversion did not take along; they are not compared. own_code: the
+    class of the source's own that makes its logits; None for transformers'.
     """
 
     tensors: int
@@ -53,6 +59,8 @@ class Verification:
     logits_match: bool | None = None
     same_tokens: bool | None = None
     hashes: dict[str, str] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+    own_code: str | None = None
     problems: tuple[str, ...] = ()
     saved: bool = False
 
@@ -96,9 +104,11 @@ def verify(
     """Compare a conversion with its source.
 
     Tensors are compared as bits, one at a time. Logits are compared on random tokens, in fp32 below
-    4 GB of weights and else in the stored type; the models are loaded one after the other. OUT's
-    modeling files run only if they are the ones this version ships, or with trust_remote_code.
-    Raises CallError for another model's source or for edited files, DamagedSourceError, PaceError.
+    4 GB of weights and else in the stored type; the models are loaded one after the other. SOURCE
+    is what `AutoModelForCausalLM` makes of it. OUT's modeling files run only if they are the ones
+    this version ships, or with trust_remote_code, SOURCE's own model code only with that. Raises
+    CallError for another model's source or for code that may not run, DamagedSourceError,
+    PaceError.
     """
     source = source.fetch()
     if source.config["model_type"] != converted.family.model_type:
@@ -107,6 +117,7 @@ def verify(
             f"the conversion's base a {converted.family.model_type}",
             "give the source that was converted",
         )
+    check_needed(source.folder, [CONFIG, *source.side_files])
     permutations = {
         t.name: (t.axis, converted.orders[t.layer].inverse(t.parts)) for t in converted.ffn()
     }
@@ -118,7 +129,7 @@ def verify(
             edit for edit in config_edits(converted, source.config) if edit not in problems
         ]
     generation = generation_problem(converted.files.folder) if logits else None
-    problems += [generation] if generation else []
+    problems += [generation] if generation and generation not in problems else []
     different, hashes = _compare(converted.files, source, permutations, progress)
     edited = edited_code(converted, source)
     result = Verification(
@@ -129,12 +140,15 @@ def verify(
         edited_files=tuple(edited),
         same_tokens=_same_tokens(source, converted),
         hashes=hashes,
+        left_out=left_out_of(converted.files.folder),
+        own_code=own_model_code(source.config),
         problems=tuple(one_line(problem) for problem in problems),
         saved=saved,
     )
     if not logits or not result.passed:
         return result
-    refuse_edited(edited, trust_remote_code, "or --no-logits to compare tensors only")
+    refuse_edited(edited, trust_remote_code, NO_LOGITS)
+    refuse_own_code(source, trust_remote_code, NO_LOGITS)
     return _with_logits(result, converted, source, trust_remote_code)
 
 
@@ -188,7 +202,7 @@ def _with_logits(
     result: Verification, converted: Converted, source: Source, trust_remote_code: bool
 ) -> Verification:
     # One model in memory at a time: each is dropped once its logits are there.
-    expected, dtype = _logits(source, load_model(source))
+    expected, dtype = _logits(source, load_model(source, trust_remote_code=trust_remote_code))
     got, _ = _logits(converted, load_model(converted, trust_remote_code=trust_remote_code))
     difference = (got - expected).abs().max().item()
     largest = expected.abs().max().item()

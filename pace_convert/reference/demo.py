@@ -7,12 +7,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from ..checkpoint.checkpoint import open_folder
+from ..checkpoint.checkpoint import open_source
 from ..conversion.convert import Prepared, carry_out, prepare
 from ..converted.opened import open_converted
 from ..converted.verify import Verification, verify
@@ -48,7 +48,7 @@ class Cell:
 
 def convert_reference(out: Path, progress: Progress) -> tuple[Prepared, Verification]:
     """Convert the embedded model into `out`, where an earlier one may lie, and verify it."""
-    source = open_folder(reference_model(), "the reference model")
+    source = replace(open_source(str(reference_model())), name="the reference model")
     prepared = prepare(source, out, OPTIONS, overwrite=True)
     carry_out(prepared, progress)
     return prepared, verify(open_converted(out), source, progress)

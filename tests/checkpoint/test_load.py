@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import convert_folder
+from helpers import convert_folder, pace_convert, refuse
 
 from pace_convert.checkpoint.checkpoint import open_folder
 from pace_convert.converted.load import load_model
@@ -27,13 +27,6 @@ def folders(make_source, tmp_path_factory):
     (source / "custom_generate").mkdir()
     for name in ("evil.py", "custom_generate/generate.py"):
         (source / name).write_text(MARK.format(marker=str(marker)))
-    config = json.loads((source / "config.json").read_text())
-    config["auto_map"] = {
-        "AutoModel": "evil.Evil",
-        "AutoModelForCausalLM": "evil.Evil",
-        "AutoConfig": "evil.Evil",
-    }
-    (source / "config.json").write_text(json.dumps(config))
     convert_folder(source, base / "out")
     convert_folder(source, base / "plain", no_memory=True)
     return {"source": source, "out": base / "out", "plain": base / "plain"}, marker
@@ -57,8 +50,8 @@ def test_nothing_that_came_with_the_source_runs(folders, name, head):
 
 @pytest.mark.parametrize("head", [True, False])
 def test_what_auto_map_names_does_not_run_even_with_trust(folders, tmp_path, head):
-    """Trust is in the modeling files: a folder whose config.json names other classes is refused, or
-    they are passed by.
+    """Of a conversion trust is in the modeling files: one whose config.json names other classes is
+    refused, or they are passed by.
     """
     paths, marker = folders
     copy = shutil.copytree(paths["out"], tmp_path / "out")
@@ -99,3 +92,63 @@ def test_a_device_that_is_full_is_said_too(folders, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "to", full)
     with pytest.raises(PaceError, match="does not load: CUDA out of memory"):
         load_model(opened(folders[0]["source"]))
+
+
+OWN_CODE = """
+from transformers import Qwen2ForCausalLM
+class Scaled(Qwen2ForCausalLM):
+    def forward(self, *args, **kwargs):
+        found = super().forward(*args, **kwargs)
+        found.logits = found.logits / 2
+        return found
+"""
+
+
+@pytest.fixture
+def scaled(make_source, tmp_path):
+    """A source whose own code halves the logits."""
+    source = shutil.copytree(make_source("qwen2"), tmp_path / "scaled")
+    (source / "modeling_scaled.py").write_text(OWN_CODE)
+    edit_config(source, auto_map={"AutoModelForCausalLM": "modeling_scaled.Scaled"})
+    return source
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def test_a_source_with_model_code_of_its_own_is_what_that_computes(scaled, folders):
+    with pytest.raises(CallError, match=r"model code of its own \(modeling_scaled\.Scaled\)"):
+        load_model(open_folder(scaled))
+    ids = torch.arange(5)[None]
+    own, plain = (
+        load_model(open_folder(folder), trust_remote_code=True)(ids).logits
+        for folder in (scaled, folders[0]["source"])
+    )
+    assert torch.allclose(own, plain / 2)
+
+
+@pytest.mark.parametrize("no_memory", [False, True])
+@pytest.mark.parametrize("key", ["AutoModelForCausalLM", "AutoModel", "AutoConfig"])
+def test_a_source_with_model_code_of_its_own_is_not_replaced(scaled, tmp_path, key, no_memory):
+    edit_config(scaled, auto_map={key: "acme/other--modeling_scaled.Scaled"})
+    with pytest.raises(CallError, match="transformers' Qwen2ForCausalLM would replace") as error:
+        convert_folder(scaled, tmp_path / "out", no_memory=no_memory)
+    assert "acme/other--modeling_scaled.Scaled" in error.value.message
+    assert "auto_map" in error.value.hint and not (tmp_path / "out").exists()
+    edit_config(scaled, auto_map={"AutoModelForSequenceClassification": "modeling_scaled.Scaled"})
+    convert_folder(scaled, tmp_path / "out", no_memory=no_memory)
+
+
+def test_verify_compares_with_what_the_sources_own_code_computes(scaled, tmp_path):
+    auto_map = json.loads((scaled / "config.json").read_text())["auto_map"]
+    edit_config(scaled, auto_map=None)
+    convert_folder(scaled, tmp_path / "out")
+    edit_config(scaled, auto_map=auto_map)
+    verify = [tmp_path / "out", "--source", scaled, "-q"]
+    refuse(pace_convert(*verify, command=("verify",)), 2, "Scaled", "--no-logits")
+    done = pace_convert(*verify, "--trust-remote-code", command=("verify",))
+    assert done.returncode == 1 and "DO NOT MATCH" in done.stdout, done.stdout + done.stderr
+    done = pace_convert(*verify, "--no-logits", command=("verify",))
+    assert done.returncode == 0 and "not run    modeling_scaled.Scaled" in done.stdout

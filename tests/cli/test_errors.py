@@ -3,6 +3,7 @@ written or lost.
 """
 
 import json
+import os
 import shutil
 import struct
 
@@ -10,6 +11,9 @@ import pytest
 import torch
 from helpers import pace_convert, refuse
 from safetensors.torch import load_file, save_file
+
+from pace_convert import api
+from pace_convert.errors import CallError
 
 WEIGHTS = "model.safetensors"
 
@@ -325,6 +329,7 @@ def test_non_finite_weights(source, tmp_path, name, value):
 
 def test_source_that_ships_a_file_of_ours(source, tmp_path):
     (source / "memory_bank.py").write_text("")
+    edit_config(source, auto_map={"AutoTokenizer": ["memory_bank.X", None]})
     refuse(
         pace_convert(source, tmp_path / "out", "--experts", 8),
         2,
@@ -447,6 +452,57 @@ def test_verify_and_inspect_of_the_wrong_folder(source, qwen2_pair, make_source,
         2,
         "is a llama",
     )
+
+
+NOT_UTF8 = os.fsdecode(b"caf\xe9")
+
+
+@pytest.mark.parametrize("which", ["source", "out"])
+def test_a_path_that_is_not_utf8(source, tmp_path, which):
+    """Said before any work: a card, or a last line on the screen, could not name it."""
+    paths = {"source": source, "out": tmp_path / "out", which: tmp_path / NOT_UTF8}
+    if which == "source":
+        source.rename(paths["source"])
+    done = pace_convert(paths["source"], paths["out"], "--experts", 8)
+    refuse(done, 2, "caf\\udce9 is not UTF-8 text", out=paths["out"])
+
+
+def test_other_paths_that_are_not_utf8(qwen2_pair, tmp_path):
+    for command in (
+        ["undo", qwen2_pair[1], tmp_path / NOT_UTF8],
+        ["verify", tmp_path / NOT_UTF8],
+        ["verify", qwen2_pair[1], "--source", tmp_path / NOT_UTF8],
+        ["inspect", qwen2_pair[1], "--html", tmp_path / NOT_UTF8],
+        ["eval", "qa", qwen2_pair[1], "--on", tmp_path / NOT_UTF8],
+        ["eval", "needle", qwen2_pair[1], "--out", tmp_path / NOT_UTF8],
+        ["tune", qwen2_pair[1], "--on", tmp_path / NOT_UTF8],
+        ["demo", tmp_path / NOT_UTF8],
+        ["convert", qwen2_pair[0], tmp_path / "out", "--config", tmp_path / NOT_UTF8],
+    ):
+        refuse(pace_convert(*command[1:], command=command[:1]), 2, "is not UTF-8 text")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_python_refuses_them_too(qwen2_pair, tmp_path):
+    out, path = qwen2_pair[1], tmp_path / NOT_UTF8
+    for call in (
+        lambda: api.convert(path, tmp_path / "out"),
+        lambda: api.convert(qwen2_pair[0], path),
+        lambda: api.verify(out, path),
+        lambda: api.undo(out, path),
+        lambda: api.push(path, "acme/x"),
+        lambda: api.evaluate("text", out, on=[path]),
+    ):
+        with pytest.raises(CallError, match="is not UTF-8 text"):
+            call()
+
+
+def test_a_folder_whose_place_is_not_utf8_is_converted_from_inside(source, tmp_path):
+    place = tmp_path / NOT_UTF8
+    source.rename(place)
+    done = pace_convert(".", tmp_path / "out", "--experts", 8, cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert "caf" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -205,3 +205,20 @@ def test_what_the_cache_lacks_is_said(hub, run, tmp_path):
     (snapshot / "README.md").unlink()
     done = run("convert", REPO, out, "--experts", 8, **OFFLINE[0])
     assert done.returncode == 0 and "from its cache, without README.md" in done.stderr
+
+
+def test_what_is_asked_for_is_taken_from_the_cache_or_missed(hub, run, tmp_path):
+    online, out = tmp_path / "online", tmp_path / "out"
+    arguments = ("--experts", 8, "--include", "pytorch_*", "--include", ".env")
+    (hub.repositories[REPO].folder / ".env").write_text("TOKEN=1")
+    assert run("convert", REPO, online, "--experts", 8).returncode == 0
+    assert "other weights" in run("convert", REPO, out, "--dry-run", **OFFLINE[0]).stdout
+    done = run("convert", REPO, out, *arguments, **OFFLINE[0])
+    refuse(done, 1, "--include asks for .env, which is not in the Hub's cache", out=out)
+    done = run("convert", REPO, out, "--experts", 8, "--include", "*.xyz", **OFFLINE[0])
+    refuse(done, 2, "--include *.xyz fits no file of the source", out=out)
+    shutil.rmtree(online)
+    assert run("convert", REPO, online, *arguments).returncode == 0
+    done = run("convert", REPO, out, *arguments, **OFFLINE[0])
+    assert done.returncode == 0, done.stderr
+    assert (out / "pytorch_model.bin").exists() and hashes(out) == hashes(online)

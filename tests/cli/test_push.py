@@ -466,3 +466,21 @@ def test_an_upload_that_fails_leaves_the_conversion_finished(hub, run, source, t
     assert f"Made {out}" in done.stdout and open_converted(out)
     hub.hook = None
     assert run("push", out, "acme/failed").returncode == 0
+
+
+def test_what_looks_like_a_secret_is_not_uploaded(source, hub, run, tmp_path):
+    """Neither what was taken along on purpose nor what lies in OUT by now; before any work."""
+    copy = shutil.copytree(source, tmp_path / "source")
+    (copy / "key.pem").write_text("x")
+    convert = ["convert", copy, tmp_path / "out", "--experts", 8, "--include", "*.pem"]
+    done = run(*convert, "--push-to-hub", "acme/new")
+    refuse(done, 2, "key.pem is named as secrets are", "nothing was uploaded", out=tmp_path / "out")
+    assert run(*convert).returncode == 0 and (tmp_path / "out" / "key.pem").exists()
+    refuse(run("push", tmp_path / "out", "acme/new"), 2, "key.pem is named as secrets are")
+    (tmp_path / "out" / "key.pem").write_text("")
+    convert_folder(source, tmp_path / "other")
+    (tmp_path / "other" / "notes.md").write_text("export HF_TOKEN=hf_" + "a1B2" * 9)
+    refuse(
+        run("push", tmp_path / "other", "acme/new"), 2, "notes.md holds what looks like a Hugging"
+    )
+    assert "acme/new" not in hub.repositories

@@ -11,7 +11,7 @@ from helpers import family_of, load, random_ids
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from slow_reread import SlowReread
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, StaticCache
 
 SMALL = {
     "window": 16, "first": 4, "spans": 2, "span_width": 4, "layer": 1, "key_size": 24,
@@ -416,3 +416,19 @@ def test_one_look_up_over_many_texts(qwen):
     assert made.shape[1] == 17
     with pytest.raises(ValueError, match="no text"):
         qwen.join_banks([DynamicCache()])
+
+
+@pytest.mark.parametrize("length", [30, 70])
+def test_a_decode_step_compiles_to_one_graph(qwen, length):
+    """Over the length that is held whole, and over contexts that are made anew."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    ids = random_ids(2, length, seed=110)
+    new = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0}
+    config = CompileConfig(backend="eager", mode=None, fullgraph=True)
+    config._compile_all_devices = True  # transformers compiles on accelerators only
+    compiled = qwen.generate(ids, cache_implementation="static", compile_config=config, **new)
+    stats = torch._dynamo.utils.counters
+    assert not stats["graph_break"] and stats["stats"]["unique_graphs"] <= 3
+    torch._dynamo.reset()
+    assert torch.equal(compiled, qwen.generate(ids, **new))

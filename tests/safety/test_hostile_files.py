@@ -242,7 +242,9 @@ def shards_of(source) -> list[Path]:
     return sorted(source.glob("model-*.safetensors"))
 
 
-@pytest.mark.parametrize("place", ["../{}", "/tmp/{}", "./{}", "sub/../{}", ""])
+@pytest.mark.parametrize(
+    "place", ["../{}", "/tmp/{}", "./{}", "sub/../{}", "", ".git{}", "\x1b{}", "\0{}"]
+)
 def test_index_leads_elsewhere(sharded, tmp_path, place):
     shard = shards_of(sharded)[0]
     shutil.copy(shard, tmp_path / shard.name)

@@ -81,13 +81,14 @@ def test_files_that_differ_only_in_case(source, tmp_path, pair):
 def test_side_file_where_a_conversion_writes(source, tmp_path, name):
     (source / name).parent.mkdir(exist_ok=True)
     (source / name).touch()
-    refused(source, tmp_path, f"{name}, which a conversion writes itself", code=2)
+    options = ("--include", name)
+    refused(source, tmp_path, f"{name}, which a conversion writes itself", code=2, options=options)
 
 
 def test_side_file_below_a_file_of_ours(source, tmp_path):
     (source / "README.md").mkdir()
-    (source / "README.md" / "x").touch()
-    refused(source, tmp_path, "README.md would be a file and the folder of README.md/x")
+    (source / "README.md" / "x.md").touch()
+    refused(source, tmp_path, "README.md would be a file and the folder of README.md/x.md")
 
 
 def test_very_many_files(source, tmp_path):

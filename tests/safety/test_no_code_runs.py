@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from damage import edit_json
+from damage import edit_json, refused
 from helpers import convert_folder, pace_convert
 from transformers import AutoModelForCausalLM
 
@@ -31,14 +31,10 @@ def hostile(source, tmp_path) -> tuple[Path, Path]:
     marker = tmp_path / "marker"
     build_tokenizer(512).save_pretrained(source)
     auto = {
-        "AutoConfig": "evil.Evil",
-        "AutoModel": "evil.Evil",
-        "AutoModelForCausalLM": "evil.Evil",
+        "AutoModelForTokenClassification": "evil.Evil",
+        "AutoTokenizer": ["evil.Evil", "evil.Evil"],
     }
-    edit_json(
-        source / "config.json",
-        lambda config: config.update(auto_map=auto | {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}),
-    )
+    edit_json(source / "config.json", lambda config: config.update(auto_map=auto))
     tokenizer = {
         "tokenizer_class": "Evil",
         "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]},
@@ -85,6 +81,16 @@ def test_no_code_of_the_source_runs(hostile, tmp_path):
     assert not [path for path in out.rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
 
 
+@pytest.mark.parametrize("key", ["AutoConfig", "AutoModel", "AutoModelForCausalLM"])
+def test_model_code_of_the_sources_own(hostile, tmp_path, key):
+    """Refused, and not run to find out."""
+    source, marker = hostile
+    edit_json(source / "config.json", lambda config: config["auto_map"].update({key: "evil.Evil"}))
+    for options in ((), ("--no-memory",)):
+        refused(source, tmp_path, "model code of its own (evil.Evil", code=2, options=options)
+    assert not marker.exists()
+
+
 def test_an_edited_modeling_file_does_not_run_either(hostile, tmp_path):
     source, marker = hostile
     out = tmp_path / "out"
@@ -100,3 +106,21 @@ def test_a_no_memory_conversion_runs_nothing_when_it_is_loaded(hostile, tmp_path
     convert_folder(source, tmp_path / "out", no_memory=True)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=False)
     assert model.config.model_type == "qwen2" and not marker.exists()
+
+
+def test_model_code_that_was_added_to_a_no_memory_conversion(hostile, tmp_path):
+    """Said by every check, and not run by one."""
+    source, marker = hostile
+    out = tmp_path / "out"
+    convert_folder(source, out, no_memory=True)
+    shutil.copy(source / "evil.py", out / "added.py")
+    edit_json(out / "config.json", lambda config: config["auto_map"].update(AutoModel="evil.Evil"))
+    done = pace_convert(out, command=("verify",))
+    assert "config.json (auto_map) is not as it was shipped" in done.stdout
+    assert "was not loaded: config.json (auto_map) was edited" in done.stdout
+    compare = (out, "--source", source)
+    done = pace_convert(*compare, command=("verify",))
+    assert done.returncode == 2 and "added.py is not as this version ships it" in done.stderr
+    done = pace_convert(*compare, "--no-logits", command=("verify",))
+    assert "added.py" in done.stdout and "config.json (auto_map)" in done.stdout
+    assert not marker.exists()

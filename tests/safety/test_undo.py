@@ -55,7 +55,7 @@ def decorate(source: Path) -> None:
         (source / name).write_bytes(json.dumps(value, indent=7).replace("\n", " \r\n").encode())
     (source / "README.md").write_bytes(b"\xef\xbb\xbf---\r\nlicense: mit\r\n---\r\n\xff\r\n")
     (source / "docs").mkdir()
-    (source / "docs" / "empty").touch()
+    (source / "docs" / "empty.md").touch()
 
 
 def test_files_come_back_as_they_were_written(sharded, tmp_path):
@@ -210,18 +210,119 @@ def forge(out: Path, files: object) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["../stolen", "/tmp/stolen", "a/../../stolen", ""])
-def test_undo_of_a_conversion_that_leads_elsewhere(source, tmp_path, name):
-    convert_folder(source, tmp_path / "out")
-    forge(tmp_path / "out", {"config.source.json": "config.json", "generation_config.json": name})
-    refused(tmp_path / "out", tmp_path / "original", "does not say which files", code=1)
+def forge_more(out: Path, more: dict) -> None:
+    files = {"config.json": None, "config.source.json": "config.json", SINGLE: SINGLE}
+    forge(out, {**files, **more})
 
 
-def test_undo_of_a_conversion_that_takes_from_elsewhere(source, tmp_path):
+def refused_everywhere(out: Path, original: Path, source: Path, *words: str) -> None:
+    """Nothing follows a record that no conversion writes."""
+    refused(out, original, *words, code=1)
+    for command in (
+        ["verify", out],
+        ["verify", out, "--source", source, "--no-logits"],
+        ["inspect", out],
+    ):
+        refuse(pace_convert(*command[1:], command=command[:1]), 1, *words)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../stolen", "/tmp/stolen", "a/../../stolen", "", "config.json", "model.safetensors",
+        "other.md", ".git/hooks/post-checkout", ".GIT/config", ".pace-unfinished/journal.jsonl",
+        ".cache/x", "a\nb", "\x1b[2J", "a\0b", "a" * 600,
+    ],
+)  # fmt: skip
+def test_a_file_that_would_come_back_under_another_name(source, tmp_path, name):
+    out = tmp_path / "out"
+    convert_folder(source, out)
+    forge_more(out, {"generation_config.json": name})
+    refused_everywhere(out, tmp_path / "original", source, "which no conversion writes so")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../id_rsa", ".git/config", "a\0b", "\x1b[2J", ".pace-unfinished/journal.jsonl"],
+)
+@pytest.mark.parametrize("same", [True, False])
+def test_a_file_of_a_name_that_no_conversion_has(source, tmp_path, name, same):
     (tmp_path / "id_rsa").write_text("secret")
-    convert_folder(source, tmp_path / "out")
-    forge(tmp_path / "out", {"config.source.json": "config.json", "../id_rsa": "id_rsa"})
-    refused(tmp_path / "out", tmp_path / "original", "does not say which files", code=1)
+    out = tmp_path / "out"
+    convert_folder(source, out)
+    forge_more(out, {name: name if same else None})
+    refused_everywhere(out, tmp_path / "original", source, "which no conversion writes so")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"tokenizer_config.json": "tokenizer_config.json",
+         "tokenizer_config.source.json": "tokenizer_config.json"},
+        {SINGLE: None},
+        {"NOTES.md": "NOTES.md", "notes.md": "notes.md"},
+        {"a": "a", "a/b": "a/b"},
+    ],
+)  # fmt: skip
+def test_two_files_of_one_name(source, tmp_path, more):
+    out = tmp_path / "out"
+    convert_folder(source, out)
+    forge_more(out, more)
+    refused_everywhere(out, tmp_path / "original", source)
+
+
+def test_weights_that_would_be_loaded_in_place_of_the_shards(sharded, tmp_path):
+    out = tmp_path / "out"
+    convert_folder(sharded, out)
+    shards = {path.name: path.name for path in out.glob("model-*.safetensors")}
+    files = {"config.json": None, "config.source.json": "config.json", **shards}
+    forge(out, {**files, SINGLE: SINGLE})
+    refused(out, tmp_path / "original", "which no conversion writes so", code=1)
+
+
+@pytest.mark.parametrize("files", [{}, [], 5, {"a": 5}, {"files": {"a": []}, "left_out": 5}])
+def test_undo_of_a_conversion_that_does_not_say_what_it_wrote(source, tmp_path, files):
+    out = tmp_path / "out"
+    convert_folder(source, out)
+    forge(out, files)
+    refused(out, tmp_path / "original", "does not say which files", code=1)
+    done = pace_convert(out, command=("verify",))
+    assert done.returncode == 1 and "does not say which files" in done.stdout
+
+
+@pytest.mark.parametrize("name", [".git/HEAD", ".pace-unfinished/x", "../thesis.txt"])
+def test_overwriting_takes_no_foreign_file_for_its_own(source, tmp_path, name):
+    out = tmp_path / "out"
+    convert_folder(source, out)
+    (out / ".git").mkdir()
+    for path in (out / ".git" / "HEAD", tmp_path / "thesis.txt"):
+        path.write_text("years of work")
+    forge(out, {file: None for file in [name, *hashes(out)]})
+    done = pace_convert(source, out, "--experts", 4, "--overwrite")
+    refuse(done, 2, ".git/HEAD, which no conversion wrote")
+    assert (out / ".git" / "HEAD").exists() and (tmp_path / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"files": {".git/hooks/post-checkout": 1}, "remove": []}, {"files": [], "remove": []},
+        {"files": {}, "remove": ["../thesis.txt"]}, {"files": {}},
+        {"files": {"a\0b": 1}, "remove": []},
+    ],
+)  # fmt: skip
+def test_a_journal_whose_names_no_conversion_has(sharded, tmp_path, record):
+    out = tmp_path / "out"
+    process = forked.start(
+        ["convert", sharded, out, "--experts", 4, "-j", 1], *[tmp_path / "log"] * 2, kill_at=25
+    )
+    process.join()
+    with (out / UNFINISHED / "journal.jsonl").open("a") as journal:
+        journal.write(json.dumps({"task": "move", **record}) + "\n")
+    before = hashes(out)
+    done = pace_convert(sharded, out, "--experts", 4, "--resume")
+    refuse(done, 2, "journal.jsonl is damaged", "--overwrite")
+    assert {name for name in hashes(out)} <= set(before)
 
 
 def test_overwriting_a_conversion_removes_nothing_elsewhere(source, tmp_path):

@@ -114,6 +114,9 @@ def test_an_adapter_that_is_none(pair, out, text):
 
 def test_a_source_whose_generation_config_is_none(source, tmp_path):
     (source / "generation_config.json").write_text("[]")
+    with pytest.raises(PaceError, match=r"generation_config\.json is not a JSON object"):
+        convert_folder(source, tmp_path / "out", experts=4)
+    (source / "generation_config.json").write_text('{"max_new_tokens": "x"}')
     convert_folder(source, tmp_path / "out", experts=4)
     done = pace_convert(tmp_path / "out", "--source", source, command=("verify",))
     assert done.returncode == 1 and "wrong    generation_config.json" in done.stdout
