@@ -176,7 +176,7 @@ def test_a_written_winner_verifies_loads_and_undoes(out, tmp_path):
         assert write_memory(open_converted(folder), memory, TUNED)
     changed = {name for name, digest in hashes(folder).items() if hashes(out)[name] != digest}
     assert (
-        changed == {"config.json", "README.md", ".pace-conversion.json"}
+        changed == {"config.json", "README.md", "pace_hashes.json", ".pace-conversion.json"}
         and hashes(folder).keys() == hashes(out).keys()
     )
     assert load(Subject(str(folder)), "cpu").model.memory_settings.layers == (0, 3)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ...converted.format import CARD, SEAL
+from ...converted.format import CARD, HASHES, SEAL
 from ...converted.opened import Converted
 from ...errors import CallError
 from ..folder import RESULTS, results_folder
@@ -16,7 +16,7 @@ from .search import repair
 
 TRIALS = "trials.log"
 BEFORE = "before"  # in the journal: the memory parameters with which the search began
-OWN = ("config.json", CARD, SEAL)  # files that a search itself may change
+OWN = ("config.json", CARD, HASHES, SEAL)  # files that a search itself may change
 
 
 @contextmanager
