@@ -254,3 +254,8 @@ def load_alone(jobs: list[dict], modules: Path) -> list[dict]:
     result = run_alone(LOAD, json.dumps(jobs, default=str), modules=modules)
     assert not result["pace_convert"]
     return result["done"]
+
+
+def memory_of(cache):
+    """The entry of the fusion memory in a cache, of whatever module its model was loaded from."""
+    return next(layer for layer in cache.layers if hasattr(layer, "memories"))

@@ -4,7 +4,7 @@ changed by it, and what is retrieved has the norm of the token that reads it.
 
 import pytest
 import torch
-from helpers import load, random_ids
+from helpers import load, memory_of, random_ids
 from test_bank_formulas import run
 
 from modeling.memory_cache import MemoryEntry
@@ -149,6 +149,6 @@ def test_a_whole_model_with_a_sink(qwen2_pair):
     for outlier_norm, stored in ((8.0, False), (0.0, True)):
         model.set_memory(slots=100, update_interval=16, outlier_norm=outlier_norm)
         out = model(ids, use_cache=True)
-        bank = out.past_key_values.layers[-1].memories[layer].state.bank
+        bank = memory_of(out.past_key_values).memories[layer].state.bank
         keys = norm(bank.keys[bank.valid])
         assert (keys.max() > 50 * keys.median()) == stored and len(keys) >= 15

@@ -5,7 +5,7 @@ its activations.
 import numpy as np
 import pytest
 import torch
-from helpers import convert_folder, random_ids
+from helpers import convert_folder, memory_of, random_ids
 from transformers import AutoModel, DynamicCache
 
 from pace_convert.converted.opened import open_converted
@@ -76,7 +76,7 @@ def test_slots_hold_the_tokens_they_are_said_to_come_from(found, whole):
     activations, cache, _ = whole
     replaced = 0
     for layer, trace in found.traces.items():
-        keys = cache.layers[-1].bank(layer).keys[0]
+        keys = memory_of(cache).bank(layer).keys[0]
         for slot, token in enumerate(trace.origin):
             key, h = keys[slot], activations[layer][token]
             same = torch.allclose(key, h, rtol=1e-4, atol=1e-5)
@@ -110,7 +110,7 @@ def test_an_outlier_of_the_first_block_fills_no_slot(folder, text, monkeypatch):
     cache = caches[-1]
     summary = models[-1].memory_summary(cache)
     for layer, trace in found.traces.items():
-        valid = cache.layers[-1].bank(layer).valid[0].tolist()
+        valid = memory_of(cache).bank(layer).valid[0].tolist()
         assert [token >= 0 for token in trace.origin] == valid and sum(valid) == 4
         assert 0 not in trace.origin and trace.filled == [4] == summary[layer]["filled"]
 
