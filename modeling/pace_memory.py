@@ -5,25 +5,23 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 
 from .memory_cache import MemoryEntry, find_entry, memory_summary
 from .memory_saving import SavingMixin
 from .memory_session import current
 from .memory_settings import MemorySettings
 from .memory_stack import StackMemory
-from .reread import Asked, Rereader, passages
-from .reread_bank import Passage, Row
-from .reread_cache import find_reread, reread_entry
-from .reread_file import AnyPath, load_row, model_mark, save_row, tokenizer_mark
+from .reread import Asked, Rereader
+from .reread_cache import find_reread
 from .reread_keys import KeyReader
-from .reread_settings import RereadSettings
+from .reread_texts import ReadingMixin
 
 __all__ = ["PaceMixin", "memory_summary", "rereading"]
 
@@ -44,13 +42,11 @@ def rereading(forward: Callable) -> Callable:
     return wrapped
 
 
-class PaceMixin(SavingMixin):
+class PaceMixin(ReadingMixin, SavingMixin):
     """What every PaceLLM model class adds to its base class."""
 
     config: Any
     _stack_memory: StackMemory
-    _reread_keys: KeyReader
-    _window: RereadSettings | None
 
     def _attach_memory(self, stack: nn.Module, projection: str, ffn_input: str) -> None:
         pace = getattr(self.config, "pace", None) or {}
@@ -71,13 +67,6 @@ class PaceMixin(SavingMixin):
                 "config.json: pace.intermediate_size is missing; convert the model again"
             )
         settings.check_model(self.config.num_hidden_layers, pace.get("intermediate_size", 0))
-        return settings
-
-    def _window_settings(self, window: dict | None) -> RereadSettings | None:
-        if window is None:
-            return None
-        settings = RereadSettings.from_config(window)
-        settings.check_model(self.config.num_hidden_layers)
         return settings
 
     # Calls
@@ -214,115 +203,6 @@ class PaceMixin(SavingMixin):
         self.config.pace = {**pace, "memory": made}
         if "enabled" in parameters:
             self.set_memory_enabled(settings.enabled)
-
-    def set_window(self, window: int | None = None, **parameters: object) -> None:
-        """Other parameters of re-reading, for sequences that begin from now on; None: none at all.
-
-        Names, defaults and bounds are those of `RereadSettings`; what is not given stays as it is.
-        `save_pretrained` keeps them. Raises ValueError for what can't be, and then changes nothing.
-        """
-        pace = self.config.pace or {}
-        given: dict | None = None
-        if window is not None:
-            now = asdict(self._window) if self._window is not None else {}
-            given = {**now, "window": window, **parameters}
-        elif parameters:
-            raise ValueError("window: give window, or no parameter at all")
-        self._window = self._window_settings(given)
-        self.config.pace = {**pace, "memory": {**(pace.get("memory") or {}), "window": given}}
-
-    @property
-    def window_settings(self) -> RereadSettings | None:
-        """The parameters of re-reading with which the next sequence begins; None: there is none."""
-        return self._window
-
-    @torch.no_grad()
-    def read(
-        self,
-        input_ids: Tensor,
-        past_key_values: Cache | None = None,
-        attention_mask: Tensor | None = None,
-        progress: Callable[[int], None] | None = None,
-    ) -> Cache:
-        """Read a text into a cache, for questions that come later: its ids and their keys.
-
-        input_ids: [B, L]. attention_mask: [B, L], which of them are tokens; None: all. progress:
-        called with the number of tokens read so far. Returns the cache, a new one without
-        past_key_values; `copy.deepcopy` of it is cheap. Raises ValueError where re-reading is off.
-        """
-        if not self._rereads(None):
-            raise ValueError("reading needs a window: call set_window(), and the memory on")
-        rereader = self._rereader(type(self).forward.base)  # type: ignore[attr-defined]
-        cache = past_key_values
-        cache = DynamicCache(config=rereader.config) if cache is None else cache
-        ids = input_ids.to(self.device)  # type: ignore[attr-defined]
-        rereader.read(ids, attention_mask, cache, progress)
-        return cache
-
-    def save_bank(self, cache: Cache, path: AnyPath, row: int = 0, tokenizer: Any = None) -> None:
-        """Write a text that was read, its ids and keys, as a safetensors file.
-
-        row: of the cache. tokenizer: what made the ids; with it another one's bank is refused.
-        Raises ValueError for a cache in which nothing can be read again.
-        """
-        entry = find_reread(cache)
-        if entry is None or not entry.rows or entry.missing:
-            raise ValueError("this cache has no text that was read; make it with read()")
-        entry.catch_up(cache)
-        settings = entry.settings
-        text = self._reread_keys.read([entry.settle()[row]], entry.counts[row], settings)[0]
-        marks = self._mark(settings), tokenizer_mark(tokenizer)
-        save_row(text, path, settings, *marks)
-
-    def load_bank(self, path: AnyPath, tokenizer: Any = None) -> Cache:
-        """A cache that goes on behind the text of a file of `save_bank`. Raises ValueError for what
-        another model, another tokenizer or another window has made.
-        """
-        if self._window is None:
-            raise ValueError("a bank needs a window: call set_window()")
-        marks = self._mark(self._window), tokenizer_mark(tokenizer)
-        return self._cache_of(load_row(path, self._window, *marks, self._reread_keys.device))
-
-    @torch.no_grad()
-    def join_banks(self, caches: Sequence[Cache]) -> Cache:
-        """A cache that goes on behind several texts that were read, of one row each: one look-up
-        finds passages in all of them.
-
-        Each text begins at a multiple of `window_settings.block`; `passages` count tokens so.
-        Raises ValueError for a cache without a text, or with another window.
-        """
-        rows = []
-        for cache in caches:
-            entry = find_reread(cache)
-            if entry is None or entry.missing or len(entry.counts) != 1:
-                raise ValueError("a cache has no text that was read; make each with read()")
-            if entry.settings != self._window:
-                raise ValueError("a cache began with another window; read the text again")
-            entry.catch_up(cache)
-            rows += entry.settle()
-        forward = type(self).forward.base  # type: ignore[attr-defined]
-        return self._cache_of(self._rereader(forward).join(rows))
-
-    def _cache_of(self, row: Row) -> Cache:
-        assert self._window is not None
-        config: Any = self._stack_memory.stack.config
-        cache = DynamicCache(config=config)
-        entry = reread_entry(cache, self._window, config.num_hidden_layers)
-        entry.begin(1, row.ids.device)
-        entry.empty(cache)
-        entry.follow([row], row.count, None)
-        entry.close(cache)
-        return cache
-
-    def _mark(self, settings: RereadSettings) -> str:
-        layers = self._reread_keys.ffn_input.partition("{}")[0] + "{}"
-        return model_mark(self._stack_memory.stack, layers, settings)
-
-    def passages(self, cache: Cache) -> list[list[Passage]]:
-        """By row, which tokens were read again beside the first ones and the window, in text order:
-        what the look-up at the latest prompt's end has found; without one, the latest scheduled.
-        """
-        return passages(find_reread(cache))
 
     @contextlib.contextmanager
     def memory_disabled(self) -> Iterator[None]:

@@ -12,8 +12,7 @@ of the model becomes one or several calls of the base model with ordinary prompt
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,8 +22,16 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .memory_stack import real_columns
-from .reread_bank import KeyBlock, Passage, Prompt, Row
+from .reread_bank import Passage, Row
 from .reread_cache import Contexts, RereadEntry, reread_entry
+from .reread_context import (
+    context,
+    kept_tokens,
+    prompt_ends,
+    side_by_side,
+    with_prompts,
+    with_tokens,
+)
 from .reread_keys import KeyReader
 from .reread_lookup import look_up, query_weights
 from .reread_schedule import WHOLE, Build, build_of, segments, window_start
@@ -113,11 +120,12 @@ class Rereader:
         output = self.base(**kwargs)
         if asked.ids is None or entry.missing:
             entry.missing = entry.missing or EMBEDS
-            entry.columns += max(counts)
+            given = kwargs["inputs_embeds"] if asked.ids is None else asked.ids
+            entry.columns += given.shape[1]
         elif asked.ids.shape[1] == 1 and real is None:
             entry.step(asked.ids)
         else:
-            rows = _with_tokens(entry.settle(), asked.ids, real, counts)
+            rows = with_tokens(entry.settle(), asked.ids, real, counts)
             entry.follow(rows, asked.ids.shape[1], real)
         return output
 
@@ -139,15 +147,16 @@ class Rereader:
                 return self._finished(output, 0, 1, kwargs, cache)
         before, old = entry.counts, entry.settle()
         counts = [length] * len(old) if real is None else real.sum(1).tolist()
-        rows = _with_tokens(old, asked.ids, real, counts)
+        rows = with_tokens(old, asked.ids, real, counts)
         if asked.idle:
             return self._noted(rows, length, real, cache, entry)
         if asked.prompt is not None:
-            rows = self._prompts_end(rows, before, asked, real)
+            ends = prompt_ends(before, asked.prompt, real)
+            rows = with_prompts(rows, ends, asked.query, self.settings)
         kept = kwargs.get("logits_to_keep", 0)
         keep = min(kept, length) if isinstance(kept, int) and kept else length
         runs = [
-            segments(row.count - _kept(real, i, keep), row.count, row.ends, self.settings)
+            segments(row.count - kept_tokens(real, i, keep), row.count, row.ends, self.settings)
             for i, row in enumerate(rows)
         ]
         one_each = all(len(run) == 1 for run in runs)
@@ -213,8 +222,8 @@ class Rereader:
     ) -> None:
         """Take tokens into a cache and read the keys of all complete blocks; no logits.
 
-        ids: [B, L]. mask: [B, L], of these alone. told: called with the tokens read since the last
-        call of it.
+        ids: [B, L]. mask: [B, L], of these alone. told: called with the tokens of the longest row that
+        have been read.
         """
         entry = reread_entry(cache, self.settings, self.config.num_hidden_layers)
         entry.catch_up(cache)
@@ -223,37 +232,14 @@ class Rereader:
             raise ValueError(f"this cache can't go on reading: {entry.missing}")
         real = None if mask is None or bool(mask.all()) else mask.bool()
         counts = [ids.shape[1]] * len(ids) if real is None else real.sum(1).tolist()
-        rows = _with_tokens(entry.settle(), ids, real, counts)
-        for upto in self._strides(rows):
-            rows = self._each(rows, functools.partial(self.keys.read, count=upto))
+        rows = with_tokens(entry.settle(), ids, real, counts)
+        for made in self.keys.read_all(rows, self.settings):
+            rows = made
             if told is not None:
-                told(min(upto, max(row.count for row in rows)))
+                told(max(len(row.blocks) * self.settings.block for row in rows))
+        if told is not None:
+            told(max(row.count for row in rows))
         self._noted(rows, ids.shape[1], real, cache, entry)
-
-    def join(self, rows: list[Row]) -> Row:
-        """One row with the texts of several behind each other, each from a multiple of U on.
-
-        Between them stand tokens that nobody looks up: copies of the first.
-        """
-        ids: list[Tensor] = []
-        blocks: list[KeyBlock] = []
-        at = 0
-        for number, row in enumerate(rows):
-            count, block = row.count, self.settings.block
-            if number < len(rows) - 1:
-                row = row.longer(row.ids[:1].expand(-count % block))
-            row = self.keys.read([row], row.count, self.settings)[0]
-            ids.append(row.ids)
-            blocks += row.shifted(count, at, self.settings)
-            at += row.count
-        return Row(torch.cat(ids), tuple(blocks))
-
-    def _strides(self, rows: list[Row]) -> Iterator[int]:
-        """Counts of tokens at which reading tells how far it is."""
-        stride = self.settings.block * 8
-        first = min(len(row.blocks) for row in rows) * self.settings.block
-        longest = max(row.count for row in rows)
-        yield from range(first + stride, longest + stride, stride)
 
     def _noted(
         self,
@@ -271,30 +257,7 @@ class Rereader:
             entry.close(cache)
         return CausalLMOutputWithPast(past_key_values=cache)
 
-    def _each(self, rows: list[Row], change: Callable[..., list[Row]]) -> list[Row]:
-        """Rows changed, those that are the same once."""
-        unique = {id(row): row for row in rows}
-        made = dict(zip(unique, change(list(unique.values()), settings=self.settings)))
-        return [made[id(row)] for row in rows]
-
     # Its parts.
-
-    def _prompts_end(
-        self, rows: list[Row], before: list[int], asked: Asked, real: Tensor | None
-    ) -> list[Row]:
-        """Rows that know of the prompt that ends in this call."""
-        column = asked.prompt
-        assert column is not None
-        tokens = [column] * len(rows) if real is None else real[:, :column].sum(1).tolist()
-        made: dict[tuple, Row] = {}
-        for i, (row, start, n) in enumerate(zip(rows, before, tokens)):
-            if start + n > self.settings.capacity:
-                query = None if asked.query is None else asked.query[i]
-                name = (id(row), start + n, i if asked.query is not None else -1)
-                if name not in made:
-                    made[name] = row.asked(Prompt(start + n, query))
-                rows[i] = made[name]
-        return rows
 
     def _looked_up(self, rows: list[Row], builds: list[Build]) -> list[Row]:
         """Rows with what belongs into these contexts of theirs."""
@@ -318,18 +281,6 @@ class Rereader:
         passages = look_up(row, query, weights.to(query.device), start, self.settings)
         answering = passages if build.asked else row.answering
         return replace(row, looked=build, found=passages, answering=answering)
-
-    def _context(self, row: Row, build: Build, stop: int) -> Tensor:
-        """Ids of a context with the row's tokens up to `stop`, [n] int64."""
-        if build == WHOLE:
-            return row.ids[:stop].long()
-        parts = [(0, self.settings.first), *((p.first, p.stop) for p in row.found)]
-        parts.append((window_start(build, self.settings), stop))
-        pieces, at = [], 0
-        for first, until in parts:
-            pieces.append(row.ids[max(first, at) : until])
-            at = max(at, until)
-        return torch.cat(pieces).long()
 
     def _extend(
         self,
@@ -362,23 +313,14 @@ class Rereader:
         entry: RereadEntry,
     ) -> Any:
         """New contexts, read as prompts; logits of the latest `keep` tokens."""
-        pieces = [self._context(row, build, row.count) for row, build in zip(rows, builds)]
-        width = max(map(len, pieces))
-        ids, mask = pieces[0].new_zeros(len(rows), width), None
-        for row, piece in zip(ids, pieces):
-            row[width - len(piece) :] = piece
-        if min(map(len, pieces)) < width:
-            column = torch.arange(width, device=ids.device)
-            start = torch.tensor([[width - len(piece)] for piece in pieces], device=ids.device)
-            mask = column >= start
-        tokens = torch.ones_like(ids) if mask is None else mask.long()
-        positions = (tokens.cumsum(1) - 1).clamp_min(0)
+        pieces = [context(row, build, row.count, self.settings) for row, build in zip(rows, builds)]
+        ids, mask, positions = side_by_side(pieces)
         if cache is not None:
             entry.empty(cache)
         more = {"past_key_values": cache, "use_cache": cache is not None}
         output = self._base({**kwargs, "logits_to_keep": keep}, ids, mask, positions, **more)
         lengths = tuple(len(piece) for piece in pieces)
-        entry.contexts = Contexts(tuple(builds), width, mask, lengths)
+        entry.contexts = Contexts(tuple(builds), ids.shape[1], mask, lengths)
         return output
 
     def _row_by_row(
@@ -399,7 +341,7 @@ class Rereader:
             parts = []
             for first, stop, build in run:
                 rows[i] = self._looked_up([rows[i]], [build])[0]
-                ids = self._context(rows[i], build, stop)[None]
+                ids = context(rows[i], build, stop, self.settings)[None]
                 positions = torch.arange(ids.shape[1], device=ids.device)[None]
                 alone["logits_to_keep"] = stop - first
                 output = self._base(alone, ids, None, positions)
@@ -446,24 +388,6 @@ def passages(entry: RereadEntry | None) -> list[list[Passage]]:
     """By row, what the look-up at the latest prompt's end has found; without one the latest."""
     rows = entry.settle() if entry is not None else []
     return [list(row.found if row.answering is None else row.answering) for row in rows]
-
-
-def _with_tokens(rows: list[Row], ids: Tensor, real: Tensor | None, counts: list[int]) -> list[Row]:
-    """Rows with the tokens of a call. Neighbours that are the same and get the same stay so."""
-    made: list[Row] = []
-    for i, (row, n) in enumerate(zip(rows, counts)):
-        more = ids[i] if n == ids.shape[1] or real is None else ids[i][real[i]]
-        twin = i and rows[i - 1] is row and counts[i - 1] == n
-        if twin and torch.equal(made[-1].ids[row.count :], more.to(row.ids)):
-            made.append(made[-1])
-        else:
-            made.append(row.longer(more))
-    return made
-
-
-def _kept(real: Tensor | None, row: int, keep: int) -> int:
-    """Tokens of a row in the last `keep` columns."""
-    return keep if real is None else int(real[row, -keep:].sum())
 
 
 def _main(output: Any) -> Tensor:

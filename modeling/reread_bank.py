@@ -39,7 +39,7 @@ class KeyBlock:
     """Keys of a block's spans that are still there.
 
     keys: [spans, span_width, R]. spans: their numbers in the row, ascending. worth: of each span,
-    the larger the longer it stays.
+    the larger the longer it stays; all 0 where age decides.
     """
 
     keys: Tensor
@@ -122,7 +122,8 @@ class Row:
         """With the keys of its next block, [U, R]; a full bank lets spans go."""
         spans = keys.unflatten(0, (-1, settings.span_width))
         number = len(self.blocks) * len(spans)
-        block = KeyBlock(spans, tuple(range(number, number + len(spans))), _worth(spans))
+        worth = _worth(spans) if settings.forget == "plainest" else (0.0,) * len(spans)
+        block = KeyBlock(spans, tuple(range(number, number + len(spans))), worth)
         blocks = (*self.blocks, block)
         surplus = sum(len(block.spans) for block in blocks)
         surplus -= settings.bank_tokens // settings.span_width
@@ -141,9 +142,7 @@ def _without(
 ) -> tuple[KeyBlock, ...]:
     """Without so many spans, those of the least worth; among equals the oldest."""
     ranked = sorted(
-        (worth if settings.forget == "plainest" else 0.0, span)
-        for block in blocks
-        for span, worth in zip(block.spans, block.worth)
+        (worth, span) for block in blocks for span, worth in zip(block.spans, block.worth)
     )
     gone = {span for _, span in ranked[:surplus]}
     return tuple(_kept(block, gone) for block in blocks)

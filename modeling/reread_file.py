@@ -87,8 +87,9 @@ def load_row(
     """
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
-            facts = json.loads((file.metadata() or {})["pace_bank"])
+            facts = dict(json.loads((file.metadata() or {})["pace_bank"]))
             tensors = {name: file.get_tensor(name) for name in ("ids", "keys", "spans", "worth")}
+        _check_shapes(facts, tensors)
     except OSError as error:
         raise ValueError(f"{path} can't be read: {error}") from error
     except Exception as error:  # safetensors has one class of its own for all that can be wrong
@@ -102,7 +103,24 @@ def load_row(
             what = {"model": "other weights", "tokenizer": "another tokenizer"}
             by = what.get(name, f"another {name}")
             raise ValueError(f"{path} was made with {by}; read the text again")
-    return Row(tensors["ids"], _blocks(tensors, int(facts["blocks"]), settings))
+    return Row(tensors["ids"], _blocks(tensors, facts["blocks"], settings))
+
+
+def _check_shapes(facts: dict, tensors: dict[str, Tensor]) -> None:
+    """Whether the tensors can be a row's, with the sizes that the file itself names. Raises
+    ValueError.
+    """
+    spans, keys = tensors["spans"].shape, tensors["keys"].shape
+    if type(facts.get("blocks")) is not int or tensors["ids"].dtype != torch.int32:
+        raise ValueError("its facts are not whole")
+    sizes = (facts.get("span_width"), facts.get("key_size"))
+    if (
+        tensors["ids"].dim() != 1
+        or len(spans) != 1
+        or tensors["worth"].shape != spans
+        or tuple(keys) != (spans[0], *sizes)
+    ):
+        raise ValueError("its tensors do not fit each other")
 
 
 def _blocks(

@@ -12,7 +12,7 @@ are read in the same way. The pass is left where the key is; nothing behind it i
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from .memory_session import current
-from .reread_bank import Row
+from .reread_bank import KeyBlock, Row
 from .reread_settings import RereadSettings
 
+STRIDE = 8  # blocks after which reading tells how far it is
 BATCH_TOKENS = 16384  # tokens of the blocks that are read together
 
 
@@ -92,6 +93,37 @@ class KeyReader:
             for (i, _), made in zip(group, keys[:, -settings.block :]):
                 rows[i] = rows[i].with_keys(made.clone(), settings)
         return rows
+
+    def read_all(self, rows: list[Row], settings: RereadSettings) -> Iterator[list[Row]]:
+        """Rows with the keys of all their complete blocks, some more at a time. Rows that are the
+        same are read once.
+        """
+        stride = settings.block * STRIDE
+        first = min(len(row.blocks) for row in rows) * settings.block
+        longest = max(row.count for row in rows)
+        for count in range(first + stride, longest + stride, stride):
+            unique = {id(row): row for row in rows}
+            made = dict(zip(unique, self.read(list(unique.values()), count, settings)))
+            rows = [made[id(row)] for row in rows]
+            yield rows
+
+    def join(self, rows: list[Row], settings: RereadSettings) -> Row:
+        """One row with the texts of several behind each other, each from a multiple of U on.
+
+        Between them stand tokens that nobody looks up: copies of the first.
+        """
+        ids: list[Tensor] = []
+        blocks: list[KeyBlock] = []
+        at = 0
+        for number, row in enumerate(rows):
+            count = row.count
+            if number < len(rows) - 1:
+                row = row.longer(row.ids[:1].expand(-count % settings.block))
+            row = self.read([row], row.count, settings)[0]
+            ids.append(row.ids)
+            blocks += row.shifted(count, at, settings)
+            at += row.count
+        return Row(torch.cat(ids), tuple(blocks))
 
     def query(
         self, row: Row, count: int, asking: Tensor | None, settings: RereadSettings

@@ -30,6 +30,15 @@ def load_tokenizer(folder: Path) -> Any:
         return None
 
 
+def padding_id(tokenizer: Any) -> int:
+    """The id that fills rows up: the padding token's, or the end's; 0 where there is neither."""
+    for name in ("pad_token_id", "eos_token_id"):
+        value = getattr(tokenizer, name, None)
+        if value is not None:
+            return int(value)
+    return 0
+
+
 def read_with_tokenizer(folder: Path, text: str) -> list[int] | None:
     """The token ids of a text; None where there is no tokenizer that loads and reads it."""
     try:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from ..checkpoint.tokenizer import padding_id
+
 BATCH_TOKENS = 8192  # prompt tokens of the rows that are read together
 # tokens of one prefill call of one row: longer prompts come in several, so that their masks stay
 # small
@@ -157,7 +159,7 @@ class Reader:
         answers: list[Answer] = []
         for rows in _batches(prompts):
             width = max(map(len, rows))
-            ids = torch.full((len(rows), width), self._padding)
+            ids = torch.full((len(rows), width), padding_id(self.tokenizer))
             mask = torch.zeros(len(rows), width, dtype=torch.long)
             for i, row in enumerate(rows):
                 ids[i, width - len(row) :], mask[i, width - len(row) :] = torch.tensor(row), 1
@@ -220,7 +222,7 @@ class Reader:
             ids.to(self.device), attention_mask=mask.to(self.device), max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1, temperature=None, top_p=None, top_k=None, repetition_penalty=1.0,
-            pad_token_id=self._padding, **more,
+            pad_token_id=padding_id(self.tokenizer), **more,
         )  # fmt: skip
         answers = made[:, ids.shape[1] :].tolist()
         return [Answer(_cut(self.decode(row), stop)) for row in answers]
@@ -317,14 +319,6 @@ class Reader:
         """Positions whose logits are made at once."""
         values = rows * self.model.config.get_text_config().vocab_size
         return max(1, min(LOGITS, LOGIT_VALUES // values))
-
-    @property
-    def _padding(self) -> int:
-        for name in ("pad_token_id", "eos_token_id"):
-            value = getattr(self.tokenizer, name, None)
-            if value is not None:
-                return int(value)
-        return 0
 
 
 def common_length(prompts: list[list[int]]) -> int:

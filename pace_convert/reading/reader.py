@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.tokenizer import load_tokenizer
+from ..checkpoint.tokenizer import load_tokenizer, padding_id
 from ..converted.load import load_model
 from ..converted.opened import open_converted
 from ..device import resolve_device
@@ -201,7 +201,7 @@ class DocumentReader:
             temperature=None,
             top_p=None,
             top_k=None,
-            pad_token_id=self._padding,
+            pad_token_id=padding_id(self.tokenizer),
         )
         answer = self.tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True).strip()
         found = self._found(texts, self.model.passages(cache)[0])
@@ -235,11 +235,3 @@ class DocumentReader:
                     )
             start = stop + -text.count % block
         return tuple(found)
-
-    @property
-    def _padding(self) -> int:
-        for name in ("pad_token_id", "eos_token_id"):
-            value = getattr(self.tokenizer, name, None)
-            if value is not None:
-                return int(value)
-        return 0

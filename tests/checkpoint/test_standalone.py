@@ -35,6 +35,8 @@ SHIPPED = [
     "reread.py",
     "reread_bank.py",
     "reread_cache.py",
+    "reread_context.py",
+    "reread_texts.py",
     "reread_file.py",
     "reread_keys.py",
     "reread_lookup.py",

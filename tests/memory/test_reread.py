@@ -3,6 +3,7 @@ where its prompts end, on nothing else.
 """
 
 import copy
+import json
 import pickle
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from helpers import family_of, load, random_ids
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 from slow_reread import SlowReread
 from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, StaticCache
 
@@ -432,3 +435,33 @@ def test_a_decode_step_compiles_to_one_graph(qwen, length):
     assert not stats["graph_break"] and stats["stats"]["unique_graphs"] <= 3
     torch._dynamo.reset()
     assert torch.equal(compiled, qwen.generate(ids, **new))
+
+
+def test_columns_are_counted_where_every_row_has_padding(qwen):
+    """Also of what can't be read again: a mask is looked up by columns, not by tokens."""
+    embeds = qwen.get_input_embeddings()(random_ids(2, 4, seed=120))
+    mask = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]])
+    cache = DynamicCache(config=qwen.config)
+    with torch.no_grad():
+        qwen(inputs_embeds=embeds, attention_mask=mask, past_key_values=cache)
+        assert qwen(random_ids(2, 3), attention_mask=torch.ones(2, 7), past_key_values=cache)
+    assert cache.layers[-1].columns == cache.get_seq_length() == 7
+
+
+@pytest.mark.parametrize("change", ["no facts", "a list", "no blocks", "other shapes", "no ids"])
+def test_a_damaged_bank_is_refused(qwen, tmp_path, change):
+    path = tmp_path / "bank.safetensors"
+    qwen.save_bank(qwen.read(random_ids(1, 60)), path)
+    with safe_open(path, framework="pt") as file:
+        facts = json.loads(file.metadata()["pace_bank"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if change == "other shapes":
+        tensors["keys"] = tensors["keys"][:-1]
+    elif change == "no ids":
+        del tensors["ids"]
+    elif change == "no blocks":
+        facts["blocks"] = "many"
+    text = {"no facts": None, "a list": "[]"}.get(change, json.dumps(facts))
+    save_file(tensors, path, metadata={} if text is None else {"pace_bank": text})
+    with pytest.raises(ValueError, match="no bank of a text"):
+        qwen.load_bank(path)
