@@ -222,8 +222,8 @@ class Rereader:
     ) -> None:
         """Take tokens into a cache and read the keys of all complete blocks; no logits.
 
-        ids: [B, L]. mask: [B, L], of these alone. told: called with the tokens of the longest row that
-        have been read.
+        ids: [B, L]. mask: [B, L], of these alone. told: called with the tokens of the longest row
+        that have been read.
         """
         entry = reread_entry(cache, self.settings, self.config.num_hidden_layers)
         entry.catch_up(cache)
