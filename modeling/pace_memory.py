@@ -36,9 +36,10 @@ def rereading(forward: Callable) -> Callable:
         if kwargs.get("reread") == READY:
             del kwargs["reread"]
             return forward(self, *args, **kwargs)
-        return self._forward(forward, args, kwargs)
+        return self._forward(args, kwargs)
 
     wrapped.base = forward  # type: ignore[attr-defined]
+    wrapped.names = tuple(inspect.signature(forward).parameters)[1:]  # type: ignore[attr-defined]
     return wrapped
 
 
@@ -71,24 +72,26 @@ class PaceMixin(ReadingMixin, SavingMixin):
 
     # Calls
 
-    def _forward(self, forward: Callable, args: tuple, kwargs: dict) -> Any:
+    def _forward(self, args: tuple, kwargs: dict) -> Any:
         """The base class's forward, for a text of any length where re-reading is on."""
         model: Any = self
         asked, query = kwargs.pop("reread", None), kwargs.pop("query", None)
         look_up = kwargs.pop("look_up", False)
-        names = _names(forward)
-        kwargs = {**dict(zip(names, args)), **kwargs}
+        forward: Any = type(self).forward  # type: ignore[attr-defined]
+        kwargs = {**dict(zip(forward.names, args)), **kwargs}
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        given: Any = embeds if ids is None else ids
         training = model.training and torch.is_grad_enabled()
-        if not self._rereads(current.enabled) or training or (ids is None) == (embeds is None):
+        plain = (ids is None) == (embeds is None) or not len(given)  # the base says what is wrong
+        if plain or training or not self._rereads(current.enabled):
             entry = find_reread(kwargs.get("past_key_values"))
             if entry is not None:
                 entry.leave(kwargs["past_key_values"])
-            return forward(self, **kwargs)
+            return forward.base(self, **kwargs)
         if asked is None:
             prompt = ids.shape[1] if look_up and ids is not None else None
             asked = Asked(ids, kwargs.get("attention_mask"), prompt, _rows_of(query, ids))
-        output = self._rereader(forward).call(asked, kwargs)
+        output = self._rereader().call(asked, kwargs)
         labels = kwargs.get("labels")
         if labels is not None and "logits" in output and output.loss is None:
             loss = model.loss_function(output.logits, labels, model.config.vocab_size)
@@ -99,11 +102,11 @@ class PaceMixin(ReadingMixin, SavingMixin):
         enabled = self.memory_enabled if enabled is None else enabled
         return enabled and self._window is not None
 
-    def _rereader(self, forward: Callable) -> Rereader:
+    def _rereader(self) -> Rereader:
         assert self._window is not None
-        config = self._stack_memory.stack.config
-        base = functools.partial(forward, self)
-        return Rereader(base, _names(forward), config, self._window, self._reread_keys)
+        forward: Any = type(self).forward  # type: ignore[attr-defined]
+        base, config = functools.partial(forward.base, self), self._stack_memory.stack.config
+        return Rereader(base, forward.names, config, self._window, self._reread_keys)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As in the base class. query: ids [B, Q] or [Q] of what asks; else a prompt's end does."""
@@ -143,13 +146,12 @@ class PaceMixin(ReadingMixin, SavingMixin):
             )
             step = None
             if generated and isinstance(past_key_values, Cache):
-                forward = type(self).forward.base  # type: ignore[attr-defined]
-                step = self._rereader(forward).step(ids, past_key_values)
+                step = self._rereader().step(ids, past_key_values)
             if step is None:
                 asked = _asked(ids, attention_mask, past_key_values)
             else:
                 asked, attention_mask = READY, step.get("attention_mask", attention_mask)
-                if "position_ids" in step and "position_ids" in _names(forward):
+                if "position_ids" in step:
                     kwargs["position_ids"] = step["position_ids"]
         inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids,
@@ -242,12 +244,6 @@ def _take_switch(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, di
 
 def _drop_switch(model: nn.Module, args: tuple, output: object) -> None:
     current.enabled = None
-
-
-@functools.lru_cache(maxsize=8)
-def _names(forward: Callable) -> tuple[str, ...]:
-    """Names of the arguments of a base class's forward, in order."""
-    return tuple(inspect.signature(forward).parameters)[1:]
 
 
 def _prompt_columns(args: tuple, kwargs: dict) -> int | None:

@@ -204,9 +204,8 @@ class Rereader:
         assert made is not None
         mask = made.mask_with(None, 1)
         positions = torch.tensor(made.lengths, device=ids.device)[:, None]
-        return {
-            "attention_mask": None if mask is None else mask.long(), "position_ids": positions,
-        }  # fmt: skip
+        inputs = {"attention_mask": None if mask is None else mask.long()}
+        return inputs | ({"position_ids": positions} if "position_ids" in self.names else {})
 
     def _prepare_step(self, ids: Tensor, cache: Cache, entry: RereadEntry) -> None:
         """The contexts that the next token is read in, in the KV layers of an open cache."""

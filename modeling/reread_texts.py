@@ -32,7 +32,7 @@ class ReadingMixin:
     def _rereads(self, enabled: bool | None) -> bool:
         raise NotImplementedError
 
-    def _rereader(self, forward: Callable) -> Rereader:
+    def _rereader(self) -> Rereader:
         raise NotImplementedError
 
     def _window_settings(self, window: dict | None) -> RereadSettings | None:
@@ -79,7 +79,7 @@ class ReadingMixin:
         """
         if not self._rereads(None):
             raise ValueError("reading needs a window: call set_window(), and the memory on")
-        rereader = self._rereader(type(self).forward.base)  # type: ignore[attr-defined]
+        rereader = self._rereader()
         cache = past_key_values
         cache = DynamicCache(config=rereader.config) if cache is None else cache
         ids = input_ids.to(self.device)  # type: ignore[attr-defined]
