@@ -17,7 +17,16 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from .memory_cache import Call, MemoryEntry, find_entry, memory_entry
-from .memory_session import OFF, Replay, Session, current, replay, replay_checkpoints
+from .memory_session import (
+    OFF,
+    Replay,
+    Session,
+    current,
+    remember,
+    remembered,
+    replay,
+    replay_checkpoints,
+)
 from .memory_settings import MemorySettings
 
 _binding = threading.Lock()
@@ -63,6 +72,7 @@ class StackMemory:
             return None  # the stack itself says what is wrong
         self._bind()
         entry = self._entry(inputs)
+        entry.refuse_stale()
         real = real_columns(inputs, entry.columns, tokens.shape[1])
         entry.announce(tokens.shape[0], tokens.shape[1], real, tokens.device)
         return entry
@@ -104,21 +114,23 @@ class StackMemory:
         entry = find_entry(kwargs.get("past_key_values"))
         if not self.acts:
             if entry is not None:  # its cache goes on without it
-                entry.stale = True
+                entry.stale = entry.stale or "it went on with the memory off"
             current.session = OFF
             return (), kwargs
         if entry is None or entry.announced is None or not _fits(entry.announced, kwargs):
             entry = self.announce(kwargs)
         if entry is not None:
-            training = stack.training and torch.is_grad_enabled()
-            if training:
+            learns = _learns(stack)
+            if learns:
                 replay_checkpoints(stack, self.settings.layers, self.projection)
-            current.session = Session(entry, entry.begin(), {} if training else None)
+            current.session = Session(entry, entry.begin(), {} if learns else None)
         return (), kwargs
 
     def _close(self, stack: nn.Module, args: tuple, output: object) -> None:
         session = current.session
         current.session = None
+        if isinstance(session, Session) and output is not None and _learns(stack):
+            remember(stack, session, output)
         if isinstance(session, Session) and session.entry is not None and session.call is not None:
             if output is None:  # the call failed
                 session.entry.fail()
@@ -150,7 +162,10 @@ class _Fuse:
     layer: int
 
     def __call__(self, module: nn.Module, args: tuple) -> tuple | None:
+        h = args[0]
         session = current.session
+        if session is None:
+            session = remembered(self.memory.stack, h.device)
         if session is OFF or (session is None and not self.memory.acts):
             return None
         if session is None:
@@ -159,7 +174,6 @@ class _Fuse:
                 "memory; call the model, or switch the memory off with "
                 "model.set_memory_enabled(False)"
             )
-        h = args[0]
         size = self.memory.intermediate_size
         if h.shape[-1] != size:
             raise RuntimeError(
@@ -178,6 +192,11 @@ class _Fuse:
         assert session.entry is not None and session.call is not None
         tape = None if session.tapes is None else session.tapes.setdefault(self.layer, [])
         return session.entry.fuse(self.layer, h, session.call, tape)
+
+
+def _learns(stack: nn.Module) -> bool:
+    """Whether a backward pass may follow this call."""
+    return torch.is_grad_enabled() and (stack.training or not torch.compiler.is_compiling())
 
 
 def _fits(call: Call, kwargs: dict) -> bool:
@@ -207,9 +226,9 @@ def real_columns(kwargs: dict, past: int, length: int) -> Tensor | None:
         packed = packed or bool((positions.diff(dim=-1) != 1).any())
     if packed:
         raise ValueError(
-            "the positions of this call do not follow one another: packed inputs (several "
-            "sequences in one row; pad instead), prefix tuning and caches with entries taken out "
-            "are not supported by the memory"
+            "the positions of this call do not follow one another, as in packed inputs (several "
+            "sequences in one row): the memory needs a row for each, padded, with its attention "
+            "mask"
         )
     if isinstance(mask, dict) or (mask is not None and mask.dim() != 2):
         if length == 1:
