@@ -27,7 +27,7 @@ from .load import edited_code, generation_problem, load_model, refuse_edited, re
 from .loads import run
 from .opened import Converted
 
-# What tokenizers differ in: digits, white space, contractions, letters of many kinds, special words.
+# What tokenizers differ in: digits, white space, contractions, letters of many kinds, marks.
 SAMPLE = (
     "The code of Ada is 4711;\n\tit's   written in München, in 東京 and <|here|>. "
     "def f(x): return x**2\r\n\n\n  1234567890 3.14 1,000,000 ²½Ⅷ ١٢٣ a1b2\t\t end \u00a0\u3000 "
