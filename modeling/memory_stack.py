@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.utils.import_utils import is_jit_tracing
 
 from .memory_cache import Call, MemoryEntry, find_entry, memory_entry
 from .memory_session import (
@@ -45,6 +46,7 @@ class StackMemory:
     projection: str
     intermediate_size: int
     bound: dict[int, tuple[nn.Module, Any]] = field(default_factory=dict)
+    marked: dict[int, nn.Module] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.enabled = self.settings.enabled
@@ -97,6 +99,21 @@ class StackMemory:
                 if old is None or old[0] is not module:
                     hook = module.register_forward_pre_hook(_Fuse(self, layer))
                     self.bound[layer] = (module, hook)
+                    self._mark()
+
+    def _mark(self) -> None:
+        """A hook in every layer, which does nothing: torch.compile runs one layer's code for
+        another, if the first has no hook at all.
+        """
+        path, _, name = self.projection.partition(".{}.")
+        for layer, block in enumerate(self.stack.get_submodule(path).children()):
+            try:
+                module = block.get_submodule(name)
+            except AttributeError:
+                continue  # somebody took it out
+            if self.marked.get(layer) is not module:
+                module.register_forward_pre_hook(_leave)
+                self.marked[layer] = module
 
     def _projection(self, layer: int) -> nn.Module:
         """A layer's output projection. Raises RuntimeError where layers were taken out."""
@@ -117,6 +134,7 @@ class StackMemory:
                 entry.stale = entry.stale or "it went on with the memory off"
             current.session = OFF
             return (), kwargs
+        refuse_tracing(_tokens(kwargs))
         if entry is None or entry.announced is None or not _fits(entry.announced, kwargs):
             entry = self.announce(kwargs)
         if entry is not None:
@@ -192,6 +210,26 @@ class _Fuse:
         assert session.entry is not None and session.call is not None
         tape = None if session.tapes is None else session.tapes.setdefault(self.layer, [])
         return session.entry.fuse(self.layer, h, session.call, tape)
+
+
+def refuse_tracing(tokens: object) -> None:
+    """Raises RuntimeError where a call is only traced, for another program to run it.
+
+    tokens: what the model was called with.
+    """
+    if (
+        torch.compiler.is_exporting()
+        or is_jit_tracing()
+        or isinstance(tokens, torch.fx.Proxy)  # of llm-compressor, among others
+    ):
+        raise RuntimeError(
+            "a memory can't be exported or traced (torch.export, ONNX, torch.fx, torch.jit): do "
+            "that with model.set_memory_enabled(False), which leaves the base model"
+        )
+
+
+def _leave(module: nn.Module, args: tuple) -> None:
+    """Change nothing."""
 
 
 def _learns(stack: nn.Module) -> bool:

@@ -19,7 +19,7 @@ from .memory_clock import Rhythm
 from .memory_saving import SavingMixin
 from .memory_session import current
 from .memory_settings import MemorySettings
-from .memory_stack import StackMemory
+from .memory_stack import StackMemory, refuse_tracing
 from .reread import Asked, Rereader
 from .reread_cache import find_reread
 from .reread_keys import KeyReader
@@ -90,8 +90,11 @@ class PaceMixin(ReadingMixin, SavingMixin):
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         given: Any = embeds if ids is None else ids
         training = model.training and torch.is_grad_enabled()
-        plain = (ids is None) == (embeds is None) or not len(given)  # the base says what is wrong
-        if plain or training or not self._rereads(current.enabled):
+        rereads = self._rereads(current.enabled) and not training
+        if rereads:
+            refuse_tracing(given)
+        # Of both, of neither and of no rows the base says what is wrong.
+        if not rereads or (ids is None) == (embeds is None) or not len(given):
             entry = find_reread(kwargs.get("past_key_values"))
             if entry is not None:
                 entry.leave(kwargs["past_key_values"])

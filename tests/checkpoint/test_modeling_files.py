@@ -38,6 +38,7 @@ TRANSFORMERS = {
     "transformers.cache_utils",
     "transformers.conversion_mapping",
     "transformers.modeling_outputs",
+    "transformers.utils.import_utils",
 }
 # The one file that may write and read another, where a caller says so: a text that was read.
 FILE = "reread_file.py"
