@@ -55,6 +55,12 @@ class StackMemory:
         self.stack.register_forward_hook(self._close, always_call=True)
 
     @property
+    def layers(self) -> int:
+        """Decoder layers that the stack has now."""
+        blocks: Any = self.stack.get_submodule(self.projection.partition(".{}")[0])
+        return len(blocks)
+
+    @property
     def acts(self) -> bool:
         """Whether this call uses the memory."""
         enabled = self.enabled if current.enabled is None else current.enabled
@@ -117,8 +123,7 @@ class StackMemory:
 
     def _projection(self, layer: int) -> nn.Module:
         """A layer's output projection. Raises RuntimeError where layers were taken out."""
-        blocks: Any = self.stack.get_submodule(self.projection.partition(".{}")[0])
-        if layer >= len(blocks):
+        if layer >= self.layers:
             raise RuntimeError(
                 f"the memory is in layer {layer}, which this model does not have (any more); "
                 "choose others with model.set_memory(layers=...), or prune the source and convert "
@@ -192,17 +197,33 @@ class _Fuse:
                 "memory; call the model, or switch the memory off with "
                 "model.set_memory_enabled(False)"
             )
-        size = self.memory.intermediate_size
-        if h.shape[-1] != size:
-            raise RuntimeError(
-                f"layer {self.layer}'s FFN has {h.shape[-1]} neurons here, and {size} in "
-                "config.json: the memory supports neither tensor parallelism nor FFNs pruned after "
-                "the conversion; choose whole layers with model.set_memory(layers=...), or switch "
-                "the memory off with model.set_memory_enabled(False)"
-            )
+        self._check_width(module, h.shape[-1])
         assert session.call is not None
-        tokens = h.reshape(session.call.rows, session.call.length, size)
+        tokens = h.reshape(session.call.rows, session.call.length, h.shape[-1])
         return (self._fuse(session, tokens).reshape(h.shape), *args[1:])
+
+    def _check_width(self, module: nn.Module, width: int) -> None:
+        """Raises RuntimeError for a part of an FFN, and where experts were cut into.
+
+        An FFN that was pruned whole has a memory of its own width.
+        """
+        size = self.memory.intermediate_size
+        if width == size:
+            return
+        whole = getattr(module, "in_features", getattr(module, "nx", width))  # nx: GPT-2's Conv1D
+        if width != whole:
+            why = f"of {whole}: the memory does not support tensor parallelism"
+        elif self.memory.settings.experts > 1:
+            why = (
+                f"and {size} in config.json: its experts were pruned, and the memory acts on each "
+                'of them; take model.set_memory(granularity="token")'
+            )
+        else:
+            return
+        raise RuntimeError(
+            f"layer {self.layer}'s FFN has {width} neurons here, {why}, or switch the memory off "
+            "with model.set_memory_enabled(False)"
+        )
 
     def _fuse(self, session: Session | Replay, h: Tensor) -> Tensor:
         if isinstance(session, Replay):

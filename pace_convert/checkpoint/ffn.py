@@ -81,6 +81,7 @@ def _check_tensor(
         raise DamagedSourceError(
             f"{name} has shape {list(info.shape)}; "
             f"axis {tensor.axis} should be {times}the model's {intermediate_size} neurons",
-            "config.json and weights do not belong together",
+            "config.json and weights do not belong together; FFNs of several widths in one model "
+            "(pruned layer by layer) can't be converted, as transformers has one width for all",
         )
     return info

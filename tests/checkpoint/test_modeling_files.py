@@ -55,7 +55,7 @@ IN_SAVING = {
 MORE = {FILE: OF_FILE, "tokenization_pace.py": OF_TOKENIZER}
 BEYOND = {"memory_saving.py": IN_SAVING, "tokenization_pace.py": IN_TOKENIZER}
 BUILTINS = {
-    "BaseException", "Exception", "NotImplementedError", "OSError", "RuntimeError", "TypeError",
+    "AttributeError", "BaseException", "Exception", "NotImplementedError", "OSError", "RuntimeError", "TypeError",
     "ValueError", "abs", "all", "any", "bool", "bytearray", "classmethod", "dict", "enumerate",
     "float", "getattr", "hasattr", "id", "int", "isinstance", "len", "list", "map", "max", "min",
     "next", "object", "property", "range", "set", "slice", "sorted", "staticmethod", "str", "sum",
