@@ -55,11 +55,11 @@ IN_SAVING = {
 MORE = {FILE: OF_FILE, "tokenization_pace.py": OF_TOKENIZER}
 BEYOND = {"memory_saving.py": IN_SAVING, "tokenization_pace.py": IN_TOKENIZER}
 BUILTINS = {
-    "AttributeError", "BaseException", "Exception", "NotImplementedError", "OSError", "RuntimeError", "TypeError",
-    "ValueError", "abs", "all", "any", "bool", "bytearray", "classmethod", "dict", "enumerate",
-    "float", "getattr", "hasattr", "id", "int", "isinstance", "len", "list", "map", "max", "min",
-    "next", "object", "property", "range", "set", "slice", "sorted", "staticmethod", "str", "sum",
-    "super", "tuple", "type", "zip",
+    "AttributeError", "BaseException", "Exception", "NotImplementedError", "OSError",
+    "RuntimeError", "TypeError", "ValueError", "abs", "all", "any", "bool", "bytearray",
+    "classmethod", "dict", "enumerate", "float", "getattr", "hasattr", "id", "int", "isinstance",
+    "len", "list", "map", "max", "min", "next", "object", "property", "range", "set", "slice",
+    "sorted", "staticmethod", "str", "sum", "super", "tuple", "type", "zip",
 }  # fmt: skip
 UNDERSCORED = {"__init__", "__name__"}
 # Parts of torch and transformers that read or write files, run other code or reach the network.
