@@ -6,6 +6,7 @@ from helpers import load, random_ids
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # TRL's own
 
 
 def losses(folder, tokenizer, out, **options) -> list[float]:
