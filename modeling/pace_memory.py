@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from .memory_assisted import bounded_candidates, bounded_drafts
 from .memory_cache import MemoryEntry, find_entry, memory_summary
+from .memory_clock import Rhythm
 from .memory_saving import SavingMixin
 from .memory_session import current
 from .memory_settings import MemorySettings
-from .memory_stack import StackMemory
+from .memory_stack import StackMemory, refuse_tracing
 from .reread import Asked, Rereader
 from .reread_cache import find_reread
 from .reread_keys import KeyReader
@@ -70,6 +72,12 @@ class PaceMixin(ReadingMixin, SavingMixin):
         settings.check_model(self.config.num_hidden_layers, pace.get("intermediate_size", 0))
         return settings
 
+    def _get_name(self) -> str:
+        """The base class's name: by it the Trainer knows that labels are shifted, where it smooths
+        them.
+        """
+        return type(self).__name__.removeprefix("Pace")
+
     # Calls
 
     def _forward(self, args: tuple, kwargs: dict) -> Any:
@@ -82,8 +90,11 @@ class PaceMixin(ReadingMixin, SavingMixin):
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         given: Any = embeds if ids is None else ids
         training = model.training and torch.is_grad_enabled()
-        plain = (ids is None) == (embeds is None) or not len(given)  # the base says what is wrong
-        if plain or training or not self._rereads(current.enabled):
+        rereads = self._rereads(current.enabled) and not training
+        if rereads:
+            refuse_tracing(given)
+        # Of both, of neither and of no rows the base says what is wrong.
+        if not rereads or (ids is None) == (embeds is None) or not len(given):
             entry = find_reread(kwargs.get("past_key_values"))
             if entry is not None:
                 entry.leave(kwargs["past_key_values"])
@@ -110,6 +121,7 @@ class PaceMixin(ReadingMixin, SavingMixin):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As in the base class. query: ids [B, Q] or [Q] of what asks; else a prompt's end does."""
+        kwargs = bounded_drafts(kwargs, self._undoable(kwargs.get("memory_enabled")))
         before = current.prompt
         current.prompt = (_prompt_columns(args, kwargs), kwargs.pop("query", None))
         cache = kwargs.get("past_key_values")
@@ -121,6 +133,19 @@ class PaceMixin(ReadingMixin, SavingMixin):
         finally:
             _close(cache)
             current.prompt = before
+
+    def _undoable(self, enabled: bool | None) -> int | None:
+        """The most tokens that can be taken back at once; None for any number."""
+        acts = self.memory_enabled if enabled is None else enabled
+        if not acts or not self.memory_settings.layers:
+            return None
+        return Rhythm.of(self.memory_settings.update_interval).window
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        """As in the base class, with no longer drafts than the memory can take back."""
+        generator = super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]
+        enabled = kwargs.get("model_kwargs", {}).get("memory_enabled")
+        return bounded_candidates(generator, self._undoable(enabled))
 
     def prepare_inputs_for_generation(
         self,
@@ -170,7 +195,10 @@ class PaceMixin(ReadingMixin, SavingMixin):
         entry = find_reread(past_key_values)
         as_it_is = not isinstance(asked, Asked) or entry is None or entry.whole
         fuses = enabled and as_it_is and self.memory_settings.layers
-        if fuses and isinstance(past_key_values, Cache):
+        # A model that let go of its cache (Phi-3, where its long rope begins) reads all tokens
+        # anew, and that call announces itself.
+        goes_on = inputs.get("past_key_values") is past_key_values
+        if fuses and goes_on and isinstance(past_key_values, Cache):
             self._stack_memory.announce(
                 {**inputs, "attention_mask": None if generated else attention_mask}
             )

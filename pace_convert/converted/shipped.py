@@ -8,6 +8,7 @@ from importlib.resources import files
 
 from jinja2 import Environment, StrictUndefined
 
+from ..checkpoint.tokenizer import MODULE as TOKENIZATION
 from ..families import FamilySpec
 from . import markup
 from .format import HASHES, KEPT, MODELING, PERMUTATION
@@ -16,6 +17,8 @@ from .format import HASHES, KEPT, MODELING, PERMUTATION
 def modeling_files(family: FamilySpec) -> dict[str, str]:
     """Name -> text of every Python file that a checkpoint of this family ships."""
     sources = _modeling_sources()
+    if not family.fixable_tokenizer:
+        del sources[f"{TOKENIZATION}.py"]
     text = render("modeling_pace.py.jinja", family=family)
     return {**sources, MODELING: text}
 

@@ -173,18 +173,35 @@ def test_pace_assistant(pace, folders, batch):
     assert_greedy(pace, output[0], LENGTHS[1])
 
 
-def test_assistant_that_guesses_further_than_can_be_undone(pace, base, batch):
-    base = copy.deepcopy(base)
-    base.generation_config.num_assistant_tokens = 20
-    base.generation_config.assistant_confidence_threshold = 0.0
-    with pytest.raises(ValueError, match="can undo the latest 12 only"):
-        alone(pace, batch, 1, max_new_tokens=90, do_sample=False, assistant_model=base)
+@pytest.mark.works("drafts of any length (num_assistant_tokens, prompt_lookup_num_tokens)")
+@pytest.mark.parametrize("tokens", [20, 60])
+def test_drafts_longer_than_can_be_taken_back(pace, base, folders, batch, tokens):
+    """A draft is cut to what can be, 12 tokens here; an assistant with a memory drafts no more."""
+    kwargs = {"max_new_tokens": 90, "do_sample": False}
+    expected = alone(pace, batch, 1, **kwargs)
+    for assistant in (copy.deepcopy(base), load(folders[1])):
+        assistant.generation_config.num_assistant_tokens = tokens
+        assistant.generation_config.num_assistant_tokens_schedule = "heuristic"  # it grows
+        assistant.generation_config.assistant_confidence_threshold = 0.0
+        assert torch.equal(alone(pace, batch, 1, assistant_model=assistant, **kwargs), expected)
+    wrong = load(folders[1])
+    with torch.no_grad():
+        for parameter in wrong.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    wrong.generation_config.num_assistant_tokens = tokens
+    wrong.generation_config.assistant_confidence_threshold = 0.0
+    assert torch.equal(
+        alone(base, batch, 1, assistant_model=wrong, **kwargs), alone(base, batch, 1, **kwargs)
+    )
 
 
 @pytest.mark.works("prompt lookup decoding")
-def test_prompt_lookup(pace):
-    prompt = random_ids(1, 9, seed=2).repeat(1, 7)
-    output = pace.generate(prompt, max_new_tokens=NEW, do_sample=False, prompt_lookup_num_tokens=5)
+@pytest.mark.parametrize("tokens", [5, 60])
+def test_prompt_lookup(pace, tokens):
+    prompt = random_ids(1, 65, seed=2).repeat(1, 2)
+    output = pace.generate(
+        prompt, max_new_tokens=NEW, do_sample=False, prompt_lookup_num_tokens=tokens
+    )
     assert_greedy(pace, output[0], prompt.shape[1])
 
 
