@@ -35,11 +35,15 @@ def alone(source, tmp_path_factory) -> dict[str, str]:
     return hashes(out)
 
 
-def start(source: Path, out: Path, *options: str) -> subprocess.Popen:
+# What Python makes for processes elsewhere than on Linux, and of 3.14 on: locks with names.
+SPAWNING = "import multiprocessing; multiprocessing.set_start_method('spawn');"
+
+
+def start(source: Path, out: Path, *options: str, before: str = "") -> subprocess.Popen:
     command = [
         sys.executable,
         "-c",
-        "from pace_convert.cli.main import pace_convert; pace_convert()",
+        f"{before}from pace_convert.cli.start import pace_convert; pace_convert()",
         source,
         out,
         *OPTIONS,
@@ -89,8 +93,9 @@ def test_two_processes_write_the_same_bytes(source, alone, tmp_path):
 
 
 def test_killed_with_its_workers_and_resumed(source, alone, tmp_path):
+    """They end with it, and neither they nor Python say anything."""
     out = tmp_path / "out"
-    process = start(source, out, "-j", "2")
+    process = start(source, out, "-j", "2", "-q", before=SPAWNING)
     wait_for(lambda: layers_done(out) >= 1, process)
     workers = workers_of(process)
     process.kill()
@@ -98,6 +103,7 @@ def test_killed_with_its_workers_and_resumed(source, alone, tmp_path):
     assert len(workers) == 2
     gone, alive = psutil.wait_procs(workers, timeout=20)
     assert len(gone) == 2 and not alive
+    assert process.communicate() == ("", "")
     process = start(source, out, "-j", "2", "--resume")
     assert process.wait() == 0, process.stderr.read()
     assert hashes(out) == alone
@@ -131,6 +137,21 @@ def test_ctrl_c(source, alone, tmp_path, jobs):
         "error: stopped",
         "       run the same command with --resume to go on",
     ]
+    assert not (out / "config.json").exists() and done_tasks(out) > 1
+
+
+def test_sigterm_to_the_main_process_alone(source, tmp_path):
+    out = tmp_path / "out"
+    process = start(source, out, "-j", "2", "-q", before=SPAWNING)
+    wait_for(lambda: layers_done(out) >= 1, process)
+    workers = workers_of(process)
+    process.terminate()
+    assert process.communicate() == (
+        "",
+        "error: stopped by SIGTERM; what is done is kept\n"
+        "       run the same command with --resume to go on\n",
+    )
+    assert process.returncode == 143 and not any(worker.is_running() for worker in workers)
     assert not (out / "config.json").exists() and done_tasks(out) > 1
 
 
