@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from .memory_cache import MemoryEntry, find_entry, memory_summary
+from .memory_cache import MemoryEntry, MemorySummary, find_entry, memory_summary
 from .memory_saving import SavingMixin
 from .memory_session import current
 from .memory_settings import MemorySettings
@@ -48,6 +48,7 @@ class PaceMixin(ReadingMixin, SavingMixin):
 
     config: Any
     _stack_memory: StackMemory
+    _generated = MemorySummary()  # of the latest `generate`
 
     def _attach_memory(self, stack: nn.Module, projection: str, ffn_input: str) -> None:
         pace = getattr(self.config, "pace", None) or {}
@@ -110,17 +111,20 @@ class PaceMixin(ReadingMixin, SavingMixin):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As in the base class. query: ids [B, Q] or [Q] of what asks; else a prompt's end does."""
-        before = current.prompt
+        before = current.prompt, current.cache
         current.prompt = (_prompt_columns(args, kwargs), kwargs.pop("query", None))
+        current.cache, self._generated = None, MemorySummary()
         cache = kwargs.get("past_key_values")
         try:
             _close(cache)
             made = super().generate(*args, **kwargs)  # type: ignore[misc]
             _close(made.get("past_key_values") if isinstance(made, dict) else None)
+            # Now, because the cache may be gone when somebody asks; to keep it would cost memory.
+            self._generated = memory_summary(current.cache)
             return made
         finally:
             _close(cache)
-            current.prompt = before
+            current.prompt, current.cache = before
 
     def prepare_inputs_for_generation(
         self,
@@ -137,6 +141,7 @@ class PaceMixin(ReadingMixin, SavingMixin):
 
         That happens here because here is the host, and the attention mask is still 2D.
         """
+        current.cache = past_key_values
         enabled = self.memory_enabled if memory_enabled is None else memory_enabled
         generated = next_sequence_length == 1 and not is_first_iteration  # its own, not padding
         asked: Asked | str | None = None
@@ -225,9 +230,11 @@ class PaceMixin(ReadingMixin, SavingMixin):
         """The memory of the sequences of `cache`; None where it has none. See its `bank(layer)`."""
         return find_entry(cache)
 
-    def memory_summary(self, cache: Cache) -> dict[int, dict]:
-        """What the memory did with the sequences of `cache`; see `memory_cache.memory_summary`."""
-        return memory_summary(cache)
+    def memory_summary(self, cache: Cache | None = None) -> MemorySummary:
+        """What the memory did with the sequences of `cache`, or of the latest `generate` of this
+        model, whichever cache that had; see `memory_cache.memory_summary`.
+        """
+        return self._generated if cache is None else memory_summary(cache)
 
     def generate_batch(self, *args: object, **kwargs: object) -> None:
         """Refused: with continuous batching one cache holds several sequences."""
