@@ -223,7 +223,7 @@ class MemoryEntry(_EmptyLayer):
         """Keep the rows named by an index or a boolean mask."""
         self._select(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
 
-    def summary(self) -> dict[int, dict]:
+    def summary(self) -> MemorySummary:
         """What the memory did so far, by decoder layer; see `memory_summary`."""
         self.catch_up()
         if self.clock is None:
@@ -316,7 +316,7 @@ def fill_lazy(cache: Cache, num_hidden_layers: int) -> None:
             cache.layers.append(cache.layer_class_to_replicate())
 
 
-def memory_summary(cache: Cache) -> dict[int, dict]:
+def memory_summary(cache: object) -> MemorySummary:
     """What the memory did with this cache's sequences so far, by 0-based decoder layer.
 
     Per layer: `blocks` finished, slots `filled`, tokens `kept`, `mixed`, `reused` (of E experts

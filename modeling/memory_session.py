@@ -54,6 +54,7 @@ class _Current(threading.local):
     session: Session | Replay | None = None
     enabled: bool | None = None  # for this call of the model; None: as the model is set
     prompt: tuple = (None, None)  # of `generate`: its columns, and ids that ask
+    cache: object = None  # of `generate`: the one that it goes on with, its own or one it was given
 
 
 current = _Current()

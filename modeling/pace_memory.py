@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from .memory_assisted import bounded_candidates, bounded_drafts
-from .memory_cache import MemoryEntry, find_entry, memory_summary
+from .memory_cache import MemoryEntry, MemorySummary, find_entry, memory_summary
 from .memory_clock import Rhythm
 from .memory_saving import SavingMixin
 from .memory_session import current
@@ -50,6 +50,7 @@ class PaceMixin(ReadingMixin, SavingMixin):
 
     config: Any
     _stack_memory: StackMemory
+    _generated = MemorySummary()  # of the latest `generate`
 
     def _attach_memory(self, stack: nn.Module, projection: str, ffn_input: str) -> None:
         pace = getattr(self.config, "pace", None) or {}
@@ -122,17 +123,20 @@ class PaceMixin(ReadingMixin, SavingMixin):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As in the base class. query: ids [B, Q] or [Q] of what asks; else a prompt's end does."""
         kwargs = bounded_drafts(kwargs, self._undoable(kwargs.get("memory_enabled")))
-        before = current.prompt
+        before = current.prompt, current.cache
         current.prompt = (_prompt_columns(args, kwargs), kwargs.pop("query", None))
+        current.cache, self._generated = None, MemorySummary()
         cache = kwargs.get("past_key_values")
         try:
             _close(cache)
             made = super().generate(*args, **kwargs)  # type: ignore[misc]
             _close(made.get("past_key_values") if isinstance(made, dict) else None)
+            # Now, because the cache may be gone when somebody asks; to keep it would cost memory.
+            self._generated = memory_summary(current.cache)
             return made
         finally:
             _close(cache)
-            current.prompt = before
+            current.prompt, current.cache = before
 
     def _undoable(self, enabled: bool | None) -> int | None:
         """The most tokens that can be taken back at once; None for any number."""
@@ -162,6 +166,7 @@ class PaceMixin(ReadingMixin, SavingMixin):
 
         That happens here because here is the host, and the attention mask is still 2D.
         """
+        current.cache = past_key_values
         enabled = self.memory_enabled if memory_enabled is None else memory_enabled
         generated = next_sequence_length == 1 and not is_first_iteration  # its own, not padding
         asked: Asked | str | None = None
@@ -253,9 +258,11 @@ class PaceMixin(ReadingMixin, SavingMixin):
         """The memory of the sequences of `cache`; None where it has none. See its `bank(layer)`."""
         return find_entry(cache)
 
-    def memory_summary(self, cache: Cache) -> dict[int, dict]:
-        """What the memory did with the sequences of `cache`; see `memory_cache.memory_summary`."""
-        return memory_summary(cache)
+    def memory_summary(self, cache: Cache | None = None) -> MemorySummary:
+        """What the memory did with the sequences of `cache`, or of the latest `generate` of this
+        model, whichever cache that had; see `memory_cache.memory_summary`.
+        """
+        return self._generated if cache is None else memory_summary(cache)
 
     def generate_batch(self, *args: object, **kwargs: object) -> None:
         """Refused: with continuous batching one cache holds several sequences."""

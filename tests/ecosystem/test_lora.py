@@ -53,6 +53,17 @@ def test_fresh_adapter_changes_nothing(qwen2_pair):
         )
 
 
+def test_without_names_of_modules(qwen2_pair):
+    """PEFT's own choice goes by the model type, which is not one it knows; all linear layers is a
+    choice that needs no names.
+    """
+    with pytest.raises(ValueError, match="target_modules"):
+        peft.get_peft_model(load(qwen2_pair[1]), peft.LoraConfig(task_type="CAUSAL_LM"))
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
+    adapted = peft.get_peft_model(load(qwen2_pair[1]), config).targeted_module_names
+    assert {name.rpartition(".")[2] for name in adapted} == {*TARGETS, "k_proj", "o_proj"}
+
+
 def test_gradients_reach_all_layers_through_the_memory(trained):
     trained.train()
     found = gradients(trained)

@@ -338,6 +338,26 @@ def test_switch_per_call(pace, base, batch):
         assert (on - base(ids).logits).abs().max() > 1e-3
 
 
+def test_the_latest_generates_summary_needs_no_cache(pace, batch):
+    """It fits a screen, and is the summary of the cache that `generate` made for itself."""
+    model, prompt = copy.deepcopy(pace), random_ids(1, 61, seed=2)
+    kwargs = {"max_new_tokens": 20, "do_sample": False}
+    out = model.generate(prompt, return_dict_in_generate=True, **kwargs)
+    summary = model.memory_summary()
+    assert summary == model.memory_summary(out.past_key_values) and summary[1]["filled"][0] > 0
+    lines = str(summary).splitlines()
+    assert len(lines) == 2 and lines[0].startswith("layer 1: ") and max(map(len, lines)) < 100
+    assert f"{sum(summary[1]['reused'])} reused" in lines[0]
+    model.generate(prompt, num_beams=2, **kwargs)
+    assert len(model.memory_summary()[1]["blocks"]) == 2 and len(summary[1]["blocks"]) == 1
+    model.generate(prompt, memory_enabled=False, **kwargs)
+    assert str(model.memory_summary()).startswith("no memory: it was off")
+    model.generate(prompt, **kwargs)
+    with pytest.raises(ValueError):
+        model.generate(prompt, no_such_argument=1, **kwargs)
+    assert not model.memory_summary()
+
+
 @pytest.mark.slow  # quanto compiles its kernels when it is first used
 @pytest.mark.works("quantised KV cache (quanto, 4 bits)")
 def test_quantised_cache(pace):
