@@ -33,7 +33,7 @@ from .reread_context import (
     with_tokens,
 )
 from .reread_keys import KeyReader
-from .reread_lookup import look_up, query_weights
+from .reread_lookup import Asking, look_up, query_weights
 from .reread_schedule import WHOLE, Build, build_of, segments, window_start
 from .reread_settings import RereadSettings
 
@@ -273,13 +273,19 @@ class Rereader:
             return replace(row, looked=build)
         prompts = [prompt for prompt in row.prompts if build.asked and prompt.end == build.count]
         asking = prompts[0].query if prompts else None
-        query = self.keys.query(row, build.count, asking, self.settings)
-        weights = query_weights(len(query), self.settings)
-        weights = torch.ones_like(weights) if asking is not None else weights
         start = window_start(build, self.settings)
-        passages = look_up(row, query, weights.to(query.device), start, self.settings)
+        asks = self._asking(row, build.count, asking)
+        passages = look_up(row, asks, start, self.settings)
         answering = passages if build.asked else row.answering
         return replace(row, looked=build, found=passages, answering=answering)
+
+    def _asking(self, row: Row, count: int, query: Tensor | None) -> Asking:
+        """The tokens of a query, all alike; without one the row's latest before `count`."""
+        keys = self.keys.query(row, count, query, self.settings)
+        weights = query_weights(len(keys), self.settings).to(keys.device)
+        if query is not None:
+            return Asking(query.to(row.ids), keys, torch.ones_like(weights))
+        return Asking(row.ids[count - len(keys) : count], keys, weights)
 
     def _extend(
         self,

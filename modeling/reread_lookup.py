@@ -11,9 +11,10 @@ span is scored by the weighted sum, over the tokens that ask, of their votes for
             stands everywhere has many good spans and so no outstanding one.
     cube    The third power of the best z in the span.
 
-Negative ones do not vote. The spans whose score is at least `stand_out` times the best one's are
-chosen, at most `spans`. Of each a passage of two spans' width comes back, a quarter of it before
-the token with the strongest vote: what a question is like stands at its beginning, mostly.
+Negative ones do not vote. Exact words are votes too (`reread_words`): a span's score is the sum of
+both, each as a share of the best span's, that of words squared and taken `words` times. The spans whose score is at
+least `stand_out` times the best one's are chosen, at most `spans`. Of each a passage of two spans'
+width comes back: the span, and half a span on either side.
 
 The nearest published work is REFORM (Song et al. 2025, arXiv 2506.01215), whose keys are
 attention's own and whose unit are single tokens.
@@ -22,12 +23,14 @@ attention's own and whose unit are single tokens.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .reread_bank import KeyBlock, Passage, Row
 from .reread_settings import RereadSettings
+from .reread_words import word_scores
 
 AT_ONCE = 32  # blocks whose similarities are in memory together
 PHRASE = 3  # tokens that are matched together
@@ -39,42 +42,55 @@ def query_weights(count: int, settings: RereadSettings) -> Tensor:
     return torch.exp2(-age / settings.query_half_life)
 
 
-def look_up(
-    row: Row, query: Tensor, weights: Tensor, stop: int, settings: RereadSettings
-) -> tuple[Passage, ...]:
+@dataclass(frozen=True)
+class Asking:
+    """The tokens that ask: ids [Q], keys [Q, R], and weights [Q] float64."""
+
+    ids: Tensor
+    keys: Tensor
+    weights: Tensor
+
+
+def look_up(row: Row, asking: Asking, stop: int, settings: RereadSettings) -> tuple[Passage, ...]:
     """The passages of the spans that stand out, in text order; what overlaps is one.
 
-    query: [Q, R], keys that ask. weights: [Q]. stop: the first token of the window; tokens from it
-    on, and the first S, are in the working context anyway.
+    stop: the first token of the window; tokens from it on, and the first S, are in the working
+    context anyway.
     """
-    spans, scores, matches = scored(row, query, weights, stop, settings)
+    spans, scores = scored(row, asking, stop, settings)
     order = sorted(range(len(spans)), key=lambda i: (-scores[i], spans[i]))[: settings.spans]
     best = scores[order[0]] if order else 0.0
     chosen = [i for i in order if best > 0 and scores[i] >= settings.stand_out * best]
-    return _apart(_around(matches[i], scores[i] / best, stop, settings) for i in sorted(chosen))
+    return _apart(_around(spans[i], scores[i] / best, stop, settings) for i in sorted(chosen))
 
 
 def scored(
-    row: Row, query: Tensor, weights: Tensor, stop: int, settings: RereadSettings
-) -> tuple[list[int], list[float], list[int]]:
-    """The spans outside the working context, in text order, the score of each, and the number in
-    the row of its token with the strongest vote. Arguments as for `look_up`.
+    row: Row, asking: Asking, stop: int, settings: RereadSettings
+) -> tuple[list[int], list[float]]:
+    """The spans outside the working context, in text order, and the score of each. Arguments as for
+    `look_up`.
     """
     blocks = [block for block in row.blocks if _outside(block, stop, settings)]
     if not blocks or not settings.spans:
-        return [], [], []
+        return [], []
     spans = [span for block in blocks for span in _outside(block, stop, settings)]
-    best, places = _matches(blocks, query, stop, settings)
-    votes = _votes(best, settings) * weights.to(best)
-    strongest = places.gather(1, votes.argmax(1, keepdim=True))[:, 0].tolist()
-    matches = [span * settings.span_width + place for span, place in zip(spans, strongest)]
-    return spans, votes.sum(1).tolist(), matches
+    best = _matches(blocks, asking.keys, stop, settings)
+    total = _shares(_votes(best, settings) @ asking.weights.to(best))
+    if settings.words:
+        width, first = settings.span_width, settings.first
+        words = word_scores(row.ids, spans, width, first, stop, asking.ids, asking.weights)
+        total = total + settings.words * _shares(words.to(total)) ** 2
+    return spans, total.tolist()
 
 
-def _around(match: int, score: float, stop: int, settings: RereadSettings) -> Passage:
-    """Two spans' width, a quarter of it before the token that matches."""
-    first = match - settings.span_width // 2
-    last = first + 2 * settings.span_width
+def _shares(scores: Tensor) -> Tensor:
+    """Of the best one."""
+    return scores / scores.max().clamp_min(1e-300)
+
+
+def _around(span: int, score: float, stop: int, settings: RereadSettings) -> Passage:
+    width = settings.span_width
+    first, last = span * width - width // 2, (span + 1) * width + (width - width // 2)
     return Passage(max(first, settings.first), min(last, stop), score)
 
 
@@ -98,11 +114,9 @@ def _outside(block: KeyBlock, stop: int, settings: RereadSettings) -> list[int]:
     ]
 
 
-def _matches(
-    blocks: list[KeyBlock], query: Tensor, stop: int, settings: RereadSettings
-) -> tuple[Tensor, Tensor]:
-    """In every span outside, in order, the best match of each token that asks, [spans, Q] float64,
-    and where in the span it is, [spans, Q].
+def _matches(blocks: list[KeyBlock], query: Tensor, stop: int, settings: RereadSettings) -> Tensor:
+    """In every span outside, in order, the best match of each token that asks, [spans, Q] float64.
+    query: their keys, [Q, R].
     """
     total = torch.zeros(query.shape[1], dtype=torch.float64, device=query.device)
     count = 0
@@ -119,16 +133,14 @@ def _matches(
     first, second = first / count, second / count
     deviation = (second - first.square()).clamp_min(1e-12).sqrt().to(mean)
     first = first.to(mean)
-    best, places, before = [], [], None
+    best, before = [], None
     for keys, token, inside in _parts(blocks, stop, settings):
         z = (_unit(keys - mean) @ asking.T - first) / deviation
         if settings.vote == "phrase":
             z, before = _phrases(z, token, before), (z[-PHRASE:], token[-PHRASE:])
         z = z.masked_fill(~inside[:, None], -torch.inf)
-        most = z.unflatten(0, (-1, settings.span_width)).max(1)
-        best.append(most.values)
-        places.append(most.indices)
-    return torch.cat(best).double(), torch.cat(places)
+        best.append(z.unflatten(0, (-1, settings.span_width)).amax(1))
+    return torch.cat(best).double()
 
 
 def _phrases(z: Tensor, token: Tensor, before: tuple[Tensor, Tensor] | None) -> Tensor:

@@ -26,7 +26,8 @@ class RereadSettings:
     one's. layer: 0-based decoder layer whose FFN input is the key. key_size: R, numbers of a key.
     bank_tokens: M, tokens that the bank holds. query_tokens: how many of the latest tokens ask.
     query_half_life: tokens after which such a token's weight is halved. vote: how tokens that ask
-    vote for spans, see `reread_lookup`. forget: which spans a full bank lets go, see `reread_bank`.
+    vote for spans, see `reread_lookup`. words: what exact words count beside similarity, 0:
+    nothing. forget: which spans a full bank lets go, see `reread_bank`.
 
     Raises ValueError, naming parameter, value and bounds, for what can't be.
     """
@@ -42,6 +43,7 @@ class RereadSettings:
     query_tokens: int = whole(128, low=1, high=MOST_TOKENS)
     query_half_life: float = real(8.0, low=0.1, high=MOST_TOKENS)
     vote: Vote = "phrase"
+    words: float = real(1.0, low=0, high=1000)
     forget: Forget = "oldest"
 
     def __post_init__(self) -> None:

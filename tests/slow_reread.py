@@ -38,8 +38,9 @@ class SlowReread:
             return self.ids[: token + 1]
         start = (count // s.window - 1) * s.window
         inside = set(range(s.first)) | set(range(start, token + 1))
-        for match in self.look_up(count, start, asked):
-            for t in range(match - s.span_width // 2, match + 2 * s.span_width - s.span_width // 2):
+        for span in self.look_up(count, start, asked):
+            half = s.span_width // 2
+            for t in range(span * s.span_width - half, (span + 2) * s.span_width - half):
                 if s.first <= t < start:
                     inside.add(t)
         return [self.ids[t] for t in sorted(inside)]
@@ -56,7 +57,7 @@ class SlowReread:
         return latest
 
     def look_up(self, count, start, asked) -> list[int]:
-        """Of each span that is chosen, its token with the strongest vote."""
+        """The spans that are chosen."""
         s = self.settings
         if not s.spans:
             return []
@@ -66,12 +67,13 @@ class SlowReread:
         keys = unit(keys - mean)
         if asked and count in self.queries:
             ids = self.queries[count]
-            asking = self._keys([self.ids[0], *ids])[1:]
+            asking_ids, asking = ids, self._keys([self.ids[0], *ids])[1:]
             weights = np.ones(len(ids))
         else:
             length = min(s.query_tokens, count)
             before = max(0, count - length - s.block // 4)
             head = [self.ids[0]] if before else []
+            asking_ids = self.ids[count - length : count]
             asking = self._keys(head + self.ids[before:count])[-length:]
             weights = 0.5 ** (np.arange(length - 1, -1, -1) / s.query_half_life)
         similar = unit(asking - mean) @ keys.T
@@ -84,13 +86,26 @@ class SlowReread:
         power = 3
         if s.vote == "phrase":
             best, power = (best - best.mean(0)) / best.std(0), 4
-        votes = np.maximum(best, 0) ** power * weights
-        scores = dict(zip(spans, votes.sum(1)))
+        similar = np.maximum(best, 0) ** power @ weights
+        total = similar / similar.max()
+        if s.words:
+            texts = [[self.ids[outside[i]] for i in places] for places in inside]
+            words = self._words(texts, asking_ids, weights)
+            total = total + s.words * (words / max(words.max(), 1e-300)) ** 2
+        scores = dict(zip(spans, total))
         ranked = sorted(scores, key=lambda span: (-scores[span], span))[: s.spans]
-        chosen = {span for span in ranked if scores[span] >= s.stand_out * scores[ranked[0]]}
-        strongest = {span: z[vote.argmax(), places].argmax()
-                     for span, vote, places in zip(spans, votes, inside)}  # fmt: skip
-        return [outside[inside[spans.index(span)][strongest[span]]] for span in chosen]
+        return [span for span in ranked if scores[span] >= s.stand_out * scores[ranked[0]]]
+
+    def _words(self, texts, asking, weights) -> np.ndarray:
+        """BM25 for texts of one length; of a token that asks twice the larger weight."""
+        made = np.zeros(len(texts))
+        for token in set(asking):
+            weight = max(w for t, w in zip(asking, weights) if t == token)
+            have = sum(token in text for text in texts)
+            idf = max(0.0, np.log((len(texts) - have + 0.5) / (have + 0.5)))
+            f = np.array([text.count(token) for text in texts])
+            made += weight * idf * f * 2.5 / (f + 1.5)
+        return made
 
     def _phrases(self, z, outside, spans):
         """Also what lies just before the text that is searched, in the first span, is a neighbour;

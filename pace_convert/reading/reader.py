@@ -31,6 +31,10 @@ def bank_folder() -> Path:
     return Path(base) / "pace" / "banks"
 
 
+STANDS_OUT = 0.3  # a question to a text wants more passages than a needle among needles
+KEYS_DEPEND_ON = ("layer", "key_size", "block", "overlap", "span_width", "bank_tokens", "forget")
+
+
 @dataclass(frozen=True)
 class Found:
     """A passage that was read again for an answer.
@@ -107,11 +111,12 @@ class DocumentReader:
         tokenizer = load_tokenizer(folder)
         if tokenizer is None or not tokenizer.is_fast:
             raise PaceError(f"{folder} has no fast tokenizer", "copy the source's tokenizer.json")
-        if window is not None:
-            try:
-                model.set_window(window)
-            except ValueError as error:
-                raise CallError(f"--{error}", "give another --window") from error
+        own = model.window_settings
+        stands_out = min(STANDS_OUT, own.stand_out) if own else STANDS_OUT
+        try:
+            model.set_window(window or own.window, stand_out=stands_out)
+        except ValueError as error:
+            raise CallError(f"--{error}", "give another --window") from error
         return cls(model, tokenizer)
 
     def _template(self) -> tuple[str, str, str]:
@@ -169,15 +174,11 @@ class DocumentReader:
         return cache if cache.get_seq_length() == len(ids) else None
 
     def _bank_name(self, document: Document) -> str:
-        """The same for the same text, model and parameters."""
-        config = self.model.config
-        facts = [
-            document.mark,
-            config.pace,
-            config.vocab_size,
-            repr(self.model.window_settings),
-            config._name_or_path,
-        ]
+        """The same for the same text, model and what its keys depend on."""
+        config, settings = self.model.config, self.model.window_settings
+        keys = [getattr(settings, name) for name in KEYS_DEPEND_ON]
+        facts = [document.mark, config.pace["experts"], config.vocab_size, keys,
+                 config._name_or_path]  # fmt: skip
         return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:32]
 
     def _ids(self, text: str, special: bool = False) -> list[int]:
@@ -195,6 +196,7 @@ class DocumentReader:
             torch.tensor([ids], device=self.model.device),
             attention_mask=mask,
             past_key_values=cache,
+            query=torch.tensor(self._ids(f" {question}")),  # and not what the template puts behind
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pace_convert.modeling.reread_lookup import look_up, query_weights
+from pace_convert.modeling.reread_lookup import Asking, look_up, query_weights
 from pace_convert.modeling.reread_schedule import Build, window_start
 from pace_convert.progress import Progress
 from pace_convert.reading.documents import read_document
@@ -51,7 +51,8 @@ def passages(reader: DocumentReader, text: Any, question: str, rule: dict) -> tu
     weights = query_weights(len(query), settings)
     weights = torch.ones_like(weights) if asks == "question" else weights
     start = window_start(Build(row.count, asked=True), settings)
-    found = look_up(row, query, weights, start, settings)
+    ids = row.ids[last - len(query) : last] if asking is None else asking
+    found = look_up(row, Asking(ids, query, weights), start, settings)
     made = []
     for passage in sorted(found, key=lambda one: -one.score):
         places = [p for p in text.offsets[passage.first : passage.stop] if p]

@@ -34,7 +34,7 @@ from pace_convert.evaluation.benchmarks.needle_kinds import WHAT, names
 from pace_convert.evaluation.benchmarks.needle_text import Prompt, split_sentences
 from pace_convert.evaluation.subjects import Subject, load
 from pace_convert.modeling.reread_bank import Row
-from pace_convert.modeling.reread_lookup import look_up, query_weights, scored
+from pace_convert.modeling.reread_lookup import Asking, look_up, query_weights, scored
 from pace_convert.modeling.reread_schedule import Build, window_start
 
 ANSWER_TOKENS = 24
@@ -154,7 +154,9 @@ def ask(lab: Lab, kind: str, seed: int, rule: dict, answer: bool) -> dict:
     query = lab.model._reread_keys.query(row, row.count - unasked, None, settings)
     weights = query_weights(len(query), settings)
     start = window_start(Build(row.count, asked=True), settings)
-    spans, found_scores, _ = scored(row, query, weights, start, settings)
+    last = row.count - unasked
+    asking = Asking(row.ids[last - len(query) : last], query, weights)
+    spans, found_scores = scored(row, asking, start, settings)
     best = max(found_scores)
     scores = {span: score / best for span, score in zip(spans, found_scores)}
     first, stop = places[0]
@@ -162,7 +164,7 @@ def ask(lab: Lab, kind: str, seed: int, rule: dict, answer: bool) -> dict:
     mine = max((scores.get(span, 0.0) for span in right), default=0.0)
     near = {span + step for span in right for step in (-1, 0, 1)}
     other = max((s for span, s in scores.items() if span not in near), default=0.0)
-    passages = look_up(row, query, weights, start, settings)
+    passages = look_up(row, asking, start, settings)
     ranges = [(0, settings.first), *((p.first, p.stop) for p in passages), (start, row.count)]
     held = sum(any(a <= t < b for a, b in ranges) for t in range(first, stop)) / (stop - first)
     made = {

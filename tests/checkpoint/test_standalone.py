@@ -41,6 +41,7 @@ SHIPPED = [
     "reread_file.py",
     "reread_keys.py",
     "reread_lookup.py",
+    "reread_words.py",
     "reread_schedule.py",
     "reread_settings.py",
 ]
