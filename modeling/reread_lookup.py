@@ -12,9 +12,9 @@ span is scored by the weighted sum, over the tokens that ask, of their votes for
     cube    The third power of the best z in the span.
 
 Negative ones do not vote. Exact words are votes too (`reread_words`): a span's score is the sum of
-both, each as a share of the best span's, that of words squared and taken `words` times. The spans whose score is at
-least `stand_out` times the best one's are chosen, at most `spans`. Of each a passage of two spans'
-width comes back: the span, and half a span on either side.
+both, each as a share of the best span's, that of words squared and taken `words` times. The spans
+whose score is at least `stand_out` times the best one's are chosen, at most `spans`. Of each a
+passage of two spans' width comes back: the span, and half a span on either side.
 
 The nearest published work is REFORM (Song et al. 2025, arXiv 2506.01215), whose keys are
 attention's own and whose unit are single tokens.
