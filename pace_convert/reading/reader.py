@@ -31,7 +31,7 @@ def bank_folder() -> Path:
     return Path(base) / "pace" / "banks"
 
 
-STANDS_OUT = 0.3  # a question to a text wants more passages than a needle among needles
+STANDS_OUT = 0.15  # a question to a text wants more passages than a needle among needles
 KEYS_DEPEND_ON = ("layer", "key_size", "block", "overlap", "span_width", "bank_tokens", "forget")
 
 
