@@ -1,0 +1,79 @@
+"""Recall in the prediction, studied on recorded passes: docs/recall.md.
+
+    python scripts/real_models.py runs/models
+    python scripts/research/recall_study.py record --data DIR --model SmolLM2-135M-Instruct
+    python scripts/research/recall_study.py fit --model SmolLM2-135M-Instruct
+
+DIR holds multidoc_qa.jsonl, scientific_qa.jsonl (LongBench's format) and texts.jsonl (a `text` a
+line): here L-Eval's (An et al. 2023; GitHub OpenLMLab/LEval). What is recorded goes to
+runs/recall; a command goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import click
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pace_convert.evaluation.tune.recall_record import record
+
+ROOT = Path(__file__).parents[2]
+SECTIONS = ("specialnames", "compound", "types", "formatstrings")  # Python's own documentation
+LAYERS = {
+    "SmolLM2-135M-Instruct": (10, 14, 17, 19, 20, 21, 22, 23, 24, 25, 26, 28),
+    "gemma-3-270m": (5, 7, 9, 11, 12, 13, 14, 15, 16),
+}
+PATH = "model.layers.{}.mlp.gate_proj"
+COUNTS = {"texts": 6, "multidoc_qa": 5, "scientific_qa": 5}
+
+
+def documents(data: Path) -> list[tuple[str, str]]:
+    """(kind, text) of each."""
+    found = []
+    for kind, count in COUNTS.items():
+        lines = (data / f"{kind}.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        texts = dict.fromkeys(row["text"] if kind == "texts" else row["context"] for row in rows)
+        found += [(kind, text) for text in list(texts)[:count]]
+    return found + [("python", topics[name]) for name in SECTIONS]
+
+
+@click.group(help=__doc__.split("\n\n")[0])
+@click.option("--threads", default=1, show_default=True)
+def main(threads: int) -> None:
+    torch.set_num_threads(threads)
+
+
+@main.command("record")
+@click.option("--data", type=click.Path(path_type=Path), required=True)
+@click.option("--model", "name", type=click.Choice(list(LAYERS)), required=True)
+@click.option("--models", type=click.Path(path_type=Path), default=ROOT / "runs" / "models")
+@click.option("--out", type=click.Path(path_type=Path), default=ROOT / "runs" / "recall")
+@click.option("--length", default=4096, show_default=True)
+@click.option("--window", default=0, show_default=True, help="Attention sees so many; 0: all.")
+def record_texts(data: Path, name: str, models: Path, out: Path, length: int, window: int) -> None:
+    """One pass over each document."""
+    model = AutoModelForCausalLM.from_pretrained(models / name, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(models / name)
+    folder = out / (f"{name}-{length}" + (f"-window{window}" if window else ""))
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, (kind, text) in enumerate(documents(data)):
+        path = folder / f"{number:02d}-{kind}.pt"
+        ids = tokenizer(text, verbose=False)["input_ids"][:length]
+        if path.exists() or len(ids) < length:
+            continue
+        start = time.perf_counter()
+        made = record(model, PATH, torch.tensor(ids), LAYERS[name], window=window)
+        torch.save(asdict(made) | {"kind": kind}, path)
+        print(f"{path.name}: {len(ids)} tokens, loss {-made.log_probs.mean():.4f}, "
+              f"{time.perf_counter() - start:.1f} s", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

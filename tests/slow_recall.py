@@ -1,0 +1,49 @@
+"""Recall once more, token by token and as plainly as possible: what the tests compare with.
+
+For every token of one row: its key, the cosines with those of all tokens before it, the softmax of
+them, and the probabilities of what followed. No cache, no batch, no padding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def slow_recall(model, ffn, settings, ids: list[int]) -> Tensor:
+    """Logits of a row, [n, V]. ffn: the module whose input is the key. The model's memory is off
+    meanwhile.
+    """
+    heard = []
+    hook = ffn.register_forward_pre_hook(lambda module, args: heard.append(args[0]))
+    with model.memory_disabled():
+        logits = model(torch.tensor([ids]), use_cache=False).logits[0]
+    hook.remove()
+    x = heard[0].reshape(len(ids), -1)
+    keys = [row / row.norm() for row in x @ signs(x.shape[-1], settings.key_size).to(x)]
+    return torch.stack([_mixed(logits[t], keys, ids, t, settings) for t in range(len(ids))])
+
+
+def signs(width: int, size: int) -> Tensor:
+    """The projection's signs, bit by bit from SHAKE-256; their scale does not matter."""
+    octets = hashlib.shake_256(b"pace keys").digest(-(-width * size // 8))
+    bits = np.unpackbits(np.frombuffer(octets, np.uint8), bitorder="little")[: width * size]
+    return torch.from_numpy(bits.reshape(width, size).astype(np.float64) * 2 - 1)
+
+
+def _mixed(z: Tensor, keys: list[Tensor], ids: list[int], t: int, settings) -> Tensor:
+    cosines = [float(keys[t] @ keys[s]) for s in range(t)]
+    if not cosines or max(cosines) <= settings.theta_low:
+        return z
+    weights = [math.exp(settings.sharpness * cosine) for cosine in cosines]
+    recalled = torch.zeros_like(z)
+    for s, weight in enumerate(weights):
+        recalled[ids[s + 1]] += weight / sum(weights)
+    share = 1 / (1 + math.exp(-settings.gate_bias - settings.gate_slope * max(cosines)))
+    mixed = (1 - share) * z.softmax(-1) + share * recalled
+    return mixed.log() + z.logsumexp(-1)
