@@ -10,7 +10,14 @@ import click
 
 from .. import api
 from ..errors import CallError
-from ..options import EXPERT_OPTIONS, WINDOW_OPTIONS, ConvertOptions, RunOptions, load_options
+from ..options import (
+    EXPERT_OPTIONS,
+    RECALL_OPTIONS,
+    WINDOW_OPTIONS,
+    ConvertOptions,
+    RunOptions,
+    load_options,
+)
 from ..progress import Progress
 from ..units import size
 from ..version import __version__
@@ -26,9 +33,10 @@ GROUPS = {
     "Memory": tuple(
         name
         for name in ConvertOptions.model_fields
-        if name not in (*EXPERT_OPTIONS, *WINDOW_OPTIONS)
+        if name not in (*EXPERT_OPTIONS, *WINDOW_OPTIONS, *RECALL_OPTIONS)
     ),
     "Re-reading": tuple(WINDOW_OPTIONS),
+    "Recall": tuple(RECALL_OPTIONS),
 }
 
 

@@ -21,7 +21,9 @@ import click
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pace_convert.evaluation.tune.recall_record import record
+from pace_convert.evaluation.intervals import mean_of
+from pace_convert.evaluation.tune.recall_fit import Gate, fit, recalled
+from pace_convert.evaluation.tune.recall_record import Recording, record
 
 ROOT = Path(__file__).parents[2]
 SECTIONS = ("specialnames", "compound", "types", "formatstrings")  # Python's own documentation
@@ -56,10 +58,13 @@ def main(threads: int) -> None:
 @click.option("--models", type=click.Path(path_type=Path), default=ROOT / "runs" / "models")
 @click.option("--out", type=click.Path(path_type=Path), default=ROOT / "runs" / "recall")
 @click.option("--length", default=4096, show_default=True)
+@click.option("--dtype", default="float32", show_default=True)
 @click.option("--window", default=0, show_default=True, help="Attention sees so many; 0: all.")
-def record_texts(data: Path, name: str, models: Path, out: Path, length: int, window: int) -> None:
+def record_texts(
+    data: Path, name: str, models: Path, out: Path, length: int, dtype: str, window: int
+) -> None:
     """One pass over each document."""
-    model = AutoModelForCausalLM.from_pretrained(models / name, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(models / name, dtype=getattr(torch, dtype)).eval()
     tokenizer = AutoTokenizer.from_pretrained(models / name)
     folder = out / (f"{name}-{length}" + (f"-window{window}" if window else ""))
     folder.mkdir(parents=True, exist_ok=True)
@@ -73,6 +78,50 @@ def record_texts(data: Path, name: str, models: Path, out: Path, length: int, wi
         torch.save(asdict(made) | {"kind": kind}, path)
         print(f"{path.name}: {len(ids)} tokens, loss {-made.log_probs.mean():.4f}, "
               f"{time.perf_counter() - start:.1f} s", flush=True)  # fmt: skip
+
+
+@main.command("fit")
+@click.option("--recorded", type=click.Path(path_type=Path), required=True, multiple=True)
+@click.option("--layers", default="", help="Of those that were recorded; all by default.")
+@click.option("--sharpness", default="20", show_default=True)
+@click.option("--features", multiple=True, help="More inputs of the gate, like entropy,agreed.")
+def fit_gates(
+    recorded: tuple[Path, ...], layers: str, sharpness: str, features: tuple[str, ...]
+) -> None:
+    """Gains by layer, sharpness and features: each half of the documents judged by the other's
+    gate.
+    """
+    for folder in recorded:
+        texts = [_recording(path) for path in sorted(folder.glob("*.pt"))]
+        base = sum(-text.log_probs.mean().item() for text in texts) / len(texts)
+        print(f"{folder.name}: {len(texts)} documents, base {base:.4f}")
+        chosen = [int(n) for n in layers.split(",")] if layers else list(texts[0].keys)
+        for layer in chosen:
+            for beta in map(float, sharpness.split(",")):
+                found = [recalled(text, layer, beta, bool(features)) for text in texts]
+                for named in ("", *features):
+                    names = [name for name in named.split(",") if name]
+                    halves = [fit(found[i::2], names) for i in (1, 0)]
+                    gains = [
+                        halves[i % 2].gains(text).mean().item() for i, text in enumerate(found)
+                    ]
+                    mean = mean_of([gains])
+                    print(f"  layer {layer:2d} beta {beta:4g} {named:24s} {mean.mean:+.4f} "
+                          f"({mean.low:+.4f} to {mean.high:+.4f}) worst {min(gains):+.4f} "
+                          f"{_said(halves)}", flush=True)  # fmt: skip
+
+
+def _said(gates: list[Gate]) -> str:
+    return " | ".join(
+        f"{gate.bias:.2f} {gate.slope:+.2f}s > {gate.theta_low:g}"
+        + "".join(f" {weight:+.2f}{name}" for name, weight in gate.weights)
+        for gate in gates
+    )
+
+
+def _recording(path: Path) -> Recording:
+    facts = torch.load(path)
+    return Recording(**{name: value for name, value in facts.items() if name != "kind"})
 
 
 if __name__ == "__main__":
