@@ -57,7 +57,7 @@ class Recaller:
     keys: KeyReader
     settings: RecallSettings
     names: tuple[str, ...]
-    bound: tuple[nn.Module, Any] | None = field(default=None)
+    bound: list[tuple[nn.Module, Any]] = field(default_factory=list)
 
     def call(self, model: Any, base: Callable, kwargs: dict, mask: Tensor | None) -> Any:
         """The output of the base model for these arguments, logits and loss with what is recalled.
@@ -73,8 +73,8 @@ class Recaller:
         given: Any = kwargs["inputs_embeds"] if ids is None else ids
         real = self._real(kwargs, mask, entry, given.shape[1])
         self.bind()
-        x, output = self._heard(base, kwargs)
-        keys = self._keys(x.reshape(*given.shape[:2], x.shape[-1]))
+        heard, output = self._heard(base, kwargs)
+        keys = self._keys([x.reshape(*given.shape[:2], x.shape[-1]) for x in heard])
         if not torch.compiler.is_compiling():
             columns = given.shape[1] if cache is None else _columns(cache)
             entry.make_room(len(keys), columns, keys)
@@ -98,27 +98,27 @@ class Recaller:
             entry.make_room(len(entry.pairs), _columns(cache, length), entry.pairs)
 
     def bind(self) -> None:
-        """Listen at the layer's FFN, and again where a quantiser or an adapter has replaced it."""
+        """Listen at the layers' FFNs, and again where a quantiser or an adapter replaced one."""
         if torch.compiler.is_compiling():
             return
         stack: Any = self.keys.stack
-        if self.settings.layer >= stack.config.num_hidden_layers:
+        layers = self.settings.layers
+        if layers[-1] >= stack.config.num_hidden_layers:
             raise RuntimeError(
-                f"recall's keys are of layer {self.settings.layer}, which this model does not have "
-                "(any more); choose another with model.set_recall(layer=...)"
+                f"recall's keys are of layer {layers[-1]}, which this model does not have (any "
+                "more); choose others with model.set_recall(layers=...)"
             )
-        module = stack.get_submodule(self.keys.ffn_input.format(self.settings.layer))
+        modules = [stack.get_submodule(self.keys.ffn_input.format(layer)) for layer in layers]
         with _binding:  # threads may make a model's first call together
-            if self.bound is not None and self.bound[0] is module:
-                return
-            self.release()
-            self.bound = (module, module.register_forward_pre_hook(_hear))
+            if [module for module, _ in self.bound] != modules:
+                self.release()
+                self.bound = [(m, m.register_forward_pre_hook(_hear)) for m in modules]
 
     def release(self) -> None:
         """Listen no more."""
-        if self.bound is not None:
-            self.bound[1].remove()
-            self.bound = None
+        for _, hook in self.bound:
+            hook.remove()
+        self.bound = []
 
     def _entry(self, model: Any, kwargs: dict) -> tuple[Cache | None, RecallEntry | None]:
         """The cache of a call, made where the base model would make one, and its entry; that of
@@ -151,27 +151,31 @@ class Recaller:
         at = entry.seen.to(mask.device) + torch.arange(length, device=mask.device)
         return mask.index_select(1, at).bool()
 
-    def _heard(self, base: Callable, kwargs: dict) -> tuple[Tensor, Any]:
-        """The layer's x, and the output."""
+    def _heard(self, base: Callable, kwargs: dict) -> tuple[list[Tensor], Any]:
+        """The layers' x, and the output."""
         heard: list[Tensor] = []
         current.heard = heard
         try:
             output = base(**kwargs, return_dict=True)
         finally:
             current.heard = None
-        if not heard:
+        if len(heard) != len(self.settings.layers):
             raise RuntimeError(
-                f"layer {self.settings.layer} was not computed, so there is nothing to recall by; "
-                "choose another with model.set_recall(layer=...)"
+                f"of recall's layers {self.settings.layers} {len(heard)} were computed; choose "
+                "others with model.set_recall(layers=...)"
             )
-        return heard[0], output
+        return heard, output
 
     @torch.no_grad()
-    def _keys(self, x: Tensor) -> Tensor:
-        """[B, L, H] -> [B, L, R] of length 1, in x's dtype."""
-        projected = x @ self.keys.projection(x, self.settings.key_size)
-        wide = projected if x.dtype == torch.float64 else projected.float()
-        return normalize(wide, dim=-1).to(x.dtype)
+    def _keys(self, heard: list[Tensor]) -> Tensor:
+        """[B, L, H] of each layer -> [B, L, R for each layer] of length 1, in x's dtype."""
+        size, parts = self.settings.key_size, []
+        for x in heard:
+            projected = x @ self.keys.projection(x, size)
+            wide = projected if x.dtype == torch.float64 else projected.float()
+            part = normalize(wide, dim=-1) / len(heard) ** 0.5
+            parts.append(part.to(heard[0]))
+        return torch.cat(parts, -1)
 
     def _mix(self, output: Any, keys: Tensor, at: Tensor, entry: RecallEntry, kwargs: dict) -> None:
         """Into the logits that were asked for."""

@@ -1,7 +1,9 @@
 """Recall: what followed similar tokens, mixed into the prediction. Pure functions.
 
-Token t of a row has a key k_t, and token s < t of the same row is worth v_s, the id of token s + 1,
-which is known when t is read. With z the model's logits for the token behind t:
+Token t of a row has a key k_t: the inputs x of the FFNs of some layers, each projected to R numbers
+by a fixed matrix of signs (`reread_keys.signs`) and normed, one behind the other. Token s < t of the
+same row is worth v_s, the id of token s + 1, which is known when t is read. With z the model's
+logits for the token behind t:
 
     w = softmax(beta cos(k_t, k_s)) over all s < t        p(v) = sum of the w_s whose v_s is v
     lambda = sigmoid(a + b max_s cos(k_t, k_s))           0 where that is at most theta_low
@@ -33,8 +35,8 @@ def mix(
 ) -> Tensor:
     """Logits with what is recalled. In place where no gradient is asked for.
 
-    logits: [B, L, V]. queries: [B, L, R] of length 1, the keys of the same tokens. at: [L] int64,
-    their columns. keys: [B, T, R]: by column the key of the token before it; codes: [B, T], the
+    logits: [B, L, V]. queries: [B, L, K] of length 1, the keys of the same tokens. at: [L] int64,
+    their columns. keys: [B, T, K]: by column the key of the token before it; codes: [B, T], the
     column's own id, and below 0 where there is nothing to recall. A token recalls from columns up
     to its own: from those of itself and before it.
     """

@@ -25,8 +25,8 @@ ROOM = 256  # columns at first
 class RecallEntry(_EmptyLayer):
     """Pairs of the rows of a cache.
 
-    keys: [B, C, R] of length 1 in the model's dtype, `codes`: [B, C] int32, an id, NOTHING or
-    ALONE. latest: [B, R], the key of each row's latest token; begun: [B], whether it has one. seen:
+    keys: [B, C, K] of length 1 in the model's dtype, `codes`: [B, C] int32, an id, NOTHING or
+    ALONE. latest: [B, K], the key of each row's latest token; begun: [B], whether it has one. seen:
     columns filled, on the device; `columns`: the same here, unless only the device knows.
     """
 
@@ -57,7 +57,7 @@ class RecallEntry(_EmptyLayer):
         self._hold(rows, columns, like)
 
     def _hold(self, rows: int, columns: int, like: Tensor) -> None:
-        size, old = self.settings.key_size, self.pairs
+        size, old = self.settings.key_size * len(self.settings.layers), self.pairs
         with torch.inference_mode(False):  # changed in place, also by calls outside inference mode
             self.pairs = like.new_zeros(rows, columns, size)
             codes = torch.full((rows, columns), NOTHING, dtype=torch.int32, device=like.device)
@@ -78,7 +78,7 @@ class RecallEntry(_EmptyLayer):
     def write(self, keys: Tensor, ids: Tensor | None, real: Tensor | None) -> Tensor:
         """The columns of a call, for which there is room. Returns them, [L] int64.
 
-        keys: [B, L, R]. ids: [B, L]; None: they are not known. real: [B, L] bool, which columns are
+        keys: [B, L, K]. ids: [B, L]; None: they are not known. real: [B, L] bool, which columns are
         tokens; None: all.
         """
         assert self.pairs is not None

@@ -8,21 +8,21 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .memory_settings import MOST_LAYERS, MOST_SLOTS, real, whole
+from .memory_settings import MOST_LAYERS, MOST_SLOTS, Bounds, real, whole
 
 
 @dataclass(frozen=True)
 class RecallSettings:
     """The parameters of recall, named as in config.json's `pace.memory.recall`.
 
-    layer: 0-based decoder layer whose FFN input is the key. sharpness: beta. gate_bias, gate_slope:
-    a and b. theta_low: a token that has seen nothing more similar is left alone. key_size: R,
-    numbers of a key. See `recall_bank` for the formulas.
+    layers: 0-based decoder layers whose FFN inputs are the key, part by part. sharpness: beta.
+    gate_bias, gate_slope: a and b. theta_low: a token that has seen nothing more similar is left
+    alone. key_size: R, numbers of a key's part. See `recall_bank` for the formulas.
 
     Raises ValueError, naming parameter, value and bounds, for what can't be.
     """
 
-    layer: int = whole(0, low=0, high=MOST_LAYERS)
+    layers: tuple[int, ...] = (0,)
     sharpness: float = real(20.0, low=0, high=1000)
     gate_bias: float = real(-5.0)
     gate_slope: float = real(4.0)
@@ -32,9 +32,16 @@ class RecallSettings:
     def __post_init__(self) -> None:
         for parameter in fields(self):
             value: Any = getattr(self, parameter.name)
-            bounds = parameter.metadata["bounds"]
-            if not bounds.admit(value):
+            bounds = parameter.metadata.get("bounds")
+            if bounds is not None and not bounds.admit(value):
                 raise ValueError(f"recall: {parameter.name} is {value!r}, not {bounds}")
+        layer = Bounds(int, 0, MOST_LAYERS)
+        ordered = isinstance(self.layers, tuple) and all(map(layer.admit, self.layers))
+        if not ordered or not self.layers or list(self.layers) != sorted(set(self.layers)):
+            raise ValueError(
+                f"recall: layers is {self.layers!r}, not a list of 0-based layer numbers in order, "
+                "such as (3, 9)"
+            )
 
     @classmethod
     def from_config(cls, recall: dict) -> RecallSettings:
@@ -46,9 +53,13 @@ class RecallSettings:
         unknown = sorted(set(recall) - {parameter.name for parameter in fields(cls)})
         if unknown:
             raise ValueError(f"recall: unknown parameter {', '.join(unknown)}")
-        return cls(**recall)
+        layers = recall.get("layers", (0,))
+        return cls(**{**recall, "layers": tuple(layers) if isinstance(layers, list) else layers})
 
     def check_model(self, layers: int) -> None:
         """Whether a model of so many layers can have them. Raises ValueError."""
-        if self.layer >= layers:
-            raise ValueError(f"recall: layer is {self.layer}, the model has {layers} layers")
+        if self.layers[-1] >= layers:
+            raise ValueError(
+                f"recall: layers has {self.layers[-1]}, the model has no such layer; its layers "
+                f"are 0 to {layers - 1}"
+            )

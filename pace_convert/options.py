@@ -37,7 +37,7 @@ WINDOW_OPTIONS = {
     "bank_tokens": "bank_tokens",
 }  # fmt: skip
 RECALL_OPTIONS = {
-    "recall_layer": "layer", "recall_sharpness": "sharpness", "recall_bias": "gate_bias",
+    "recall_layers": "layers", "recall_sharpness": "sharpness", "recall_bias": "gate_bias",
     "recall_slope": "gate_slope", "recall_theta_low": "theta_low", "recall_key_size": "key_size",
 }  # fmt: skip
 MEMORIES = ("fusion", "reread", "recall")
@@ -123,6 +123,11 @@ def parse_tokens(value: object) -> object:
             raise ValueError("give auto, none or a number of tokens like 1024 or 1k")
         return int(number) * (1024 if kilo else 1)
     return value
+
+
+def _parse_recall_layers(value: object) -> object:
+    """auto, or a tuple like `_parse_layers` makes it."""
+    return value if value == "auto" else _parse_layers(value)
 
 
 def _parse_layer(value: object) -> object:
@@ -223,8 +228,13 @@ class ConvertOptions(BaseModel):
     )
     key_size: int = _window("key_size", "Numbers of a token's key.")
     bank_tokens: int = _window("bank_tokens", "Most tokens whose keys are kept.")
-    recall_layer: Annotated[Literal["auto"] | Layer, BeforeValidator(_parse_layer)] = Field(
-        "auto", description="Layer whose FFN input is the key that similar tokens are found by."
+    recall_layers: Annotated[
+        Literal["auto"] | Annotated[tuple[Layer, ...], Field(min_length=1)],
+        BeforeValidator(_parse_recall_layers),
+    ] = Field(
+        "auto",
+        description="Layers whose FFN inputs are the key that similar tokens are found by: auto "
+        "or a list like 7,20.",
     )
     recall_sharpness: float = _recall(
         "recall_sharpness", "How much more a more similar token counts, beta."
@@ -234,7 +244,7 @@ class ConvertOptions(BaseModel):
     recall_theta_low: float = _recall(
         "recall_theta_low", "Recall nothing up to this cosine similarity."
     )
-    recall_key_size: int = _recall("recall_key_size", "Numbers of a token's key.")
+    recall_key_size: int = _recall("recall_key_size", "Numbers of a token's key, of each layer.")
     no_memory: bool = Field(
         False, description="Only cluster the weights; keep the original architecture."
     )
@@ -302,8 +312,8 @@ class ConvertOptions(BaseModel):
         if not self.has("recall"):
             return None
         given = {parameter: getattr(self, name) for name, parameter in RECALL_OPTIONS.items()}
-        if self.recall_layer == "auto":
-            given["layer"] = recall_layer(layers)
+        if self.recall_layers == "auto":
+            given["layers"] = recall_layers(layers)
         return asdict(RecallSettings(**given))
 
     def window_config(self, layers: int, trained: int | None) -> dict | None:
@@ -329,9 +339,11 @@ def reread_layer(layers: int) -> int:
     return max(0, round(layers / 4) - 1)
 
 
-def recall_layer(layers: int) -> int:
-    """The layer whose FFN input is recall's key by default: three quarters of the way up."""
-    return min(layers - 1, round(0.75 * layers))
+def recall_layers(layers: int) -> tuple[int, ...]:
+    """The layers whose FFN inputs are recall's key by default: a third and four fifths of the way
+    up.
+    """
+    return tuple(sorted({layers // 3, 4 * layers // 5}))
 
 
 def _window_for(trained: int, options: ConvertOptions) -> dict:

@@ -15,17 +15,23 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def slow_recall(model, ffn, settings, ids: list[int]) -> Tensor:
-    """Logits of a row, [n, V]. ffn: the module whose input is the key. The model's memory is off
+def slow_recall(model, ffns, settings, ids: list[int]) -> Tensor:
+    """Logits of a row, [n, V]. ffns: the modules whose inputs are the key. The memory is off
     meanwhile.
     """
     heard = []
-    hook = ffn.register_forward_pre_hook(lambda module, args: heard.append(args[0]))
+    hooks = [
+        ffn.register_forward_pre_hook(lambda module, args: heard.append(args[0])) for ffn in ffns
+    ]
     with model.memory_disabled():
         logits = model(torch.tensor([ids]), use_cache=False).logits[0]
-    hook.remove()
-    x = heard[0].reshape(len(ids), -1)
-    keys = [row / row.norm() for row in x @ signs(x.shape[-1], settings.key_size).to(x)]
+    for hook in hooks:
+        hook.remove()
+    parts = [x.reshape(len(ids), -1) for x in heard]
+    parts = [x @ signs(x.shape[-1], settings.key_size).to(x) for x in parts]
+    keys = [
+        torch.cat([x[t] / x[t].norm() for x in parts]) / len(parts) ** 0.5 for t in range(len(ids))
+    ]
     return torch.stack([_mixed(logits[t], keys, ids, t, settings) for t in range(len(ids))])
 
 

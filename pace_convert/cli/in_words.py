@@ -103,8 +103,9 @@ def _recall_line(recall: dict | None) -> str:
     if recall is None:
         return "none; the prediction is the model's own"
     settings = RecallSettings.from_config(recall)
+    layers = ", ".join(map(str, settings.layers))
     return (
-        f"what followed similar tokens, by layer {settings.layer}, above a similarity of "
+        f"what followed similar tokens, by layers {layers}, above a similarity of "
         f"{settings.theta_low}"
     )
 

@@ -114,10 +114,11 @@ def _fusion_layers(options: ConvertOptions, layers: int) -> tuple[int, ...]:
 
 def _recall(options: ConvertOptions, layers: int) -> dict | None:
     """`pace.memory.recall`. Raises CallError for a layer that the model does not have."""
-    chosen = options.recall_layer
-    if isinstance(chosen, int) and chosen >= layers:
+    chosen = options.recall_layers
+    if isinstance(chosen, tuple) and chosen[-1] >= layers:
         raise CallError(
-            f"--recall-layer: the model has no layer {chosen}", f"its layers are 0 to {layers - 1}"
+            f"--recall-layers: the model has no layer {chosen[-1]}",
+            f"its layers are 0 to {layers - 1}",
         )
     return options.recall_config(layers)
 

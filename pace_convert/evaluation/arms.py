@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from ..modeling.recall_settings import RecallSettings
 from ..modeling.reread_settings import RereadSettings
-from ..options import WINDOW_OPTIONS, recall_layer, reread_layer
+from ..options import WINDOW_OPTIONS, recall_layers, reread_layer
 
 # The parameters of re-reading as people name them: as the command line does, else as they are.
 WINDOW_PARAMETERS = {
@@ -88,7 +88,7 @@ def _defaults(layers: int, trained: int | None) -> dict[str, int]:
 
 def recall_settings(own: dict | None, layers: int) -> RecallSettings:
     """How an arm recalls: as config.json's `pace.memory.recall` says, else by default."""
-    return RecallSettings.from_config({"layer": recall_layer(layers), **(own or {})})
+    return RecallSettings.from_config({"layers": recall_layers(layers), **(own or {})})
 
 
 def as_parameters(settings: RereadSettings | None) -> dict[str, Any]:

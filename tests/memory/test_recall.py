@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from slow_recall import slow_recall
 from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, StaticCache
 
-SMALL = {"layer": 2, "sharpness": 6.0, "gate_bias": -0.5, "gate_slope": 1.5, "theta_low": 0.1,
+SMALL = {"layers": (1, 2), "sharpness": 6.0, "gate_bias": -0.5, "gate_slope": 1.5, "theta_low": 0.1,
     "key_size": 24}  # fmt: skip
 
 
@@ -42,8 +42,9 @@ def qwen(qwen2_pair):
 
 def slow(model, ids):
     family = family_of(model.config.model_type.removeprefix("pace_"))
-    ffn = model._stack_memory.stack.get_submodule(family.ffn_input.format(SMALL["layer"]))
-    return slow_recall(model, ffn, model.recall_settings, ids.tolist())
+    stack = model._stack_memory.stack
+    ffns = [stack.get_submodule(family.ffn_input.format(n)) for n in SMALL["layers"]]
+    return slow_recall(model, ffns, model.recall_settings, ids.tolist())
 
 
 def close(model, got, expected):
@@ -313,7 +314,8 @@ def test_what_cannot_be_is_refused(qwen):
         qwen(ids, past_key_values=cache, memory_enabled=False)
         with pytest.raises(ValueError, match="recall has not seen"):
             qwen(ids, past_key_values=cache)
-    for wrong in ({"layer": 99}, {"sharpness": -1}, {"theta_low": 2}, {"colour": 1}, {"layer": 1.5},
+    for wrong in ({"layers": (99,)}, {"layers": (2, 1)}, {"layers": ()}, {"layers": (1.5,)},
+                  {"sharpness": -1}, {"theta_low": 2}, {"colour": 1},
                   {"gate_bias": float("nan")}):  # fmt: skip
         before = qwen.recall_settings
         with pytest.raises(ValueError, match="recall"):
