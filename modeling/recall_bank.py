@@ -1,8 +1,8 @@
 """Recall: what followed similar tokens, mixed into the prediction. Pure functions.
 
 Token t of a row has a key k_t: the inputs x of the FFNs of some layers, each projected to R numbers
-by a fixed matrix of signs (`reread_keys.signs`) and normed, one behind the other. Token s < t of the
-same row is worth v_s, the id of token s + 1, which is known when t is read. With z the model's
+by a fixed matrix of signs (`reread_keys.signs`) and normed, one behind the other. Token s < t of
+that row is worth v_s, the id of token s + 1, which is known when t is read. With z the model's
 logits for the token behind t:
 
     w = softmax(beta cos(k_t, k_s)) over all s < t        p(v) = sum of the w_s whose v_s is v

@@ -163,8 +163,10 @@ def facts_text(facts: dict) -> str:
         ]
         lines.append(f"  window     {_window_line(memory['window'])}")
         lines.append(f"  recall     {_recall_line(memory['recall'])}")
-    if facts["tuned"]:
-        lines.append(f"  tuned      {Tuned.model_validate(facts['tuned']).sentence()}")
+    for name in ("tuned", "tuned_recall"):
+        if facts[name]:
+            what = "recall, " if name == "tuned_recall" else ""
+            lines.append(f"  tuned      {what}{Tuned.model_validate(facts[name]).sentence()}")
     lines += [
         "  " + line
         for line in table([_layer_row(facts, row) for row in facts["layers"]]).splitlines()

@@ -19,23 +19,27 @@ from .shared import as_json_text, friendly, output_options
 @output_options
 @friendly
 def tune(as_json: bool, quiet: bool, **given: Any) -> None:
-    """Choose layers, thresholds and lambda of MODEL's memory by a text of yours, and write them
-    into its config.json.
+    """Choose layers, thresholds and lambda of MODEL's memory, or recall's layers and gate, by a
+    text of yours, and write them into its config.json.
 
     \b
     pace tune ./out --on my_texts/
     pace tune ./out --on questions.jsonl --trials 100 -j 2
+    pace tune ./out --on my_texts/ --tunes recall
 
     Nothing is written unless the best configuration of one half of DATA beats the base, beyond
     noise, on the other half. Keeps a journal in --out: the same command goes on after a kill.
     """
+    options = validated(TuneOptions, given, "tune")
     require_extra(["optuna"])
     from ..evaluation.tune.choose import tune as job
+    from ..evaluation.tune.recall_choose import recall_text
     from ..evaluation.tune.report import show_tuning
 
-    options = validated(TuneOptions, given, "tune")
     facts = job(options, Progress(quiet))
     if as_json:
         click.echo(as_json_text(facts))
+    elif options.tunes == "recall":
+        click.echo(recall_text(facts, options))
     else:
         show_tuning(facts, options)

@@ -66,7 +66,7 @@ def model_card(source: Source, plan: Plan) -> str:
         plan=plan,
         options=plan.options,
         memory=memory,
-        memory_section=memory_block(memory, plan.layers),
+        memory_section=memory_block({"memory": memory}, plan.layers),
         source=name,
         title=" ".join(name.split("/")[-1].split()),
         revision=source.hub.commit if source.hub else None,

@@ -63,7 +63,7 @@ class Difference(BaseModel):
 
 
 class Tuned(BaseModel):
-    """`pace.tuned`: how `pace tune` found the memory's parameters.
+    """`pace.tuned`, `pace.tuned_recall`: how `pace tune` found fusion's, or recall's, parameters.
 
     data: its name; sha256: of its bytes. Items are windows of the text, or questions.
     """
@@ -138,8 +138,9 @@ def check_pace(pace: dict) -> None:
         if experts:  # written only where it was given
             given["exact_restarts"] = experts.pop("restarts")
         ConvertOptions.model_validate({**given, **experts, **memory, "memory_layers": layers})
-        if "tuned" in pace:
-            Tuned.model_validate(pace["tuned"])
+        for name in ("tuned", "tuned_recall"):
+            if name in pace:
+                Tuned.model_validate(pace[name])
     except ValidationError as error:
         first = error.errors()[0]
         where = f"{first['loc'][0]}: " if first["loc"] else ""

@@ -82,7 +82,7 @@ def record_texts(
 
 @main.command("fit")
 @click.option("--recorded", type=click.Path(path_type=Path), required=True, multiple=True)
-@click.option("--layers", default="", help="Of those that were recorded; all by default.")
+@click.option("--layers", default="", help="Like 10+24,24; each that was recorded by default.")
 @click.option("--sharpness", default="20", show_default=True)
 @click.option("--features", multiple=True, help="More inputs of the gate, like entropy,agreed.")
 def fit_gates(
@@ -95,18 +95,18 @@ def fit_gates(
         texts = [_recording(path) for path in sorted(folder.glob("*.pt"))]
         base = sum(-text.log_probs.mean().item() for text in texts) / len(texts)
         print(f"{folder.name}: {len(texts)} documents, base {base:.4f}")
-        chosen = [int(n) for n in layers.split(",")] if layers else list(texts[0].keys)
-        for layer in chosen:
+        names = layers.split(",") if layers else map(str, texts[0].keys)
+        for layer in [tuple(map(int, name.split("+"))) for name in names]:
             for beta in map(float, sharpness.split(",")):
                 found = [recalled(text, layer, beta, bool(features)) for text in texts]
                 for named in ("", *features):
-                    names = [name for name in named.split(",") if name]
-                    halves = [fit(found[i::2], names) for i in (1, 0)]
+                    inputs = [name for name in named.split(",") if name]
+                    halves = [fit(found[i::2], inputs) for i in (1, 0)]
                     gains = [
                         halves[i % 2].gains(text).mean().item() for i, text in enumerate(found)
                     ]
                     mean = mean_of([gains])
-                    print(f"  layer {layer:2d} beta {beta:4g} {named:24s} {mean.mean:+.4f} "
+                    print(f"  layers {layer} beta {beta:4g} {named:24s} {mean.mean:+.4f} "
                           f"({mean.low:+.4f} to {mean.high:+.4f}) worst {min(gains):+.4f} "
                           f"{_said(halves)}", flush=True)  # fmt: skip
 

@@ -1,8 +1,7 @@
 """The gate of recall, fitted to recorded texts by maximum likelihood.
 
 What a token gains is log((1 - lambda) p + lambda q) - log p, with p the model's probability of what
-came and q recall's. It is concave in no parameter of the gate, but smooth, and a handful of numbers
-are fitted to tens of thousands of tokens: LBFGS from several starts does not differ.
+came and q recall's. A handful of numbers is fitted to tens of thousands of tokens, by LBFGS.
 """
 
 from __future__ import annotations
@@ -35,9 +34,11 @@ class Recalled:
 
 
 @torch.no_grad()
-def recalled(text: Recording, layer: int, sharpness: float, more: bool = False) -> Recalled:
+def recalled(
+    text: Recording, layers: Sequence[int], sharpness: float, more: bool = False
+) -> Recalled:
     """more: whether the other features are computed, too."""
-    keys = text.keys[layer].float()
+    keys = torch.cat([text.keys[layer].float() for layer in layers], 1) / len(layers) ** 0.5
     ids, n = text.ids, len(text.ids)
     values, place = ids[1:].unique(return_inverse=True)
     came = place  # the place of what came after token t among values, for t = 0 ... n - 2
