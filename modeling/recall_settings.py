@@ -19,14 +19,16 @@ class RecallSettings:
     gate_bias, gate_slope: a and b. theta_low: a token that has seen nothing more similar is left
     alone. key_size: R, numbers of a key's part. See `recall_bank` for the formulas.
 
+    Defaults are a careful gate, not one that fits every model: calibrate it (`pace tune`).
+
     Raises ValueError, naming parameter, value and bounds, for what can't be.
     """
 
     layers: tuple[int, ...] = (0,)
-    sharpness: float = real(20.0, low=0, high=1000)
-    gate_bias: float = real(-5.0)
-    gate_slope: float = real(4.0)
-    theta_low: float = real(0.5, low=-1, high=1)
+    sharpness: float = real(30.0, low=0, high=1000)
+    gate_bias: float = real(-19.0)
+    gate_slope: float = real(17.3)
+    theta_low: float = real(0.6, low=-1, high=1)
     key_size: int = whole(192, low=1, high=MOST_SLOTS)
 
     def __post_init__(self) -> None:

@@ -233,8 +233,8 @@ class ConvertOptions(BaseModel):
         BeforeValidator(_parse_recall_layers),
     ] = Field(
         "auto",
-        description="Layers whose FFN inputs are the key that similar tokens are found by: auto "
-        "or a list like 7,20.",
+        description="Layers whose FFN inputs are the key that similar tokens are found by: auto, "
+        "one four fifths of the way up, or a list like 7,20.",
     )
     recall_sharpness: float = _recall(
         "recall_sharpness", "How much more a more similar token counts, beta."
@@ -340,10 +340,8 @@ def reread_layer(layers: int) -> int:
 
 
 def recall_layers(layers: int) -> tuple[int, ...]:
-    """The layers whose FFN inputs are recall's key by default: a third and four fifths of the way
-    up.
-    """
-    return tuple(sorted({layers // 3, 4 * layers // 5}))
+    """The layers whose FFN inputs are recall's key by default: one, four fifths of the way up."""
+    return (min(layers - 1, round(0.8 * layers)),)
 
 
 def _window_for(trained: int, options: ConvertOptions) -> dict:

@@ -33,8 +33,8 @@ from .recall_record import Recording, record
 from .report import difference_of
 
 DEPTHS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)  # of layers that are tried
-FIRST = 50.0  # sharpness while layers are chosen
-SHARPNESS = (15.0, 25.0, 35.0, 50.0, 70.0, 100.0)
+FIRST = 25.0  # sharpness while layers are chosen
+SHARPNESS = (10.0, 15.0, 20.0, 25.0, 30.0, 40.0, 60.0, 90.0)
 LENGTH = 2048  # tokens of a window
 HARM = 0.002  # nats a token that no document may lose
 
