@@ -25,13 +25,13 @@ from .reread_settings import RereadSettings
 
 @dataclass(frozen=True)
 class Passage:
-    """A span that a look-up brought back: tokens first to stop, and what share of the best one's
-    score it has; None for one that came along behind another.
+    """What a look-up brought back: tokens first to stop, and what share of the best one's score it
+    has.
     """
 
     first: int
     stop: int
-    score: float | None
+    score: float
 
 
 @dataclass(frozen=True)

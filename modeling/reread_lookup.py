@@ -11,14 +11,17 @@ span is scored by the weighted sum, over the tokens that ask, of their votes for
             stands everywhere has many good spans and so no outstanding one.
     cube    The third power of the best z in the span.
 
-Negative ones do not vote. The spans whose score is at least `stand_out` times the best one's come
-back, at most `spans`, and the one behind each with it. The nearest published work is REFORM (Song
-et al. 2025, arXiv 2506.01215), whose keys are attention's own and whose unit are single tokens.
+Negative ones do not vote. The spans whose score is at least `stand_out` times the best one's are
+chosen, at most `spans`. Of each a passage of two spans' width comes back, a quarter of it before
+the token with the strongest vote: what a question is like stands at its beginning, mostly.
+
+The nearest published work is REFORM (Song et al. 2025, arXiv 2506.01215), whose keys are
+attention's own and whose unit are single tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -39,29 +42,52 @@ def query_weights(count: int, settings: RereadSettings) -> Tensor:
 def look_up(
     row: Row, query: Tensor, weights: Tensor, stop: int, settings: RereadSettings
 ) -> tuple[Passage, ...]:
-    """The spans that stand out, and those behind them, in text order.
+    """The passages of the spans that stand out, in text order; what overlaps is one.
 
     query: [Q, R], keys that ask. weights: [Q]. stop: the first token of the window; tokens from it
     on, and the first S, are in the working context anyway.
     """
+    spans, scores, matches = scored(row, query, weights, stop, settings)
+    order = sorted(range(len(spans)), key=lambda i: (-scores[i], spans[i]))[: settings.spans]
+    best = scores[order[0]] if order else 0.0
+    chosen = [i for i in order if best > 0 and scores[i] >= settings.stand_out * best]
+    return _apart(_around(matches[i], scores[i] / best, stop, settings) for i in sorted(chosen))
+
+
+def scored(
+    row: Row, query: Tensor, weights: Tensor, stop: int, settings: RereadSettings
+) -> tuple[list[int], list[float], list[int]]:
+    """The spans outside the working context, in text order, the score of each, and the number in
+    the row of its token with the strongest vote. Arguments as for `look_up`.
+    """
     blocks = [block for block in row.blocks if _outside(block, stop, settings)]
     if not blocks or not settings.spans:
-        return ()
+        return [], [], []
     spans = [span for block in blocks for span in _outside(block, stop, settings)]
-    scores = _scores(blocks, query, weights, stop, settings).tolist()
-    order = sorted(range(len(spans)), key=lambda i: (-scores[i], spans[i]))
-    best = scores[order[0]]
-    chosen = {
-        spans[i]: scores[i] / best
-        for i in order[: settings.spans]
-        if best > 0 and scores[i] >= settings.stand_out * best
-    }
-    width = settings.span_width
-    behind = {span + 1: None for span in chosen if (span + 1) * width < stop}
-    return tuple(
-        Passage(max(span * width, settings.first), min((span + 1) * width, stop), share)
-        for span, share in sorted({**behind, **chosen}.items())
-    )
+    best, places = _matches(blocks, query, stop, settings)
+    votes = _votes(best, settings) * weights.to(best)
+    strongest = places.gather(1, votes.argmax(1, keepdim=True))[:, 0].tolist()
+    matches = [span * settings.span_width + place for span, place in zip(spans, strongest)]
+    return spans, votes.sum(1).tolist(), matches
+
+
+def _around(match: int, score: float, stop: int, settings: RereadSettings) -> Passage:
+    """Two spans' width, a quarter of it before the token that matches."""
+    first = match - settings.span_width // 2
+    last = first + 2 * settings.span_width
+    return Passage(max(first, settings.first), min(last, stop), score)
+
+
+def _apart(passages: Iterable[Passage]) -> tuple[Passage, ...]:
+    """In text order; those that overlap or touch are one, with the better score."""
+    made: list[Passage] = []
+    for passage in passages:
+        if made and passage.first <= made[-1].stop:
+            before = made.pop()
+            score = max(before.score, passage.score)
+            passage = Passage(before.first, max(before.stop, passage.stop), score)
+        made.append(passage)
+    return tuple(made)
 
 
 def _outside(block: KeyBlock, stop: int, settings: RereadSettings) -> list[int]:
@@ -72,10 +98,12 @@ def _outside(block: KeyBlock, stop: int, settings: RereadSettings) -> list[int]:
     ]
 
 
-def _scores(
-    blocks: list[KeyBlock], query: Tensor, weights: Tensor, stop: int, settings: RereadSettings
-) -> Tensor:
-    """Of every span outside, in order. [spans], float64."""
+def _matches(
+    blocks: list[KeyBlock], query: Tensor, stop: int, settings: RereadSettings
+) -> tuple[Tensor, Tensor]:
+    """In every span outside, in order, the best match of each token that asks, [spans, Q] float64,
+    and where in the span it is, [spans, Q].
+    """
     total = torch.zeros(query.shape[1], dtype=torch.float64, device=query.device)
     count = 0
     for keys, _, inside in _parts(blocks, stop, settings):
@@ -89,14 +117,16 @@ def _scores(
         first, second = first + similar.sum(0), second + similar.square().sum(0)
     first, second = first / count, second / count
     deviation = (second - first.square()).clamp_min(1e-12).sqrt()
-    best, before = [], None
+    best, places, before = [], [], None
     for keys, token, inside in _parts(blocks, stop, settings):
         z = ((_unit(keys - mean) @ asking.T).double() - first) / deviation
         if settings.vote == "phrase":
             z, before = _phrases(z, token, before), (z[-PHRASE:], token[-PHRASE:])
         z = z.masked_fill(~inside[:, None], -torch.inf)
-        best.append(z.unflatten(0, (-1, settings.span_width)).amax(1))
-    return _votes(torch.cat(best), settings) @ weights.to(first)
+        most = z.unflatten(0, (-1, settings.span_width)).max(1)
+        best.append(most.values)
+        places.append(most.indices)
+    return torch.cat(best), torch.cat(places)
 
 
 def _phrases(z: Tensor, token: Tensor, before: tuple[Tensor, Tensor] | None) -> Tensor:

@@ -21,8 +21,8 @@ class RereadSettings:
     """The parameters of re-reading, named as in config.json's `pace.memory.window`.
 
     window: W, the latest W to 2 W tokens are in the working context. first: S, and so are the first
-    S. spans: the most spans that a look-up brings back, each with the one behind it. span_width:
-    tokens of a span. stand_out: a span comes back whose score is at least this share of the best
+    S. spans: the most that a look-up chooses. span_width: tokens of a span; a passage of twice as
+    many comes back. stand_out: a span is chosen whose score is at least this share of the best
     one's. layer: 0-based decoder layer whose FFN input is the key. key_size: R, numbers of a key.
     bank_tokens: M, tokens that the bank holds. query_tokens: how many of the latest tokens ask.
     query_half_life: tokens after which such a token's weight is halved. vote: how tokens that ask

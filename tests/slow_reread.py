@@ -38,8 +38,8 @@ class SlowReread:
             return self.ids[: token + 1]
         start = (count // s.window - 1) * s.window
         inside = set(range(s.first)) | set(range(start, token + 1))
-        for span in self.look_up(count, start, asked):
-            for t in range(span * s.span_width, (span + 1) * s.span_width):
+        for match in self.look_up(count, start, asked):
+            for t in range(match - s.span_width // 2, match + 2 * s.span_width - s.span_width // 2):
                 if s.first <= t < start:
                     inside.add(t)
         return [self.ids[t] for t in sorted(inside)]
@@ -56,6 +56,7 @@ class SlowReread:
         return latest
 
     def look_up(self, count, start, asked) -> list[int]:
+        """Of each span that is chosen, its token with the strongest vote."""
         s = self.settings
         if not s.spans:
             return []
@@ -78,17 +79,18 @@ class SlowReread:
         spans = sorted({t // s.span_width for t in outside})
         if s.vote == "phrase":
             z = self._phrases(z, outside, spans)
-        best = np.array([
-            max_over([i for i, t in enumerate(outside) if t // s.span_width == span], z)
-            for span in spans
-        ])  # fmt: skip
+        inside = [[i for i, t in enumerate(outside) if t // s.span_width == span] for span in spans]
+        best = np.array([z[:, places].max(1) for places in inside])
         power = 3
         if s.vote == "phrase":
             best, power = (best - best.mean(0)) / best.std(0), 4
-        scores = dict(zip(spans, np.maximum(best, 0) ** power @ weights))
+        votes = np.maximum(best, 0) ** power * weights
+        scores = dict(zip(spans, votes.sum(1)))
         ranked = sorted(scores, key=lambda span: (-scores[span], span))[: s.spans]
         chosen = {span for span in ranked if scores[span] >= s.stand_out * scores[ranked[0]]}
-        return sorted(chosen | {span + 1 for span in chosen if (span + 1) * s.span_width < start})
+        strongest = {span: z[vote.argmax(), places].argmax()
+                     for span, vote, places in zip(spans, votes, inside)}  # fmt: skip
+        return [outside[inside[spans.index(span)][strongest[span]]] for span in chosen]
 
     def _phrases(self, z, outside, spans):
         """Also what lies just before the text that is searched, in the first span, is a neighbour;
@@ -134,7 +136,3 @@ class SlowReread:
 
 def unit(x: np.ndarray) -> np.ndarray:
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
-
-
-def max_over(places: list[int], z: np.ndarray) -> np.ndarray:
-    return z[:, places].max(1)

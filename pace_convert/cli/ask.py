@@ -144,10 +144,8 @@ def show_answer(answer: Answer) -> None:
         click.echo(textwrap.fill(text, width, initial_indent="  ", subsequent_indent="  "))
 
 
-def _bar(score: float | None) -> str:
+def _bar(score: float) -> str:
     """Ten places, as many filled as the score has tenths."""
-    if score is None:
-        return " " * 10
     filled = max(0, min(10, round(10 * score)))
     return click.style("#" * filled, fg="green") + click.style("." * (10 - filled), dim=True)
 

@@ -141,18 +141,35 @@ def cost(as_json: bool, quiet: bool, **given: Any) -> None:
     \b
     pace eval cost ./out --lengths 1k,4k,16k
     pace eval cost --shape qwen2-0.5b --shape qwen2-7b --lengths 1k,2k,4k
+    pace eval cost ./out --window 1k --lengths 4k,16k,64k,200k   # re-reading
 
     Measured on this machine, in turn in one process, beside what was counted on paper for it, and
     for 7B and 70B at up to 200K tokens. Writes cost.json and cost.png into --out, beside other
-    models' that are there.
+    models' that are there. With --window: re-reading's time, peak memory and operations by length
+    of the text, the base beside it up to 16K; rereading.json and rereading.png.
     """
     from ..evaluation.cost.curves import COSTS, measure_costs
     from ..evaluation.cost.tables import print_cost
 
     options = validated(CostOptions, given, "eval cost")
+    if options.window is not None:
+        _rereading_cost(options, as_json, quiet)
+        return
     results = measure_costs(options, Progress(quiet))
     if as_json:
         click.echo(as_json_text(results))
     else:
         print_cost(results)
         click.echo(f"All numbers: {options.out / COSTS}; as a picture: {options.out / 'cost.png'}")
+
+
+def _rereading_cost(options: CostOptions, as_json: bool, quiet: bool) -> None:
+    from ..evaluation.cost.rereading import PICTURE, RESULTS, measure_rereading
+    from ..evaluation.cost.tables import print_rereading
+
+    results = measure_rereading(options, Progress(quiet))
+    if as_json:
+        click.echo(as_json_text(results))
+    else:
+        print_rereading(results)
+        click.echo(f"All numbers: {options.out / RESULTS}; as a picture: {options.out / PICTURE}")

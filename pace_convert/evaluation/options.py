@@ -112,10 +112,7 @@ class ComparisonOptions(JobOptions):
         """Parameters of the arms that re-read, as `Subject.window` has them. Raises CallError."""
         given: list[tuple[str, int]] = []
         if self.window is not None:
-            sizes = parse_grid(self.window, KILO)
-            if len(sizes) > 1:
-                raise CallError(f"--window {self.window}: give one number", "like 1k")
-            given.append(("window", sizes[0]))
+            given.append(("window", one_size("--window", self.window)))
         if self.spans is not None:
             given.append(("spans", self.spans))
         return tuple(given)
@@ -136,6 +133,14 @@ class SweepOptions(JobOptions):
         "layers=single,pairs,second,all,1+2 or window=512,1k. Several: all combinations.",
         json_schema_extra={"metavar": "NAME=VALUE,..."},
     )
+
+
+def one_size(option: str, text: str) -> int:
+    """1024 of '1k'. Raises CallError for what is no number of tokens, or several."""
+    sizes = parse_grid(text, KILO)
+    if len(sizes) > 1:
+        raise CallError(f"{option} {text}: give one number", "like 1k")
+    return sizes[0]
 
 
 def validated(options: type[Model], values: dict[str, Any], command: str) -> Model:

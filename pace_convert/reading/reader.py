@@ -36,14 +36,14 @@ class Found:
     """A passage that was read again for an answer.
 
     document: its name. line: where it begins, from 1. first, stop: characters of the document.
-    score: share of the best passage's; None where it came along behind another.
+    score: share of the best passage's.
     """
 
     document: str
     line: int
     first: int
     stop: int
-    score: float | None
+    score: float
     text: str
 
 

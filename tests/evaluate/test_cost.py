@@ -176,3 +176,37 @@ def test_a_model_with_learned_positions_has_an_end(make_source, tmp_path):
         "--lengths",
         out=tmp_path / "out",
     )
+
+
+@pytest.fixture(scope="module")
+def far_reader(make_source, tmp_path_factory):
+    source = make_source("qwen2", vocab_size=1200)
+    build_tokenizer(512).save_pretrained(source)
+    out = tmp_path_factory.mktemp("rereading-cost") / "small"
+    convert_folder(source, out, experts=8, window=16, spans=2, span_width=8, first_tokens=8)
+    return out
+
+
+def test_what_rereading_costs(far_reader, tmp_path):
+    """Measured beside the base, counted, drawn, and refused where nothing would be read again."""
+    out, arguments = tmp_path / "costs", ("--window", 16, "--repeats", 1, "--threads", 1)
+    done = cost(far_reader, "--lengths", "100,300", *arguments, "--out", out, "--json", "-q")
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    assert results == json.loads((out / "rereading.json").read_text())
+    assert Image.open(out / "rereading.png").size[0] > 600
+    assert results["settings"]["window"] == 16
+    for point, length in zip(results["points"], (100, 300), strict=True):
+        made = point["reread"]
+        assert made["seconds"] > made["read_seconds"] > 0 < made["second_question_seconds"]
+        keys = 4 * 192 * (length // 16 * 16)  # fp32; of whole blocks
+        assert made["bank"] == keys + 4 * length
+        assert made["context"] <= 8 + 2 * 2 * 8 + 2 * 16
+        assert point["ratio"]["median"] == made["seconds"] / point["base"]["seconds"]
+    layers, behind = 4, 1 + (16 + 4 + 1) / 16
+    assert 0 < results["operations"]["ratio"] < behind, layers
+    for wrong in (("--lengths", "60", *arguments), ("--lengths", 100, "--window", "16,32")):
+        refused = cost(far_reader, *wrong, "--out", out)
+        assert refused.returncode == 2 and "Traceback" not in refused.stderr, refused.stderr
+    refused = cost("--shape", "qwen2-0.5b", *arguments, "--out", out)
+    assert refused.returncode == 2 and "--shape" in refused.stderr

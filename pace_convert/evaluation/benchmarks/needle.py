@@ -277,7 +277,8 @@ def _row(reader: Reader, prompt: Prompt) -> tuple[list[int], list[tuple[int, int
         return reader.encode_parts(prompt.text, prompt.facts)
     if not reader.chats:
         return reader.encode_parts(prompt.text + prompt.lead, prompt.facts)
-    return reader.encode_parts(reader.chat(prompt.text), prompt.facts, special=False)
+    text = reader.chat(prompt.text) + prompt.lead.strip()
+    return reader.encode_parts(text, prompt.facts, special=False)
 
 
 def _words(text: str) -> list[str]:

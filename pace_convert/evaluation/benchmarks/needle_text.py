@@ -52,7 +52,7 @@ class TooShortError(CallError):
 
 @dataclass(frozen=True)
 class Prompt:
-    """text: up to the question's end. lead: begins the answer where no chat template does.
+    """text: up to the question's end. lead: begins the answer, as RULER's prompts have it.
 
     chat: `text` is one user turn; otherwise it is the whole prompt. hidden: all hidden values.
     answers: those that are right, where there are several. facts: the parts of the text that say

@@ -23,6 +23,11 @@ class CostOptions(EvaluationOptions):
     lengths: CommaSeparated = Field(
         "1k,2k,4k,8k", description="Context in tokens: 1k,4k,16k; k is 1024."
     )
+    window: CommaSeparated | None = Field(
+        None,
+        description="Measure re-reading with a window of so many tokens, by length of the text, "
+        "instead of the fusion memory; 1k is 1024.",
+    )
     repeats: int = Field(5, ge=1, description="Medians of so many.")
     threads: int | None = Field(None, ge=1, description="CPU threads.  [default: as torch chooses]")
     trust_remote_code: bool = Field(

@@ -31,6 +31,37 @@ def print_cost(results: dict) -> None:
     _print(_paper(results["paper"]))
 
 
+def print_rereading(results: dict) -> None:
+    """A row a length, and what reading a token takes. results: as in rereading.json."""
+    window, threads = results["settings"]["window"], results["machine"]["threads"]
+    table = Table(
+        title=f"{results['model']}, W {window}, {threads} threads; medians of {results['repeats']}"
+    )
+    for name in (
+        "tokens", "base", "re-reading", "ratio", "tokens/s read", "second question", "bank",
+        "peak, base", "peak, re-reading",
+    ):  # fmt: skip
+        table.add_column(name, justify="right")
+    for point in results["points"]:
+        made, base = point["reread"], point.get("base")
+        table.add_row(
+            tokens_text(point["length"]),
+            _time(base["seconds"]) if base else "",
+            _time(made["seconds"]),
+            _range(point["ratio"]) if base else "",
+            f"{point['length'] / made['read_seconds']:,.0f}",
+            _time(made["second_question_seconds"]),
+            size(made["bank"]),
+            size(base["peak"]) if base else "",
+            size(made["peak"]),
+        )
+    _print(table)
+    print(
+        f"Reading a token takes {results['operations']['ratio']:.2f} of the operations of its pass "
+        "through the model without attention."
+    )
+
+
 def _times(curve: dict) -> Table:
     measured, memory = curve["measured"], curve["memory"]
     title = (

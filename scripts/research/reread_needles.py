@@ -1,0 +1,245 @@
+"""Which rules of the look-up find one sentence in a long text: tables of docs/reread.md.
+
+    python scripts/research/reread_needles.py OUT --haystack TEXT [--tokens 200k] [--needles 50] \\
+        [--kind single,alike] [--rule NAME=VALUE,... ...] [--answer] [--out RESULTS.jsonl]
+
+OUT is a converted model, TEXT a text file. Its first tokens are read once. A question then writes
+its needles over other tokens of the text, from the beginning of a sentence on, and reads the blocks
+anew in which that changes anything; blocks do not depend on each other. So a question to 200K
+tokens takes seconds. A rule is parameters of re-reading (`layer=4,vote=cube`), and what asks:
+`asks=end`, the prompt's latest tokens, with what the chat template puts behind a question;
+`asks=question`, those before that; `asks=lead`, the prompt with the answer's first words behind it.
+
+Of each rule: in how many texts the right passage has the best score, the best other's share of it
+(median and worst), in how many it is among those that are read again (held), and how many these
+are. With --answer also how often the model names the right value.
+"""
+
+from __future__ import annotations
+
+import argparse
+import bisect
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from pace_convert.evaluation.benchmarks.needle import found
+from pace_convert.evaluation.benchmarks.needle_kinds import WHAT, names
+from pace_convert.evaluation.benchmarks.needle_text import Prompt, split_sentences
+from pace_convert.evaluation.subjects import Subject, load
+from pace_convert.modeling.reread_bank import Row
+from pace_convert.modeling.reread_lookup import look_up, query_weights, scored
+from pace_convert.modeling.reread_schedule import Build, window_start
+
+ANSWER_TOKENS = 24
+MARK = "\u0001"
+
+
+class Lab:
+    """A text that was read, and questions that write needles into it."""
+
+    def __init__(self, model: str, haystack: str, tokens: int, window: int) -> None:
+        self.reader = load(Subject(model, "reread", window=(("window", window),)), "cpu")
+        self.model, self.tokenizer = self.reader.model, self.reader.tokenizer
+        self.rows: dict[tuple, Row] = {}
+        self.written: dict[tuple, tuple[Row, list]] = {}
+        head, self.tail = self._frame()
+        sentences = split_sentences(haystack)
+        ids, self.starts = list(head), []
+        for sentence in sentences:
+            if len(ids) >= tokens:
+                break
+            self.starts.append(len(ids))
+            ids += self.tokenizer(f" {sentence}", add_special_tokens=False)["input_ids"]
+        self.ids = ids[:tokens]
+
+    def _frame(self) -> tuple[list[int], list[int]]:
+        """What the chat template puts before and behind a turn's text."""
+        if not self.reader.chats:
+            return self.reader.encode(""), []
+        before, after = self.reader.chat(MARK).split(MARK)
+        encode = self.reader.encode
+        return encode(before, special=False), encode(after, special=False)
+
+    def settings(self, rule: dict) -> Any:
+        own = {name: value for name, value in rule.items() if name != "asks"}
+        return replace(self.model.window_settings, **own)
+
+    def row(self, settings: Any) -> Row:
+        """The text with its keys."""
+        name = (settings.layer, settings.key_size, settings.span_width, settings.block)
+        if name not in self.rows:
+            rows, begun = [Row(torch.tensor(self.ids, dtype=torch.int32))], time.perf_counter()
+            for some in self.model._reread_keys.read_all(rows, settings):
+                rows = some
+            self.rows[name] = rows[0]
+            print(f"read {name}: {time.perf_counter() - begun:.0f} s", flush=True)
+        return self.rows[name]
+
+    def with_needles(self, facts: list[tuple[float, str]], settings: Any) -> tuple[Row, list]:
+        """The text with facts at their shares of it, and where each is. Made once for all rules."""
+        name = (facts[0], settings.layer, settings.key_size, settings.span_width, settings.block)
+        if name not in self.written:
+            self.written[name] = self._write(facts, settings)
+        return self.written[name]
+
+    def _write(self, facts: list[tuple[float, str]], settings: Any) -> tuple[Row, list]:
+        base, ids, places = self.row(settings), list(self.ids), []
+        for share, fact in facts:
+            made = self.tokenizer(f" {fact}", add_special_tokens=False)["input_ids"]
+            wanted = int(share * (len(ids) - len(made) - 1))
+            at = self.starts[min(bisect.bisect_left(self.starts, wanted), len(self.starts) - 1)]
+            at = min(at, len(ids) - len(made))
+            while any(at < stop and first < at + len(made) for first, stop in places):
+                at = self.starts[bisect.bisect_right(self.starts, at) % len(self.starts)]
+            ids[at : at + len(made)] = made
+            places.append((at, at + len(made)))
+        block, overlap = settings.block, settings.overlap
+        changed = {
+            n for first, stop in places
+            for n in range(first // block, (stop - 1 + overlap) // block + 1)
+            if n < len(base.blocks)
+        }  # fmt: skip
+        row = Row(torch.tensor(ids, dtype=torch.int32), base.blocks)
+        blocks = list(base.blocks)
+        for n in sorted(changed):
+            begin = max(0, n * block - overlap)
+            piece = row.ids[begin : (n + 1) * block].long()
+            piece = torch.cat([row.ids[:1].long(), piece]) if begin else piece
+            keys = self.model._reread_keys.keys(piece[None], settings)[0, -block:]
+            blocks[n] = replace(blocks[n], keys=keys.unflatten(0, (-1, settings.span_width)))
+        return replace(row, blocks=tuple(blocks)), places
+
+    def asking(self, question: str, lead: str, asks: str) -> tuple[list[int], int]:
+        """Tokens behind the text, and how many of them are behind those that ask."""
+        encode = self.reader.encode
+        body = encode(f"\n\n{question}", special=False)
+        behind = list(self.tail)
+        if asks == "lead" or not self.tail:
+            behind = encode(self.reader.decode(behind) + lead, special=False) if behind else encode(
+                lead, special=False)  # fmt: skip
+            return body + behind, 0
+        return body + behind, len(behind) if asks == "question" else 0
+
+
+def facts_of(kind: str, seed: int) -> tuple[list[tuple[float, str]], str, str, Prompt]:
+    """Facts, (share of the text, sentence) each, the right one first; question, lead, answer."""
+    rng = np.random.default_rng([seed, 7])
+    depth = float(rng.random()) * 0.98
+    count = 10 if kind != "single" else 1
+    people = names(rng, 10)[:count]
+    what = WHAT.get(kind, "locker number")
+    values = [str(10_000 + v) for v in rng.choice(90_000, count, replace=False)]
+    facts = [f"The {what} of {name} is {value}." for name, value in zip(people, values)]
+    shares = [depth, *rng.random(count - 1).tolist()]
+    question = f"What is the {what} of {people[0]}? Answer with the number alone."
+    prompt = Prompt("", values[0], tuple(values))
+    return list(zip(shares, facts)), question, f" The {what} of {people[0]} is", prompt
+
+
+@torch.no_grad()
+def ask(lab: Lab, kind: str, seed: int, rule: dict, answer: bool) -> dict:
+    """One question under one rule."""
+    settings, asks = lab.settings(rule), rule.get("asks", "end")
+    facts, question, lead, prompt = facts_of(kind, seed)
+    row, places = lab.with_needles(facts, settings)
+    behind, unasked = lab.asking(question, lead, asks)
+    row = row.longer(torch.tensor(behind, dtype=torch.int32))
+    query = lab.model._reread_keys.query(row, row.count - unasked, None, settings)
+    weights = query_weights(len(query), settings)
+    start = window_start(Build(row.count, asked=True), settings)
+    spans, found_scores, _ = scored(row, query, weights, start, settings)
+    best = max(found_scores)
+    scores = {span: score / best for span, score in zip(spans, found_scores)}
+    first, stop = places[0]
+    right = range(first // settings.span_width, (stop - 1) // settings.span_width + 1)
+    mine = max((scores.get(span, 0.0) for span in right), default=0.0)
+    near = {span + step for span in right for step in (-1, 0, 1)}
+    other = max((s for span, s in scores.items() if span not in near), default=0.0)
+    passages = look_up(row, query, weights, start, settings)
+    ranges = [(0, settings.first), *((p.first, p.stop) for p in passages), (start, row.count)]
+    held = sum(any(a <= t < b for a, b in ranges) for t in range(first, stop)) / (stop - first)
+    made = {
+        "first": mine >= 1.0 or first >= start or first < settings.first, "inside": first >= start,
+        "share": other / mine if mine else 9.9, "held": held == 1.0,
+        "spans": len(passages),
+        "context": sum(b - a for a, b in ranges),
+    }  # fmt: skip
+    if answer:
+        made["answer"] = said = answered(lab, row, ranges)
+        made["right"] = bool(found(said, prompt))
+        made["value"] = prompt.answer
+    return made
+
+
+def answered(lab: Lab, row: Row, ranges: list[tuple[int, int]]) -> str:
+    """What the base says behind these tokens."""
+    inside = sorted({t for a, b in ranges for t in range(a, b)})
+    with lab.model.memory_disabled():
+        made = lab.model.generate(
+            row.ids[inside].long()[None], max_new_tokens=ANSWER_TOKENS, do_sample=False
+        )
+    return lab.reader.decode(made[0, len(inside) :].tolist())
+
+
+def rule_of(text: str) -> dict:
+    """'layer=4,vote=cube' as parameters."""
+    made: dict = {}
+    for part in filter(None, text.split(",")):
+        name, _, value = part.partition("=")
+        made[name] = int(value) if value.isdigit() else float(value) if "." in value else value
+    return made
+
+
+def tokens(text: str) -> int:
+    """1024 of '1k'."""
+    return int(text[:-1]) * 1024 if text.endswith("k") else int(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--haystack", required=True)
+    parser.add_argument("--tokens", default="200k")
+    parser.add_argument("--needles", type=int, default=50, help="texts of each kind")
+    parser.add_argument("--kind", default="single,alike")
+    parser.add_argument("--rule", action="append", default=[])
+    parser.add_argument("--window", default="1k")
+    parser.add_argument("--answer", action="store_true")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path)
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    lab = Lab(asked.model, asked.haystack, tokens(asked.tokens), tokens(asked.window))
+    for kind in asked.kind.split(","):
+        for text in asked.rule or [""]:
+            rule, begun = rule_of(text), time.perf_counter()
+            made = [ask(lab, kind, seed, rule, asked.answer) for seed in range(asked.needles)]
+            show(kind, text, made, time.perf_counter() - begun)
+            if asked.out:
+                with asked.out.open("a") as file:
+                    record = {"kind": kind, "rule": text, "tokens": len(lab.ids), "texts": made}
+                    file.write(json.dumps(record) + "\n")
+
+
+def show(kind: str, rule: str, made: list[dict], seconds: float) -> None:
+    """A line."""
+    shares = [one["share"] for one in made if not one["inside"]]
+    right = f" right {sum(one['right'] for one in made)}" if "right" in made[0] else ""
+    print(
+        f"{kind} [{rule}]: first {sum(one['first'] for one in made)} of {len(made)}, best other "
+        f"{median(shares):.2f} (worst {max(shares):.2f}), held {sum(o['held'] for o in made)}, "
+        f"spans {np.mean([o['spans'] for o in made]):.1f}, context "
+        f"{np.mean([o['context'] for o in made]):.0f}{right}; {seconds:.0f} s",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()
