@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import convert_folder, pace_convert
+from helpers import convert_folder, pace_convert, refuse
 
 from pace_convert.checkpoint.checkpoint import open_source
 from pace_convert.converted.opened import open_converted
@@ -106,11 +106,35 @@ def test_what_gains_is_written(out, text, tmp_path):
 
 
 def test_where_nothing_is_gained_off_is_recommended(out, tmp_path):
-    """Every word once: what followed one never follows another."""
+    """Every word once in a window: nothing that has followed comes again."""
     text, rng = tmp_path / "text.txt", np.random.default_rng(1)
-    words = [*NAMES, *CODES]
-    text.write_text(" ".join(word for _ in range(24) for word in rng.permutation(words)))
+    text.write_text(" ".join(word for _ in range(44) for word in rng.permutation(NAMES[:96])))
     done = tune(out, text, "--out", tmp_path / "found")
     assert done.returncode == 0, done.stderr
     assert "Recommended: off" in done.stdout
     assert "tuned_recall" not in json.loads((out / "config.json").read_text())["pace"]
+
+
+def test_a_conversion_that_is_calibrated(tmp_path):
+    """On questions: the answer stood behind the same words before."""
+    rng, data = np.random.default_rng(2), tmp_path / "questions.jsonl"
+    rows = []
+    for _ in range(48):
+        words = [str(word) for word in rng.choice([*NAMES, *CODES], 12, replace=False)]
+        seen, begun = " ".join(words), " ".join(words[:8])
+        rows.append({"prompt": f"{seen} . {seen} . {begun}", "answer": " ".join(words[8:])})
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source, out = reference_model(), tmp_path / "out"
+    for options, words in (
+        (("--no-memory",), "--calibrate is for the memory"),
+        (("--memory", "fusion"), "--calibrate fits recall"),
+        (("--memory", "auto"), "no such file"),
+    ):
+        on = data if "auto" not in options else tmp_path / "absent.jsonl"
+        refuse(pace_convert(source, out, *options, "--calibrate", on), 2, words, out=out)
+    done = pace_convert(source, out, "--experts", 16, "--calibrate", data, "--json")
+    assert done.returncode == 0, done.stderr
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert last["event"] == "calibrated" and last["written"]
+    pace = json.loads((out / "config.json").read_text())["pace"]
+    assert pace["memory"]["recall"] == last["winner"]["recall"] and "tuned_recall" in pace

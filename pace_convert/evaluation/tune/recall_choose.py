@@ -203,7 +203,7 @@ def _record(options: TuneOptions, data: Data, facts: dict) -> Tuned:
     )  # fmt: skip
 
 
-def recall_text(facts: dict, options: TuneOptions) -> str:
+def recall_text(facts: dict) -> str:
     """What was found, in words, with what to do."""
     first = facts["finalists"][0]
     lines = [f"recall, {LIKELIHOOD}, less the base's:"]
@@ -215,12 +215,11 @@ def recall_text(facts: dict, options: TuneOptions) -> str:
             f"{recall['theta_low']:g}: {held_out} on held-out, its worst document "
             f"{row['worst']:+.3g}"
         )
-    where = f"All numbers: {options.folder('tune') / RESULTS}"
     if facts["winner"] is None:
         why = "gains nothing beyond noise" if first["worst"] >= -HARM else "costs a document more"
         said = f"Recall {why}. Recommended: off, model.set_recall(False). Nothing was written."
     elif facts["written"]:
-        said = f"Recall gains beyond noise. Wrote {options.model}/config.json."
+        said = f"Recall gains beyond noise. Wrote {facts['model']}/config.json."
     else:
         said = "Recall gains beyond noise. Nothing was written (--dry-run)."
-    return "\n".join([*lines, said, where])
+    return "\n".join([*lines, said])
