@@ -109,6 +109,15 @@ def fit_gates(
                     print(f"  layers {layer} beta {beta:4g} {named:24s} {mean.mean:+.4f} "
                           f"({mean.low:+.4f} to {mean.high:+.4f}) worst {min(gains):+.4f} "
                           f"{_said(halves)}", flush=True)  # fmt: skip
+                    print("   ", _by_kind(folder, gains), flush=True)
+
+
+def _by_kind(folder: Path, gains: list[float]) -> str:
+    """Mean gains of the kinds of documents."""
+    kinds: dict[str, list[float]] = {}
+    for path, gain in zip(sorted(folder.glob("*.pt")), gains):
+        kinds.setdefault(path.stem.partition("-")[2], []).append(gain)
+    return ", ".join(f"{k} {sum(g) / len(g):+.4f} ({len(g)})" for k, g in kinds.items())
 
 
 def _said(gates: list[Gate]) -> str:

@@ -108,7 +108,8 @@ def test_what_gains_is_written(out, text, tmp_path):
 def test_where_nothing_is_gained_off_is_recommended(out, tmp_path):
     """Every word once in a window: nothing that has followed comes again."""
     text, rng = tmp_path / "text.txt", np.random.default_rng(1)
-    text.write_text(" ".join(word for _ in range(44) for word in rng.permutation(NAMES[:96])))
+    words = [word for _ in range(44) for word in rng.permutation(NAMES[:96])]
+    text.write_text("".join(f" {word}" for word in words))
     done = tune(out, text, "--out", tmp_path / "found")
     assert done.returncode == 0, done.stderr
     assert "Recommended: off" in done.stdout
