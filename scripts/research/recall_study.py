@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import json
 import time
+from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import click
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from pace_convert.evaluation.intervals import mean_of
 from pace_convert.evaluation.tune.recall_fit import Gate, fit, recalled
@@ -85,8 +87,13 @@ def record_texts(
 @click.option("--layers", default="", help="Like 10+24,24; each that was recorded by default.")
 @click.option("--sharpness", default="20", show_default=True)
 @click.option("--features", multiple=True, help="More inputs of the gate, like entropy,agreed.")
+@click.option("--constant", is_flag=True, help="One lambda for all tokens (Grave et al. 2017).")
 def fit_gates(
-    recorded: tuple[Path, ...], layers: str, sharpness: str, features: tuple[str, ...]
+    recorded: tuple[Path, ...],
+    layers: str,
+    sharpness: str,
+    features: tuple[str, ...],
+    constant: bool,
 ) -> None:
     """Gains by layer, sharpness and features: each half of the documents judged by the other's
     gate.
@@ -101,7 +108,7 @@ def fit_gates(
                 found = [recalled(text, layer, beta, bool(features)) for text in texts]
                 for named in ("", *features):
                     inputs = [name for name in named.split(",") if name]
-                    halves = [fit(found[i::2], inputs) for i in (1, 0)]
+                    halves = [fit(found[i::2], inputs, constant) for i in (1, 0)]
                     gains = [
                         halves[i % 2].gains(text).mean().item() for i, text in enumerate(found)
                     ]
@@ -110,6 +117,67 @@ def fit_gates(
                           f"({mean.low:+.4f} to {mean.high:+.4f}) worst {min(gains):+.4f} "
                           f"{_said(halves)}", flush=True)  # fmt: skip
                     print("   ", _by_kind(folder, gains), flush=True)
+
+
+@main.command("questions")
+@click.option("--data", type=click.Path(path_type=Path), required=True)
+@click.option("--model", "name", type=click.Choice(list(LAYERS)), required=True)
+@click.option("--models", type=click.Path(path_type=Path), default=ROOT / "runs" / "models")
+@click.option("--layer", type=int, required=True)
+@click.option("--sharpness", type=float, required=True)
+@click.option("--gate", required=True, help="a,b,theta_low, of texts: no question was fitted to.")
+@click.option("--contexts", default=5, show_default=True, help="Of each file, from the last.")
+@click.option("--dtype", default="bfloat16", show_default=True)
+def answers(
+    data: Path, name: str, models: Path, layer: int, sharpness: float, gate: str,
+    contexts: int, dtype: str,
+) -> None:  # fmt: skip
+    """Log-likelihood of right answers, nats a token, with recall less without."""
+    model = AutoModelForCausalLM.from_pretrained(models / name, dtype=getattr(torch, dtype)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(models / name)
+    chosen = Gate(*map(float, gate.split(",")))
+    for kind in ("multidoc_qa", "scientific_qa"):
+        lines = (data / f"{kind}.jsonl").read_text(encoding="utf-8").splitlines()
+        rows, by_context = [json.loads(line) for line in lines], []
+        texts = list(dict.fromkeys(row["context"] for row in rows))
+        fit_in = [text for text in texts if len(tokenizer(text, verbose=False)["input_ids"]) < 3800]
+        for text in fit_in[-contexts:]:
+            cache = DynamicCache(config=model.config)
+            ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+            before = record(model, PATH, ids, (layer,), cache=cache)
+            gains = []
+            for row in rows:
+                if row["context"] == text:
+                    gains += _answered(
+                        model, tokenizer, before, cache, row, (layer,), sharpness, chosen
+                    )
+            by_context.append(sum(gains) / len(gains))
+            print(f"  {kind}: {len(ids)} tokens, {len(gains)} answers, {by_context[-1]:+.4f}",
+                  flush=True)  # fmt: skip
+        mean = mean_of([by_context])
+        print(f"{kind}: {mean.mean:+.4f} ({mean.low:+.4f} to {mean.high:+.4f})", flush=True)
+
+
+def _answered(
+    model: Any, tokenizer: Any, before: Recording, cache: Any, row: dict, layers: tuple,
+    sharpness: float, gate: Gate,
+) -> list[float]:  # fmt: skip
+    """The gain of a question's first right answer, nats a token of it."""
+    asked = tokenizer(f"\n\nQuestion: {row['input']}\nAnswer:", add_special_tokens=False)
+    answer = tokenizer(" " + row["answers"][0].strip(), add_special_tokens=False)["input_ids"]
+    ids = torch.tensor([*asked["input_ids"], *answer])
+    behind = record(model, PATH, ids, layers, cache=deepcopy(cache))
+    # What predicts the question's first token is left out: it is none of the answer's.
+    both = Recording(
+        torch.cat([before.ids, behind.ids]),
+        {n: torch.cat([before.keys[n], behind.keys[n]]) for n in layers},
+        *(
+            torch.cat([getattr(before, name), torch.zeros(1), getattr(behind, name)])
+            for name in ("log_probs", "entropy", "top", "top_log_probs")
+        ),
+    )
+    gains = gate.gains(recalled(both, layers, sharpness))[-len(answer) :]
+    return [gains.mean().item()]
 
 
 def _by_kind(folder: Path, gains: list[float]) -> str:

@@ -83,27 +83,29 @@ class Gate:
         return _gains(z, _inputs(text, [name for name, _ in self.weights]), text, self.theta_low)
 
 
-def fit(texts: Sequence[Recalled], features: Sequence[str] = ()) -> Gate:
-    """The gate that gains most, each text counting the same."""
+def fit(texts: Sequence[Recalled], features: Sequence[str] = (), constant: bool = False) -> Gate:
+    """The gate that gains most, each text counting the same. constant: lambda is one number."""
     inputs = [_inputs(text, features) for text in texts]
     z = torch.zeros(2 + len(features))
-    z[0], z[1] = -5.0, 4.0
+    z[0], z[1] = (-2.0, 0.0) if constant else (-5.0, 4.0)
+    free = torch.ones_like(z)
+    free[1] = 0.0 if constant else 1.0
     z.requires_grad_()
     solver = torch.optim.LBFGS([z], max_iter=STEPS, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         solver.zero_grad()
-        each = [_gains(z, x, t, -1.0).mean() for x, t in zip(inputs, texts)]
+        each = [_gains(z * free, x, t, -1.0).mean() for x, t in zip(inputs, texts)]
         total = -torch.stack(each).mean()
         total.backward()
         return total
 
     solver.step(loss)
-    z = z.detach()
+    z = (z * free).detach()
     with torch.no_grad():
         made = [
             (sum(_gains(z, x, t, low).mean() for x, t in zip(inputs, texts)), -low, low)
-            for low in THRESHOLDS
+            for low in (THRESHOLDS[:1] if constant else THRESHOLDS)
         ]
     low = max(made)[2]
     bias, slope, *weights = z.tolist()

@@ -36,15 +36,21 @@ class Recording:
 
 @torch.no_grad()
 def record(
-    model: Any, path: str, ids: Tensor, layers: Sequence[int], size: int = 192, window: int = 0
+    model: Any,
+    path: str,
+    ids: Tensor,
+    layers: Sequence[int],
+    size: int = 192,
+    window: int = 0,
+    cache: Any = None,
 ) -> Recording:
     """One pass over ids [n], in calls of some hundred tokens.
 
     model: a causal LM whose memory is off. path: of the FFN's first linear layer below the model,
     `{}` standing for the layer. size: R. window: how many tokens attention sees beside the first
-    four; 0: all.
+    four; 0: all. cache: of what stands before ids; it goes on.
     """
-    cache = DynamicCache(config=model.config)
+    cache = DynamicCache(config=model.config) if cache is None else cache
     heard: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     found: list[tuple[Tensor, ...]] = []
     step = max(1, min(MOST, LOGIT_VALUES // model.config.get_text_config().vocab_size))
