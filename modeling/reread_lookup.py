@@ -113,20 +113,22 @@ def _matches(
     asking = _unit(query.to(mean) - mean)
     first, second = torch.zeros(2, len(query), dtype=torch.float64, device=query.device)
     for keys, _, inside in _parts(blocks, stop, settings):
-        similar = torch.where(inside[:, None], _unit(keys - mean) @ asking.T, 0).double()
-        first, second = first + similar.sum(0), second + similar.square().sum(0)
+        similar = torch.where(inside[:, None], _unit(keys - mean) @ asking.T, 0)
+        first = first + similar.sum(0, dtype=torch.float64)
+        second = second + similar.square().sum(0, dtype=torch.float64)
     first, second = first / count, second / count
-    deviation = (second - first.square()).clamp_min(1e-12).sqrt()
+    deviation = (second - first.square()).clamp_min(1e-12).sqrt().to(mean)
+    first = first.to(mean)
     best, places, before = [], [], None
     for keys, token, inside in _parts(blocks, stop, settings):
-        z = ((_unit(keys - mean) @ asking.T).double() - first) / deviation
+        z = (_unit(keys - mean) @ asking.T - first) / deviation
         if settings.vote == "phrase":
             z, before = _phrases(z, token, before), (z[-PHRASE:], token[-PHRASE:])
         z = z.masked_fill(~inside[:, None], -torch.inf)
         most = z.unflatten(0, (-1, settings.span_width)).max(1)
         best.append(most.values)
         places.append(most.indices)
-    return torch.cat(best), torch.cat(places)
+    return torch.cat(best).double(), torch.cat(places)
 
 
 def _phrases(z: Tensor, token: Tensor, before: tuple[Tensor, Tensor] | None) -> Tensor:

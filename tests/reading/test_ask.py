@@ -98,6 +98,28 @@ def test_a_library_by_processes_and_alone(out, tmp_path):
     assert names == {path.name: path.read_bytes() for path in (tmp_path / "b").iterdir()}
 
 
+@pytest.mark.slow
+def test_a_library_on_ray(out, tmp_path):
+    """The same banks as in this process."""
+    library = tmp_path / "library"
+    library.mkdir()
+    for i in range(3):
+        (library / f"{i}.txt").write_text(f"{WORDS}\n" * (20 + i))
+    done = pace_convert(
+        out, "--file", library, "--banks", tmp_path / "ray", "--executor", "ray", "-j", 2, "--json",
+        "-q", command=("read",),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    run = RunOptions(device="cpu")
+    alone = read_library(out, [library], tmp_path / "alone", run, Progress(quiet=True))
+    assert json.loads(done.stdout) == alone
+    banks = [
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        for name in ("ray", "alone")
+    ]
+    assert banks[0] == banks[1] and len(banks[0]) == 3
+
+
 def test_passages_of_several_texts(out):
     reader = DocumentReader.load(out, device="cpu")
     documents = [Document(f"{i}.txt", f"{WORDS}\n" * (10 + i)) for i in range(3)]
