@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from .memory_session import MASK, current
 from .memory_stack import StackMemory, real_columns
 from .recall_bank import mix
-from .recall_cache import ROOM, RecallEntry, find_recall, recall_entry
+from .recall_cache import ROOM, RecallEntry, find_recall, is_static, recall_entry
 from .recall_settings import RecallSettings
 from .reread_keys import KeyReader
 
@@ -230,11 +230,6 @@ class RecallMixin:
     def recall_settings(self) -> RecallSettings | None:
         """The parameters of recall with which the next sequence begins; None: there is none."""
         return self._recall_settings(((self.config.pace or {}).get("memory") or {}).get("recall"))
-
-
-def is_static(cache: Cache) -> bool:
-    """Whether the length of what a cache holds may be known to the device alone."""
-    return any(hasattr(layer, "max_cache_len") for layer in cache.layers)
 
 
 def _columns(cache: Cache, more: int = 0) -> int:

@@ -178,12 +178,11 @@ def recall_entry(cache: Cache, settings: RecallSettings, num_hidden_layers: int)
     if entry is None:
         fill_lazy(cache, num_hidden_layers)
         entry = RecallEntry(settings)
-        entry.stale = bool(seen)
+        entry.stale = bool(seen)  # the one time that a static cache is asked
         cache.layers.append(entry)
     if entry.settings != settings:
         raise ValueError("this cache began with other recall parameters; start with a new cache")
-    # A static cache's length is on the device: asking for it would wait at every step.
-    if not isinstance(seen, Tensor) and seen != entry.columns:
+    if not is_static(cache) and seen != entry.columns:
         entry.stale = True
     if entry.stale:
         raise ValueError(
@@ -200,3 +199,10 @@ def find_recall(cache: object) -> RecallEntry | None:
     if len(layers) == 1:  # of a cache that re-reading has closed
         layers = getattr(layers[0], "held", None) or layers
     return next((layer for layer in layers[-3:] if isinstance(layer, RecallEntry)), None)
+
+
+def is_static(cache: Cache) -> bool:
+    """Whether the length of what a cache holds may be known to the device alone: asking for it
+    would wait at every step.
+    """
+    return any(hasattr(layer, "max_cache_len") for layer in cache.layers)

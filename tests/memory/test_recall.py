@@ -234,6 +234,16 @@ def test_a_decode_step_compiles_to_one_graph(qwen, length):
     assert torch.equal(compiled, qwen.generate(ids, **new))
 
 
+@pytest.mark.parametrize("row", ["mistral-window", "gemma3_text"])
+def test_static_caches_whose_layers_slide(family_pairs, row):
+    """All of them, or the first, whose length transformers counts on the host."""
+    model = prepared(family_pairs(row)[1])
+    ids, mask = side_by_side([text(1, 20, seed=1)[0], text(1, 11, seed=2)[0]], (0, 9), 20)
+    options = {"attention_mask": mask, "max_new_tokens": 15, "do_sample": False, "pad_token_id": 0}
+    made = model.generate(ids, cache_implementation="static", **options)
+    assert torch.equal(made, model.generate(ids, **options))
+
+
 def test_only_logits_that_are_asked_for(qwen):
     ids = text(2, 30, seed=60)
     with torch.no_grad():
