@@ -74,7 +74,10 @@ def _recalled(
     settings: RecallSettings,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """By column its id [B, l, T], p of that id [B, l, T], and the largest cosine [B, l]."""
-    cosines = (queries @ keys.transpose(1, 2)).to(wide)
+    if queries.shape[1] == 1:  # on CPUs ten times as fast in bf16 as the other way round
+        cosines = (keys @ queries.transpose(1, 2)).transpose(1, 2).to(wide)
+    else:
+        cosines = (queries @ keys.transpose(1, 2)).to(wide)
     columns = torch.arange(keys.shape[1], device=at.device)
     seen = (codes >= 0)[:, None] & (columns <= at[:, None])
     cosines = cosines.masked_fill(~seen.to(wide.device), -torch.inf)

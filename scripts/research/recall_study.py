@@ -45,7 +45,9 @@ def documents(data: Path) -> list[tuple[str, str]]:
         rows = [json.loads(line) for line in lines]
         texts = dict.fromkeys(row["text"] if kind == "texts" else row["context"] for row in rows)
         found += [(kind, text) for text in list(texts)[:count]]
-    return found + [("python", topics[name]) for name in SECTIONS]
+    found += [("python", topics[name]) for name in SECTIONS]
+    lines = (data / "texts.jsonl").read_text(encoding="utf-8").splitlines()
+    return found + [("books", json.loads(line)["text"]) for line in lines[COUNTS["texts"] :]]
 
 
 @click.group(help=__doc__.split("\n\n")[0])
