@@ -6,7 +6,8 @@ that row is worth v_s, the id of token s + 1, which is known when t is read. Wit
 logits for the token behind t:
 
     w = softmax(beta cos(k_t, k_s)) over all s < t        p(v) = sum of the w_s whose v_s is v
-    lambda = sigmoid(a + b max_s cos(k_t, k_s))           0 where that is at most theta_low
+    lambda = sigmoid(a + b max_s cos(k_t, k_s) + c ln n)  n: tokens s that there are
+             0 where the largest cosine is at most theta_low
     result = log((1 - lambda) exp(z) + lambda p Z)        Z = sum of exp(z), so the sum stays Z
 
 so a token loses no more than -log(1 - lambda), and where lambda is 0 the logits stay what they are,
@@ -55,8 +56,9 @@ def _mixed(
     z: Tensor, queries: Tensor, at: Tensor, keys: Tensor, codes: Tensor, settings: RecallSettings
 ) -> Tensor:
     wide = z.double() if z.dtype == torch.float64 else z.float()
-    ids, share, best = _recalled(wide, queries.detach(), at, keys, codes, settings)
+    ids, share, best, count = _recalled(wide, queries.detach(), at, keys, codes, settings)
     gate = settings.gate_bias + settings.gate_slope * best.clamp_min(-1.0)
+    gate = gate + settings.gate_growth * count.log()
     stay = logsigmoid(-gate)[..., None]
     moved = (logsigmoid(gate) + wide.logsumexp(-1))[..., None] + share.log()
     there = torch.logaddexp(wide.gather(-1, ids) + stay, moved)
@@ -72,8 +74,10 @@ def _recalled(
     keys: Tensor,
     codes: Tensor,
     settings: RecallSettings,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """By column its id [B, l, T], p of that id [B, l, T], and the largest cosine [B, l]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """By column its id [B, l, T], p of that id [B, l, T]; the largest cosine, and n, at least 1,
+    [B, l].
+    """
     if queries.shape[1] == 1:  # on CPUs ten times as fast in bf16 as the other way round
         cosines = (keys @ queries.transpose(1, 2)).transpose(1, 2).to(wide)
     else:
@@ -87,4 +91,5 @@ def _recalled(
     weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(wide.dtype).tiny)
     ids = codes.clamp_min(0).long().to(wide.device)[:, None].expand(cosines.shape)
     share = torch.zeros_like(wide).scatter_add_(-1, ids, weights).gather(-1, ids)
-    return ids, share, best
+    count = seen.sum(-1).clamp_min(1).to(wide)
+    return ids, share, best, count

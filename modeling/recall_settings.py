@@ -16,8 +16,8 @@ class RecallSettings:
     """The parameters of recall, named as in config.json's `pace.memory.recall`.
 
     layers: 0-based decoder layers whose FFN inputs are the key, part by part. sharpness: beta.
-    gate_bias, gate_slope: a and b. theta_low: a token that has seen nothing more similar is left
-    alone. key_size: R, numbers of a key's part. See `recall_bank` for the formulas.
+    gate_bias, gate_slope, gate_growth: a, b and c. theta_low: a token that has seen nothing more
+    similar is left alone. key_size: R, numbers of a key's part. See `recall_bank` for the formulas.
 
     Defaults are a careful gate, not one that fits every model: calibrate it (`pace tune`).
 
@@ -26,8 +26,9 @@ class RecallSettings:
 
     layers: tuple[int, ...] = (0,)
     sharpness: float = real(30.0, low=0, high=1000)
-    gate_bias: float = real(-19.0)
-    gate_slope: float = real(17.3)
+    gate_bias: float = real(-20.9)
+    gate_slope: float = real(15.9)
+    gate_growth: float = real(0.44)
     theta_low: float = real(0.6, low=-1, high=1)
     key_size: int = whole(192, low=1, high=MOST_SLOTS)
 

@@ -38,7 +38,8 @@ WINDOW_OPTIONS = {
 }  # fmt: skip
 RECALL_OPTIONS = {
     "recall_layers": "layers", "recall_sharpness": "sharpness", "recall_bias": "gate_bias",
-    "recall_slope": "gate_slope", "recall_theta_low": "theta_low", "recall_key_size": "key_size",
+    "recall_slope": "gate_slope", "recall_growth": "gate_growth",
+    "recall_theta_low": "theta_low", "recall_key_size": "key_size",
 }  # fmt: skip
 MEMORIES = ("fusion", "reread", "recall")
 BY_DEFAULT = ("fusion", "reread")  # of MEMORIES: what helps or changes nothing
@@ -241,6 +242,9 @@ class ConvertOptions(BaseModel):
     )
     recall_bias: float = _recall("recall_bias", "Bias of the gate, a.")
     recall_slope: float = _recall("recall_slope", "Slope of the gate over the similarity, b.")
+    recall_growth: float = _recall(
+        "recall_growth", "Slope of the gate over the log of the tokens recalled from, c."
+    )
     recall_theta_low: float = _recall(
         "recall_theta_low", "Recall nothing up to this cosine similarity."
     )

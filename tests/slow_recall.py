@@ -50,6 +50,7 @@ def _mixed(z: Tensor, keys: list[Tensor], ids: list[int], t: int, settings) -> T
     recalled = torch.zeros_like(z)
     for s, weight in enumerate(weights):
         recalled[ids[s + 1]] += weight / sum(weights)
-    share = 1 / (1 + math.exp(-settings.gate_bias - settings.gate_slope * max(cosines)))
+    gate = settings.gate_bias + settings.gate_slope * max(cosines)
+    share = 1 / (1 + math.exp(-gate - settings.gate_growth * math.log(len(cosines))))
     mixed = (1 - share) * z.softmax(-1) + share * recalled
     return mixed.log() + z.logsumexp(-1)

@@ -34,6 +34,7 @@ LAYERS = {
     "gemma-3-270m": (5, 7, 9, 11, 12, 13, 14, 15, 16),
 }
 PATH = "model.layers.{}.mlp.gate_proj"
+EARLY = 1023  # predictions, while the bank is small
 COUNTS = {"texts": 6, "multidoc_qa": 5, "scientific_qa": 5}
 
 
@@ -119,6 +120,12 @@ def fit_gates(
                           f"({mean.low:+.4f} to {mean.high:+.4f}) worst {min(gains):+.4f} "
                           f"{_said(halves)}", flush=True)  # fmt: skip
                     print("   ", _by_kind(folder, gains), flush=True)
+                    early = [
+                        halves[i % 2].gains(text)[:EARLY].mean().item()
+                        for i, text in enumerate(found)
+                    ]
+                    print(f"    first {EARLY}: mean {sum(early) / len(early):+.4f} "
+                          f"worst {min(early):+.4f}", flush=True)  # fmt: skip
 
 
 @main.command("questions")
@@ -127,7 +134,7 @@ def fit_gates(
 @click.option("--models", type=click.Path(path_type=Path), default=ROOT / "runs" / "models")
 @click.option("--layer", type=int, required=True)
 @click.option("--sharpness", type=float, required=True)
-@click.option("--gate", required=True, help="a,b,theta_low, of texts: no question was fitted to.")
+@click.option("--gate", required=True, help="a,b,c,theta_low, of texts: no question was fitted to.")
 @click.option("--contexts", default=5, show_default=True, help="Of each file, from the last.")
 @click.option("--dtype", default="bfloat16", show_default=True)
 def answers(
@@ -192,7 +199,7 @@ def _by_kind(folder: Path, gains: list[float]) -> str:
 
 def _said(gates: list[Gate]) -> str:
     return " | ".join(
-        f"{gate.bias:.2f} {gate.slope:+.2f}s > {gate.theta_low:g}"
+        f"{gate.bias:.2f} {gate.slope:+.2f}s {gate.growth:+.2f}n > {gate.theta_low:g}"
         + "".join(f" {weight:+.2f}{name}" for name, weight in gate.weights)
         for gate in gates
     )

@@ -139,7 +139,8 @@ def test_options_reach_the_config(make_source, tmp_path):
         "outlier_norm": 3.5, "window": 100, "reread_layer": 3, "first_tokens": 8, "spans": 5,
         "span_width": 32, "stand_out": 0.25, "key_size": 48, "bank_tokens": 5000,
         "memory": "fusion,reread,recall", "recall_layers": "1,2", "recall_sharpness": 9.5,
-        "recall_bias": -3.0, "recall_slope": 2.5, "recall_theta_low": 0.125, "recall_key_size": 24,
+        "recall_bias": -3.0, "recall_slope": 2.5, "recall_growth": 0.25,
+        "recall_theta_low": 0.125, "recall_key_size": 24,
     }  # fmt: skip
     assert {*values, "match_norm"} == set(ConvertOptions.model_fields) - {"no_memory", "preset"}
     arguments = [part for name, value in values.items() for part in (option_name(name), value)]

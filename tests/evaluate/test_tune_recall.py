@@ -53,9 +53,9 @@ def test_what_was_fitted_is_what_the_model_does(out):
     made = record(reader.model, path, torch.tensor(ids), (1, 2), 48)
     base = reader.log_probs(ids)
     torch.testing.assert_close(made.log_probs, torch.tensor(base).float(), rtol=1e-4, atol=1e-4)
-    gate = Gate(-2.0, 1.5, 0.3)
+    gate = Gate(-2.0, 1.5, 0.1, 0.3)
     expected = gate.gains(recalled(made, (1, 2), 12.0))
-    settings = RecallSettings((1, 2), 12.0, gate.bias, gate.slope, gate.theta_low, 48)
+    settings = RecallSettings((1, 2), 12.0, gate.bias, gate.slope, gate.growth, gate.theta_low, 48)
     reader.model.set_memory_enabled(True)
     reader.model.set_memory(layers=())
     reader.model.set_window()
@@ -71,12 +71,12 @@ def test_the_gate_is_the_most_likely_one():
     best = torch.rand(500)
     good = torch.rand(500) < best
     log_q = torch.where(good, torch.tensor(-0.1), torch.tensor(-torch.inf))
-    text = Recalled(torch.full((500,), -2.0), log_q, best, {})
+    text = Recalled(torch.full((500,), -2.0), log_q, best, torch.rand(500) * 400 + 1, {})
     gate = fit([text])
     gain = gate.gains(text).mean()
     assert gain > 0.3 and gate.slope > 0
     for bias, slope in ((0.3, 0.0), (-0.3, 0.0), (0.0, 0.5), (0.0, -0.5)):
-        other = Gate(gate.bias + bias, gate.slope + slope, gate.theta_low)
+        other = Gate(gate.bias + bias, gate.slope + slope, gate.growth, gate.theta_low)
         assert other.gains(text).mean() <= gain + 1e-6
 
 

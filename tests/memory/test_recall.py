@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from slow_recall import slow_recall
 from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, StaticCache
 
-SMALL = {"layers": (1, 2), "sharpness": 6.0, "gate_bias": -0.5, "gate_slope": 1.5, "theta_low": 0.1,
-    "key_size": 24}  # fmt: skip
+SMALL = {"layers": (1, 2), "sharpness": 6.0, "gate_bias": -0.5, "gate_slope": 1.5,
+    "gate_growth": 0.2, "theta_low": 0.1, "key_size": 24}  # fmt: skip
 
 
 def prepared(folder, dtype=torch.float64, **changes):

@@ -55,7 +55,8 @@ class Trial:
         gate = self.gate
         return RecallSettings(
             layers=self.layers, sharpness=self.sharpness, gate_bias=round(gate.bias, 3),
-            gate_slope=round(gate.slope, 3), theta_low=gate.theta_low, key_size=key_size,
+            gate_slope=round(gate.slope, 3), gate_growth=round(gate.growth, 3),
+            theta_low=gate.theta_low, key_size=key_size,
         )  # fmt: skip
 
 
@@ -69,7 +70,9 @@ class Read:
     def recalled(self, layers: tuple[int, ...], sharpness: float) -> Recalled:
         """Of the tokens that count."""
         found, first = recalled(self.text, layers, sharpness), max(0, len(self.item.prompt) - 1)
-        return Recalled(found.log_p[first:], found.log_q[first:], found.best[first:], {})
+        return Recalled(
+            found.log_p[first:], found.log_q[first:], found.best[first:], found.count[first:], {}
+        )
 
 
 def tune_recall(options: TuneOptions, converted: Converted, progress: Progress) -> dict:
@@ -176,7 +179,7 @@ def _judged(
 
 def _row(name: str, settings: RecallSettings, texts: list[Read], held_in: float | None) -> dict:
     """Gains on texts, nats a token; worst: of the document that gains least."""
-    gate = Gate(settings.gate_bias, settings.gate_slope, settings.theta_low)
+    gate = Gate(settings.gate_bias, settings.gate_slope, settings.gate_growth, settings.theta_low)
     gains: dict[str, list[float]] = {}
     for text in texts:
         found = text.recalled(settings.layers, settings.sharpness)

@@ -23,13 +23,14 @@ THRESHOLDS = (-1.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 class Recalled:
     """What recall says of each token of a text but the last, [n - 1] each.
 
-    log_p, log_q: of what came next, by the model and by recall. best: the largest cosine.
-    features: more that a gate may go by, by name.
+    log_p, log_q: of what came next, by the model and by recall. best: the largest cosine. count:
+    tokens that are recalled from, at least 1. features: more that a gate may go by, by name.
     """
 
     log_p: Tensor
     log_q: Tensor
     best: Tensor
+    count: Tensor
     features: dict[str, Tensor]
 
 
@@ -65,31 +66,35 @@ def recalled(
     features = {"entropy": text.entropy, "top": text.top_log_probs.exp()}
     if more:
         features |= {"sure": rest[0], "agreed": rest[1]}
-    return Recalled(text.log_probs, log_q, best, features)
+    before = torch.arange(len(best)).clamp_min(1).float()
+    return Recalled(text.log_probs, log_q, best, before, features)
 
 
 @dataclass(frozen=True)
 class Gate:
-    """lambda = sigmoid(bias + slope s_max + weights of more features), 0 up to theta_low."""
+    """lambda = sigmoid(bias + slope s_max + growth ln n + weights of more features), 0 up to
+    theta_low.
+    """
 
     bias: float
     slope: float
+    growth: float
     theta_low: float
     weights: tuple[tuple[str, float], ...] = ()
 
     def gains(self, text: Recalled) -> Tensor:
         """Of each token in nats."""
-        z = torch.tensor([self.bias, self.slope, *(w for _, w in self.weights)])
+        z = torch.tensor([self.bias, self.slope, self.growth, *(w for _, w in self.weights)])
         return _gains(z, _inputs(text, [name for name, _ in self.weights]), text, self.theta_low)
 
 
 def fit(texts: Sequence[Recalled], features: Sequence[str] = (), constant: bool = False) -> Gate:
     """The gate that gains most, each text counting the same. constant: lambda is one number."""
     inputs = [_inputs(text, features) for text in texts]
-    z = torch.zeros(2 + len(features))
+    z = torch.zeros(3 + len(features))
     z[0], z[1] = (-2.0, 0.0) if constant else (-5.0, 4.0)
     free = torch.ones_like(z)
-    free[1] = 0.0 if constant else 1.0
+    free[1:3] = 0.0 if constant else 1.0
     z.requires_grad_()
     solver = torch.optim.LBFGS([z], max_iter=STEPS, line_search_fn="strong_wolfe")
 
@@ -108,14 +113,15 @@ def fit(texts: Sequence[Recalled], features: Sequence[str] = (), constant: bool 
             for low in (THRESHOLDS[:1] if constant else THRESHOLDS)
         ]
     low = max(made)[2]
-    bias, slope, *weights = z.tolist()
-    return Gate(bias, slope, low, tuple(zip(features, weights)))
+    bias, slope, growth, *weights = z.tolist()
+    return Gate(bias, slope, growth, low, tuple(zip(features, weights)))
 
 
 def _inputs(text: Recalled, features: Sequence[str]) -> Tensor:
-    """[n - 1, 2 + features]."""
+    """[n - 1, 3 + features]."""
     best = text.best.clamp_min(-1)
-    columns = [torch.ones_like(best), best, *(text.features[name] for name in features)]
+    more = [text.features[name] for name in features]
+    columns = [torch.ones_like(best), best, text.count.log(), *more]
     return torch.stack(columns, 1)
 
 
