@@ -80,7 +80,7 @@ class MemoryEntry(_EmptyLayer):
         self.running: Call | None = None
         self.is_open = False
         self.touched = False  # by the call that is open
-        self.stale = False  # the cache went on without the memory, or a call failed half-way
+        self.stale = ""  # why the cache holds other tokens than the memory has seen
 
     def announce(self, rows: int, length: int, real: Tensor | None, device: torch.device) -> None:
         """On the host, before a call of [rows, length] columns: do all that is due.
@@ -89,12 +89,7 @@ class MemoryEntry(_EmptyLayer):
         that cannot go on: the memory missed tokens, or it has other rows.
         """
         self.catch_up()
-        if self.stale:
-            raise ValueError(
-                "this cache holds tokens that the memory has not seen (it was continued with the "
-                "memory off, a call with it failed half-way, it begins with a tuned prefix, or "
-                "entries were taken out); start with a new cache or switch the memory off"
-            )
+        self.refuse_stale()
         if self.clock is None:
             self.clock = Clock(rows, self.settings.update_interval, device)
         if len(self.clock.rows) != rows:
@@ -109,6 +104,14 @@ class MemoryEntry(_EmptyLayer):
         else:
             spans, counts = self.clock.before_call(length, real)
         self.announced = Call(rows, length, real, self.clock.reads, spans, counts)
+
+    def refuse_stale(self) -> None:
+        """Raises ValueError, with the reason, for a cache that can't go on with its memory."""
+        if self.stale:
+            raise ValueError(
+                f"the memory can't follow this cache: {self.stale}; start with a new cache, or "
+                "switch the memory off"
+            )
 
     def begin(self) -> Call:
         """The announced call starts to run."""
@@ -164,7 +167,8 @@ class MemoryEntry(_EmptyLayer):
         """The running call failed; it never was, unless a memory has taken part in it."""
         self.running = None
         self.is_open = False
-        self.stale = self.stale or self.touched
+        if self.touched:
+            self.stale = self.stale or "a call with it failed half-way"
 
     def catch_up(self) -> None:
         """Count the call that ran since the last one was announced."""
@@ -219,7 +223,7 @@ class MemoryEntry(_EmptyLayer):
         """Keep the rows named by an index or a boolean mask."""
         self._select(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
 
-    def summary(self) -> dict[int, dict]:
+    def summary(self) -> MemorySummary:
         """What the memory did so far, by decoder layer; see `memory_summary`."""
         self.catch_up()
         if self.clock is None:
@@ -268,7 +272,11 @@ def memory_entry(cache: Cache, settings: MemorySettings, num_hidden_layers: int)
         seen = cache.get_seq_length()
         fill_lazy(cache, num_hidden_layers)
         entry = MemoryEntry(settings)
-        entry.stale = bool(seen)
+        if seen:
+            entry.stale = (
+                "it holds tokens that the memory has not seen (a tuned prefix, or what was read "
+                "with the memory off or by another model)"
+            )
         cache.layers.append(entry)
         return entry
     if entry.settings != settings:
@@ -277,8 +285,18 @@ def memory_entry(cache: Cache, settings: MemorySettings, num_hidden_layers: int)
     seen = cache.get_seq_length()
     # A static cache's length is on the device: asking for it would wait at every step.
     if not isinstance(seen, Tensor) and seen != entry.columns:
-        entry.stale = True
+        entry.stale = entry.stale or _moved(seen, entry.columns)
     return entry
+
+
+def _moved(held: int, seen: int) -> str:
+    """In words, how a cache came to hold another number of columns than the memory has seen."""
+    if held < seen:
+        return (
+            f"entries were taken out of it (it holds {held} of {seen} columns); the memory needs "
+            "caches that keep all entries, or are cropped with cache.crop()"
+        )
+    return f"it went on without the memory (it holds {held} columns, the memory has seen {seen})"
 
 
 def find_entry(cache: object) -> MemoryEntry | None:
@@ -298,7 +316,7 @@ def fill_lazy(cache: Cache, num_hidden_layers: int) -> None:
             cache.layers.append(cache.layer_class_to_replicate())
 
 
-def memory_summary(cache: Cache) -> dict[int, dict]:
+def memory_summary(cache: object) -> MemorySummary:
     """What the memory did with this cache's sequences so far, by 0-based decoder layer.
 
     Per layer: `blocks` finished, slots `filled`, tokens `kept`, `mixed`, `reused` (of E experts

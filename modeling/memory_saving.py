@@ -33,9 +33,11 @@ class SavingMixin:
         self, save_directory, is_main_process=True, *args, push_to_hub=False, **kwargs
     ):
         """As in the base class. The permutation is copied, the hashes with a note that the weights
-        may be others from now on; without a permutation it says so.
+        may be others from now on; without a permutation it says so. What config.json says of
+        layers that were taken out goes, with a warning: with it the model would not load again.
         """
         model: Any = self
+        leave_out_lost_layers(model)
         # Before the folder that they may lie in is written to.
         files = take_along(model, save_directory) if is_main_process else {}
         super().save_pretrained(  # type: ignore[misc]
@@ -46,6 +48,19 @@ class SavingMixin:
         if push_to_hub and is_main_process:  # which saves again, and uploads all of it
             options = {name: kwargs[name] for name in PUSHING if kwargs.get(name) is not None}
             model.push_to_hub(kwargs.get("repo_id") or Path(save_directory).name, **options)
+
+
+def leave_out_lost_layers(model: Any) -> None:
+    """No memory, and no re-reading, in layers that somebody has taken out of the model."""
+    count = min(model._stack_memory.layers, model.config.num_hidden_layers)
+    layers, window = model.memory_settings.layers, model.window_settings
+    kept = tuple(layer for layer in layers if layer < count)
+    if kept != layers:
+        _logger.warning(f"saved with a memory in layers {list(kept)}: the model has {count}")
+        model.set_memory(layers=kept)
+    if window is not None and window.layer >= count:
+        _logger.warning(f"saved without re-reading: its layer is {window.layer} of {count}")
+        model.set_window(None)
 
 
 def take_along(model: Any, save_directory: Any) -> dict[str, bytes]:

@@ -1,14 +1,18 @@
 """The session of one call of a decoder stack, and its replay where a layer is computed again.
 
 The session travels in a `threading.local`: threads don't meet, and torch.compile can trace it. A
-layer whose activations were not kept (gradient checkpointing) runs a second time in the backward
+layer whose activations were not kept (activation checkpointing) runs a second time in the backward
 pass, outside any session; then it reads the banks that the call has read, and changes nothing.
+Which call that is, transformers' own checkpointing function is told. Of whatever else wraps layers
+(torch's wrappers, FSDP, DeepSpeed) it is known by the gradient of the stack's output, which comes
+before those of its layers.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,10 +57,15 @@ class _Current(threading.local):
     enabled: bool | None = None  # for this call of the model; None: as the model is set
     prompt: tuple = (None, None)  # of `generate`: its columns, and ids that ask
     heard: list[Tensor] | None = None  # what recall's layer was given in this call; None: no recall
+    cache: object = None  # of `generate`: the one that it goes on with, its own or one it was given
 
 
 current = _Current()
 OFF = Session()
+# By stack and device of its output: the call that the backward pass is in.
+_in_backward: weakref.WeakKeyDictionary[nn.Module, dict[torch.device, Session | Replay]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def replay(h: Tensor, tape: Tape, settings: MemorySettings) -> Tensor:
@@ -67,6 +76,37 @@ def replay(h: Tensor, tape: Tape, settings: MemorySettings) -> Tensor:
             found = find(h[rows, columns], bank, settings)
         write_fused(out, h, rows, columns, found, bank, settings)
     return out
+
+
+@torch.compiler.disable(reason="the backward pass may run layers of this call again")
+def remember(stack: nn.Module, session: Session, output: object) -> None:
+    """Let layers that run again in the backward pass of a call find it. output: of the stack."""
+    call: Session | Replay = session
+    if session.call is not None and session.tapes is not None:
+        call = Replay(session.call, session.tapes)
+    engine: Any = torch.autograd.Variable._execution_engine
+
+    def arrived(gradient: Tensor) -> None:
+        _in_backward.setdefault(stack, {})[gradient.device] = call
+        engine.queue_callback(lambda: _in_backward.pop(stack, None))  # when the pass is over
+
+    for tensor in _tensors(output):
+        if tensor.requires_grad:
+            tensor.register_hook(arrived)
+
+
+def remembered(stack: nn.Module, device: torch.device) -> Session | Replay | None:
+    """The call whose backward pass runs a layer again; None outside one."""
+    calls = _in_backward.get(stack, {})
+    return calls.get(device) or next((call for call in calls.values()), None)
+
+
+def _tensors(output: object) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, dict | tuple):
+        for part in output.values() if isinstance(output, dict) else output:
+            yield from _tensors(part)
 
 
 class _ReplayingCheckpoint:

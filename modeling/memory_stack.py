@@ -15,9 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.utils.import_utils import is_jit_tracing
 
 from .memory_cache import Call, MemoryEntry, find_entry, memory_entry
-from .memory_session import OFF, Replay, Session, current, replay, replay_checkpoints
+from .memory_session import (
+    OFF,
+    Replay,
+    Session,
+    current,
+    remember,
+    remembered,
+    replay,
+    replay_checkpoints,
+)
 from .memory_settings import MemorySettings
 
 _binding = threading.Lock()
@@ -36,12 +46,19 @@ class StackMemory:
     projection: str
     intermediate_size: int
     bound: dict[int, tuple[nn.Module, Any]] = field(default_factory=dict)
+    marked: dict[int, nn.Module] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.enabled = self.settings.enabled
         self.names = list(inspect.signature(self.stack.forward).parameters)
         self.stack.register_forward_pre_hook(self._open, with_kwargs=True)
         self.stack.register_forward_hook(self._close, always_call=True)
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers that the stack has now."""
+        blocks: Any = self.stack.get_submodule(self.projection.partition(".{}")[0])
+        return len(blocks)
 
     @property
     def acts(self) -> bool:
@@ -63,6 +80,7 @@ class StackMemory:
             return None  # the stack itself says what is wrong
         self._bind()
         entry = self._entry(inputs)
+        entry.refuse_stale()
         real = real_columns(inputs, entry.columns, tokens.shape[1])
         entry.announce(tokens.shape[0], tokens.shape[1], real, tokens.device)
         return entry
@@ -87,11 +105,25 @@ class StackMemory:
                 if old is None or old[0] is not module:
                     hook = module.register_forward_pre_hook(_Fuse(self, layer))
                     self.bound[layer] = (module, hook)
+                    self._mark()
+
+    def _mark(self) -> None:
+        """A hook in every layer, which does nothing: torch.compile runs one layer's code for
+        another, if the first has no hook at all.
+        """
+        path, _, name = self.projection.partition(".{}.")
+        for layer, block in enumerate(self.stack.get_submodule(path).children()):
+            try:
+                module = block.get_submodule(name)
+            except AttributeError:
+                continue  # somebody took it out
+            if self.marked.get(layer) is not module:
+                module.register_forward_pre_hook(_leave)
+                self.marked[layer] = module
 
     def _projection(self, layer: int) -> nn.Module:
         """A layer's output projection. Raises RuntimeError where layers were taken out."""
-        blocks: Any = self.stack.get_submodule(self.projection.partition(".{}")[0])
-        if layer >= len(blocks):
+        if layer >= self.layers:
             raise RuntimeError(
                 f"the memory is in layer {layer}, which this model does not have (any more); "
                 "choose others with model.set_memory(layers=...), or prune the source and convert "
@@ -104,21 +136,24 @@ class StackMemory:
         entry = find_entry(kwargs.get("past_key_values"))
         if not self.acts:
             if entry is not None:  # its cache goes on without it
-                entry.stale = True
+                entry.stale = entry.stale or "it went on with the memory off"
             current.session = OFF
             return (), kwargs
+        refuse_tracing(_tokens(kwargs))
         if entry is None or entry.announced is None or not _fits(entry.announced, kwargs):
             entry = self.announce(kwargs)
         if entry is not None:
-            training = stack.training and torch.is_grad_enabled()
-            if training:
+            learns = _learns(stack)
+            if learns:
                 replay_checkpoints(stack, self.settings.layers, self.projection)
-            current.session = Session(entry, entry.begin(), {} if training else None)
+            current.session = Session(entry, entry.begin(), {} if learns else None)
         return (), kwargs
 
     def _close(self, stack: nn.Module, args: tuple, output: object) -> None:
         session = current.session
         current.session = None
+        if isinstance(session, Session) and output is not None and _learns(stack):
+            remember(stack, session, output)
         if isinstance(session, Session) and session.entry is not None and session.call is not None:
             if output is None:  # the call failed
                 session.entry.fail()
@@ -150,7 +185,10 @@ class _Fuse:
     layer: int
 
     def __call__(self, module: nn.Module, args: tuple) -> tuple | None:
+        h = args[0]
         session = current.session
+        if session is None:
+            session = remembered(self.memory.stack, h.device)
         if session is OFF or (session is None and not self.memory.acts):
             return None
         if session is None:
@@ -159,18 +197,33 @@ class _Fuse:
                 "memory; call the model, or switch the memory off with "
                 "model.set_memory_enabled(False)"
             )
-        h = args[0]
-        size = self.memory.intermediate_size
-        if h.shape[-1] != size:
-            raise RuntimeError(
-                f"layer {self.layer}'s FFN has {h.shape[-1]} neurons here, and {size} in "
-                "config.json: the memory supports neither tensor parallelism nor FFNs pruned after "
-                "the conversion; choose whole layers with model.set_memory(layers=...), or switch "
-                "the memory off with model.set_memory_enabled(False)"
-            )
+        self._check_width(module, h.shape[-1])
         assert session.call is not None
-        tokens = h.reshape(session.call.rows, session.call.length, size)
+        tokens = h.reshape(session.call.rows, session.call.length, h.shape[-1])
         return (self._fuse(session, tokens).reshape(h.shape), *args[1:])
+
+    def _check_width(self, module: nn.Module, width: int) -> None:
+        """Raises RuntimeError for a part of an FFN, and where experts were cut into.
+
+        An FFN that was pruned whole has a memory of its own width.
+        """
+        size = self.memory.intermediate_size
+        if width == size:
+            return
+        whole = getattr(module, "in_features", getattr(module, "nx", width))  # nx: GPT-2's Conv1D
+        if width != whole:
+            why = f"of {whole}: the memory does not support tensor parallelism"
+        elif self.memory.settings.experts > 1:
+            why = (
+                f"and {size} in config.json: its experts were pruned, and the memory acts on each "
+                'of them; take model.set_memory(granularity="token")'
+            )
+        else:
+            return
+        raise RuntimeError(
+            f"layer {self.layer}'s FFN has {width} neurons here, {why}, or switch the memory off "
+            "with model.set_memory_enabled(False)"
+        )
 
     def _fuse(self, session: Session | Replay, h: Tensor) -> Tensor:
         if isinstance(session, Replay):
@@ -178,6 +231,31 @@ class _Fuse:
         assert session.entry is not None and session.call is not None
         tape = None if session.tapes is None else session.tapes.setdefault(self.layer, [])
         return session.entry.fuse(self.layer, h, session.call, tape)
+
+
+def refuse_tracing(tokens: object) -> None:
+    """Raises RuntimeError where a call is only traced, for another program to run it.
+
+    tokens: what the model was called with.
+    """
+    if (
+        torch.compiler.is_exporting()
+        or is_jit_tracing()
+        or isinstance(tokens, torch.fx.Proxy)  # of llm-compressor, among others
+    ):
+        raise RuntimeError(
+            "a memory can't be exported or traced (torch.export, ONNX, torch.fx, torch.jit): do "
+            "that with model.set_memory_enabled(False), which leaves the base model"
+        )
+
+
+def _leave(module: nn.Module, args: tuple) -> None:
+    """Change nothing."""
+
+
+def _learns(stack: nn.Module) -> bool:
+    """Whether a backward pass may follow this call."""
+    return torch.is_grad_enabled() and (stack.training or not torch.compiler.is_compiling())
 
 
 def _fits(call: Call, kwargs: dict) -> bool:
@@ -207,9 +285,9 @@ def real_columns(kwargs: dict, past: int, length: int) -> Tensor | None:
         packed = packed or bool((positions.diff(dim=-1) != 1).any())
     if packed:
         raise ValueError(
-            "the positions of this call do not follow one another: packed inputs (several "
-            "sequences in one row; pad instead), prefix tuning and caches with entries taken out "
-            "are not supported by the memory"
+            "the positions of this call do not follow one another, as in packed inputs (several "
+            "sequences in one row): the memory needs a row for each, padded, with its attention "
+            "mask"
         )
     if isinstance(mask, dict) or (mask is not None and mask.dim() != 2):
         if length == 1:

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from .memory_cache import MemoryEntry, find_entry, memory_summary
+from .memory_assisted import bounded_candidates, bounded_drafts
+from .memory_cache import MemoryEntry, MemorySummary, find_entry, memory_summary
+from .memory_clock import Rhythm
 from .memory_saving import SavingMixin
 from .memory_session import MASK, current
 from .memory_settings import MemorySettings
-from .memory_stack import StackMemory
+from .memory_stack import StackMemory, refuse_tracing
 from .recall import RecallMixin, recalling
 from .reread import Asked, Rereader
 from .reread_cache import find_reread
@@ -50,6 +52,7 @@ class PaceMixin(ReadingMixin, RecallMixin, SavingMixin):
 
     config: Any
     _stack_memory: StackMemory
+    _generated = MemorySummary()  # of the latest `generate`
 
     def _attach_memory(self, stack: nn.Module, projection: str, ffn_input: str) -> None:
         pace = getattr(self.config, "pace", None) or {}
@@ -73,6 +76,12 @@ class PaceMixin(ReadingMixin, RecallMixin, SavingMixin):
         settings.check_model(self.config.num_hidden_layers, pace.get("intermediate_size", 0))
         return settings
 
+    def _get_name(self) -> str:
+        """The base class's name: by it the Trainer knows that labels are shifted, where it smooths
+        them.
+        """
+        return type(self).__name__.removeprefix("Pace")
+
     # Calls
 
     def _forward(self, args: tuple, kwargs: dict) -> Any:
@@ -85,8 +94,11 @@ class PaceMixin(ReadingMixin, RecallMixin, SavingMixin):
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         given: Any = embeds if ids is None else ids
         training = model.training and torch.is_grad_enabled()
-        plain = (ids is None) == (embeds is None) or not len(given)  # the base says what is wrong
-        if plain or training or not self._rereads(current.enabled):
+        rereads = self._rereads(current.enabled) and not training
+        if rereads:
+            refuse_tracing(given)
+        # Of both, of neither and of no rows the base says what is wrong.
+        if not rereads or (ids is None) == (embeds is None) or not len(given):
             entry = find_reread(kwargs.get("past_key_values"))
             if entry is not None:
                 entry.leave(kwargs["past_key_values"])
@@ -113,17 +125,34 @@ class PaceMixin(ReadingMixin, RecallMixin, SavingMixin):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As in the base class. query: ids [B, Q] or [Q] of what asks; else a prompt's end does."""
-        before = current.prompt
+        kwargs = bounded_drafts(kwargs, self._undoable(kwargs.get("memory_enabled")))
+        before = current.prompt, current.cache
         current.prompt = (_prompt_columns(args, kwargs), kwargs.pop("query", None))
+        current.cache, self._generated = None, MemorySummary()
         cache = kwargs.get("past_key_values")
         try:
             _close(cache)
             made = super().generate(*args, **kwargs)  # type: ignore[misc]
             _close(made.get("past_key_values") if isinstance(made, dict) else None)
+            # Now, because the cache may be gone when somebody asks; to keep it would cost memory.
+            self._generated = memory_summary(current.cache)
             return made
         finally:
             _close(cache)
-            current.prompt = before
+            current.prompt, current.cache = before
+
+    def _undoable(self, enabled: bool | None) -> int | None:
+        """The most tokens that can be taken back at once; None for any number."""
+        acts = self.memory_enabled if enabled is None else enabled
+        if not acts or not self.memory_settings.layers:
+            return None
+        return Rhythm.of(self.memory_settings.update_interval).window
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        """As in the base class, with no longer drafts than the memory can take back."""
+        generator = super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]
+        enabled = kwargs.get("model_kwargs", {}).get("memory_enabled")
+        return bounded_candidates(generator, self._undoable(enabled))
 
     def prepare_inputs_for_generation(
         self,
@@ -140,6 +169,7 @@ class PaceMixin(ReadingMixin, RecallMixin, SavingMixin):
 
         That happens here because here is the host, and the attention mask is still 2D.
         """
+        current.cache = past_key_values
         enabled = self.memory_enabled if memory_enabled is None else memory_enabled
         generated = next_sequence_length == 1 and not is_first_iteration  # its own, not padding
         asked: Asked | str | None = None
@@ -176,7 +206,10 @@ class PaceMixin(ReadingMixin, RecallMixin, SavingMixin):
         entry = find_reread(past_key_values)
         as_it_is = not isinstance(asked, Asked) or entry is None or entry.whole
         fuses = enabled and as_it_is and self.memory_settings.layers
-        if fuses and isinstance(past_key_values, Cache):
+        # A model that let go of its cache (Phi-3, where its long rope begins) reads all tokens
+        # anew, and that call announces itself.
+        goes_on = inputs.get("past_key_values") is past_key_values
+        if fuses and goes_on and isinstance(past_key_values, Cache):
             self._stack_memory.announce(
                 {**inputs, "attention_mask": None if generated else attention_mask}
             )
@@ -232,9 +265,11 @@ class PaceMixin(ReadingMixin, RecallMixin, SavingMixin):
         """The memory of the sequences of `cache`; None where it has none. See its `bank(layer)`."""
         return find_entry(cache)
 
-    def memory_summary(self, cache: Cache) -> dict[int, dict]:
-        """What the memory did with the sequences of `cache`; see `memory_cache.memory_summary`."""
-        return memory_summary(cache)
+    def memory_summary(self, cache: Cache | None = None) -> MemorySummary:
+        """What the memory did with the sequences of `cache`, or of the latest `generate` of this
+        model, whichever cache that had; see `memory_cache.memory_summary`.
+        """
+        return self._generated if cache is None else memory_summary(cache)
 
     def generate_batch(self, *args: object, **kwargs: object) -> None:
         """Refused: with continuous batching one cache holds several sequences."""

@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 from transformers.cache_utils import Cache, DynamicCache
 
 from .memory_session import MASK, current
-from .memory_stack import StackMemory, real_columns
+from .memory_stack import StackMemory, real_columns, refuse_tracing
 from .recall_bank import mix
 from .recall_cache import ROOM, RecallEntry, find_recall, is_static, recall_entry
 from .recall_settings import RecallSettings
@@ -34,13 +34,15 @@ def recalling(forward: Callable) -> Callable:
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
         kwargs = {**dict(zip(names, args)), **kwargs}
         mask = kwargs.pop(MASK, kwargs.get("attention_mask"))
-        recaller: Recaller | None = self._recaller
+        enabled = self.memory_enabled if current.enabled is None else current.enabled
+        acts = enabled and not (self.training and torch.is_grad_enabled())
+        recaller: Recaller | None = self._recaller if acts else None
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         given: Any = embeds if ids is None else ids
-        plain = (ids is None) == (embeds is None) or not len(given)  # the base says what is wrong
-        training = self.training and torch.is_grad_enabled()
-        enabled = self.memory_enabled if current.enabled is None else current.enabled
-        if recaller is None or plain or training or not enabled:
+        if recaller is not None:
+            refuse_tracing(given)
+        # Of both, of neither and of no rows the base says what is wrong.
+        if recaller is None or (ids is None) == (embeds is None) or not len(given):
             entry = find_recall(kwargs.get("past_key_values"))
             if entry is not None:
                 entry.stale = True

@@ -78,8 +78,8 @@ class Rereader:
         rows, length = ids.shape[:2]
         entry.catch_up(cache)
         entry.begin(rows, ids.device)
-        given = {**kwargs, "attention_mask": asked.mask}
-        real = real_columns(given, entry.columns, length)
+        mask = _latest(asked.mask, kwargs.get("attention_mask"))
+        real = real_columns({**kwargs, "attention_mask": mask}, entry.columns, length)
         if real is not None and bool(real.all()):
             real = None
         counts = [length] * rows if real is None else real.sum(1).tolist()
@@ -388,6 +388,14 @@ def passages(entry: RereadEntry | None) -> list[list[Passage]]:
     """By row, what the look-up at the latest prompt's end has found; without one the latest."""
     rows = entry.settle() if entry is not None else []
     return [list(row.found if row.answering is None else row.answering) for row in rows]
+
+
+def _latest(asked: Tensor | None, given: Any) -> Tensor | None:
+    """The 2D mask: the call's where it has grown, as PEFT puts virtual tokens before inputs that
+    are prepared already.
+    """
+    grown = isinstance(given, Tensor) and given.dim() == 2 and asked is not None
+    return given if grown and given.shape[1] > asked.shape[1] else asked  # type: ignore[union-attr]
 
 
 def _main(output: Any) -> Tensor:

@@ -54,9 +54,17 @@ class KeyReader:
     ffn_input: str
     projections: dict[tuple, Tensor] = field(default_factory=dict)
 
+    # In code that was compiled without it a hook does not run.
+    @torch.compiler.disable(reason="keys are read by a hook")
     @torch.no_grad()
     def keys(self, ids: Tensor, settings: RereadSettings) -> Tensor:
         """Keys of rows of equally many tokens. ids: [B, L] -> [B, L, R] in the model's dtype."""
+        blocks: Any = self.stack.get_submodule(self.ffn_input.partition(".{}")[0])
+        if settings.layer >= len(blocks):
+            raise RuntimeError(
+                f"re-reading takes its keys from layer {settings.layer}, which this model does not "
+                "have (any more); choose another with model.set_window(window, layer=...)"
+            )
         module = self.stack.get_submodule(self.ffn_input.format(settings.layer))
         hook = module.register_forward_pre_hook(_leave)
         before, current.enabled = current.enabled, False

@@ -6,11 +6,15 @@ convert("Qwen/Qwen2-7B", "out", ConvertOptions(experts=128))
 assert verify("out", "Qwen/Qwen2-7B").passed
 """
 
-from .api import convert, evaluate, push, undo, verify
-from .errors import CallError, DamagedSourceError, PaceError
-from .options import ConvertOptions, RunOptions
-from .progress import Update
-from .version import __version__
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .api import convert, evaluate, push, undo, verify
+    from .errors import CallError, DamagedSourceError, PaceError
+    from .options import ConvertOptions, RunOptions
+    from .progress import Update
+    from .version import __version__
 
 __all__ = [
     "CallError",
@@ -26,3 +30,22 @@ __all__ = [
     "undo",
     "verify",
 ]
+
+_MODULES = {
+    **dict.fromkeys(("convert", "evaluate", "push", "undo", "verify"), "api"),
+    **dict.fromkeys(("CallError", "DamagedSourceError", "PaceError"), "errors"),
+    **dict.fromkeys(("ConvertOptions", "RunOptions"), "options"),
+    "Update": "progress",
+    "__version__": "version",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Each name is imported when it is asked for, so that a command can answer Ctrl-C before."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

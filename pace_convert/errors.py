@@ -54,7 +54,15 @@ class DamagedSourceError(PaceError):
     """The source is of the right kind but its files are broken."""
 
 
-class Stopped(PaceError):
-    """The user ended the command (Ctrl-C)."""
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does."""
 
-    exit_code = 130
+
+class Stopped(PaceError):
+    """The user ended the command: Ctrl-C, or SIGTERM. go_on: how, where something is kept."""
+
+    def __init__(self, interrupt: KeyboardInterrupt, go_on: str = "") -> None:
+        terminated = isinstance(interrupt, Terminated)
+        kept = "; what is done is kept" if go_on else ""
+        super().__init__(f"stopped by SIGTERM{kept}" if terminated else "stopped", go_on)
+        self.exit_code = 143 if terminated else 130  # 128 + the signal's number, as shells have it

@@ -71,7 +71,8 @@ class FamilySpec:
     stack below the base model, where it is another module. blocks: path of the list of layers below
     the stack. layer_keys, size_keys: keys in config.json of the number of layers and of the
     intermediate size, the first that is set counts. Where no size is set it is four times the
-    hidden size, given as one of width_keys.
+    hidden size, given as one of width_keys. fixable_tokenizer: transformers' `fix_mistral_regex` is
+    for this model_type.
     """
 
     model_type: str
@@ -85,6 +86,7 @@ class FamilySpec:
     layer_keys: tuple[str, ...] = ("num_hidden_layers",)
     size_keys: tuple[str, ...] = ("intermediate_size",)
     width_keys: tuple[str, ...] = ()
+    fixable_tokenizer: bool = False
 
     @property
     def config_class(self) -> str:
@@ -179,8 +181,8 @@ FAMILIES = {
         FamilySpec("helium", "Helium", "Helium"),
         FamilySpec("hunyuan_v1_dense", "HunYuanDenseV1", "Hunyuan dense"),
         FamilySpec("llama", "Llama", "Llama 1 to 3.3, TinyLlama, Yi, SmolLM2"),
-        FamilySpec("ministral", "Ministral", "Ministral"),
-        FamilySpec("mistral", "Mistral", "Mistral"),
+        FamilySpec("ministral", "Ministral", "Ministral", fixable_tokenizer=True),
+        FamilySpec("mistral", "Mistral", "Mistral", fixable_tokenizer=True),
         FamilySpec("nemotron", "Nemotron", "Nemotron-4, Minitron", UP_DOWN),
         FamilySpec("olmo", "Olmo", "OLMo"),
         FamilySpec("olmo2", "Olmo2", "OLMo 2"),
@@ -211,6 +213,12 @@ def find_family(config: dict, architectures: list[str]) -> FamilySpec:
     spec = FAMILIES.get(model_type)
     if spec is None:
         raise _unknown(config)
+    if model_type == "mistral" and "layer_types" in config:
+        raise CallError(
+            "the source's config.json says mistral and has layer_types: transformers loads such a "
+            "model as a ministral",
+            "write ministral and MinistralForCausalLM there, or take layer_types out",
+        )
     if architectures and spec.causal_lm_class not in architectures:
         raise CallError(
             f"the source is a {architectures[0]}, not a causal language model",

@@ -4,6 +4,7 @@ what comes of it.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import pickle
@@ -11,12 +12,13 @@ import signal
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol, TypeVar
 
 from .device import core_count
 from .errors import PaceError
-from .progress import hush_libraries
+from .progress import quieten_libraries
 
 _PATIENCE = 10  # seconds for a process to end
 
@@ -78,7 +80,8 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.connection, its_end = context.Pipe()
         self.process = context.Process(target=_work, args=(its_end, threads))
-        self.process.start()
+        with _without_ctrl_c():
+            self.process.start()
         its_end.close()  # so that the pipe ends when the process does
         self.task: Any = None
 
@@ -114,6 +117,23 @@ class _Worker:
         self.process.join(_PATIENCE)
 
 
+@contextlib.contextmanager
+def _without_ctrl_c() -> Iterator[None]:
+    """A process that is started here leaves Ctrl-C to this one, from its first instruction on; this
+    one gets it afterwards.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows: it is ignored from `_begin_worker` on
+        yield
+        return
+    # Python's tracker, which the first process that is spawned starts, lets signals through again.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class _InWorker(Exception):
     """Where in its process a task failed: the traceback there."""
 
@@ -129,16 +149,20 @@ def _work(connection: Connection, threads: int) -> None:
     """What a worker does: task after task, until the pipe ends."""
     _begin_worker(threads)
     while True:
+        # Of a parent that is killed the pipe ends, or breaks in the middle.
         try:
             task = connection.recv()
-        except EOFError:
+        except (EOFError, OSError):
             return
         answer: tuple[dict | None, Exception | None, str]
         try:
             answer = (task.run(), None, "")
         except Exception as error:
             answer = (None, _picklable(error), traceback.format_exc())
-        connection.send(answer)
+        try:
+            connection.send(answer)
+        except OSError:
+            return
 
 
 def _picklable(error: Exception) -> Exception:
@@ -154,7 +178,7 @@ def _begin_worker(threads: int) -> None:
     """A worker leaves Ctrl-C to its parent, and ends with it however that ends."""
     import torch
 
-    hush_libraries()
+    quieten_libraries()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
     parent = multiprocessing.parent_process()

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,10 +22,14 @@ LINE_SECONDS = 10.0  # between two lines where there is no terminal
 CHATTY = ("torchao", "torch.utils._pytree")
 
 
-def hush_libraries() -> None:
-    """Keep the warnings of CHATTY libraries off the screen; their errors stay."""
+def quieten_libraries() -> None:
+    """For a process of ours: keep the warnings of CHATTY libraries off the screen (their errors
+    stay), and give bars a lock of this process alone. tqdm's own is a named semaphore wherever
+    processes are spawned, and a kill leaves it behind, which Python then tells the user.
+    """
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
+    tqdm.set_lock(threading.RLock())
 
 
 class Bar(Protocol):

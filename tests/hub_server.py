@@ -46,6 +46,8 @@ class Repository:
     later: dict[str, dict[str, bytes]] = field(default_factory=dict)  # commit -> its files
     # Name -> its commits, newest first.
     branches: dict[str, list[str]] = field(default_factory=dict)
+    # Of each pull request, from number 1 on: who opened it, and its status.
+    pull_requests: list[list[str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.branches.setdefault("main", [self.sha])
@@ -386,7 +388,9 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = self.hub.stored[value["oid"]]
             elif line["key"] == "deletedFile":
                 del files[value["path"]]
-        number = sum(name.startswith("refs/pr/") for name in repository.branches) + 1
+        number = len(repository.pull_requests) + 1
+        if opens:
+            repository.pull_requests.append([self.hub.users[self.token].name, "open"])
         branch = f"refs/pr/{number}" if opens else revision
         repository.branches.setdefault(branch, list(repository.branches["main"]))
         sha = repository.add(branch, files)
@@ -396,6 +400,24 @@ class _Handler(BaseHTTPRequestHandler):
             if opens
             else answer
         )
+
+    def _discussions(self, repo_id: str) -> None:
+        if repository := self._find(repo_id):
+            author = self.query.get("author", [""])[0]
+            found = [
+                {
+                    "num": number,
+                    "title": "",
+                    "author": {"name": name},
+                    "createdAt": "2026-01-01T00:00:00.000Z",
+                    "status": status,
+                    "repo": {"name": repo_id, "type": "model"},
+                    "isPullRequest": True,
+                }
+                for number, (name, status) in enumerate(repository.pull_requests, 1)
+                if author in ("", name)
+            ]
+            self._json({"discussions": found, "count": len(found), "start": 0})
 
     # ---- answers
 
@@ -424,6 +446,7 @@ ROUTES = [
     (rf"/api/models/{_REPO}/branch/([^/]+)", _Handler._branch),
     (rf"/api/models/{_REPO}/preupload/([^/]+)", _Handler._preupload),
     (rf"/api/models/{_REPO}/commit/([^/]+)", _Handler._commit),
+    (rf"/api/models/{_REPO}/discussions", _Handler._discussions),
     (rf"/{_REPO}\.git/info/lfs/objects/batch", _Handler._batch),
     (r"/lfs/(\w+)", _Handler._blob),
     (r"/lfs-verify", _Handler._verify),

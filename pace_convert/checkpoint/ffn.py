@@ -77,10 +77,13 @@ def _check_tensor(
         )
     dimensions = 1 if name.endswith(".bias") else 2
     if len(info.shape) != dimensions or info.shape[tensor.axis] != expected:
+        hint = "config.json and weights do not belong together"
+        if tensor.layer:  # the first has that many
+            hint = "FFNs of several widths can't be converted: transformers has one for all layers"
         times = f"{tensor.parts} times " if tensor.parts > 1 else ""
         raise DamagedSourceError(
             f"{name} has shape {list(info.shape)}; "
             f"axis {tensor.axis} should be {times}the model's {intermediate_size} neurons",
-            "config.json and weights do not belong together",
+            hint,
         )
     return info

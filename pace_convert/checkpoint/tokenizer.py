@@ -1,7 +1,8 @@
-"""The source's tokenizer and the name of its class.
+"""A folder's tokenizer, and the tokenizer_config.json with which a conversion reads as its source.
 
-transformers chooses a tokenizer's class by model_type too, and a conversion has a model_type of its
-own, so the class is named in its tokenizer_config.json.
+transformers looks at model_type where it chooses a tokenizer's class, and where it repairs that of
+a Mistral; a conversion has a model_type of its own. So the class is named in its
+tokenizer_config.json, and what `fix_mistral_regex` would do is kept there.
 """
 
 from __future__ import annotations
@@ -12,11 +13,15 @@ from typing import Any
 
 FILES = {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"}
 CONFIG = "tokenizer_config.json"
+MODULE = "tokenization_pace"
+OWN_CLASS = f"{MODULE}.PaceTokenizer"
+FIX = "fix_mistral_regex"
+FIXED = "fixed_pre_tokenizer"
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path, **options: Any) -> Any:
     """The folder's tokenizer as a user gets it; None where there is none that loads without the
-    folder's code.
+    folder's code. options: of `from_pretrained`.
     """
     if not any((folder / name).is_file() for name in FILES):
         return None
@@ -25,7 +30,13 @@ def load_tokenizer(folder: Path) -> Any:
 
     logging.set_verbosity_error()  # it remarks on the model_type of its own, which is on purpose
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        if has_own_class(folder):  # which is in this package too, so that no code of OUT's runs
+            from ..modeling.tokenization_pace import PaceTokenizer
+
+            return PaceTokenizer.from_pretrained(folder, local_files_only=True, **options)
+        return AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True, **options
+        )
     except Exception:  # each tokenizer class fails in its own way
         return None
 
@@ -39,26 +50,62 @@ def padding_id(tokenizer: Any) -> int:
     return 0
 
 
-def read_with_tokenizer(folder: Path, text: str) -> list[int] | None:
-    """The token ids of a text; None where there is no tokenizer that loads and reads it."""
+def read_with_tokenizer(folder: Path, text: str, **options: Any) -> list[int] | None:
+    """The token ids of a text; None where there is no tokenizer that loads and reads it. options:
+    of `from_pretrained`.
+    """
     try:
-        return load_tokenizer(folder)(text)["input_ids"]
+        return load_tokenizer(folder, **options)(text)["input_ids"]
     except Exception:  # one whose settings make no sense may load and fail here
         return None
 
 
-def named_tokenizer_config(folder: Path) -> str | None:
-    """tokenizer_config.json's text with the class that the source's model_type stands for; None if
-    it says so already, or no tokenizer loads.
+def has_own_class(folder: Path) -> bool:
+    """Whether a conversion's tokenizer_config.json names the class that it ships."""
+    return OWN_CLASS in str(_config(folder).get("auto_map"))
+
+
+def made_tokenizer_config(folder: Path, fixable: bool) -> str | None:
+    """tokenizer_config.json's text for a conversion: with the class that the source's model_type
+    stands for, and what `fix_mistral_regex` does there. None if it says so already, or no
+    tokenizer loads.
+
+    fixable: whether transformers has that for the source's family.
     """
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
         return None
     import transformers
 
-    path = folder / CONFIG
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if getattr(transformers, str(config.get("tokenizer_class")), None) is type(tokenizer):
+    before = _config(folder)
+    config = {**before}
+    if getattr(transformers, str(config.get("tokenizer_class")), None) is not type(tokenizer):
+        config["tokenizer_class"] = type(tokenizer).__name__
+    fixed = _fixed_pre_tokenizer(folder) if fixable and "auto_map" not in config else None
+    if fixed is not None:
+        config |= {FIXED: fixed, "auto_map": {"AutoTokenizer": [None, OWN_CLASS]}}
+    if config == before:
         return None
-    config["tokenizer_class"] = type(tokenizer).__name__
     return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+
+
+def _fixed_pre_tokenizer(folder: Path) -> dict | None:
+    """How the tokenizer splits texts with `fix_mistral_regex`, as in a tokenizer.json; None where
+    that changes nothing.
+    """
+    steps = []
+    for fix in (False, True):
+        tokenizer = load_tokenizer(folder, **{FIX: fix})
+        if type(tokenizer).__name__ != "TokenizersBackend":
+            return None
+        steps.append(json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"])
+    return steps[1] if steps[0] != steps[1] else None
+
+
+def _config(folder: Path) -> dict:
+    """What tokenizer_config.json says; empty where there is none that can be read."""
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}

@@ -11,8 +11,9 @@ from typing import Any
 
 import click
 
-from ..errors import PaceError, check_paths, one_line
-from ..progress import hush_libraries
+from ..errors import PaceError, Stopped, check_paths, one_line
+from ..progress import quieten_libraries
+from .start import terminable
 
 
 def hub_options(command: Callable) -> Callable:
@@ -39,17 +40,19 @@ def friendly(command: Callable) -> Callable:
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
-        hush_libraries()
+        quieten_libraries()
         try:
-            check_paths(*args, *kwargs.values())
-            command(*args, **kwargs)
+            with terminable():
+                check_paths(*args, *kwargs.values())
+                command(*args, **kwargs)
         except PaceError as error:
             _fail(error.message, error.hint, error.exit_code)
         except OSError as error:
             said = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
             _fail(one_line(said), "", 1)
-        except KeyboardInterrupt:
-            _fail("stopped", "", 130)
+        except KeyboardInterrupt as interrupt:
+            stopped = Stopped(interrupt)
+            _fail(stopped.message, stopped.hint, stopped.exit_code)
 
     return run
 

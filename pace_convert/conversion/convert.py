@@ -10,7 +10,7 @@ from ..checkpoint.checkpoint import CONFIG, INDEX, Source
 from ..checkpoint.needed import check_needed
 from ..checkpoint.selection import readable_by_name
 from ..checkpoint.tokenizer import CONFIG as TOKENIZER_CONFIG
-from ..checkpoint.tokenizer import named_tokenizer_config
+from ..checkpoint.tokenizer import made_tokenizer_config
 from ..converted.format import (
     CARD,
     HASHES,
@@ -215,7 +215,7 @@ def _write_files(
     texts = {CARD: card, CONFIG: to_json(_config(source, plan))}
     if not plan.options.no_memory:
         texts |= modeling_files(plan.family)
-        tokenizer = named_tokenizer_config(source.folder)
+        tokenizer = made_tokenizer_config(source.folder, plan.family.fixable_tokenizer)
         if tokenizer:
             texts[TOKENIZER_CONFIG] = tokenizer
     theirs = [*source.side_files, CONFIG]

@@ -221,7 +221,7 @@ def explained(out: Path, go_on: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as error:
-        raise Stopped("stopped", go_on if is_unfinished(out) else "") from error
+        raise Stopped(error, go_on if is_unfinished(out) else "") from error
     except (CallError, DamagedSourceError):  # going on would not help
         raise
     except PaceError as error:

@@ -90,6 +90,16 @@ def runs_own_code(files: Source | Converted) -> bool:
     return own_model_code(files.config) is not None
 
 
+def load_silently() -> None:
+    """From now on transformers shows no bar when it loads a model, and says nothing but errors: it
+    would name what a model without its head leaves out.
+    """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
 def load_model(
     files: Source | Converted,
     *,
@@ -105,16 +115,13 @@ def load_model(
     and, with `trust_remote_code`, edited ones and the model code of a folder that is no conversion.
     Raises CallError for both without it, PaceError where the model does not load.
     """
-    from transformers.utils import logging
-
     source = files.files if isinstance(files, Converted) else files
     if isinstance(files, Converted):
         refuse_edited(edited_code(files), trust_remote_code)
     own_code = runs_own_code(files)
     if own_code:
         refuse_own_code(source, trust_remote_code)
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()  # without the head, its weights would be named as unused
+    load_silently()
     with in_words(files, "load"):
         dtype = load_dtype(source.nbytes, device)
         model = model_class(files, head).from_pretrained(

@@ -11,7 +11,14 @@ from ..device import free_memory
 from ..errors import PaceError, one_line
 from ..units import size
 from .integrity import Integrity
-from .load import edited_code, generation_problem, in_words, model_class, runs_own_code
+from .load import (
+    edited_code,
+    generation_problem,
+    in_words,
+    load_silently,
+    model_class,
+    runs_own_code,
+)
 from .opened import Converted
 
 TOKENS = 64  # that are read for a trial, where the model has so many positions
@@ -29,6 +36,7 @@ def check_loads(
     reason = _why_not(converted, whole, trust_remote_code)
     if reason:
         return replace(whole, not_loaded=reason)
+    load_silently()
     generation = generation_problem(converted.files.folder)
     problems = [generation] if generation else []
     try:

@@ -5,12 +5,17 @@ interrupted.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from huggingface_hub import CommitInfo, HfApi, constants
-from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
+from huggingface_hub import CommitInfo, Discussion, HfApi, constants, hf_hub_url
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import (
     build_hf_headers,
     get_session,
@@ -26,7 +31,8 @@ from ..progress import Progress
 from ..version import __version__
 from ..writing import PART
 from .card import pinned_commit, published
-from .format import CARD
+from .format import CARD, PERMUTATION
+from .hashes import hash_file
 from .integrity import check_integrity
 from .opened import Converted
 
@@ -173,7 +179,13 @@ def push(
     needs_code = converted.needs_code
     progress.let_hub_talk()
     progress.say(f"uploading {len(sizes)} files, {sum(sizes) / 1e6:.2f} MB, to {target.repo_id}")
+    opened: Discussion | None = None
     with hub_errors(target.repo_id, WRITING):
+        if target.create_pr:
+            opened = _open_pull_request(target, folder)
+        if opened:
+            progress.say(f"{opened.url} is open for this conversion, and is brought up to date")
+            target = replace(target, branch=opened.git_reference, create_pr=False)
         done, commit = _upload_folder(target, folder)
         if card is not None:
             target.api.upload_file(
@@ -186,13 +198,14 @@ def push(
             )
     site = f"{constants.ENDPOINT}/{target.repo_id}"
     branch = done.pr_revision or target.branch or constants.DEFAULT_REVISION
-    url = done.pr_url or (f"{site}/tree/{branch}" if target.branch else site)
+    pull_request = opened.url if opened else done.pr_url
+    url = pull_request or (f"{site}/tree/{branch}" if target.branch else site)
     return Pushed(
         repo_id=target.repo_id,
         url=url,
         commit=commit,
         branch=branch,
-        pull_request=done.pr_url,
+        pull_request=pull_request,
         files=len(sizes),
         nbytes=sum(sizes),
         needs_code=needs_code,
@@ -203,9 +216,10 @@ def push(
 def _upload_folder(target: Target, folder: Path) -> tuple[CommitInfo, str]:
     """All but the card, and the commit that holds it."""
     api = target.api
-    if not target.create_pr:
+    into_pull_request = target.create_pr or (target.branch or "").startswith("refs/")
+    if not into_pull_request:  # anybody may open or update one of theirs, few may create
         api.create_repo(target.repo_id, private=target.private or None, exist_ok=True)
-    if target.branch and not target.branch.startswith("refs/"):
+    if target.branch and not into_pull_request:
         api.create_branch(target.repo_id, branch=target.branch, exist_ok=True)
     before = [
         commit.commit_id for commit in api.list_repo_commits(target.repo_id, revision=target.branch)
@@ -220,6 +234,27 @@ def _upload_folder(target: Target, folder: Path) -> tuple[CommitInfo, str]:
         delete_patterns=list(WEIGHTS),
     )
     return done, _commit_to_pin(target, done.oid, before)
+
+
+def _open_pull_request(target: Target, folder: Path) -> Discussion | None:
+    """The pull request of this user's that is open and holds this conversion: its permutation has
+    the same bytes. An upload that was interrupted may have left it without its card.
+    """
+    api = target.api
+    here = hash_file(folder / PERMUTATION)
+    mine = api.get_repo_discussions(
+        target.repo_id, author=api.whoami()["name"], discussion_type="pull_request"
+    )
+    for found in mine:
+        if found.status in ("open", "draft"):
+            url = hf_hub_url(target.repo_id, PERMUTATION, revision=found.git_reference)
+            try:
+                there = api.get_hf_file_metadata(url=url).etag
+            except (EntryNotFoundError, RevisionNotFoundError):
+                continue
+            if there == here:  # of a large file the Hub gives the SHA-256
+                return found
+    return None
 
 
 def _exists(target: Target) -> bool:

@@ -8,14 +8,24 @@ from importlib.resources import files
 
 from jinja2 import Environment, StrictUndefined
 
+from ..checkpoint.tokenizer import MODULE as TOKENIZATION
 from ..families import FamilySpec
 from . import markup
 from .format import HASHES, KEPT, MODELING, PERMUTATION
+
+# Of these transformers would say which of its own configurations it has them for.
+HEADS = (
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoModelForQuestionAnswering",
+)
 
 
 def modeling_files(family: FamilySpec) -> dict[str, str]:
     """Name -> text of every Python file that a checkpoint of this family ships."""
     sources = _modeling_sources()
+    if not family.fixable_tokenizer:
+        del sources[f"{TOKENIZATION}.py"]
     text = render("modeling_pace.py.jinja", family=family)
     return {**sources, MODELING: text}
 
@@ -68,6 +78,7 @@ def auto_map(source: dict, family: FamilySpec) -> dict[str, str]:
         "AutoConfig": f"{module}.Pace{family.config_class}",
         "AutoModel": f"{module}.Pace{family.model_class}",
         "AutoModelForCausalLM": f"{module}.Pace{family.causal_lm_class}",
+        **dict.fromkeys(HEADS, f"{module}.PaceWithoutHead"),
     }
 
 

@@ -16,7 +16,7 @@ from ..checkpoint.checkpoint import CONFIG, Source
 from ..checkpoint.needed import check_needed
 from ..checkpoint.own_code import own_model_code
 from ..checkpoint.shards import reordered, row_blocks
-from ..checkpoint.tokenizer import read_with_tokenizer
+from ..checkpoint.tokenizer import FIX, read_with_tokenizer
 from ..errors import CallError, one_line
 from ..progress import Progress
 from .config_edits import config_edits
@@ -27,9 +27,14 @@ from .load import edited_code, generation_problem, load_model, refuse_edited, re
 from .loads import run
 from .opened import Converted
 
+# What tokenizers differ in: digits, white space, contractions, letters of many kinds, marks.
 SAMPLE = (
     "The code of Ada is 4711;\n\tit's   written in München, in 東京 and <|here|>. "
-    "def f(x): return x**2"
+    "def f(x): return x**2\r\n\n\n  1234567890 3.14 1,000,000 ²½Ⅷ ١٢٣ a1b2\t\t end \u00a0\u3000 "
+    "I'm you'RE we'll they\u2019d DON'T 'tis CamelCaseHTTPServer snake_case ÀÉÎ ﬁ Ⅳ e\u0301 "
+    "中文,没有空格。日本語テキスト 한국어 ไทย עברית العربية हिन्दी 👩‍👩‍👧‍👦🏳️‍🌈👍🏽 ... !!!--== https://a.b/c?d=e#f\n"
+    " \n<s></s> <unk> [INST] hi [/INST] <|im_start|>user\n<|im_end|><|endoftext|><bos><eos>"
+    "<start_of_turn> <pad> \ufffd\u200b trailing   "
 )
 NO_LOGITS = "or --no-logits to compare tensors only"
 # Reordering the sum over an FFN's neurons moves logits by rounding only; relative to the largest
@@ -190,12 +195,13 @@ def _same_tokens(source: Source, converted: Converted) -> bool | None:
     """Whether both tokenizers read SAMPLE alike; None where the source has none that loads.
 
     They might not: transformers chooses a tokenizer class by model_type, and the conversion has a
-    model_type of its own.
+    model_type of its own. Where the family's tokenizer can be repaired, it is read repaired too.
     """
-    expected = read_with_tokenizer(source.folder, SAMPLE)
-    if expected is None:
+    ways: list[dict] = [{}, *([{FIX: True}] if converted.family.fixable_tokenizer else [])]
+    expected = [read_with_tokenizer(source.folder, SAMPLE, **way) for way in ways]
+    if expected[0] is None:
         return None
-    return read_with_tokenizer(converted.files.folder, SAMPLE) == expected
+    return [read_with_tokenizer(converted.files.folder, SAMPLE, **way) for way in ways] == expected
 
 
 def _with_logits(

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.nn.functional import embedding_bag, linear
 
+from .flow import balanced_by_candidates
 from .transport import Each, balanced_labels, smooth_prices
 
 ANNEALED, EXACT = 20, 10  # rounds, at most
@@ -20,6 +21,9 @@ ANNEALED, EXACT = 20, 10  # rounds, at most
 SOFTNESS = 0.1, 0.01
 # Share of neurons: when an exact round moves no more, the next ones aren't worth their time.
 SETTLED = 0.002
+# Beyond so many clusters an exact round tries a few candidates a neuron, and needs no finer prices:
+# Newton's steps take K^2 N products each, and a repair K^2 a move.
+MANY = 128
 # How hard a neuron is pushed out of its cluster at first, the larger of: so many times its own
 # share of the cluster's mean, so many standard deviations of the scores.
 REPULSION = 2.0, 3.0
@@ -47,8 +51,7 @@ def balanced_kmeans(rows: torch.Tensor, experts: int, seed: int) -> np.ndarray:
             # A cluster that neither lost nor gained a neuron has the mean and scores it had.
             means = directions.means(labels, changed, torch.float32)
             scores[:, changed] = directions.scores(means, torch.float32)
-            prices = _prices(directions, scores, prices, SOFTNESS[1] * scores.std())
-            assigned = balanced_labels(scores.cpu().numpy(), prices.cpu().numpy())
+            assigned, prices = _assigned(directions, scores, prices)
             before = labels
             labels = torch.from_numpy(assigned).to(rows.device)
             moved = before != labels
@@ -56,6 +59,17 @@ def balanced_kmeans(rows: torch.Tensor, experts: int, seed: int) -> np.ndarray:
                 break
             changed = torch.cat((before[moved], labels[moved])).unique()
     return labels.to("cpu", torch.int32).numpy()
+
+
+def _assigned(
+    directions: Directions, scores: torch.Tensor, prices: torch.Tensor
+) -> tuple[np.ndarray, torch.Tensor]:
+    """The best balanced labels [D] int64 of scores [D, K], and prices [K] to start from next."""
+    if scores.shape[1] > MANY:
+        labels, found = balanced_by_candidates(scores.cpu().numpy(), prices.cpu().numpy())
+        return labels, torch.from_numpy(found).to(prices.device)
+    prices = _prices(directions, scores, prices, SOFTNESS[1] * scores.std())
+    return balanced_labels(scores.cpu().numpy(), prices.cpu().numpy()), prices
 
 
 def _annealed(directions: Directions, experts: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from .flow import cheapest_flow
+
 SOFTEST = 4**4  # how many times softer the choices start at most
 STEPS = 40  # at most, Newton's and those that only sharpen
 
@@ -97,50 +99,10 @@ def balanced_labels(scores: np.ndarray, prices: np.ndarray) -> np.ndarray:
     moves = np.maximum(repair.excess, 0).sum()
     experts = scores.shape[1]
     if moves * (MOVE_SECONDS + PAIR_SECONDS * experts**2) > ARC_SECONDS * scores.size:
-        return _cheapest_flow(scores)
+        return cheapest_flow(scores)
     while repair.excess.any():
         repair.move_along(repair.shortest_path())
     return repair.labels
-
-
-def _cheapest_flow(scores: np.ndarray) -> np.ndarray:
-    """The same as `balanced_labels` by minimum-cost flow (ortools): neuron -> cluster -> sink, and
-    one more by way of the N mod K places.
-
-    Scores are rounded to 2^-30 of their range: the solver's costs are integers.
-    """
-    from ortools.graph.python.min_cost_flow import SimpleMinCostFlow  # takes a moment to import
-
-    neurons, experts = scores.shape
-    small, places = divmod(neurons, experts)
-    top = float(scores.max())
-    spread = float(np.ptp(scores)) or 1.0
-    # Nodes: a neuron each, a cluster each, the sink, and what hands out the N mod K places.
-    clusters = neurons + np.arange(experts)
-    sink = neurons + experts
-    flow = SimpleMinCostFlow()
-
-    def arcs(
-        tails: np.ndarray, heads: np.ndarray, capacity: int, cost: np.ndarray | int = 0
-    ) -> np.ndarray:
-        full = np.broadcast_arrays(
-            tails, heads, np.int64(capacity), np.asarray(cost, dtype=np.int64)
-        )
-        return flow.add_arcs_with_capacity_and_unit_cost(*map(np.ascontiguousarray, full))
-
-    cost = np.round((top - scores.astype(np.float64)) * (2**30 / spread)).ravel()
-    choices = arcs(np.repeat(np.arange(neurons), experts), np.tile(clusters, neurons), 1, cost)
-    arcs(clusters, np.array(sink), small)
-    arcs(clusters, np.array(sink + 1), 1)
-    arcs(np.array([sink + 1]), np.array([sink]), places)
-    flow.set_nodes_supplies(
-        np.append(np.arange(neurons), sink), np.append(np.ones(neurons, dtype=np.int64), -neurons)
-    )
-    if flow.solve() != flow.OPTIMAL:
-        raise ArithmeticError(
-            f"no balanced assignment of {neurons} neurons to {experts} clusters was found"
-        )
-    return flow.flows(choices).reshape(neurons, experts).argmax(1)
 
 
 class _Repair:

@@ -7,11 +7,13 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from helpers import convert_folder, pace_convert, refuse
 
 from pace_convert.checkpoint.checkpoint import open_folder
 from pace_convert.converted.load import load_model
 from pace_convert.converted.opened import open_converted
+from pace_convert.converted.shipped import HEADS
 from pace_convert.errors import CallError, PaceError
 
 MARK = "from pathlib import Path\nPath({marker!r}).touch()\ndef generate(*_, **__): ...\n"
@@ -152,3 +154,27 @@ def test_verify_compares_with_what_the_sources_own_code_computes(scaled, tmp_pat
     assert done.returncode == 1 and "DO NOT MATCH" in done.stdout, done.stdout + done.stderr
     done = pace_convert(*verify, "--no-logits", command=("verify",))
     assert done.returncode == 0 and "not run    modeling_scaled.Scaled" in done.stdout
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_for_tasks_is_refused_in_a_sentence(qwen2_pair, name):
+    """And not with the names of all configurations that transformers has one for."""
+    auto = getattr(transformers, name)
+    config = transformers.AutoConfig.from_pretrained(qwen2_pair[1], trust_remote_code=True)
+    for load in (
+        lambda: auto.from_pretrained(qwen2_pair[1], trust_remote_code=True),
+        lambda: auto.from_config(config, trust_remote_code=True),
+    ):
+        with pytest.raises(ValueError, match=r"^a PaceLLM has no head for tasks: .*AutoModel") as e:
+            load()
+        assert len(str(e.value)) < 200
+
+
+def test_a_model_with_a_head_of_ones_own_has_the_memory(qwen2_pair):
+    """As the sentence says: on the last hidden state of `AutoModel`."""
+    model = transformers.AutoModel.from_pretrained(qwen2_pair[1], trust_remote_code=True).eval()
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        on = model(ids).last_hidden_state
+        off = model(ids, memory_enabled=False).last_hidden_state
+    assert torch.equal(on[:, :5], off[:, :5]) and not torch.equal(on, off)

@@ -21,6 +21,7 @@ from pace_convert.converted.format import SEAL
 from pace_convert.reference import reference_model
 
 SHIPPED = [
+    "memory_assisted.py",
     "memory_bank.py",
     "memory_clock.py",
     "memory_cache.py",

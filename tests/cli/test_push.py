@@ -408,6 +408,43 @@ def test_branch_and_pull_request_leave_main_alone(hub, run, made):
         assert repository.branches[branch][1] in repository.files(branch)["README.md"].decode()
 
 
+def test_a_second_pull_request_is_opened_only_for_another_conversion(
+    hub, run_many, source, made, tmp_path
+):
+    """The same conversion's is brought up to date while it is open, whoever may write to main."""
+    repository = hub.repositories["acme/there"]
+    other = tmp_path / "other"
+    convert_folder(source, other, seed=1)
+    edited = shutil.copytree(made, tmp_path / "edited")
+    with (edited / "README.md").open("a") as card:
+        card.write("A word of mine.\n")
+
+    def opened(*pushes):
+        """The number of each push's pull request, and what was said."""
+        calls = [
+            (["push", folder, "acme/there", "--create-pr", "--json"], token)
+            for folder, token in pushes
+        ]
+        numbers = []
+        for done in run_many(calls):
+            assert done.returncode == 0, done.stderr
+            answer = json.loads(done.stdout)
+            assert answer["url"] == answer["pull_request"], answer
+            assert answer["commit"] in repository.branches[answer["branch"]]
+            number = int(answer["url"].rpartition("/")[2])
+            renewed = f"discussions/{number} is open for this conversion" in done.stderr
+            numbers.append((number, renewed))
+        return numbers
+
+    calls = [(made, "hf_bob"), (made, "hf_bob"), (other, "hf_bob"), (made, "hf_ann")]
+    assert opened(*calls) == [(1, False), (1, True), (2, False), (3, False)]
+    assert len(repository.branches["refs/pr/1"]) == 3  # nothing was new the second time
+    repository.pull_requests[2][1] = "merged"
+    assert opened((edited, "hf_bob"), (made, "hf_ann")) == [(1, True), (4, False)]
+    assert repository.files("refs/pr/1")["README.md"].endswith(b"A word of mine.\n")
+    assert repository.branches["main"] == [FIRST]
+
+
 def test_a_folder_that_is_not_whole_or_not_its_source_stays_here(hub, run, source, made, tmp_path):
     out = shutil.copytree(made, tmp_path / "out")
     other = shutil.copytree(source, tmp_path / "other")

@@ -53,6 +53,17 @@ def test_fresh_adapter_changes_nothing(qwen2_pair):
         )
 
 
+def test_without_names_of_modules(qwen2_pair):
+    """PEFT's own choice goes by the model type, which is not one it knows; all linear layers is a
+    choice that needs no names.
+    """
+    with pytest.raises(ValueError, match="target_modules"):
+        peft.get_peft_model(load(qwen2_pair[1]), peft.LoraConfig(task_type="CAUSAL_LM"))
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
+    adapted = peft.get_peft_model(load(qwen2_pair[1]), config).targeted_module_names
+    assert {name.rpartition(".")[2] for name in adapted} == {*TARGETS, "k_proj", "o_proj"}
+
+
 def test_gradients_reach_all_layers_through_the_memory(trained):
     trained.train()
     found = gradients(trained)
@@ -122,5 +133,19 @@ def test_virtual_tokens(qwen2_pair):
     assert tuned(input_ids=ids, attention_mask=mask).logits.shape == (1, 24, 120)
     made = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     tuned = peft.get_peft_model(load(qwen2_pair[1]), made)
-    with pytest.raises(ValueError, match="it begins with a tuned prefix"):
+    with pytest.raises(ValueError, match=r"that the memory has not seen \(a tuned prefix"):
         tuned(input_ids=ids, attention_mask=mask)
+    with pytest.raises(ValueError, match=r"that the memory has not seen \(a tuned prefix"):
+        tuned.generate(input_ids=ids, attention_mask=mask, max_new_tokens=4)
+    tuned.get_base_model().set_memory_enabled(False)
+    made = tuned.generate(input_ids=ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
+    assert made.shape == (1, 24)
+
+
+def test_defaults_that_hang_on_the_model_type(qwen2_pair):
+    """PEFT says that modules are to be named, for which it looks the type up."""
+    for config in (peft.LoraConfig(task_type="CAUSAL_LM"), peft.IA3Config(task_type="CAUSAL_LM")):
+        with pytest.raises(ValueError, match="specify `target_modules`"):
+            peft.get_peft_model(load(qwen2_pair[1]), config)
+    named = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
+    peft.get_peft_model(load(qwen2_pair[1]), named)

@@ -7,13 +7,18 @@ import json
 import official
 import pytest
 from helpers import pace_convert, refuse
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
 
 from pace_convert.errors import CallError, DamagedSourceError, PaceError
 from pace_convert.evaluation.benchmarks import infinitebench, longbench
 from pace_convert.evaluation.benchmarks.infinitebench_prompts import prompt_of
 from pace_convert.evaluation.benchmarks.longbench import LongBench, fitted
 from pace_convert.evaluation.benchmarks.records import Records, choose, middle_cut
-from pace_convert.evaluation.benchmarks.ruler import Ruler
+from pace_convert.evaluation.benchmarks.ruler import Ruler, made_by_harness
+from pace_convert.evaluation.benchmarks.ruler_room import _tracing
 from pace_convert.evaluation.subjects import Subject, load
 
 
@@ -272,6 +277,35 @@ def test_ruler_is_made_and_scored_by_the_harness(reader):
             return [row[0].split(" is: ")[1].split(".")[0] for row in rows]
 
     assert [record["score"] for record in test.run(Finder(), "niah_single_1/512")] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("task", "length", "words"),
+    [
+        ("ruler_vt", 4096, "can't be made with this tokenizer: its worked example, of at most 500"),
+        ("ruler_cwe", 256, "a question of ruler_cwe needs [0-9]+ tokens .* 256 are given"),
+        ("ruler_fwe", 64, "a question of ruler_fwe needs [0-9]+ tokens .* 64 are given"),
+    ],
+)
+def test_where_ruler_has_no_room_it_is_refused(reader, task, length, words):
+    """The harness itself would look for ever, and not be stopped."""
+    pytest.importorskip("wonderwords")
+    with pytest.raises(CallError, match=words):
+        Ruler((task,), (length,), limit=1).run(reader, f"{task}/{length}")
+
+
+@pytest.mark.slow
+def test_ruler_vt_is_made_where_its_smallest_question_just_fits(tmp_path):
+    """With a tokenizer of words, by which its worked example has room."""
+    pytest.importorskip("wonderwords")
+    words = Tokenizer(WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    words.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
+    needed = _tracing(lambda text: len(text.split()), 0)
+    _, documents = made_by_harness("ruler_vt", needed, str(tmp_path))
+    assert all(len(document["outputs"]) == 5 for document in documents)
+    with pytest.raises(CallError, match=f"needs {needed} tokens"):
+        made_by_harness("ruler_vt", needed - 1, str(tmp_path))
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 nothing.
 """
 
+import copy
+
 import pytest
 import torch
 from helpers import convert_folder, load, random_ids
@@ -99,6 +101,26 @@ def test_compiled_model_in_a_plain_loop(pace):
             compiled(ids[:, a:b], past_key_values=cache).logits for a, b in zip(edges, edges[1:])
         ]
         torch.testing.assert_close(torch.cat(parts, 1), pace(ids).logits, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.works("torch.compile(model, dynamic=True), without a cache, and in training")
+@pytest.mark.parametrize("trains", [False, True])
+def test_compiled_model_without_a_cache(pace, trains):
+    """Each layer runs its own code: once one without a memory was taken for all."""
+    model = copy.deepcopy(pace).train(trains)
+    compiled = torch.compile(model, backend="eager", dynamic=True)
+    for length in (30, 41):
+        ids, found = random_ids(2, length), []
+        for forward in (compiled, model):
+            model.zero_grad()
+            with torch.set_grad_enabled(trains):
+                loss = forward(input_ids=ids, labels=ids, use_cache=False).loss
+            if trains:
+                loss.backward()
+            found.append([loss.detach(), *(p.grad for p in model.parameters() if trains)])
+        torch.testing.assert_close(*found, rtol=1e-8, atol=1e-10)
+    with model.memory_disabled():
+        assert (model(input_ids=ids, labels=ids, use_cache=False).loss - loss).abs() > 1e-4
 
 
 def test_unprepared_step_in_one_graph_says_what_to_do(pace):

@@ -173,18 +173,35 @@ def test_pace_assistant(pace, folders, batch):
     assert_greedy(pace, output[0], LENGTHS[1])
 
 
-def test_assistant_that_guesses_further_than_can_be_undone(pace, base, batch):
-    base = copy.deepcopy(base)
-    base.generation_config.num_assistant_tokens = 20
-    base.generation_config.assistant_confidence_threshold = 0.0
-    with pytest.raises(ValueError, match="can undo the latest 12 only"):
-        alone(pace, batch, 1, max_new_tokens=90, do_sample=False, assistant_model=base)
+@pytest.mark.works("drafts of any length (num_assistant_tokens, prompt_lookup_num_tokens)")
+@pytest.mark.parametrize("tokens", [20, 60])
+def test_drafts_longer_than_can_be_taken_back(pace, base, folders, batch, tokens):
+    """A draft is cut to what can be, 12 tokens here; an assistant with a memory drafts no more."""
+    kwargs = {"max_new_tokens": 90, "do_sample": False}
+    expected = alone(pace, batch, 1, **kwargs)
+    for assistant in (copy.deepcopy(base), load(folders[1])):
+        assistant.generation_config.num_assistant_tokens = tokens
+        assistant.generation_config.num_assistant_tokens_schedule = "heuristic"  # it grows
+        assistant.generation_config.assistant_confidence_threshold = 0.0
+        assert torch.equal(alone(pace, batch, 1, assistant_model=assistant, **kwargs), expected)
+    wrong = load(folders[1])
+    with torch.no_grad():
+        for parameter in wrong.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    wrong.generation_config.num_assistant_tokens = tokens
+    wrong.generation_config.assistant_confidence_threshold = 0.0
+    assert torch.equal(
+        alone(base, batch, 1, assistant_model=wrong, **kwargs), alone(base, batch, 1, **kwargs)
+    )
 
 
 @pytest.mark.works("prompt lookup decoding")
-def test_prompt_lookup(pace):
-    prompt = random_ids(1, 9, seed=2).repeat(1, 7)
-    output = pace.generate(prompt, max_new_tokens=NEW, do_sample=False, prompt_lookup_num_tokens=5)
+@pytest.mark.parametrize("tokens", [5, 60])
+def test_prompt_lookup(pace, tokens):
+    prompt = random_ids(1, 65, seed=2).repeat(1, 2)
+    output = pace.generate(
+        prompt, max_new_tokens=NEW, do_sample=False, prompt_lookup_num_tokens=tokens
+    )
     assert_greedy(pace, output[0], prompt.shape[1])
 
 
@@ -319,6 +336,26 @@ def test_switch_per_call(pace, base, batch):
             on = pace(ids, memory_enabled=True).logits
         torch.testing.assert_close(on, pace(ids).logits, rtol=1e-9, atol=1e-9)
         assert (on - base(ids).logits).abs().max() > 1e-3
+
+
+def test_the_latest_generates_summary_needs_no_cache(pace, batch):
+    """It fits a screen, and is the summary of the cache that `generate` made for itself."""
+    model, prompt = copy.deepcopy(pace), random_ids(1, 61, seed=2)
+    kwargs = {"max_new_tokens": 20, "do_sample": False}
+    out = model.generate(prompt, return_dict_in_generate=True, **kwargs)
+    summary = model.memory_summary()
+    assert summary == model.memory_summary(out.past_key_values) and summary[1]["filled"][0] > 0
+    lines = str(summary).splitlines()
+    assert len(lines) == 2 and lines[0].startswith("layer 1: ") and max(map(len, lines)) < 100
+    assert f"{sum(summary[1]['reused'])} reused" in lines[0]
+    model.generate(prompt, num_beams=2, **kwargs)
+    assert len(model.memory_summary()[1]["blocks"]) == 2 and len(summary[1]["blocks"]) == 1
+    model.generate(prompt, memory_enabled=False, **kwargs)
+    assert str(model.memory_summary()).startswith("no memory: it was off")
+    model.generate(prompt, **kwargs)
+    with pytest.raises(ValueError):
+        model.generate(prompt, no_such_argument=1, **kwargs)
+    assert not model.memory_summary()
 
 
 @pytest.mark.slow  # quanto compiles its kernels when it is first used

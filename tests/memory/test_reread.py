@@ -421,6 +421,19 @@ def test_one_look_up_over_many_texts(qwen):
         qwen.join_banks([DynamicCache()])
 
 
+@torch.no_grad()
+def test_a_compiled_model_reads_keys(qwen):
+    """Also where its layers were compiled for a text that needs none."""
+    torch._dynamo.reset()
+    model = copy.deepcopy(qwen)
+    compiled = torch.compile(model, backend="eager")
+    for length in (20, LONG):
+        ids = random_ids(1, length)
+        got = compiled(input_ids=ids, use_cache=False, logits_to_keep=1).logits
+        close(model, got, model(input_ids=ids, use_cache=False, logits_to_keep=1).logits)
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("length", [30, 70])
 def test_a_decode_step_compiles_to_one_graph(qwen, length):
     """Over the length that is held whole, and over contexts that are made anew."""

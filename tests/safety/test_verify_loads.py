@@ -4,6 +4,8 @@ names the file, whatever a library raises.
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -160,3 +162,32 @@ def test_fewer_positions_than_the_trial_reads(make_source, tmp_path, row, sizes)
     assert verify(out).loaded
     result = verify(out, source)
     assert result.passed and result.logits_match
+
+
+COMMANDS = """
+import json, sys
+from pace_convert.cli.start import pace
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["pace", *arguments]
+    try:
+        pace()
+    except SystemExit as end:
+        assert not end.code, arguments
+"""
+
+
+def test_libraries_say_nothing_beside_the_result(pair, tmp_path):
+    """No bar, and no warning of what transformers imports where it is installed (torchao)."""
+    source, out = map(str, pair)
+    made = str(tmp_path / "made")
+    commands = [
+        ["verify", out, "-q"],
+        ["verify", out, "--source", source, "-q"],
+        ["convert", source, made, "--experts", "4", "-q"],
+    ]
+    # A process of its own: what was imported before says nothing any more.
+    done = subprocess.run(
+        [sys.executable, "-c", COMMANDS, json.dumps(commands)], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert done.stdout.count("verified") == 1 and f"Made {made}" in done.stdout

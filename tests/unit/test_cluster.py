@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment, linprog
 
+from pace_convert.experts import balanced_kmeans
 from pace_convert.experts.cluster import cluster_neurons
-from pace_convert.experts.transport import _cheapest_flow, balanced_labels
+from pace_convert.experts.flow import _proof, balanced_by_candidates, cheapest_flow
+from pace_convert.experts.transport import balanced_labels
 
 
 def random_rows(neurons: int, hidden: int, planted: int = 0, seed: int = 0) -> torch.Tensor:
@@ -62,11 +64,40 @@ def test_the_repaired_assignment_is_the_best_balanced_one(experts, more, digits,
     assert scores.astype(np.float64)[np.arange(neurons), labels].sum() == pytest.approx(
         best, abs=1e-5
     )
-    flow = _cheapest_flow(scores)
+    flow = cheapest_flow(scores)
     assert_balanced(flow.astype(np.int32), neurons, experts)
     assert scores.astype(np.float64)[np.arange(neurons), flow].sum() == pytest.approx(
         best, abs=1e-5
     )
+
+
+@pytest.mark.parametrize("digits", [0, 1, 6])
+@pytest.mark.parametrize("wide", [0.0, 0.3, 5.0])
+def test_a_few_candidates_give_the_best_assignment_and_prove_it(digits, wide):
+    """Whatever the prices that they are chosen by: bad ones need more candidates."""
+    rng = np.random.default_rng(digits)
+    scores = rng.normal(size=(190, 40)).round(digits).astype(np.float32)
+    labels, prices = balanced_by_candidates(scores, wide * rng.normal(size=40))
+    assert_balanced(labels.astype(np.int32), 190, 40)
+    exact, rows = scores.astype(np.float64), np.arange(190)
+    best = exact[rows, cheapest_flow(scores)].sum()
+    assert exact[rows, labels].sum() == pytest.approx(best, abs=1e-4)
+    if wide < 5:  # with these no proof was needed: all clusters were candidates
+        gains = (exact - prices).max(1) - (exact - prices)[rows, labels]
+        assert gains.max() < 1e-5
+    other = labels.copy()
+    worse = np.argmin(exact[:, labels[0]] + np.where(labels == labels[0], np.inf, 0))
+    other[[0, worse]] = labels[[worse, 0]]
+    assert _proof(scores, other, prices) is None or exact[rows, other].sum() > best - 1e-4
+
+
+def test_many_clusters_are_assigned_as_few_are(monkeypatch):
+    rows = random_rows(600, 32, planted=20)
+    few = inertia(rows, balanced_kmeans.balanced_kmeans(rows, 12, 0))
+    monkeypatch.setattr(balanced_kmeans, "MANY", 4)
+    labels = balanced_kmeans.balanced_kmeans(rows, 12, 0)
+    assert_balanced(labels, 600, 12)
+    assert inertia(rows, labels) == pytest.approx(few, rel=1e-4)
 
 
 def _best_balanced(scores: np.ndarray) -> float:

@@ -9,6 +9,7 @@ from multiprocessing.connection import Connection
 
 import pytest
 
+from pace_convert import jobs
 from pace_convert.errors import PaceError
 from pace_convert.jobs import run_here
 
@@ -43,6 +44,14 @@ class Die:
 class Fail:
     def run(self) -> dict:
         raise PaceError("it is damaged", "get another")
+
+
+@dataclass(frozen=True)
+class Blocked:
+    """Which signals a worker never gets."""
+
+    def run(self) -> dict:
+        return {"blocked": signal.pthread_sigmask(signal.SIG_BLOCK, ())}
 
 
 @dataclass(frozen=True)
@@ -95,3 +104,22 @@ def test_a_reader_that_stops_ends_them():
     results = run_here([Sleep(0.0), Sleep(30), Sleep(30)], 2)
     next(results)
     results.close()
+
+
+def test_ctrl_c_is_the_parents_from_a_workers_first_instruction_on():
+    """A terminal sends it to workers too, also while they import."""
+    for _, made in run_here([Blocked(), Blocked()], 2):
+        assert signal.SIGINT in made["blocked"]
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+@pytest.mark.parametrize("when", ["before a task", "before its result", "with results unread"])
+def test_a_worker_whose_parent_is_gone_ends_without_a_word(when, monkeypatch):
+    monkeypatch.setattr(jobs, "_begin_worker", lambda threads: None)
+    parents, workers = multiprocessing.Pipe()
+    if when == "before its result":
+        parents.send(Sleep(0.0))
+    if when == "with results unread":
+        workers.send("unread")
+    parents.close()
+    jobs._work(workers, 1)

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from ...errors import PaceError
+from ...errors import CallError, PaceError
 from ..grid import KILO, parse_grid
 from ..options import CommaSeparated, EvaluationOptions
 from .records import choose
+from .ruler_room import check_room
 
 if TYPE_CHECKING:
     from ..reader import Reader
@@ -84,7 +85,9 @@ class Ruler:
         return int(self.group(cell))
 
     def run(self, reader: Reader, cell: str) -> list[dict]:
-        """One record a question. Raises PaceError where the harness can't make the task."""
+        """One record a question. Raises CallError or PaceError where the harness can't make the
+        task.
+        """
         name, _, length = cell.partition("/")
         task, documents = made_by_harness(name, int(length), reader.tokenizer.name_or_path)
         documents = documents[: self.limit]
@@ -105,11 +108,11 @@ def ruler_test(model: str, options: RulerOptions, any_length: bool) -> Ruler:
 
 @lru_cache(maxsize=2)
 def made_by_harness(name: str, length: int, tokenizer: str) -> tuple[Any, list[dict]]:
-    """The harness's task and its documents of this length, the same ones each time."""
+    """The harness's task and its documents of this length, the same ones each time. Raises
+    CallError for a length that has no room for the smallest one, PaceError where it fails.
+    """
     import numpy as np  # not above: the help of a command must not wait for it
 
-    random.seed(SEED)
-    np.random.seed(SEED)
     try:
         from lm_eval.tasks import TaskManager
 
@@ -117,10 +120,13 @@ def made_by_harness(name: str, length: int, tokenizer: str) -> tuple[Any, list[d
             redirect_stdout(StringIO()),
             redirect_stderr(StringIO()),
         ):  # bars and downloads' remarks
+            check_room(name, length, tokenizer)
+            random.seed(SEED)
+            np.random.seed(SEED)
             manager = TaskManager(metadata={"max_seq_lengths": [length], "tokenizer": tokenizer})
             task = manager.load([name])["tasks"][name]
             return task, list(task.test_docs())
-    except ModuleNotFoundError:
+    except (ModuleNotFoundError, CallError):
         raise
     except (
         Exception
