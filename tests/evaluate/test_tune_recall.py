@@ -80,6 +80,14 @@ def test_the_gate_is_the_most_likely_one():
         assert other.gains(text).mean() <= gain + 1e-6
 
 
+def test_a_gate_that_errs_nowhere_is_one_that_can_be():
+    best = torch.linspace(0, 1, 400)
+    log_q = torch.where(best > 0.5, torch.tensor(0.0), torch.tensor(-torch.inf))
+    gate = fit([Recalled(torch.full((400,), -3.0), log_q, best, torch.ones(400), {})])
+    settings = RecallSettings((0,), 1.0, gate.bias, gate.slope, gate.growth, gate.theta_low)
+    assert settings.gate_slope > 10
+
+
 def test_what_gains_is_written(out, text, tmp_path):
     folder = shutil.copytree(out, tmp_path / "out")
     before = json.loads((folder / "config.json").read_text())["pace"]["memory"]["recall"]

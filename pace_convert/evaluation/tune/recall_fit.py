@@ -12,10 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...modeling.memory_settings import MOST_WEIGHT
 from .recall_record import Recording
 
 ROWS = 512  # tokens whose cosines are computed at once
 STEPS = 60  # of LBFGS
+MOST = MOST_WEIGHT - 1.0
 THRESHOLDS = (-1.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
@@ -100,13 +102,13 @@ def fit(texts: Sequence[Recalled], features: Sequence[str] = (), constant: bool 
 
     def loss() -> Tensor:
         solver.zero_grad()
-        each = [_gains(z * free, x, t, -1.0).mean() for x, t in zip(inputs, texts)]
+        each = [_gains(_bounded(z * free), x, t, -1.0).mean() for x, t in zip(inputs, texts)]
         total = -torch.stack(each).mean()
         total.backward()
         return total
 
     solver.step(loss)
-    z = (z * free).detach()
+    z = _bounded(z * free).detach()
     with torch.no_grad():
         made = [
             (sum(_gains(z, x, t, low).mean() for x, t in zip(inputs, texts)), -low, low)
@@ -115,6 +117,11 @@ def fit(texts: Sequence[Recalled], features: Sequence[str] = (), constant: bool 
     low = max(made)[2]
     bias, slope, growth, *weights = z.tolist()
     return Gate(bias, slope, growth, low, tuple(zip(features, weights)))
+
+
+def _bounded(z: Tensor) -> Tensor:
+    """Numbers that a checkpoint can have, also where one gate tells good from bad without error."""
+    return MOST * torch.tanh(z / MOST)
 
 
 def _inputs(text: Recalled, features: Sequence[str]) -> Tensor:
