@@ -304,7 +304,7 @@ def find_entry(cache: object) -> MemoryEntry | None:
     layers = cache.layers if isinstance(cache, Cache) else []
     if len(layers) == 1:  # of a cache that re-reading has closed
         layers = getattr(layers[0], "held", None) or layers
-    return next((layer for layer in layers[-2:] if isinstance(layer, MemoryEntry)), None)
+    return next((layer for layer in layers[-3:] if isinstance(layer, MemoryEntry)), None)
 
 
 def fill_lazy(cache: Cache, num_hidden_layers: int) -> None:

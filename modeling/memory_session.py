@@ -24,6 +24,8 @@ from .memory_cache import Call, MemoryEntry
 from .memory_layer import Tape, write_fused
 from .memory_settings import MemorySettings
 
+MASK = "recall_mask"  # of a prepared call, whose attention mask may be 4D: the 2D one, or None
+
 
 @dataclass(frozen=True)
 class Session:
@@ -54,6 +56,7 @@ class _Current(threading.local):
     session: Session | Replay | None = None
     enabled: bool | None = None  # for this call of the model; None: as the model is set
     prompt: tuple = (None, None)  # of `generate`: its columns, and ids that ask
+    heard: list[Tensor] | None = None  # what recall's layer was given in this call; None: no recall
     cache: object = None  # of `generate`: the one that it goes on with, its own or one it was given
 
 

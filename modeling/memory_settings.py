@@ -128,6 +128,7 @@ class MemorySettings:
         """
         values = cls.as_written(pace.get("memory") or {})
         values.pop("window", None)  # of re-reading
+        values.pop("recall", None)
         known = {parameter.name for parameter in fields(cls)} - {"experts"}
         unknown = sorted(set(values) - known)
         if unknown:

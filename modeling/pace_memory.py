@@ -17,9 +17,10 @@ from .memory_assisted import bounded_candidates, bounded_drafts
 from .memory_cache import MemoryEntry, MemorySummary, find_entry, memory_summary
 from .memory_clock import Rhythm
 from .memory_saving import SavingMixin
-from .memory_session import current
+from .memory_session import MASK, current
 from .memory_settings import MemorySettings
 from .memory_stack import StackMemory, refuse_tracing
+from .recall import RecallMixin, recalling
 from .reread import Asked, Rereader
 from .reread_cache import find_reread
 from .reread_keys import KeyReader
@@ -31,21 +32,22 @@ READY = "ready"  # of a step that `prepare_inputs_for_generation` has made ready
 
 
 def rereading(forward: Callable) -> Callable:
-    """The forward of a base class, with re-reading; it keeps its signature."""
+    """The forward of a base class, with recall and re-reading; it keeps its signature."""
+    base = recalling(forward)
 
     @functools.wraps(forward)
     def wrapped(self: PaceMixin, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("reread") == READY:
             del kwargs["reread"]
-            return forward(self, *args, **kwargs)
+            return base(self, *args, **kwargs)
         return self._forward(args, kwargs)
 
-    wrapped.base = forward  # type: ignore[attr-defined]
+    wrapped.base = base  # type: ignore[attr-defined]
     wrapped.names = tuple(inspect.signature(forward).parameters)[1:]  # type: ignore[attr-defined]
     return wrapped
 
 
-class PaceMixin(ReadingMixin, SavingMixin):
+class PaceMixin(ReadingMixin, RecallMixin, SavingMixin):
     """What every PaceLLM model class adds to its base class."""
 
     config: Any
@@ -57,6 +59,7 @@ class PaceMixin(ReadingMixin, SavingMixin):
         settings = self._settings(pace)
         self._window = self._window_settings((pace.get("memory") or {}).get("window"))
         self._reread_keys = KeyReader(stack, ffn_input)
+        self._attach_recall((pace.get("memory") or {}).get("recall"))
         self._stack_memory = StackMemory(
             stack, settings, projection, pace.get("intermediate_size", 0)
         )
@@ -194,6 +197,9 @@ class PaceMixin(ReadingMixin, SavingMixin):
         )
         if asked is not None:
             inputs["reread"] = asked
+        if enabled and self._recaller is not None:
+            self._recaller.prepare(past_key_values, inputs)
+            inputs[MASK] = None if generated else attention_mask
         if memory_enabled is not None:
             inputs["memory_enabled"] = memory_enabled
         # A call that is looked at when it comes may become another one, announced by itself.
@@ -225,16 +231,17 @@ class PaceMixin(ReadingMixin, SavingMixin):
         converted again; `save_pretrained` keeps them. Raises ValueError for what can't be, and
         then changes nothing.
         """
-        if "window" in parameters:
-            raise ValueError("memory: window is not set here but with set_window()")
+        for name in ("window", "recall"):
+            if name in parameters:
+                raise ValueError(f"memory: {name} is not set here but with set_{name}()")
         pace = self.config.pace or {}
         memory = asdict(self.memory_settings)
         del memory["experts"]  # follows from `pace.experts`
         memory |= parameters
         settings = self._settings({**pace, "memory": memory})  # refuses before anything has changed
         self._stack_memory.configure(settings)
-        window = {"window": (pace.get("memory") or {}).get("window")}
-        made = {**memory, "layers": list(settings.layers), **window}
+        others = {name: (pace.get("memory") or {}).get(name) for name in ("window", "recall")}
+        made = {**memory, "layers": list(settings.layers), **others}
         self.config.pace = {**pace, "memory": made}
         if "enabled" in parameters:
             self.set_memory_enabled(settings.enabled)

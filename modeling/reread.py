@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .memory_session import MASK
 from .memory_stack import real_columns
 from .reread_bank import Passage, Row
 from .reread_cache import Contexts, RereadEntry, reread_entry
@@ -369,7 +370,7 @@ class Rereader:
         kwargs = {**kwargs, **more, "input_ids": ids, "return_dict": True}
         kwargs |= {"attention_mask": None if mask is None else mask.long()}
         kwargs["position_ids"] = positions
-        for name in ("inputs_embeds", "labels", "cache_position", "token_type_ids"):
+        for name in ("inputs_embeds", "labels", "cache_position", "token_type_ids", MASK):
             kwargs.pop(name, None)
         for name in ("position_ids", "logits_to_keep"):
             if name not in self.names:

@@ -337,4 +337,4 @@ def reread_entry(cache: Cache, settings: RereadSettings, num_hidden_layers: int)
 def find_reread(cache: object) -> RereadEntry | None:
     """The entry of a cache, if it has one."""
     layers = cache.layers if isinstance(cache, Cache) else []
-    return next((layer for layer in layers[-2:] if isinstance(layer, RereadEntry)), None)
+    return next((layer for layer in layers[-3:] if isinstance(layer, RereadEntry)), None)

@@ -75,7 +75,7 @@ class KeyReader:
         finally:
             hook.remove()
             current.enabled = before
-        return x @ self._projection(x, settings.key_size)
+        return x @ self.projection(x, settings.key_size)
 
     def read(
         self, rows: Sequence[Row], count: int | Sequence[int], settings: RereadSettings
@@ -151,7 +151,8 @@ class KeyReader:
         module: Any = self.stack
         return module.get_input_embeddings().weight.device
 
-    def _projection(self, x: Tensor, size: int) -> Tensor:
+    def projection(self, x: Tensor, size: int) -> Tensor:
+        """`signs` for keys of x, in its dtype and on its device."""
         name = (x.shape[-1], size, x.dtype, x.device)
         if name not in self.projections:
             self.projections[name] = signs(x.shape[-1], size).to(x)

@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from .device import NAMES
 from .errors import CallError
 from .modeling.memory_settings import MOST_EXPERTS, MOST_LAYERS, Granularity, MemorySettings
+from .modeling.recall_settings import RecallSettings
 from .modeling.reread_settings import RereadSettings
 from .yaml_options import YamlOptions, read_options
 
@@ -35,6 +36,13 @@ WINDOW_OPTIONS = {
     "span_width": "span_width", "stand_out": "stand_out", "key_size": "key_size",
     "bank_tokens": "bank_tokens",
 }  # fmt: skip
+RECALL_OPTIONS = {
+    "recall_layers": "layers", "recall_sharpness": "sharpness", "recall_bias": "gate_bias",
+    "recall_slope": "gate_slope", "recall_growth": "gate_growth",
+    "recall_theta_low": "theta_low", "recall_key_size": "key_size",
+}  # fmt: skip
+MEMORIES = ("fusion", "reread", "recall")
+BY_DEFAULT = ("fusion", "reread")  # of MEMORIES: what helps or changes nothing
 SMALLEST_CONTEXT = 512  # tokens that a model must have been trained to, for a window by default
 
 
@@ -50,6 +58,11 @@ def preset_parameters(name: str) -> dict[str, Any]:
 def _window(name: str, description: str) -> Any:
     """A field with default and bounds of the parameter of re-reading that it sets."""
     return _memory(WINDOW_OPTIONS[name], description, RereadSettings)
+
+
+def _recall(name: str, description: str) -> Any:
+    """A field with default and bounds of recall's parameter that it sets."""
+    return _memory(RECALL_OPTIONS[name], description, RecallSettings)
 
 
 def _memory(name: str, description: str, settings: Any = MemorySettings) -> Any:
@@ -89,6 +102,20 @@ def _parse_layers(value: object) -> object:
     return value
 
 
+def _parse_memories(value: object) -> object:
+    """A tuple of 'fusion,reread' or of a list, in the order of MEMORIES; auto and none stay."""
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(",")]
+    if not isinstance(value, list | tuple) or not value:
+        raise ValueError(f"give auto, none or any of {', '.join(MEMORIES)}")
+    if list(value) in (["auto"], ["none"]):
+        return value[0]
+    unknown = [part for part in value if part not in MEMORIES]
+    if unknown:
+        raise ValueError(f"{unknown[0]!r} is none of auto, none, {', '.join(MEMORIES)}")
+    return tuple(name for name in MEMORIES if name in value)
+
+
 def parse_tokens(value: object) -> object:
     """1024 of '1k' or '1024'; what is neither is left to pydantic."""
     if isinstance(value, str) and value not in ("auto", "none"):
@@ -97,6 +124,11 @@ def parse_tokens(value: object) -> object:
             raise ValueError("give auto, none or a number of tokens like 1024 or 1k")
         return int(number) * (1024 if kilo else 1)
     return value
+
+
+def _parse_recall_layers(value: object) -> object:
+    """auto, or a tuple like `_parse_layers` makes it."""
+    return value if value == "auto" else _parse_layers(value)
 
 
 def _parse_layer(value: object) -> object:
@@ -132,11 +164,19 @@ class ConvertOptions(BaseModel):
         "the released code takes 10.",
     )
     seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of the clustering.")
+    memory: Annotated[
+        Literal["auto", "none"] | tuple[Literal["fusion", "reread", "recall"], ...],
+        BeforeValidator(_parse_memories),
+    ] = Field(
+        "auto",
+        description="What the model gets beside its experts: any of fusion, reread, recall, as "
+        f"fusion,recall; auto: {' and '.join(BY_DEFAULT)}; none: as --no-memory.",
+    )
     memory_layers: Annotated[
         Literal["auto", "none", "all", "second"] | tuple[Layer, ...], BeforeValidator(_parse_layers)
     ] = Field(
         "auto",
-        description="Layers with memory, 0-based: auto, none, all, second (every second one), "
+        description="Layers with fusion, 0-based: auto, none, all, second (every second one), "
         "or a list like 12,26.",
     )
     preset: Literal["default", "paper"] = Field(
@@ -189,6 +229,26 @@ class ConvertOptions(BaseModel):
     )
     key_size: int = _window("key_size", "Numbers of a token's key.")
     bank_tokens: int = _window("bank_tokens", "Most tokens whose keys are kept.")
+    recall_layers: Annotated[
+        Literal["auto"] | Annotated[tuple[Layer, ...], Field(min_length=1)],
+        BeforeValidator(_parse_recall_layers),
+    ] = Field(
+        "auto",
+        description="Layers whose FFN inputs are the key that similar tokens are found by: auto, "
+        "one four fifths of the way up, or a list like 7,20.",
+    )
+    recall_sharpness: float = _recall(
+        "recall_sharpness", "How much more a more similar token counts, beta."
+    )
+    recall_bias: float = _recall("recall_bias", "Bias of the gate, a.")
+    recall_slope: float = _recall("recall_slope", "Slope of the gate over the similarity, b.")
+    recall_growth: float = _recall(
+        "recall_growth", "Slope of the gate over the log of the tokens recalled from, c."
+    )
+    recall_theta_low: float = _recall(
+        "recall_theta_low", "Recall nothing up to this cosine similarity."
+    )
+    recall_key_size: int = _recall("recall_key_size", "Numbers of a token's key, of each layer.")
     no_memory: bool = Field(
         False, description="Only cluster the weights; keep the original architecture."
     )
@@ -198,6 +258,8 @@ class ConvertOptions(BaseModel):
     def _take_preset(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
+        if values.get("memory") == "none":
+            values = {**{n: v for n, v in values.items() if n != "memory"}, "no_memory": True}
         idle = _idle(values)
         if idle:
             raise ValueError(idle)
@@ -214,21 +276,49 @@ class ConvertOptions(BaseModel):
             )
         if self.exact_restarts is not None and self.cluster_method != "exact":
             raise ValueError("--exact-restarts goes with --cluster-method exact")
+        for memory, options in OPTIONS_OF.items():
+            given = sorted(self.model_fields_set & options.keys())
+            given = [name for name in given if getattr(self, name) != options[name]]
+            if given and not self.has(memory):
+                raise ValueError(
+                    f"{option_name(given[0])} is for {memory}: give --memory with {memory} in it"
+                )
+        for name in ("memory_layers", "window"):
+            memory = "fusion" if name == "memory_layers" else "reread"
+            if self.memory != "auto" and self.has(memory) and getattr(self, name) == "none":
+                raise ValueError(f"{option_name(name)} none contradicts --memory with {memory}")
         return self
+
+    def has(self, memory: str) -> bool:
+        """Whether the model gets this one of MEMORIES, as far as the options say."""
+        chosen = BY_DEFAULT if self.memory == "auto" else self.memory
+        return not self.no_memory and memory in chosen
 
     def experts_config(self) -> dict:
         """The `pace.experts` object of config.json."""
         restarts = {} if self.exact_restarts is None else {"restarts": self.exact_restarts}
         return {"count": self.experts, "method": self.cluster_method, "seed": self.seed, **restarts}
 
-    def memory_config(self, layers: tuple[int, ...], window: dict | None = None) -> dict:
-        """The `pace.memory` object of config.json, for these resolved layers and window."""
+    def memory_config(
+        self, layers: tuple[int, ...], window: dict | None = None, recall: dict | None = None
+    ) -> dict:
+        """The `pace.memory` object of config.json, for these resolved layers, window and recall."""
         return {
-            "enabled": bool(layers) or window is not None,
+            "enabled": bool(layers) or window is not None or recall is not None,
             "layers": list(layers),
             **self.model_dump(include=set(MEMORY_PARAMETERS)),
             "window": window,
+            "recall": recall,
         }
+
+    def recall_config(self, layers: int) -> dict | None:
+        """The `pace.memory.recall` object of config.json; None: no recall. layers: of the model."""
+        if not self.has("recall"):
+            return None
+        given = {parameter: getattr(self, name) for name, parameter in RECALL_OPTIONS.items()}
+        if self.recall_layers == "auto":
+            given["layers"] = recall_layers(layers)
+        return asdict(RecallSettings(**given))
 
     def window_config(self, layers: int, trained: int | None) -> dict | None:
         """The `pace.memory.window` object of config.json; None: no re-reading.
@@ -236,6 +326,8 @@ class ConvertOptions(BaseModel):
         layers: of the model. trained: tokens that it was trained to; None: its config does not say.
         """
         given = {name: getattr(self, name) for name in WINDOW_OPTIONS}
+        if not self.has("reread"):
+            return None
         if self.window == "auto":
             given |= _window_for(trained, self) if trained else {"window": "none"}
         if given["window"] == "none":
@@ -249,6 +341,11 @@ class ConvertOptions(BaseModel):
 def reread_layer(layers: int) -> int:
     """The layer whose FFN input is the key by default: a quarter of the way up."""
     return max(0, round(layers / 4) - 1)
+
+
+def recall_layers(layers: int) -> tuple[int, ...]:
+    """The layers whose FFN inputs are recall's key by default: one, four fifths of the way up."""
+    return (min(layers - 1, round(0.8 * layers)),)
 
 
 def _window_for(trained: int, options: ConvertOptions) -> dict:
@@ -304,6 +401,14 @@ class RunOptions(BaseModel):
         if self.executor == "ray" and ":" in self.device:
             raise ValueError("with --executor ray, Ray chooses the GPU: give --device cuda")
         return self
+
+
+# Options of one memory alone, with what each may be though that memory is left out.
+OPTIONS_OF: dict[str, dict[str, Any]] = {
+    "fusion": {"memory_layers": "none", **dict.fromkeys(MEMORY_PARAMETERS)},
+    "reread": {**dict.fromkeys(WINDOW_OPTIONS), "window": "none"},
+    "recall": dict.fromkeys(RECALL_OPTIONS),
+}
 
 
 def option_name(field: str) -> str:

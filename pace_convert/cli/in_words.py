@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import one_line
+from ..modeling.recall_settings import RecallSettings
 from ..modeling.reread_settings import RereadSettings
 from ..options import ConvertOptions
 from ..units import duration, size
@@ -41,6 +42,7 @@ def plan_text(source: str, out: Path, plan: Plan, expected: Duration) -> str:
         f"  experts    {options.experts} of {plan.intermediate_size} neurons a layer ({method})",
         *_memory_lines(options, plan.memory_layers),
         f"  window     {_window_line(plan.window)}",
+        f"  recall     {_recall_line(plan.recall)}",
         f"  bytes      {size(plan.weights_bytes)} to read and to write, "
         f"{len(plan.ffn)} tensors permuted",
         f"  needs      about {size(plan.task_bytes)} of memory in {processes}",
@@ -97,6 +99,17 @@ def _window_line(window: dict | None) -> str:
     )
 
 
+def _recall_line(recall: dict | None) -> str:
+    if recall is None:
+        return "none; the prediction is the model's own"
+    settings = RecallSettings.from_config(recall)
+    layers = ", ".join(map(str, settings.layers))
+    return (
+        f"what followed similar tokens, by layers {layers}, above a similarity of "
+        f"{settings.theta_low}"
+    )
+
+
 def made_text(made: Conversion) -> str:
     """What was made, and the snippet that loads it."""
     from ..converted.card import loading_snippet
@@ -146,11 +159,14 @@ def facts_text(facts: dict) -> str:
         lines += [
             f"    {name:18}{value}"
             for name, value in memory.items()
-            if name not in ("enabled", "layers", "window")
+            if name not in ("enabled", "layers", "window", "recall")
         ]
         lines.append(f"  window     {_window_line(memory['window'])}")
-    if facts["tuned"]:
-        lines.append(f"  tuned      {Tuned.model_validate(facts['tuned']).sentence()}")
+        lines.append(f"  recall     {_recall_line(memory['recall'])}")
+    for name in ("tuned", "tuned_recall"):
+        if facts[name]:
+            what = "recall, " if name == "tuned_recall" else ""
+            lines.append(f"  tuned      {what}{Tuned.model_validate(facts[name]).sentence()}")
     lines += [
         "  " + line
         for line in table([_layer_row(facts, row) for row in facts["layers"]]).splitlines()

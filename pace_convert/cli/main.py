@@ -10,7 +10,14 @@ import click
 
 from .. import api
 from ..errors import CallError
-from ..options import EXPERT_OPTIONS, WINDOW_OPTIONS, ConvertOptions, RunOptions, load_options
+from ..options import (
+    EXPERT_OPTIONS,
+    RECALL_OPTIONS,
+    WINDOW_OPTIONS,
+    ConvertOptions,
+    RunOptions,
+    load_options,
+)
 from ..progress import Progress
 from ..units import size
 from ..version import __version__
@@ -19,16 +26,17 @@ from .ask import ask, read
 from .evaluate import evaluation
 from .options import model_options
 from .shared import as_json_text, friendly, hub_options, output_options
-from .tune import tune
+from .tune import check_calibration, run_calibration, tune
 
 GROUPS = {
     "Experts": EXPERT_OPTIONS,
     "Memory": tuple(
         name
         for name in ConvertOptions.model_fields
-        if name not in (*EXPERT_OPTIONS, *WINDOW_OPTIONS)
+        if name not in (*EXPERT_OPTIONS, *WINDOW_OPTIONS, *RECALL_OPTIONS)
     ),
     "Re-reading": tuple(WINDOW_OPTIONS),
+    "Recall": tuple(RECALL_OPTIONS),
 }
 
 
@@ -68,6 +76,11 @@ class GroupedCommand(click.Command):
 @click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier conversion in OUT.")
 @click.option("--resume", is_flag=True, help="Go on where an unfinished conversion into OUT was.")
+@click.option(
+    "--calibrate",
+    metavar="DATA",
+    help="Then fit recall to a text, as pace tune OUT --on DATA --tunes recall does.",
+)
 @click.option("--push-to-hub", metavar="ORG/NAME", help="Then upload OUT to this model repository.")
 @click.option("--private", is_flag=True, help="Create that repository as a private one.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
@@ -84,18 +97,22 @@ def pace_convert(
     *,
     source: str, out: Path, revision: str | None, token: str | None, cache_dir: Path | None,
     include: tuple[str, ...], config: Path | None, dry_run: bool, overwrite: bool, resume: bool,
-    push_to_hub: str | None, private: bool, as_json: bool, quiet: bool, **given: Any,
+    calibrate: str | None, push_to_hub: str | None, private: bool, as_json: bool, quiet: bool,
+    **given: Any,
 ) -> None:  # fmt: skip
     """Convert SOURCE, a model folder or a Hub id, into a PaceLLM in the folder OUT.
 
     \b
     pace-convert Qwen/Qwen2-7B ./out
     pace-convert ./my-llama ./out --experts 128 --memory-layers 10,20
+    pace-convert ./my-llama ./out --calibrate my_texts/
     pace-convert Qwen/Qwen2-7B ./out --push-to-hub your-name/Qwen2-7B-Pace
     """
     options, run = load_options(
         config, {name: value for name, value in given.items() if value is not None}
     )
+    if calibrate is not None:
+        check_calibration(calibrate, options)
     from ..conversion.convert import carry_out, publish
     from ..conversion.estimate import estimate_duration
     from ..conversion.output_checks import check_room
@@ -142,6 +159,11 @@ def pace_convert(
     progress.event("done", **made.as_dict())
     if not as_json:
         click.echo(in_words.made_text(made))
+    if calibrate is not None:
+        found = run_calibration(out, calibrate, progress)
+        progress.event("calibrated", **found[0])
+        if not as_json:
+            click.echo(found[1])
     if push_to_hub:
         pushed = publish(prepared, made, progress)
         progress.event("pushed", **pushed.as_dict())

@@ -253,7 +253,7 @@ def _config(source: Source, plan: Plan) -> dict:
     """config.json of OUT."""
     options = plan.options
     size, layers = plan.intermediate_size, plan.memory_layers
-    pace = pace_object(plan.family, options, size, layers, plan.window)
+    pace = pace_object(plan.family, options, size, layers, plan.window, plan.recall)
     return expected_config(source.config, plan.family, pace, not options.no_memory)
 
 

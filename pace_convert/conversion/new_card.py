@@ -60,13 +60,13 @@ def model_card(source: Source, plan: Plan) -> str:
     theirs = _beginning(source.folder / CARD) if has_card else ""
     metadata = inherited_metadata(theirs)
     name = source.name if source.hub else source.folder.resolve().name
-    memory = plan.options.memory_config(plan.memory_layers, plan.window)
+    memory = plan.options.memory_config(plan.memory_layers, plan.window, plan.recall)
     text = render(
         "model_card.md.jinja",
         plan=plan,
         options=plan.options,
         memory=memory,
-        memory_section=memory_block(memory, plan.layers),
+        memory_section=memory_block({"memory": memory}, plan.layers),
         source=name,
         title=" ".join(name.split("/")[-1].split()),
         revision=source.hub.commit if source.hub else None,

@@ -30,6 +30,7 @@ class Plan:
     intermediate_size: int
     memory_layers: tuple[int, ...]
     window: dict | None
+    recall: dict | None
     ffn: tuple[FfnTensor, ...]
     weights_bytes: int
     task_bytes: int
@@ -44,6 +45,7 @@ class Plan:
             "experts": self.options.experts,
             "memory_layers": list(self.memory_layers),
             "window": self.window,
+            "recall": self.recall,
             "tensors_permuted": len(self.ffn),
             "bytes_to_read": self.weights_bytes,
             "bytes_to_write": self.weights_bytes,
@@ -80,8 +82,9 @@ def make_plan(source: Source, options: ConvertOptions, run: RunOptions | None = 
         layers=layers,
         hidden_size=infos[0].shape[1 - ffn[0].axis],
         intermediate_size=intermediate_size,
-        memory_layers=() if options.no_memory else resolve_layers(options.memory_layers, layers),
-        window=None if options.no_memory else _window(options, layers, config),
+        memory_layers=_fusion_layers(options, layers),
+        window=_window(options, layers, config),
+        recall=_recall(options, layers),
         ffn=ffn,
         weights_bytes=source.nbytes,
         task_bytes=task_bytes,
@@ -105,6 +108,21 @@ def _check_experts(options: ConvertOptions, intermediate_size: int) -> None:
         )
 
 
+def _fusion_layers(options: ConvertOptions, layers: int) -> tuple[int, ...]:
+    return resolve_layers(options.memory_layers, layers) if options.has("fusion") else ()
+
+
+def _recall(options: ConvertOptions, layers: int) -> dict | None:
+    """`pace.memory.recall`. Raises CallError for a layer that the model does not have."""
+    chosen = options.recall_layers
+    if isinstance(chosen, tuple) and chosen[-1] >= layers:
+        raise CallError(
+            f"--recall-layers: the model has no layer {chosen[-1]}",
+            f"its layers are 0 to {layers - 1}",
+        )
+    return options.recall_config(layers)
+
+
 def _window(options: ConvertOptions, layers: int, config: dict) -> dict | None:
     """`pace.memory.window`. Raises CallError for what can't be with this model."""
     chosen = options.reread_layer
@@ -114,9 +132,16 @@ def _window(options: ConvertOptions, layers: int, config: dict) -> dict | None:
             f"its layers are 0 to {layers - 1}",
         )
     try:
-        return options.window_config(layers, trained_length(config))
+        made = options.window_config(layers, trained_length(config))
     except ValueError as error:
         raise CallError(str(error), "see pace-convert --help") from error
+    if made is None and options.memory != "auto" and options.has("reread"):
+        raise CallError(
+            "--memory reread: the length that the model was trained to is short, or its config "
+            "does not say it",
+            "give --window, like 1k",
+        )
+    return made
 
 
 def resolve_layers(wanted: str | tuple[int, ...], layers: int) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ import json
 import re
 
 from ..modeling.reread_settings import RereadSettings
+from .format import Tuned
 from .shipped import render
 
 UNVERIFIED = "Nothing had been compared when this card was written."
@@ -39,13 +40,16 @@ def load_block(needs_code: bool) -> str:
     return _block("load", _python("From inside this folder:", loading_snippet(".", needs_code)))
 
 
-def memory_block(memory: dict, layers: int, tuned: str | None = None) -> str:
-    """What the memory is and does. memory: `pace.memory`; layers: of the model; tuned: how the
-    parameters were found, in a sentence.
+def memory_block(pace: dict, layers: int) -> str:
+    """What the memory is and does. pace: config.json's, its `memory` and how that was tuned;
+    layers: of the model.
     """
+    memory, said = pace["memory"], {}
+    for name in ("tuned", "tuned_recall"):
+        said[name] = Tuned.model_validate(pace[name]).sentence() if name in pace else None
     window = memory.get("window")
     capacity = RereadSettings.from_config(window).capacity if window else None
-    text = render("memory.md.jinja", memory=memory, count=layers, tuned=tuned, capacity=capacity)
+    text = render("memory.md.jinja", memory=memory, count=layers, capacity=capacity, **said)
     return _block("memory", text.strip())
 
 
@@ -72,12 +76,12 @@ def published(
     return sealed(_SEAL.sub("", text)) if is_untouched(card.encode()) else text
 
 
-def retuned(card: str, memory: dict, layers: int, tuned: str) -> str:
-    """A card whose model has other memory parameters now, found as `tuned` says. layers: of the
+def retuned(card: str, pace: dict, layers: int) -> str:
+    """A card whose model has other memory parameters now. pace: config.json's; layers: of the
     model.
     """
     unsealed = _SEAL.sub("", card)
-    return sealed(_replace_block(unsealed, "memory", memory_block(memory, layers, tuned)))
+    return sealed(_replace_block(unsealed, "memory", memory_block(pace, layers)))
 
 
 def pinned_commit(card: str) -> str | None:

@@ -23,6 +23,7 @@ from ..experts.permute import ExpertOrder
 from ..families import FamilySpec
 from ..journal import NAME as JOURNAL
 from ..modeling.memory_settings import Bounds, MemorySettings
+from ..modeling.recall_settings import RecallSettings
 from ..modeling.reread_settings import RereadSettings
 from ..options import ConvertOptions
 
@@ -62,7 +63,7 @@ class Difference(BaseModel):
 
 
 class Tuned(BaseModel):
-    """`pace.tuned`: how `pace tune` found the memory's parameters.
+    """`pace.tuned`, `pace.tuned_recall`: how `pace tune` found fusion's, or recall's, parameters.
 
     data: its name; sha256: of its bytes. Items are windows of the text, or questions.
     """
@@ -95,16 +96,17 @@ def pace_object(
     intermediate_size: int,
     memory_layers: tuple[int, ...],
     window: dict | None,
+    recall: dict | None,
 ) -> dict:
-    """config.json's `pace`. memory_layers: resolved, 0-based. window: as `window_config` makes
-    it.
+    """config.json's `pace`. memory_layers: resolved, 0-based. window, recall: as `window_config`
+    and `recall_config` make them.
     """
     return {
         "version": FORMAT_VERSION,
         "base_model_type": family.model_type,
         "intermediate_size": intermediate_size,
         "experts": options.experts_config(),
-        "memory": options.memory_config(memory_layers, window),
+        "memory": options.memory_config(memory_layers, window, recall),
     }
 
 
@@ -127,6 +129,7 @@ def check_pace(pace: dict) -> None:
         enabled = memory.pop("enabled")
         layers = tuple(memory.pop("layers"))
         memory.pop("window", None)
+        memory.pop("recall", None)
         given = {
             "experts": experts.pop("count"),
             "cluster_method": experts.pop("method"),
@@ -135,8 +138,9 @@ def check_pace(pace: dict) -> None:
         if experts:  # written only where it was given
             given["exact_restarts"] = experts.pop("restarts")
         ConvertOptions.model_validate({**given, **experts, **memory, "memory_layers": layers})
-        if "tuned" in pace:
-            Tuned.model_validate(pace["tuned"])
+        for name in ("tuned", "tuned_recall"):
+            if name in pace:
+                Tuned.model_validate(pace[name])
     except ValidationError as error:
         first = error.errors()[0]
         where = f"{first['loc'][0]}: " if first["loc"] else ""
@@ -167,6 +171,8 @@ def check_memory(pace: dict, layers: int) -> None:
         _settings(pace).check_model(layers, pace["intermediate_size"])
         if pace["memory"].get("window") is not None:
             RereadSettings.from_config(pace["memory"]["window"]).check_model(layers)
+        if pace["memory"].get("recall") is not None:
+            RecallSettings.from_config(pace["memory"]["recall"]).check_model(layers)
     except ValueError as error:
         raise DamagedSourceError(f"config.json: pace.{error}", "convert again") from error
 

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 from pathlib import Path
+from typing import Literal
 
 from filelock import FileLock, Timeout
 
@@ -27,20 +28,23 @@ def check_writable(folder: Path) -> None:
         )
 
 
-def write_memory(converted: Converted, memory: dict, tuned: Tuned) -> bool:
-    """`pace.memory` and `pace.tuned`, each file whole or not at all, config.json first. Killed, it
-    can be called again.
+def write_memory(
+    converted: Converted, memory: dict, tuned: Tuned, what: Literal["fusion", "recall"] = "fusion"
+) -> bool:
+    """`pace.memory` and how `what` of it was tuned, each file whole or not at all, config.json
+    first. Killed, it can be called again.
 
     Returns whether the card could be filled in again: one that somebody has edited stays as it is.
     """
     folder = converted.files.folder
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config["pace"] = {**config["pace"], "memory": memory, "tuned": tuned.model_dump()}
+    name = "tuned" if what == "fusion" else "tuned_recall"
+    config["pace"] = {**config["pace"], "memory": memory, name: tuned.model_dump()}
     texts = {"config.json": to_json(config)}
     card = (folder / CARD).read_bytes() if (folder / CARD).is_file() else b""
     ours = is_untouched(card)
     if ours:
-        texts[CARD] = retuned(card.decode(), memory, converted.layers, tuned.sentence())
+        texts[CARD] = retuned(card.decode(), config["pace"], converted.layers)
     hashes = read_hashes(folder)
     if hashes is not None:
         made = {**hashes.files, "config.json": hash_text(texts["config.json"])}

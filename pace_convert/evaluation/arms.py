@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+from ..modeling.recall_settings import RecallSettings
 from ..modeling.reread_settings import RereadSettings
-from ..options import WINDOW_OPTIONS, reread_layer
+from ..options import WINDOW_OPTIONS, recall_layers, reread_layer
 
 # The parameters of re-reading as people name them: as the command line does, else as they are.
 WINDOW_PARAMETERS = {
@@ -25,12 +26,13 @@ class Arm:
     """clustered: whether the FFN's neurons are in the experts' order. granularity: of the fusion
     memory, None where it is off. finds: what is brought back of a text that is longer than the
     working context: spans by their keys, by the words of the question, or nothing; None: all of a
-    text is in the cache.
+    text is in the cache. recalls: whether what followed similar tokens is mixed into predictions.
     """
 
     clustered: bool = False
     granularity: str | None = None
     finds: Literal["nothing", "keys", "words"] | None = None
+    recalls: bool = False
 
 
 ARMS: dict[str, Arm] = {
@@ -43,6 +45,8 @@ ARMS: dict[str, Arm] = {
     "window": Arm(finds="nothing"),
     "reread": Arm(finds="keys"),
     "bm25": Arm(finds="words"),
+    "recall": Arm(recalls=True),
+    "reread+recall": Arm(finds="keys", recalls=True),
 }
 AS_IT_IS = "pace"
 REREADING = tuple(name for name, arm in ARMS.items() if arm.finds)
@@ -80,6 +84,11 @@ def _defaults(layers: int, trained: int | None) -> dict[str, int]:
     plain = RereadSettings()
     spans = plain.spans if trained is None else trained // (6 * plain.span_width)
     return {"layer": reread_layer(layers), "spans": min(plain.spans, spans)}
+
+
+def recall_settings(own: dict | None, layers: int) -> RecallSettings:
+    """How an arm recalls: as config.json's `pace.memory.recall` says, else by default."""
+    return RecallSettings.from_config({"layers": recall_layers(layers), **(own or {})})
 
 
 def as_parameters(settings: RereadSettings | None) -> dict[str, Any]:

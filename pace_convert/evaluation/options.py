@@ -83,7 +83,8 @@ class ComparisonOptions(JobOptions):
     arms: CommaSeparated | None = Field(
         None,
         description="Arms of MODEL, from its folder alone: pace (as it is), base, ce, pa, "
-        "pa-expert, ce+pa, ce+pa-expert; of re-reading window (nothing comes back), reread, bm25.  "
+        "pa-expert, ce+pa, ce+pa-expert; of re-reading window (nothing comes back), reread, bm25; "
+        "recall, reread+recall.  "
         "[default: pace beside BASE; without it base, window and reread with --window or --spans, "
         "else base and pace, of longbench, infinitebench and ruler base, ce, pa, ce+pa and "
         "ce+pa-expert]",

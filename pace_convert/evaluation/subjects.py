@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..device import resolve_device
 from ..errors import CallError, PaceError
 from ..modeling.reread_settings import RereadSettings
 from ..options import memory_in_effect
-from .arms import ARMS, AS_IT_IS, Arm, as_parameters, window_settings
+from .arms import ARMS, AS_IT_IS, Arm, as_parameters, recall_settings, window_settings
 from .bm25 import Bm25Reader
 from .reader import Reader
 from .rereading import RereadingReader
@@ -121,7 +121,7 @@ def check_arm(subject: Subject) -> None:
             "give a folder that pace-convert wrote",
         )
     arm = ARMS[name]
-    if (arm.granularity or arm.finds) and not memory_parameters(model):
+    if (arm.granularity or arm.finds or arm.recalls) and not memory_parameters(model):
         raise CallError(
             f"{model} was converted without memory, so it has no arm {name}",
             "give base or ce, or convert again",
@@ -249,19 +249,35 @@ def _switch(loaded: Loaded, subject: Subject, settings: RereadSettings | None) -
     changes: dict[str, Any] = {}
     if arm and arm.granularity:
         changes["granularity"] = arm.granularity
-    if arm and arm.finds:
-        changes["layers"] = ()  # they measure re-reading alone
-    own = {name: value for name, value in loaded.memory.items() if name != "window"}
+    if arm and (arm.finds or arm.recalls):
+        changes["layers"] = ()  # they measure re-reading and recall alone
+    own = {name: v for name, v in loaded.memory.items() if name not in ("window", "recall")}
     by_words = arm is not None and arm.finds == "words"  # then the base reads what was found
     try:
         loaded.model.set_memory(**{**own, **changes, **dict(subject.memory)})
         loaded.model.set_window(**({} if by_words else as_parameters(settings)))
+        _switch_recall(loaded, subject)
     except (ValueError, TypeError) as error:
         raise CallError(
             f"{subject.name}: {error}", "see the memory options in pace-convert --help"
         ) from error
-    on = loaded.memory["enabled"] if arm is None else bool(arm.granularity or arm.finds)
+    acts = arm is not None and bool(arm.granularity or arm.finds or arm.recalls)
+    on = loaded.memory["enabled"] if arm is None else acts
     loaded.model.set_memory_enabled(on and not by_words)
+
+
+def _switch_recall(loaded: Loaded, subject: Subject) -> None:
+    """Raises CallError where the model's own files do not know recall."""
+    arm, own = ARMS.get(subject.arm), loaded.memory["recall"]
+    recalls = arm.recalls if arm else own is not None
+    if not hasattr(loaded.model, "set_recall"):
+        if recalls:
+            raise CallError(
+                f"{subject.model} was converted by a version without recall", "convert it again"
+            )
+        return
+    settings = asdict(recall_settings(own, layer_count(subject.model))) if recalls else {}
+    loaded.model.set_recall(recalls, **settings)
 
 
 @functools.lru_cache(maxsize=1)

@@ -41,6 +41,7 @@ def facts_of(
         "experts": converted.pace.get("experts"),
         "memory": memory_in_effect(converted.pace["memory"]),
         "tuned": converted.pace.get("tuned"),
+        "tuned_recall": converted.pace.get("tuned_recall"),
         "layers": layers,
     }
     return facts if probed is None else {**facts, "probe": _probe(probed)}

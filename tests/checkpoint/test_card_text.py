@@ -172,7 +172,14 @@ def test_metadata_of_an_ordinary_source_stays_readable(source):
 @pytest.mark.parametrize("name", ["<b>", "[x](javascript:1)", "a\n# b", "<!-- end of memory -->"])
 def test_the_name_of_data_that_a_memory_was_tuned_on(name):
     memory = ConvertOptions().memory_config((1,))
-    block = memory_block(memory, 4, f"9 trials on {name} (2026-01-01)")
+    gain = {"mean": 0.1, "low": 0.0, "high": 0.2}
+    tuned = {
+        "data": name, "sha256": "0" * 64, "metric": "m", "trials": 9, "seed": 0,
+        "held_in_items": 1, "held_in": gain, "held_out_items": 1, "held_out": gain,
+        "date": "2026-01-01", "version": "0",
+    }  # fmt: skip
+    block = memory_block({"memory": memory, "tuned": tuned}, 4)
+    assert "9 trials on" in block
     tokens = every(MarkdownIt("gfm-like", {"linkify": False}).parse(block))
     assert not [token for token in tokens if token.type in ("html_inline", "link_open")]
     assert len([token for token in tokens if token.type == "heading_open"]) == 1

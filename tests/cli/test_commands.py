@@ -18,6 +18,7 @@ from pace_convert.modeling.reread_settings import RereadSettings
 from pace_convert.options import (
     EXPERT_OPTIONS,
     PRESETS,
+    RECALL_OPTIONS,
     WINDOW_OPTIONS,
     ConvertOptions,
     option_name,
@@ -137,6 +138,9 @@ def test_options_reach_the_config(make_source, tmp_path):
         "cluster_method": "exact", "exact_restarts": 2, "granularity": "expert",
         "outlier_norm": 3.5, "window": 100, "reread_layer": 3, "first_tokens": 8, "spans": 5,
         "span_width": 32, "stand_out": 0.25, "key_size": 48, "bank_tokens": 5000,
+        "memory": "fusion,reread,recall", "recall_layers": "1,2", "recall_sharpness": 9.5,
+        "recall_bias": -3.0, "recall_slope": 2.5, "recall_growth": 0.25,
+        "recall_theta_low": 0.125, "recall_key_size": 24,
     }  # fmt: skip
     assert {*values, "match_norm"} == set(ConvertOptions.model_fields) - {"no_memory", "preset"}
     arguments = [part for name, value in values.items() for part in (option_name(name), value)]
@@ -147,13 +151,15 @@ def test_options_reach_the_config(make_source, tmp_path):
     memory = {
         name: value
         for name, value in values.items()
-        if name not in (*EXPERT_OPTIONS, *WINDOW_OPTIONS, "memory_layers")
+        if name
+        not in (*EXPERT_OPTIONS, *WINDOW_OPTIONS, *RECALL_OPTIONS, "memory_layers", "memory")
     }
-    window = pace["memory"].pop("window")
+    window, recall = pace["memory"].pop("window"), pace["memory"].pop("recall")
     assert pace["memory"] == {"enabled": True, "layers": [0, 3], **memory}
     assert window == asdict(
         RereadSettings(**{WINDOW_OPTIONS[n]: values[n] for n in WINDOW_OPTIONS})
     )
+    assert recall == {**{RECALL_OPTIONS[n]: values[n] for n in RECALL_OPTIONS}, "layers": [1, 2]}
 
 
 def test_help_shows_examples():
@@ -170,7 +176,7 @@ def test_preset_on_the_command_line(make_source, tmp_path):
         == 0
     )
     memory = json.loads((tmp_path / "out" / "config.json").read_text())["pace"]["memory"]
-    assert memory.pop("window")["layer"] == 0
+    assert memory.pop("window")["layer"] == 0 and memory.pop("recall") is None
     assert memory == {"enabled": True, "layers": [1, 2], **PRESETS["paper"], "slots": 9}
 
 

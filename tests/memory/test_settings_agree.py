@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pace_convert.modeling.memory_settings import MemorySettings
-from pace_convert.options import EXPERT_OPTIONS, WINDOW_OPTIONS, ConvertOptions
+from pace_convert.options import EXPERT_OPTIONS, RECALL_OPTIONS, WINDOW_OPTIONS, ConvertOptions
 
 PARAMETERS = sorted(
     set(ConvertOptions.model_fields)
-    - {*EXPERT_OPTIONS, *WINDOW_OPTIONS, "memory_layers", "preset", "no_memory"}
+    - {*EXPERT_OPTIONS, *WINDOW_OPTIONS, *RECALL_OPTIONS, "memory", "memory_layers", "preset"}
+    - {"no_memory"}
 )
 KNOWN = ", ".join(["enabled", "layers", *MemorySettings.parameters()])
 VALUES = st.one_of(

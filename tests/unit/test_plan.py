@@ -31,7 +31,7 @@ def test_yaml_is_overridden_by_the_command_line(tmp_path):
 
 
 def test_a_preset_sets_the_memory_and_what_is_given_goes_first(tmp_path):
-    paper = {"enabled": True, "layers": [1], **PRESETS["paper"], "window": None}
+    paper = {"enabled": True, "layers": [1], **PRESETS["paper"], "window": None, "recall": None}
     assert (
         ConvertOptions(preset="paper").memory_config((1,))
         == paper

@@ -29,6 +29,7 @@ from .data import Data, DataRequest, check_data, read_data
 from .finalists import HeldIn, judged, reader_of
 from .folder import TRIALS, search_folder
 from .options import TuneOptions
+from .recall_choose import tune_recall
 from .report import PLOT, difference_of, plot_statistics
 from .search import SearchSpace, Trial, kept, open_study, search
 from .similarity import LayerSimilarity, candidate_layers, measure_similarity
@@ -42,6 +43,9 @@ def tune(options: TuneOptions, progress: Progress) -> dict:
     PaceError.
     """
     converted, out = _opened(options), options.folder("tune")
+    if options.tunes == "recall":
+        check_data(options.on)
+        return tune_recall(options, converted, progress)
     window, lengths = _tokens(options.length), _tokens(options.lengths)
     check_data(options.on)
     now = memory_in_effect(converted.pace["memory"])

@@ -39,7 +39,7 @@ def reader_of(options: TuneOptions, memory: dict | None) -> Reader:
     parameters = tuple(
         (name, tuple(v) if name == "layers" else v)
         for name, v in (memory or {}).items()
-        if name != "window"  # of re-reading, which is not tuned
+        if name not in ("window", "recall")  # which are no parameters of fusion
     )
     arm, trust = "ce+pa" if on else "ce", options.trust_remote_code
     return load(

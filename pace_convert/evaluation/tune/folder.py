@@ -30,7 +30,7 @@ def search_folder(
         name: list(state) for name, state in converted.files.states.items() if name not in OWN
     }
     asked = options.model_dump(
-        include={"on", "length", "lengths", "items", "update_interval", "seed"}
+        include={"tunes", "on", "length", "lengths", "items", "update_interval", "seed"}
     )
     identity = {**asked, "files": _state(options.on), "model": states}
     with results_folder(out, "search", "pace tune", identity) as journal:
@@ -48,7 +48,7 @@ def search_folder(
             yield before
         finally:
             # it failed before anything was done: another call may have the folder
-            if not (out / TRIALS).exists():
+            if not (out / TRIALS).exists() and not results.exists():
                 journal.path.unlink()
 
 

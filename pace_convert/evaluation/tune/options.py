@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from ..options import CommaSeparated, JobOptions
@@ -14,6 +16,10 @@ class TuneOptions(JobOptions):
         description="A UTF-8 text, a folder of .txt files, "
         'a .jsonl of {"prompt", "answer"}, or reference.',
         json_schema_extra={"metavar": "DATA"},
+    )
+    tunes: Literal["fusion", "recall"] = Field(
+        "fusion",
+        description="What is tuned: fusion, in trials, or recall, in one pass over DATA.",
     )
     length: CommaSeparated | None = Field(
         None,

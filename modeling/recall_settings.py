@@ -1,0 +1,68 @@
+"""The parameters of recall: what each is, its default, and what it may be.
+
+Only the standard library is needed to read it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from .memory_settings import MOST_LAYERS, MOST_SLOTS, Bounds, real, whole
+
+
+@dataclass(frozen=True)
+class RecallSettings:
+    """The parameters of recall, named as in config.json's `pace.memory.recall`.
+
+    layers: 0-based decoder layers whose FFN inputs are the key, part by part. sharpness: beta.
+    gate_bias, gate_slope, gate_growth: a, b and c. theta_low: a token that has seen nothing more
+    similar is left alone. key_size: R, numbers of a key's part. See `recall_bank` for the formulas.
+
+    Defaults are a careful gate, not one that fits every model: calibrate it (`pace tune`).
+
+    Raises ValueError, naming parameter, value and bounds, for what can't be.
+    """
+
+    layers: tuple[int, ...] = (0,)
+    sharpness: float = real(30.0, low=0, high=1000)
+    gate_bias: float = real(-20.9)
+    gate_slope: float = real(15.9)
+    gate_growth: float = real(0.44)
+    theta_low: float = real(0.6, low=-1, high=1)
+    key_size: int = whole(192, low=1, high=MOST_SLOTS)
+
+    def __post_init__(self) -> None:
+        for parameter in fields(self):
+            value: Any = getattr(self, parameter.name)
+            bounds = parameter.metadata.get("bounds")
+            if bounds is not None and not bounds.admit(value):
+                raise ValueError(f"recall: {parameter.name} is {value!r}, not {bounds}")
+        layer = Bounds(int, 0, MOST_LAYERS)
+        ordered = isinstance(self.layers, tuple) and all(map(layer.admit, self.layers))
+        if not ordered or not self.layers or list(self.layers) != sorted(set(self.layers)):
+            raise ValueError(
+                f"recall: layers is {self.layers!r}, not a list of 0-based layer numbers in order, "
+                "such as (3, 9)"
+            )
+
+    @classmethod
+    def from_config(cls, recall: dict) -> RecallSettings:
+        """From config.json's `pace.memory.recall`. Raises ValueError, also for what this version
+        does not know.
+        """
+        if not isinstance(recall, dict):
+            raise ValueError(f"recall: {recall!r} is not an object")
+        unknown = sorted(set(recall) - {parameter.name for parameter in fields(cls)})
+        if unknown:
+            raise ValueError(f"recall: unknown parameter {', '.join(unknown)}")
+        layers = recall.get("layers", (0,))
+        return cls(**{**recall, "layers": tuple(layers) if isinstance(layers, list) else layers})
+
+    def check_model(self, layers: int) -> None:
+        """Whether a model of so many layers can have them. Raises ValueError."""
+        if self.layers[-1] >= layers:
+            raise ValueError(
+                f"recall: layers has {self.layers[-1]}, the model has no such layer; its layers "
+                f"are 0 to {layers - 1}"
+            )

@@ -1,0 +1,228 @@
+"""The story of `pace tune --tunes recall`: every text is read once by the base model; layers,
+sharpness and gate are fitted to the held-in ones, judged once on the held-out ones, and written
+into config.json if they gain there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...converted.format import Tuned
+from ...converted.opened import Converted
+from ...converted.retune import write_memory
+from ...modeling.recall_settings import RecallSettings
+from ...options import memory_in_effect
+from ...progress import Progress
+from ...version import __version__
+from ...writing import write_json
+from ..arms import recall_settings
+from ..folder import RESULTS
+from ..intervals import difference
+from ..reader import Reader
+from .data import LIKELIHOOD, Data, DataRequest, Item, read_data
+from .finalists import reader_of
+from .folder import search_folder
+from .options import TuneOptions
+from .recall_fit import Gate, Recalled, fit, recalled
+from .recall_record import Recording, record
+from .report import difference_of
+
+DEPTHS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)  # of layers that are tried
+FIRST = 25.0  # sharpness while layers are chosen
+SHARPNESS = (10.0, 15.0, 20.0, 25.0, 30.0, 40.0, 60.0, 90.0)
+LENGTH = 2048  # tokens of a window
+HARM = 0.002  # nats a token that no document may lose
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Layers and sharpness with the gate that fits them, and what that gains on the held-in items,
+    nats a token.
+    """
+
+    layers: tuple[int, ...]
+    sharpness: float
+    gate: Gate
+    gain: float
+
+    def settings(self, key_size: int) -> RecallSettings:
+        """As config.json has them, rounded."""
+        gate = self.gate
+        return RecallSettings(
+            layers=self.layers, sharpness=self.sharpness, gate_bias=round(gate.bias, 3),
+            gate_slope=round(gate.slope, 3), gate_growth=round(gate.growth, 3),
+            theta_low=gate.theta_low, key_size=key_size,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Read:
+    """An item and what the base model made of it."""
+
+    item: Item
+    text: Recording
+
+    def recalled(self, layers: tuple[int, ...], sharpness: float) -> Recalled:
+        """Of the tokens that count."""
+        found, first = recalled(self.text, layers, sharpness), max(0, len(self.item.prompt) - 1)
+        return Recalled(
+            found.log_p[first:], found.log_q[first:], found.best[first:], found.count[first:], {}
+        )
+
+
+def tune_recall(options: TuneOptions, converted: Converted, progress: Progress) -> dict:
+    """All that was found, as it stands in results.json. Raises CallError, PaceError."""
+    now = memory_in_effect(converted.pace["memory"])
+    with search_folder(options.folder("tune"), options, converted, now) as memory:
+        reader = reader_of(options, None)
+        data = read_data(_request(options, reader), reader)
+        size = recall_settings(memory["recall"], converted.layers).key_size
+        held_in, held_out = (
+            _read(reader, converted, items, size, progress, name)
+            for items, name in ((data.held_in, "held-in"), (data.held_out, "held-out"))
+        )
+        trials = search(held_in)
+        facts = _judged(options, converted, data, memory, trials, held_out)
+        if facts["winner"] and not options.dry_run:
+            tuned = _record(options, data, facts)
+            card = write_memory(converted, facts["winner"], tuned, "recall")
+            facts |= {"written": True, "card": card}
+        write_json(options.folder("tune") / RESULTS, facts)
+    return facts
+
+
+def search(texts: list[Read]) -> list[Trial]:
+    """Trials, the best one first: the best single layer, each other layer beside it, and the
+    sharpness of the best of these.
+    """
+    layers = sorted(texts[0].text.keys)
+    alone = max((_tried(texts, (layer,), FIRST) for layer in layers), key=_gain)
+    pairs = [tuple(sorted({layer, *alone.layers})) for layer in layers if layer not in alone.layers]
+    trials = [alone, *(_tried(texts, pair, FIRST) for pair in pairs)]
+    chosen = max(trials, key=_gain).layers
+    trials += [_tried(texts, chosen, beta) for beta in SHARPNESS if beta != FIRST]
+    return sorted(trials, key=_gain, reverse=True)
+
+
+def _gain(trial: Trial) -> float:
+    return trial.gain
+
+
+def _tried(texts: list[Read], layers: tuple[int, ...], sharpness: float) -> Trial:
+    found = [text.recalled(layers, sharpness) for text in texts]
+    gate = fit(found)
+    return Trial(layers, sharpness, gate, float(np.mean([gate.gains(x).mean() for x in found])))
+
+
+def _request(options: TuneOptions, reader: Reader) -> DataRequest:
+    lengths = [int(part) for part in (options.length or "").split(",") if part]
+    length = lengths[0] if lengths else min(reader.context or LENGTH, LENGTH)
+    return DataRequest(options.on, 1, length, (length,), options.items, options.seed)
+
+
+def _read(
+    reader: Reader,
+    converted: Converted,
+    items: tuple[Item, ...],
+    size: int,
+    progress: Progress,
+    name: str,
+) -> list[Read]:
+    """One pass over each item, all layers that may be chosen listened to."""
+    family, last = converted.family, converted.layers - 1
+    layers = sorted({round(depth * last) for depth in DEPTHS})
+    path = ".".join(part for part in (family.base, family.stack, family.ffn_input) if part)
+    made = []
+    with progress.step(f"reading {name} texts", len(items), "text") as bar:
+        for item in items:
+            ids = torch.tensor([*item.prompt, *item.target])
+            made.append(Read(item, record(reader.model, path, ids, layers, size)))
+            bar.update(1)
+    return made
+
+
+def _judged(
+    options: TuneOptions,
+    converted: Converted,
+    data: Data,
+    memory: dict,
+    trials: list[Trial],
+    held_out: list[Read],
+) -> dict:
+    best, own = trials[0], memory["recall"]
+    settings = best.settings(recall_settings(own, converted.layers).key_size)
+    rows = [_row("finalist", settings, held_out, best.gain)]
+    if own is not None and set(own["layers"]) <= set(held_out[0].text.keys):
+        now = RecallSettings.from_config(own)
+        rows.append(_row("current", now, held_out, None))
+    first = rows[0]["held_out"]
+    wins = (first["low"] or 0) > 0 and rows[0]["worst"] >= -HARM and best.gain > 0
+    winner = {**memory, "enabled": True, "recall": asdict(settings)} if wins else None
+    return {
+        "tunes": "recall",
+        "model": options.model,
+        "version": __version__,
+        "seed": options.seed,
+        "data": data.as_dict(),
+        "before": memory,
+        "trials": [{**asdict(trial), "gain": trial.gain} for trial in trials],
+        "finalists": rows,
+        "winner": winner,
+        "written": False,
+    }
+
+
+def _row(name: str, settings: RecallSettings, texts: list[Read], held_in: float | None) -> dict:
+    """Gains on texts, nats a token; worst: of the document that gains least."""
+    gate = Gate(settings.gate_bias, settings.gate_slope, settings.gate_growth, settings.theta_low)
+    gains: dict[str, list[float]] = {}
+    for text in texts:
+        found = text.recalled(settings.layers, settings.sharpness)
+        gains.setdefault(text.item.unit, []).append(float(gate.gains(found).mean()))
+    each = [gain for parts in gains.values() for gain in parts]
+    return {
+        "name": name,
+        "recall": asdict(settings),
+        "held_in": held_in,
+        "held_out": difference([each], [[0.0] * len(each)]).as_dict(),
+        "worst": min(float(np.mean(parts)) for parts in gains.values()),
+    }
+
+
+def _record(options: TuneOptions, data: Data, facts: dict) -> Tuned:
+    first: dict[str, Any] = facts["finalists"][0]
+    held_in = {"mean": first["held_in"], "low": None, "high": None}
+    return Tuned(
+        data=data.name, sha256=data.sha256, metric=LIKELIHOOD, trials=len(facts["trials"]),
+        seed=options.seed,
+        held_in_items=len(data.held_in), held_in=difference_of(held_in),
+        held_out_items=len(data.held_out), held_out=difference_of(first["held_out"]),
+        date=datetime.now(timezone.utc).date().isoformat(), version=__version__,
+    )  # fmt: skip
+
+
+def recall_text(facts: dict) -> str:
+    """What was found, in words, with what to do."""
+    first = facts["finalists"][0]
+    lines = [f"recall, {LIKELIHOOD}, less the base's:"]
+    for row in facts["finalists"]:
+        held_out, recall = difference_of(row["held_out"]), row["recall"]
+        layers = ",".join(map(str, recall["layers"]))
+        lines.append(
+            f"  {row['name']:9} layers {layers}, sharpness {recall['sharpness']:g}, above "
+            f"{recall['theta_low']:g}: {held_out} on held-out, its worst document "
+            f"{row['worst']:+.3g}"
+        )
+    if facts["winner"] is None:
+        why = "gains nothing beyond noise" if first["worst"] >= -HARM else "costs a document more"
+        said = f"Recall {why}. Recommended: off, model.set_recall(False). Nothing was written."
+    elif facts["written"]:
+        said = f"Recall gains beyond noise. Wrote {facts['model']}/config.json."
+    else:
+        said = "Recall gains beyond noise. Nothing was written (--dry-run)."
+    return "\n".join([*lines, said])

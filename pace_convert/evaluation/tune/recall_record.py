@@ -1,0 +1,104 @@
+"""What recall's calibration needs of a text, recorded in one pass of the base model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from ...modeling.reread_keys import signs
+
+LOGIT_VALUES = 2**24  # numbers of the logits that are made at once
+MOST = 512  # tokens of a call
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A text of n tokens as the base model reads it.
+
+    ids: [n]. keys: by layer, [n, R] of length 1 in fp16. log_probs: [n - 1], of the second to the
+    last token, each given all before it. entropy: [n - 1] in nats; top, top_log_probs: [n - 1],
+    the most probable next id and its log-probability.
+    """
+
+    ids: Tensor
+    keys: dict[int, Tensor]
+    log_probs: Tensor
+    entropy: Tensor
+    top: Tensor
+    top_log_probs: Tensor
+
+
+@torch.no_grad()
+def record(
+    model: Any,
+    path: str,
+    ids: Tensor,
+    layers: Sequence[int],
+    size: int = 192,
+    window: int = 0,
+    cache: Any = None,
+) -> Recording:
+    """One pass over ids [n], in calls of some hundred tokens.
+
+    model: a causal LM whose memory is off. path: of the FFN's first linear layer below the model,
+    `{}` standing for the layer. size: R. window: how many tokens attention sees beside the first
+    four; 0: all. cache: of what stands before ids; it goes on.
+    """
+    cache = DynamicCache(config=model.config) if cache is None else cache
+    heard: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    found: list[tuple[Tensor, ...]] = []
+    step = max(1, min(MOST, LOGIT_VALUES // model.config.get_text_config().vocab_size))
+    with _listening(model, path, heard, size):
+        for first in range(0, len(ids), step):
+            part = ids[None, first : first + step].to(model.device)
+            more = {"attention_mask": _mask(first, part.shape[1], window)} if window else {}
+            logits = model(part, past_key_values=cache, use_cache=True, **more).logits[0].float()
+            found.append(_said(logits, ids[first + 1 : first + 1 + len(logits)].to(logits.device)))
+    said = [torch.cat(parts).cpu() for parts in zip(*found)]
+    keys = {layer: torch.cat(parts).cpu() for layer, parts in heard.items()}
+    return Recording(ids.cpu(), keys, said[0], *(part[:-1] for part in said[1:]))
+
+
+def _said(logits: Tensor, following: Tensor) -> tuple[Tensor, ...]:
+    """Log-probabilities of what followed, entropies, the most probable ids and their
+    log-probabilities. logits: [L, V] in fp32. following: [L] or, at the text's end, one less.
+    """
+    logs = logits.log_softmax(-1)
+    top = logs.max(-1)
+    came = logs[: len(following)].gather(-1, following[:, None])[:, 0]
+    return came, -(logs.exp() * logs).sum(-1), top.indices, top.values
+
+
+@contextmanager
+def _listening(
+    model: nn.Module, path: str, heard: dict[int, list[Tensor]], size: int
+) -> Iterator[None]:
+    """Keys of the layers, as they pass."""
+
+    def listen(layer: int) -> Any:
+        def note(module: nn.Module, args: tuple) -> None:
+            x = args[0].reshape(-1, args[0].shape[-1]).float()
+            projected = x @ signs(x.shape[-1], size).to(x)
+            heard[layer].append(nn.functional.normalize(projected, dim=-1).half())
+
+        return model.get_submodule(path.format(layer)).register_forward_pre_hook(note)
+
+    hooks = [listen(layer) for layer in heard]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _mask(first: int, length: int, window: int) -> Tensor:
+    """[1, 1, length, first + length] bool: the latest `window` tokens and the first four."""
+    at = torch.arange(first, first + length)[:, None]
+    seen = torch.arange(first + length)[None]
+    return ((seen <= at) & ((seen > at - window) | (seen < 4)))[None, None]

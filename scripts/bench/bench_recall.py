@@ -1,0 +1,111 @@
+"""What recall costs beside a whole model: decode steps with a full cache, and prefill, interleaved.
+
+    python scripts/bench/bench_recall.py --threads 1
+
+The model has SmolLM2-135M's shape and random weights; its cache and recall's bank are filled with
+noise, since neither's time depends on what is in it. Every number is the median of ratios of two
+neighbouring runs, in seconds of CPU time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+
+import click
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+
+from pace_convert.modeling.recall_bank import mix
+from pace_convert.modeling.recall_cache import RecallEntry
+from pace_convert.modeling.recall_settings import RecallSettings
+
+SHAPE = {
+    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 1 << 17,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def ratio(plain: Callable[[], object], more: Callable[[], object], repeats: int) -> tuple:
+    """Median of (plain + more) / plain, and the two medians in seconds."""
+    plain(), more()
+    found = [(timed(plain), timed(more)) for _ in range(repeats)]
+    return (
+        median((a + b) / a for a, b in found),
+        median(a for a, _ in found),
+        median(b for _, b in found),
+    )
+
+
+def timed(function: Callable[[], object]) -> float:
+    start = time.process_time()
+    function()
+    return time.process_time() - start
+
+
+def filled(columns: int, room: int, dtype: torch.dtype, settings: RecallSettings) -> RecallEntry:
+    """A bank of one row with so many columns."""
+    entry = RecallEntry(settings)
+    size = settings.key_size * len(settings.layers)
+    entry.make_room(1, room, torch.zeros(1, dtype=dtype))
+    for first in range(0, columns, 4096):
+        count = min(4096, columns - first)
+        keys = torch.nn.functional.normalize(torch.randn(1, count, size), dim=-1).to(dtype)
+        entry.write(keys, torch.randint(SHAPE["vocab_size"], (1, count)), None)
+    return entry
+
+
+@click.command(help=__doc__.split("\n\n")[0])
+@click.option("--threads", default=1, show_default=True)
+@click.option("--repeats", default=9, show_default=True)
+@click.option("--dtype", default="bfloat16", show_default=True)
+@click.option("--contexts", default="4096,65536", show_default=True)
+@click.option("--prompt", default=4096, show_default=True, help="Tokens of the prefill.")
+@torch.no_grad()
+def main(threads: int, repeats: int, dtype: str, contexts: str, prompt: int) -> None:
+    torch.set_num_threads(threads)
+    kind, settings = getattr(torch, dtype), RecallSettings(layers=(24,))
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE)).to(kind).eval()
+    one = torch.zeros(1, 1, dtype=torch.long)
+    x, width = torch.randn(1, 1, SHAPE["hidden_size"]).to(kind), SHAPE["hidden_size"]
+    signs = torch.randn(width, settings.key_size).to(kind)
+    logits = model(one).logits
+    for context in map(int, contexts.split(",")):
+        cache = StaticCache(config=model.config, max_cache_len=context + repeats + 2)
+        model(one, past_key_values=cache)
+        for layer in cache.layers:
+            layer.keys.normal_(), layer.values.normal_()
+            layer.cumulative_length.fill_(context)
+        entry = filled(context, context + repeats + 2, kind, settings)
+
+        def recall(entry: RecallEntry = entry, length: int = 1, kept: int = 1) -> None:
+            keys = torch.nn.functional.normalize(x.expand(1, length, -1) @ signs, dim=-1)
+            at = entry.write(keys, one.expand(1, length), None)
+            out = logits.expand(1, kept, -1).clone()
+            mix(out, keys[:, -kept:], at[-kept:], entry.pairs, entry.codes, settings)
+
+        found = ratio(lambda c=cache: model(one, past_key_values=c), recall, repeats)
+        print(f"decode, {context} tokens: {found[0]:.4f} x ({found[1] * 1000:.1f} ms, recall "
+              f"{found[2] * 1000:.2f} ms)", flush=True)  # fmt: skip
+    ids, fresh = torch.randint(49152, (1, prompt)), RecallEntry(settings)
+
+    def write(kept: int) -> None:
+        fresh.reset()
+        fresh.make_room(1, prompt, x)
+        recall(fresh, prompt, kept)
+
+    def prefill() -> None:
+        cache = DynamicCache(config=model.config)
+        for part in ids.split(1024, 1):
+            model(part, past_key_values=cache, logits_to_keep=1)
+
+    for kept in (1, prompt):
+        found = ratio(prefill, lambda k=kept: write(k), 1)
+        print(f"prefill, {prompt} tokens, recall for {kept}: {found[0]:.4f} x ({found[1]:.2f} s, "
+              f"recall {found[2]:.3f} s)", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

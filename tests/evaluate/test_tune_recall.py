@@ -1,0 +1,149 @@
+"""pace tune --tunes recall: what it fits predicts what the model then does, it writes what gains on
+held-out text, and nothing where nothing is gained.
+"""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from helpers import convert_folder, pace_convert, refuse
+
+from pace_convert.checkpoint.checkpoint import open_source
+from pace_convert.converted.opened import open_converted
+from pace_convert.evaluation.subjects import Subject, load
+from pace_convert.evaluation.tune.recall_fit import Gate, Recalled, fit, recalled
+from pace_convert.evaluation.tune.recall_record import record
+from pace_convert.modeling.recall_settings import RecallSettings
+from pace_convert.reference import reference_model
+from pace_convert.reference.words import CODES, NAMES
+
+WORDS = ["the", "code", "of", "ada", "is", "river", ".", "hill", "and", "bob"]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tune") / "out"
+    convert_folder(reference_model(), folder, experts=16, memory="fusion,recall")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """Sentences that come again and again within a window, others in each: what recall is for."""
+    rng, lines = np.random.default_rng(0), []
+    for _ in range(44):
+        own = [" ".join(rng.choice(WORDS, 9)) for _ in range(3)]
+        lines += [str(rng.choice(own)) for _ in range(12)]
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(" ".join(lines))
+    return path
+
+
+def tune(out, text, *more):
+    return pace_convert(out, "--on", text, "--tunes", "recall", "--length", "96", *more,
+        command=("tune",))  # fmt: skip
+
+
+def test_what_was_fitted_is_what_the_model_does(out):
+    """Gains by the recorded pass are those of the model with these settings."""
+    reader, ids = load(Subject(str(out), "base"), "cpu"), [5, 9, 7, 5, 9, 7, 5, 9, 8, 7, 5, 9] * 4
+    path = f"model.{open_converted(out).family.ffn_input}"
+    made = record(reader.model, path, torch.tensor(ids), (1, 2), 48)
+    base = reader.log_probs(ids)
+    torch.testing.assert_close(made.log_probs, torch.tensor(base).float(), rtol=1e-4, atol=1e-4)
+    gate = Gate(-2.0, 1.5, 0.1, 0.3)
+    expected = gate.gains(recalled(made, (1, 2), 12.0))
+    settings = RecallSettings((1, 2), 12.0, gate.bias, gate.slope, gate.growth, gate.theta_low, 48)
+    reader.model.set_memory_enabled(True)
+    reader.model.set_memory(layers=())
+    reader.model.set_window()
+    reader.model.set_recall(**vars(settings))
+    gains = torch.tensor(reader.log_probs(ids)) - torch.tensor(base)
+    assert gains.abs().max() > 0.1
+    torch.testing.assert_close(expected, gains.float(), rtol=1e-2, atol=2e-3)  # keys in fp16
+
+
+def test_the_gate_is_the_most_likely_one():
+    """No other gate nearby gains more on what it was fitted to."""
+    torch.manual_seed(0)
+    best = torch.rand(500)
+    good = torch.rand(500) < best
+    log_q = torch.where(good, torch.tensor(-0.1), torch.tensor(-torch.inf))
+    text = Recalled(torch.full((500,), -2.0), log_q, best, torch.rand(500) * 400 + 1, {})
+    gate = fit([text])
+    gain = gate.gains(text).mean()
+    assert gain > 0.3 and gate.slope > 0
+    for bias, slope in ((0.3, 0.0), (-0.3, 0.0), (0.0, 0.5), (0.0, -0.5)):
+        other = Gate(gate.bias + bias, gate.slope + slope, gate.growth, gate.theta_low)
+        assert other.gains(text).mean() <= gain + 1e-6
+
+
+def test_a_gate_that_errs_nowhere_is_one_that_can_be():
+    best = torch.linspace(0, 1, 400)
+    log_q = torch.where(best > 0.5, torch.tensor(0.0), torch.tensor(-torch.inf))
+    gate = fit([Recalled(torch.full((400,), -3.0), log_q, best, torch.ones(400), {})])
+    settings = RecallSettings((0,), 1.0, gate.bias, gate.slope, gate.growth, gate.theta_low)
+    assert settings.gate_slope > 10
+
+
+def test_what_gains_is_written(out, text, tmp_path):
+    folder = shutil.copytree(out, tmp_path / "out")
+    before = json.loads((folder / "config.json").read_text())["pace"]["memory"]["recall"]
+    done = tune(folder, text, "--dry-run", "--out", tmp_path / "dry")
+    assert done.returncode == 0, done.stderr
+    assert "Nothing was written (--dry-run)" in done.stdout
+    assert json.loads((folder / "config.json").read_text())["pace"]["memory"]["recall"] == before
+    done = tune(folder, text, "--out", tmp_path / "found", "--json")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    row = facts["finalists"][0]
+    assert facts["written"] and row["held_out"]["low"] > 0 and row["worst"] > -0.002
+    pace = json.loads((folder / "config.json").read_text())["pace"]
+    assert pace["memory"]["recall"] == row["recall"] != before
+    assert pace["tuned_recall"]["held_out"] == {
+        n: row["held_out"][n] for n in ("mean", "low", "high")
+    }
+    card = (folder / "README.md").read_text()
+    assert "Found by `pace tune`" in card and str(row["recall"]["gate_bias"]) in card
+    open_converted(open_source(str(folder)).folder)  # is whole, and what it says can be
+    assert pace_convert(folder, "--source", reference_model(), command=("verify",)).returncode == 0
+    shown = pace_convert(folder, command=("inspect",)).stdout
+    assert "recall, " in shown and f"above a similarity of {row['recall']['theta_low']}" in shown
+
+
+def test_where_nothing_is_gained_off_is_recommended(out, tmp_path):
+    """Every word once in a window: nothing that has followed comes again."""
+    text, rng = tmp_path / "text.txt", np.random.default_rng(1)
+    words = [word for _ in range(44) for word in rng.permutation(NAMES[:96])]
+    text.write_text("".join(f" {word}" for word in words))
+    done = tune(out, text, "--out", tmp_path / "found")
+    assert done.returncode == 0, done.stderr
+    assert "Recommended: off" in done.stdout
+    assert "tuned_recall" not in json.loads((out / "config.json").read_text())["pace"]
+
+
+def test_a_conversion_that_is_calibrated(tmp_path):
+    """On questions: the answer stood behind the same words before."""
+    rng, data = np.random.default_rng(2), tmp_path / "questions.jsonl"
+    rows = []
+    for _ in range(48):
+        words = [str(word) for word in rng.choice([*NAMES, *CODES], 12, replace=False)]
+        seen, begun = " ".join(words), " ".join(words[:8])
+        rows.append({"prompt": f"{seen} . {seen} . {begun}", "answer": " ".join(words[8:])})
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source, out = reference_model(), tmp_path / "out"
+    for options, words in (
+        (("--no-memory",), "--calibrate is for the memory"),
+        (("--memory", "fusion"), "--calibrate fits recall"),
+        (("--memory", "auto"), "no such file"),
+    ):
+        on = data if "auto" not in options else tmp_path / "absent.jsonl"
+        refuse(pace_convert(source, out, *options, "--calibrate", on), 2, words, out=out)
+    done = pace_convert(source, out, "--experts", 16, "--calibrate", data, "--json")
+    assert done.returncode == 0, done.stderr
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert last["event"] == "calibrated" and last["written"]
+    pace = json.loads((out / "config.json").read_text())["pace"]
+    assert pace["memory"]["recall"] == last["winner"]["recall"] and "tuned_recall" in pace

@@ -1,0 +1,56 @@
+"""Recall once more, token by token and as plainly as possible: what the tests compare with.
+
+For every token of one row: its key, the cosines with those of all tokens before it, the softmax of
+them, and the probabilities of what followed. No cache, no batch, no padding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def slow_recall(model, ffns, settings, ids: list[int]) -> Tensor:
+    """Logits of a row, [n, V]. ffns: the modules whose inputs are the key. The memory is off
+    meanwhile.
+    """
+    heard = []
+    hooks = [
+        ffn.register_forward_pre_hook(lambda module, args: heard.append(args[0])) for ffn in ffns
+    ]
+    with model.memory_disabled():
+        logits = model(torch.tensor([ids]), use_cache=False).logits[0]
+    for hook in hooks:
+        hook.remove()
+    parts = [x.reshape(len(ids), -1) for x in heard]
+    parts = [x @ signs(x.shape[-1], settings.key_size).to(x) for x in parts]
+    keys = [
+        torch.cat([x[t] / x[t].norm() for x in parts]) / len(parts) ** 0.5 for t in range(len(ids))
+    ]
+    return torch.stack([_mixed(logits[t], keys, ids, t, settings) for t in range(len(ids))])
+
+
+def signs(width: int, size: int) -> Tensor:
+    """The projection's signs, bit by bit from SHAKE-256; their scale does not matter."""
+    octets = hashlib.shake_256(b"pace keys").digest(-(-width * size // 8))
+    bits = np.unpackbits(np.frombuffer(octets, np.uint8), bitorder="little")[: width * size]
+    return torch.from_numpy(bits.reshape(width, size).astype(np.float64) * 2 - 1)
+
+
+def _mixed(z: Tensor, keys: list[Tensor], ids: list[int], t: int, settings) -> Tensor:
+    cosines = [float(keys[t] @ keys[s]) for s in range(t)]
+    if not cosines or max(cosines) <= settings.theta_low:
+        return z
+    weights = [math.exp(settings.sharpness * cosine) for cosine in cosines]
+    recalled = torch.zeros_like(z)
+    for s, weight in enumerate(weights):
+        recalled[ids[s + 1]] += weight / sum(weights)
+    gate = settings.gate_bias + settings.gate_slope * max(cosines)
+    share = 1 / (1 + math.exp(-gate - settings.gate_growth * math.log(len(cosines))))
+    mixed = (1 - share) * z.softmax(-1) + share * recalled
+    return mixed.log() + z.logsumexp(-1)
