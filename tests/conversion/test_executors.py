@@ -156,6 +156,7 @@ def test_a_second_conversion_into_the_same_folder_is_refused(source, alone, tmp_
     assert hashes(out) == alone
 
 
+@pytest.mark.slow
 def test_on_ray_with_a_worker_killed_in_the_middle(source, alone, tmp_path):
     out = tmp_path / "out"
     process = start(source, out, "--executor", "ray", "--json")

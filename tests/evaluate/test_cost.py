@@ -191,6 +191,7 @@ def far_reader(make_source, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_what_rereading_costs(far_reader, tmp_path):
     """Measured beside the base, counted, drawn, and refused where nothing would be read again."""
     out, arguments = tmp_path / "costs", ("--window", 16, "--repeats", 1, "--threads", 1)
