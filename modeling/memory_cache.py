@@ -7,6 +7,7 @@ cache is a new memory; deepcopy, beam reordering, row selection and cropping car
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from .memory_bank import Bank
 from .memory_clock import Clock, RowSpan
 from .memory_layer import LayerMemory, Tape
 from .memory_settings import MemorySettings
+
+Entry = TypeVar("Entry")
+KINDS = 3  # entries that a cache may have behind its KV layers: fusion, re-reading, recall
 
 # A cache layer without keys and values; transformers has it since 5.23 and needs none before.
 _EmptyLayer: type = getattr(cache_utils, "DummyLayer", object)
@@ -301,10 +305,17 @@ def _moved(held: int, seen: int) -> str:
 
 def find_entry(cache: object) -> MemoryEntry | None:
     """The memory of a cache, if it has one."""
+    return entry_of(cache, MemoryEntry)
+
+
+def entry_of(cache: object, kind: type[Entry]) -> Entry | None:
+    """The entry of this kind among the last layers of a cache, also of one that re-reading has
+    closed.
+    """
     layers = cache.layers if isinstance(cache, Cache) else []
-    if len(layers) == 1:  # of a cache that re-reading has closed
-        layers = getattr(layers[0], "held", None) or layers
-    return next((layer for layer in layers[-3:] if isinstance(layer, MemoryEntry)), None)
+    held = getattr(layers[0], "held", None) or [] if len(layers) == 1 else []
+    last = [*layers[-KINDS:], *held[-KINDS:]]
+    return next((layer for layer in last if isinstance(layer, kind)), None)
 
 
 def fill_lazy(cache: Cache, num_hidden_layers: int) -> None:

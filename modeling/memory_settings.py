@@ -63,6 +63,19 @@ def real(default: float, low: float = -MOST_WEIGHT, high: float = MOST_WEIGHT) -
     return field(default=default, metadata={"bounds": Bounds(float, low, high)})
 
 
+def check_fields(settings: Any, what: str) -> None:
+    """Raises ValueError for a field of a dataclass that is out of its bounds. what: parameters of
+    which mechanism, for the message.
+    """
+    for parameter in fields(settings):
+        value = getattr(settings, parameter.name)
+        bounds = parameter.metadata.get("bounds")
+        if bounds is not None and not bounds.admit(value):
+            raise ValueError(f"{what}: {parameter.name} is {value!r}, not {bounds}")
+        if isinstance(parameter.default, bool) and not isinstance(value, bool):
+            raise ValueError(f"{what}: {parameter.name} is {value!r}, neither true nor false")
+
+
 @dataclass(frozen=True)
 class MemorySettings:
     """The parameters of the memory, named as in config.json's `pace.memory`.
@@ -160,13 +173,7 @@ class MemorySettings:
             )
 
     def __post_init__(self) -> None:
-        for parameter in fields(self):
-            value = getattr(self, parameter.name)
-            bounds = parameter.metadata.get("bounds")
-            if bounds is not None and not bounds.admit(value):
-                raise ValueError(f"memory: {parameter.name} is {value!r}, not {bounds}")
-            if isinstance(parameter.default, bool) and not isinstance(value, bool):
-                raise ValueError(f"memory: {parameter.name} is {value!r}, neither true nor false")
+        check_fields(self, "memory")
         layer = Bounds(int, 0, MOST_LAYERS)
         if not isinstance(self.layers, tuple) or not all(
             layer.admit(number) for number in self.layers

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from .memory_cache import _EmptyLayer, fill_lazy
+from .memory_cache import _EmptyLayer, entry_of, fill_lazy
 from .recall_settings import RecallSettings
 
 NOTHING = -1  # padding, or a column that is not filled
@@ -195,10 +195,7 @@ def recall_entry(cache: Cache, settings: RecallSettings, num_hidden_layers: int)
 
 def find_recall(cache: object) -> RecallEntry | None:
     """The entry of a cache, if it has one."""
-    layers = cache.layers if isinstance(cache, Cache) else []
-    if len(layers) == 1:  # of a cache that re-reading has closed
-        layers = getattr(layers[0], "held", None) or layers
-    return next((layer for layer in layers[-3:] if isinstance(layer, RecallEntry)), None)
+    return entry_of(cache, RecallEntry)
 
 
 def is_static(cache: Cache) -> bool:

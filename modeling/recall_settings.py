@@ -6,9 +6,8 @@ Only the standard library is needed to read it.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
 
-from .memory_settings import MOST_LAYERS, MOST_SLOTS, Bounds, real, whole
+from .memory_settings import MOST_LAYERS, MOST_SLOTS, Bounds, check_fields, real, whole
 
 
 @dataclass(frozen=True)
@@ -33,11 +32,7 @@ class RecallSettings:
     key_size: int = whole(192, low=1, high=MOST_SLOTS)
 
     def __post_init__(self) -> None:
-        for parameter in fields(self):
-            value: Any = getattr(self, parameter.name)
-            bounds = parameter.metadata.get("bounds")
-            if bounds is not None and not bounds.admit(value):
-                raise ValueError(f"recall: {parameter.name} is {value!r}, not {bounds}")
+        check_fields(self, "recall")
         layer = Bounds(int, 0, MOST_LAYERS)
         ordered = isinstance(self.layers, tuple) and all(map(layer.admit, self.layers))
         if not ordered or not self.layers or list(self.layers) != sorted(set(self.layers)):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .memory_cache import fill_lazy
+from .memory_cache import entry_of, fill_lazy
 from .reread_bank import Row
 from .reread_schedule import Build
 from .reread_settings import RereadSettings
@@ -336,5 +336,4 @@ def reread_entry(cache: Cache, settings: RereadSettings, num_hidden_layers: int)
 
 def find_reread(cache: object) -> RereadEntry | None:
     """The entry of a cache, if it has one."""
-    layers = cache.layers if isinstance(cache, Cache) else []
-    return next((layer for layer in layers[-3:] if isinstance(layer, RereadEntry)), None)
+    return entry_of(cache, RereadEntry)

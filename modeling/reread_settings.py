@@ -6,9 +6,9 @@ Only the standard library is needed to read it.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-from .memory_settings import MOST_LAYERS, MOST_SLOTS, MOST_TOKENS, real, whole
+from .memory_settings import MOST_LAYERS, MOST_SLOTS, MOST_TOKENS, check_fields, real, whole
 
 Vote = Literal["phrase", "cube"]
 Forget = Literal["oldest", "plainest"]
@@ -47,11 +47,7 @@ class RereadSettings:
     forget: Forget = "oldest"
 
     def __post_init__(self) -> None:
-        for parameter in fields(self):
-            value: Any = getattr(self, parameter.name)
-            bounds = parameter.metadata.get("bounds")
-            if bounds is not None and not bounds.admit(value):
-                raise ValueError(f"window: {parameter.name} is {value!r}, not {bounds}")
+        check_fields(self, "window")
         for name, kind in (("vote", Vote), ("forget", Forget)):
             known = get_args(kind)
             if getattr(self, name) not in known:

@@ -148,28 +148,20 @@ def cost(as_json: bool, quiet: bool, **given: Any) -> None:
     models' that are there. With --window: re-reading's time, peak memory and operations by length
     of the text, the base beside it up to 16K; rereading.json and rereading.png.
     """
-    from ..evaluation.cost.curves import COSTS, measure_costs
-    from ..evaluation.cost.tables import print_cost
+    from ..evaluation.cost import curves, rereading, tables
 
     options = validated(CostOptions, given, "eval cost")
-    if options.window is not None:
-        _rereading_cost(options, as_json, quiet)
-        return
-    results = measure_costs(options, Progress(quiet))
+    if options.window is None:
+        results, show = curves.measure_costs(options, Progress(quiet)), tables.print_cost
+        numbers, picture = curves.COSTS, curves.PICTURE
+    else:
+        results, show = (
+            rereading.measure_rereading(options, Progress(quiet)),
+            tables.print_rereading,
+        )
+        numbers, picture = rereading.RESULTS, rereading.PICTURE
     if as_json:
         click.echo(as_json_text(results))
     else:
-        print_cost(results)
-        click.echo(f"All numbers: {options.out / COSTS}; as a picture: {options.out / 'cost.png'}")
-
-
-def _rereading_cost(options: CostOptions, as_json: bool, quiet: bool) -> None:
-    from ..evaluation.cost.rereading import PICTURE, RESULTS, measure_rereading
-    from ..evaluation.cost.tables import print_rereading
-
-    results = measure_rereading(options, Progress(quiet))
-    if as_json:
-        click.echo(as_json_text(results))
-    else:
-        print_rereading(results)
-        click.echo(f"All numbers: {options.out / RESULTS}; as a picture: {options.out / PICTURE}")
+        show(results)
+        click.echo(f"All numbers: {options.out / numbers}; as a picture: {options.out / picture}")

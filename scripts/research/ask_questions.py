@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from reread_needles import rule_of
 
 from pace_convert.modeling.reread_lookup import Asking, look_up, query_weights
 from pace_convert.modeling.reread_schedule import Build, window_start
@@ -58,15 +59,6 @@ def passages(reader: DocumentReader, text: Any, question: str, rule: dict) -> tu
         places = [p for p in text.offsets[passage.first : passage.stop] if p]
         made.append(text.document.text[places[0][0] : places[-1][1]] if places else "")
     return made, sum(p.stop - p.first for p in found)
-
-
-def rule_of(text: str) -> dict:
-    """'layer=4,asks=before' as parameters."""
-    made: dict = {}
-    for part in filter(None, text.split(",")):
-        name, _, value = part.partition("=")
-        made[name] = int(value) if value.isdigit() else float(value) if "." in value else value
-    return made
 
 
 def main() -> None:

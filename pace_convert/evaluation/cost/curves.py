@@ -36,7 +36,7 @@ from .walk import (
     walk,
 )
 
-COSTS = "cost.json"
+COSTS, PICTURE = "cost.json", "cost.png"
 
 
 def measure_costs(options: CostOptions, progress: Progress) -> dict:
@@ -54,7 +54,7 @@ def measure_costs(options: CostOptions, progress: Progress) -> dict:
     results["curves"] = [*earlier, *results["curves"]]
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / COSTS, results)
-    plot_cost(results, out / "cost.png")
+    plot_cost(results, out / PICTURE)
     return results
 
 

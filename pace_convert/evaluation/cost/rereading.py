@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ...converted.load import edited_code, refuse_edited
 from ...converted.opened import open_converted
 from ...errors import CallError, PaceError
+from ...modeling.reread_settings import RereadSettings
 from ...progress import Progress
 from ...writing import write_json
 from ..grid import KILO, parse_grid
@@ -55,7 +56,7 @@ class Job:
 
     def subject(self) -> Subject:
         """As it is loaded."""
-        window = tuple((name, value) for name, value in self.window)
+        window = tuple((name, value) for name, value in self.window)  # lists, where JSON had them
         return Subject(self.model, REREAD, window=window, trust_remote_code=self.trust)
 
 
@@ -65,7 +66,7 @@ def measure_rereading(options: CostOptions, progress: Progress) -> dict:
     """
     if options.threads:
         torch.set_num_threads(options.threads)
-    lengths, window = parse_grid(options.lengths, KILO), _checked(options)
+    lengths, (window, settings) = parse_grid(options.lengths, KILO), _checked(options)
     out = options.out
     if out.exists() and not out.is_dir():
         raise CallError(f"{out} is a file", "give another --out")
@@ -87,7 +88,7 @@ def measure_rereading(options: CostOptions, progress: Progress) -> dict:
         "machine": machine(options.device),
         "model": str(options.model),
         "repeats": options.repeats,
-        "settings": asdict(_settings(options, window)),
+        "settings": asdict(settings),
         "points": [_point(length, found) for length in lengths],
         "operations": _elsewhere(Job(str(options.model), REREAD, window, 0, *common)),
     }
@@ -97,8 +98,10 @@ def measure_rereading(options: CostOptions, progress: Progress) -> dict:
     return results
 
 
-def _checked(options: CostOptions) -> tuple[tuple[str, Any], ...]:
-    """The window's parameters. Raises CallError for what can't be measured."""
+def _checked(options: CostOptions) -> tuple[tuple[tuple[str, Any], ...], RereadSettings]:
+    """The window as `Subject` takes it, and how the model re-reads with it. Raises CallError for
+    what can't be measured.
+    """
     if options.model is None or options.shape:
         raise CallError(
             "re-reading is measured on a converted model alone", "give MODEL, and no --shape"
@@ -116,11 +119,7 @@ def _checked(options: CostOptions) -> tuple[tuple[str, Any], ...]:
             f"--lengths {shortest}: up to {held} tokens nothing is read again",
             "give longer ones, or a smaller --window",
         )
-    return window
-
-
-def _settings(options: CostOptions, window: tuple[tuple[str, Any], ...]) -> Any:
-    return reread_settings(Subject(str(options.model), REREAD, window=window))
+    return window, settings
 
 
 def _point(length: int, found: dict[Job, list[dict]]) -> dict:
