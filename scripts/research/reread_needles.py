@@ -76,7 +76,8 @@ class Lab:
         name = (settings.layer, settings.key_size, settings.span_width, settings.block)
         if name not in self.rows:
             rows, begun = [Row(torch.tensor(self.ids, dtype=torch.int32))], time.perf_counter()
-            for some in self.model._reread_keys.read_all(rows, settings):
+            whole = replace(settings, bank_tokens=len(self.ids) + settings.block)
+            for some in self.model._reread_keys.read_all(rows, whole):
                 rows = some
             self.rows[name] = rows[0]
             print(f"read {name}: {time.perf_counter() - begun:.0f} s", flush=True)
@@ -85,6 +86,7 @@ class Lab:
     def with_needles(self, facts: list[tuple[float, str]], settings: Any) -> tuple[Row, list]:
         """The text with facts at their shares of it, and where each is. Made once for all rules."""
         name = (facts[0], settings.layer, settings.key_size, settings.span_width, settings.block)
+        name += (settings.forget, settings.bank_tokens)
         if name not in self.written:
             self.written[name] = self._write(facts, settings)
         return self.written[name]
@@ -114,7 +116,13 @@ class Lab:
             piece = torch.cat([row.ids[:1].long(), piece]) if begin else piece
             keys = self.model._reread_keys.keys(piece[None], settings)[0, -block:]
             blocks[n] = replace(blocks[n], keys=keys.unflatten(0, (-1, settings.span_width)))
-        return replace(row, blocks=tuple(blocks)), places
+        row = replace(row, blocks=tuple(blocks))
+        if settings.bank_tokens < len(ids):  # keys were read as if the bank held them all
+            forgetting = Row(row.ids)
+            for block in blocks:
+                forgetting = forgetting.with_keys(block.keys.flatten(0, 1), settings)
+            row = forgetting
+        return row, places
 
     def asking(self, question: str, lead: str, asks: str) -> tuple[list[int], int]:
         """Tokens behind the text, and how many of them are behind those that ask."""
