@@ -44,8 +44,9 @@ MARK = "\u0001"
 class Lab:
     """A text that was read, and questions that write needles into it."""
 
-    def __init__(self, model: str, haystack: str, tokens: int, window: int) -> None:
+    def __init__(self, model: str, haystack: str, tokens: int, window: int, dtype: str) -> None:
         self.reader = load(Subject(model, "reread", window=(("window", window),)), "cpu")
+        use_dtype(self.reader.model, dtype)
         self.model, self.tokenizer = self.reader.model, self.reader.tokenizer
         self.rows: dict[tuple, Row] = {}
         self.written: dict[tuple, tuple[Row, list]] = {}
@@ -227,6 +228,12 @@ def answered(lab: Lab, row: Row, ranges: list[tuple[int, int]]) -> str:
     return lab.reader.decode(made[0, len(inside) :].tolist())
 
 
+def use_dtype(model: Any, dtype: str) -> None:
+    """Parameters as this type; buffers, rotary frequencies among them, stay what they are."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(getattr(torch, dtype))
+
+
 def rule_of(text: str) -> dict:
     """'layer=4,vote=cube' as parameters."""
     made: dict = {}
@@ -251,11 +258,12 @@ def main() -> None:
     parser.add_argument("--rule", action="append", default=[])
     parser.add_argument("--window", default="1k")
     parser.add_argument("--answer", action="store_true")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
-    lab = Lab(asked.model, asked.haystack, tokens(asked.tokens), tokens(asked.window))
+    lab = Lab(asked.model, asked.haystack, tokens(asked.tokens), tokens(asked.window), asked.dtype)
     for kind in asked.kind.split(","):
         for text in asked.rule or [""]:
             rule, begun = rule_of(text), time.perf_counter()
