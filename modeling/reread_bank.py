@@ -23,6 +23,9 @@ from .reread_schedule import Build
 from .reread_settings import RereadSettings
 
 
+PIECE = 64  # blocks whose keys lie in one piece of memory
+
+
 @dataclass(frozen=True)
 class Passage:
     """What a look-up brought back: tokens first to stop, and what share of the best one's score it
@@ -124,10 +127,22 @@ class Row:
         number = len(self.blocks) * len(spans)
         worth = _worth(spans) if settings.forget == "plainest" else (0.0,) * len(spans)
         block = KeyBlock(spans, tuple(range(number, number + len(spans))), worth)
-        blocks = (*self.blocks, block)
+        blocks = _gathered((*self.blocks, block))
         surplus = sum(len(block.spans) for block in blocks)
         surplus -= settings.bank_tokens // settings.span_width
         return replace(self, blocks=_without(blocks, surplus, settings) if surplus > 0 else blocks)
+
+
+def _gathered(blocks: tuple[KeyBlock, ...]) -> tuple[KeyBlock, ...]:
+    """Their keys, with every so many blocks in one piece of memory: what is small and stays between
+    large things that go would leave holes where nothing large fits again.
+    """
+    latest = blocks[-PIECE:]
+    if len(blocks) % PIECE or len({block.keys.shape for block in latest}) > 1:
+        return blocks
+    piece = torch.stack([block.keys for block in latest])
+    made = (replace(block, keys=keys) for block, keys in zip(latest, piece))
+    return (*blocks[:-PIECE], *made)
 
 
 def _worth(spans: Tensor) -> tuple[float, ...]:
