@@ -22,7 +22,6 @@ from torch import Tensor
 from .reread_schedule import Build
 from .reread_settings import RereadSettings
 
-
 PIECE = 64  # blocks whose keys lie in one piece of memory
 
 
