@@ -14,10 +14,10 @@ tokens; `asks=question`, the question's own, all alike), and what finds:
     find=all         the whole text, in a cache that is made once for it; `base` for short
 
 What is found of a text is one passage for each span, the same for all that find: the span and half
-a span on either side, the best one last (`order=text`: in the text's order). First tokens, passages and window are read by the base model as an ordinary
-prompt, which is what re-reading does. Written down for each question: the log-likelihood of the
-likeliest right answer and of the question itself, nats a token, and tokens in view. A text is read
-once for all its questions. Goes on where it was.
+a span on either side, the best one last (`order=text`: in the text's order). First tokens, passages
+and window are read by the base model as an ordinary prompt, which is what re-reading does. Written
+down for each question: the log-likelihood of the likeliest right answer and of the question itself,
+nats a token, and tokens in view. A text is read once for all its questions. Goes on where it was.
 """
 
 from __future__ import annotations
