@@ -17,6 +17,7 @@ from .flow import cheapest_flow
 
 SOFTEST = 4**4  # how many times softer the choices start at most
 STEPS = 40  # at most, Newton's and those that only sharpen
+SCALINGS = 2  # Sinkhorn's
 
 # What a move of the repair takes, for itself and for each pair of clusters, and what an arc of a
 # flow takes; measured on one core.
@@ -63,6 +64,25 @@ def smooth_prices(
             spread = (step.max() - step.min()).clamp(min=1e-9)
             prices = prices + step * ((2 * torch.log1p(spread) / spread).clamp(max=1) / current)
         sizes, overlap = _soft_sizes(scores, prices, current, each)
+    return prices
+
+
+def scaled_prices(
+    scores: Sequence[torch.Tensor], prices: torch.Tensor, sharpness: float, each: Each
+) -> torch.Tensor:
+    """Prices at which the softened choices fill all clusters more evenly: a few of Sinkhorn's steps
+    (Cuturi 2013) on the dual of `smooth_prices`, with the same arguments. For many clusters, where
+    Newton's steps cost too much.
+    """
+    share = sum(len(block) for block in scores) / len(prices)
+
+    def block(scores: torch.Tensor) -> torch.Tensor:
+        return torch.softmax((scores - prices.to(scores.dtype)) * sharpness, 1).sum(0).double()
+
+    for _ in range(SCALINGS):
+        sizes = sum(each(block, scores))
+        # A cluster that nothing chooses becomes cheaper by a finite step.
+        prices = prices + torch.log((sizes / share).clamp(min=1e-3)) / sharpness
     return prices
 
 
