@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import embedding_bag, linear
 
 from .flow import among_candidates, balanced_by_candidates
-from .transport import Each, balanced_labels, scaled_prices, smooth_prices
+from .transport import Each, balanced_labels, fairer_prices, smooth_prices
 
 ANNEALED, EXACT = 20, 10  # rounds, at most
 # How soft the choices are that prices are found for, in standard deviations of the scores: in
@@ -21,16 +21,14 @@ ANNEALED, EXACT = 20, 10  # rounds, at most
 SOFTNESS = 0.1, 0.01
 # Share of neurons: when an exact round moves no more, the next ones aren't worth their time.
 SETTLED = 0.002
-# Beyond so many clusters each round tries a few candidates a neuron, at rough prices: Newton's steps
-# take K^2 N products each, and a repair K^2 a move. Clusters are small then, and all rounds exactly
-# balanced: one that lost all its neurons would have no mean to find others by.
+# Beyond so many clusters each round tries a few candidates a neuron, at rough prices: Newton's
+# steps take K^2 N products each, and a repair K^2 a move. Clusters are small then, and all rounds
+# exactly balanced: one that lost all its neurons would have no mean to find others by.
 MANY = 128
 # How hard a neuron is pushed out of its cluster at first, the larger of: so many times its own
-# share of the cluster's mean, so many standard deviations of the scores.
-REPULSION = 2.0, 3.0
-# With many clusters: rounds, how soft choices are, and the part of that push in shares which goes and
-# which stays. At one share nearly all neurons move in every round, below half a share hardly any.
-MANY_ANNEALED, MANY_SOFTNESS, MANY_REPULSION = 16, 0.2, (0.5, 0.5)
+# share of the cluster's mean, so many standard deviations of the scores. With many clusters the
+# share is large, and at one of it nearly all neurons move.
+REPULSION, MANY_REPULSION = (2.0, 3.0), (1.0, 0.0)
 # Rows multiplied, rows of scores compared, clusters summed at once by one thread.
 BLOCK, CHOICES, BAGS = 512, 2048, 8
 SAFE = 50  # squares of numbers from 2^-50 to 2^50 can be summed in fp32
@@ -81,17 +79,15 @@ def _annealed(directions: Directions, experts: int, seed: int) -> tuple[torch.Te
     """Labels [D] int64, balanced or nearly so, and the prices [K] float64 they were chosen at."""
     many = experts > MANY
     assign = _balanced if many else _nearly_balanced
+    of_share, of_deviation = MANY_REPULSION if many else REPULSION
     scores = directions.scores(directions.some(experts, seed), torch.bfloat16)
     free = torch.zeros(experts, dtype=torch.float64, device=scores.device)
     labels, prices = assign(directions, scores, free, scores.std())
-    for remaining in torch.linspace(1, 0, MANY_ANNEALED if many else ANNEALED).tolist()[1:]:
+    for remaining in torch.linspace(1, 0, ANNEALED).tolist()[1:]:
         scores = directions.scores(directions.rough_means(labels, experts), torch.bfloat16)
         deviation = scores.std()
         share = 1 / torch.bincount(labels, minlength=experts)[labels]
-        if many:
-            repulsion = (MANY_REPULSION[1] + remaining * MANY_REPULSION[0]) * share
-        else:
-            repulsion = remaining * torch.maximum(REPULSION[0] * share, REPULSION[1] * deviation)
+        repulsion = remaining * torch.maximum(of_share * share, of_deviation * deviation)
         repulsion = repulsion * (directions.scale > 0)  # a zero row is no part of its mean
         scores.scatter_add_(1, labels[:, None], -repulsion[:, None])
         before = labels
@@ -113,9 +109,9 @@ def _balanced(
     directions: Directions, scores: torch.Tensor, prices: torch.Tensor, deviation: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Balanced labels [D] int64, the best ones among a few candidates, and rough prices [K]."""
-    softness = MANY_SOFTNESS * deviation.item()
+    softness = SOFTNESS[0] * deviation.item()
     if softness > 0:
-        prices = scaled_prices(scores.split(CHOICES), prices, 1 / softness, directions.each)
+        prices = fairer_prices(scores.split(CHOICES), prices, 1 / softness, directions.each)
     labels = among_candidates(scores.cpu().numpy(), prices.cpu().numpy())
     return torch.from_numpy(labels).to(scores.device), prices
 

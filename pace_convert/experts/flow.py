@@ -65,9 +65,7 @@ def _flow(scores: np.ndarray, candidates: np.ndarray) -> np.ndarray | None:
     return np.take_along_axis(candidates, taken[:, None], 1)[:, 0]
 
 
-def among_candidates(
-    scores: np.ndarray, prices: np.ndarray, count: int = CANDIDATES
-) -> np.ndarray:
+def among_candidates(scores: np.ndarray, prices: np.ndarray, count: int = CANDIDATES) -> np.ndarray:
     """The assignment of `cheapest_flow` among the `count` clusters of each neuron where score minus
     price is largest, or four times as many where these allow none that is balanced. Labels [N].
 

@@ -96,12 +96,12 @@ def test_many_clusters_are_no_worse_than_few(monkeypatch, experts):
     """The way of more than MANY clusters beside the other, where both can be gone."""
     rows = random_rows(600, 32, planted=20)
     found = {}
-    for many in (4, 600):
+    for many in (11, 600):
         monkeypatch.setattr(balanced_kmeans, "MANY", many)
         labels = balanced_kmeans.balanced_kmeans(rows, experts, 0)
         assert_balanced(labels, 600, experts)
         found[many] = inertia(rows, labels)
-    assert found[4] <= 1.002 * found[600]
+    assert found[11] <= 1.002 * found[600]
 
 
 def _best_balanced(scores: np.ndarray) -> float:
@@ -210,12 +210,14 @@ def test_labels_do_not_depend_on_the_number_of_threads():
     assert len({labels for labels, _ in printed}) == 1
 
 
-@pytest.mark.parametrize(("planted", "experts"), [(0, 16), (40, 16), (40, 150)])
-def test_as_good_as_the_library(planted, experts):
+@pytest.mark.parametrize(
+    ("neurons", "planted", "experts"), [(1200, 0, 16), (1200, 40, 16), (600, 40, 130)]
+)
+def test_as_good_as_the_library(neurons, planted, experts):
     """Sum of squared distances at most 1.002 times that of k-means-constrained's best of three, for
     three seeds.
     """
-    rows = random_rows(1200, 96, planted=planted)
+    rows = random_rows(neurons, 96, planted=planted)
     library = inertia(rows, cluster_neurons(rows, experts, method="exact", restarts=3).labels)
     assert (
         max(inertia(rows, cluster_neurons(rows, experts, seed=seed).labels) for seed in range(3))
