@@ -69,7 +69,6 @@ def test_workers_killed_over_and_over(source, tmp_path, command):
     while kills < KILLS:
         code, killed = stopped(arguments, made, log, draw.randrange(9), draw.uniform(0, 0.2))
         said = log.read_text()
-        print(command, kills, code, killed, flush=True)
         # 0: its part was done, and nothing else was left to do.
         assert code == 0 or (code == 1 and killed), said
         assert code == 0 or said.startswith("error: a worker process died"), said
