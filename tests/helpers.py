@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from pace_convert.checkpoint.checkpoint import open_source
 from pace_convert.conversion.convert import carry_out, prepare
-from pace_convert.families import FAMILIES, FamilySpec
+from pace_convert.families import FAMILIES
+from pace_convert.family_spec import FamilySpec
 from pace_convert.options import ConvertOptions
 from pace_convert.progress import Progress
 

@@ -5,7 +5,7 @@ them.
 from __future__ import annotations
 
 from ..errors import CallError, DamagedSourceError
-from ..families import FamilySpec, FfnTensor
+from ..family_spec import FamilySpec, FfnTensor
 from .shards import FLOAT_DTYPES, TensorInfo
 
 

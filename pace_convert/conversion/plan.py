@@ -9,7 +9,8 @@ from ..checkpoint.checkpoint import Source, trained_length
 from ..checkpoint.ffn import check_ffn, count_layers, intermediate_size_of
 from ..checkpoint.own_code import DECIDING, own_model_code
 from ..errors import CallError, DamagedSourceError
-from ..families import FamilySpec, FfnTensor, find_family
+from ..families import find_family
+from ..family_spec import FamilySpec, FfnTensor
 from ..options import ConvertOptions, RunOptions
 from .resources import jobs_that_fit, layer_task_bytes
 

@@ -30,7 +30,7 @@ from ..checkpoint.shards import (
 from ..converted.hashes import Hashes
 from ..errors import PaceError
 from ..experts.permute import ExpertOrder, canonical_permutation, repeat
-from ..families import FfnTensor
+from ..family_spec import FfnTensor
 from .places import Place, Shard, at_rest, check_hashes, not_as_written, refuse_non_finite
 from .plan import Plan
 

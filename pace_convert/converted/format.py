@@ -20,7 +20,7 @@ from ..checkpoint.files import check_file, check_names, is_inside, is_taken, par
 from ..checkpoint.tokenizer import CONFIG as TOKENIZER_CONFIG
 from ..errors import CallError, DamagedSourceError, one_line
 from ..experts.permute import ExpertOrder
-from ..families import FamilySpec
+from ..family_spec import FamilySpec
 from ..journal import NAME as JOURNAL
 from ..modeling.memory_settings import Bounds, MemorySettings
 from ..modeling.recall_settings import RecallSettings

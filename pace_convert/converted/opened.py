@@ -10,7 +10,8 @@ from ..checkpoint.checkpoint import Source, open_folder
 from ..checkpoint.ffn import check_ffn, count_layers
 from ..errors import CallError, DamagedSourceError
 from ..experts.permute import ExpertOrder
-from ..families import FAMILIES, FamilySpec, FfnTensor
+from ..families import FAMILIES
+from ..family_spec import FamilySpec, FfnTensor
 from .format import (
     PERMUTATION,
     check_memory,

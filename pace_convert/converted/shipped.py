@@ -9,7 +9,7 @@ from importlib.resources import files
 from jinja2 import Environment, StrictUndefined
 
 from ..checkpoint.tokenizer import MODULE as TOKENIZATION
-from ..families import FamilySpec
+from ..family_spec import FamilySpec
 from . import markup
 from .format import HASHES, KEPT, MODELING, PERMUTATION
 

@@ -20,6 +20,7 @@ FLOORS = (
     ("checkpoint", "experts"),
     ("options", "journal", "jobs"),
     ("families", "modeling", "progress", "device", "writing", "yaml_options"),
+    ("family_spec", "unsupported"),
     ("errors", "units", "version"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -1,0 +1,129 @@
+"""What the converter has to know about a family of models, as data.
+
+Everything is named as transformers and the checkpoints on the Hub name it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Ffn:
+    """The linear layers of an FFN, as paths below a decoder layer.
+
+    inputs: the layers that compute the neurons; those of the first are clustered (the gate, or
+    fc1). output: the layer that reads them: its input is the activation h. fused: the one input
+    layer holds the gate's neurons and, behind them, up's. transposed: weights are stored [in, out]
+    (GPT-2's Conv1D).
+    """
+
+    inputs: tuple[str, ...]
+    output: str
+    fused: bool = False
+    transposed: bool = False
+
+    @property
+    def kind(self) -> str:
+        """What the FFN is called in tables."""
+        if self.fused:
+            return "gated, fused"
+        return "gated" if len(self.inputs) > 1 else "plain, Conv1D" if self.transposed else "plain"
+
+    @property
+    def clustered(self) -> str:
+        """The layer whose neurons are clustered, in words."""
+        return "FFN's first layer" if self.kind.startswith("plain") else "gate projection"
+
+
+GATED = Ffn(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj")
+
+
+@dataclass(frozen=True)
+class FfnTensor:
+    """A tensor that the permutation touches.
+
+    axis: the one over the neurons, which it holds `parts` times, one set behind the other.
+    """
+
+    name: str
+    layer: int
+    axis: int
+    parts: int = 1
+
+
+@dataclass(frozen=True)
+class FamilySpec:
+    """What the converter has to know about a family; the defaults are Llama's.
+
+    name: of the classes in transformers, as in `{name}Config`; causal_lm: where it is not
+    `{name}ForCausalLM`. models: what people call the models. base: attribute of the causal LM that
+    holds the base model. Checkpoints name tensors with or without it. stack: path of the decoder
+    stack below the base model, where it is another module. blocks: path of the list of layers below
+    the stack. layer_keys, size_keys: keys in config.json of the number of layers and of the
+    intermediate size, the first that is set counts. Where no size is set it is four times the
+    hidden size, given as one of width_keys. fixable_tokenizer: transformers' `fix_mistral_regex` is
+    for this model_type.
+    """
+
+    model_type: str
+    name: str
+    models: str
+    ffn: Ffn = GATED
+    causal_lm: str = ""
+    base: str = "model"
+    stack: str = ""
+    blocks: str = "layers"
+    layer_keys: tuple[str, ...] = ("num_hidden_layers",)
+    size_keys: tuple[str, ...] = ("intermediate_size",)
+    width_keys: tuple[str, ...] = ()
+    fixable_tokenizer: bool = False
+
+    @property
+    def config_class(self) -> str:
+        """Configuration class in transformers."""
+        return f"{self.name}Config"
+
+    @property
+    def model_class(self) -> str:
+        """Base model class in transformers."""
+        return f"{self.name}Model"
+
+    @property
+    def causal_lm_class(self) -> str:
+        """Causal LM class in transformers."""
+        return self.causal_lm or f"{self.name}ForCausalLM"
+
+    @property
+    def projection(self) -> str:
+        """Path of the FFN's output projection below the stack, `{}` standing for the layer."""
+        return f"{self.blocks}.{{}}.{self.ffn.output}"
+
+    @property
+    def ffn_input(self) -> str:
+        """Path of the FFN's first linear layer below the stack, `{}` standing for the layer."""
+        return f"{self.blocks}.{{}}.{self.ffn.inputs[0]}"
+
+    def ffn_tensors(self, layers: int, names: Container[str]) -> list[FfnTensor]:
+        """Every tensor with an axis over FFN neurons, named as in `names`; biases where they exist.
+
+        Of each layer's, the first is the one whose neurons are clustered.
+        """
+        axis = int(self.ffn.transposed)
+        parts = 1 + self.ffn.fused
+        tensors = []
+        for layer in range(layers):
+            path = self._layer(layer, names)
+            for linear in self.ffn.inputs:
+                tensors.append(FfnTensor(f"{path}.{linear}.weight", layer, axis, parts))
+                if f"{path}.{linear}.bias" in names:
+                    tensors.append(FfnTensor(f"{path}.{linear}.bias", layer, 0, parts))
+            tensors.append(FfnTensor(f"{path}.{self.ffn.output}.weight", layer, 1 - axis))
+        return tensors
+
+    def _layer(self, layer: int, names: Container[str]) -> str:
+        """Path of a decoder layer in `names`, which may or may not begin with `base`."""
+        path = f"{self.stack}.{self.blocks}" if self.stack else self.blocks
+        first = f"{path}.0.{self.ffn.inputs[0]}.weight"
+        return f"{path}.{layer}" if first in names else f"{self.base}.{path}.{layer}"
