@@ -52,7 +52,8 @@ class SavingMixin:
 
 def leave_out_lost_layers(model: Any) -> None:
     """No memory, and no re-reading, in layers that somebody has taken out of the model."""
-    count = min(model._stack_memory.layers, model.config.num_hidden_layers)
+    layers = model.config.get_text_config().num_hidden_layers
+    count = min(model._stack_memory.layers, layers)
     layers, window = model.memory_settings.layers, model.window_settings
     kept = tuple(layer for layer in layers if layer < count)
     if kept != layers:

@@ -11,10 +11,24 @@ from .unsupported import why_unsupported
 FUSED = Ffn(("mlp.gate_up_proj",), "mlp.down_proj", fused=True)
 UP_DOWN = Ffn(("mlp.up_proj",), "mlp.down_proj")
 FC = Ffn(("mlp.c_fc",), "mlp.c_proj")
+FEED_FORWARD = Ffn(("feed_forward.gate_proj", "feed_forward.up_proj"), "feed_forward.down_proj")
+W1_W3_W2 = Ffn(("feed_forward.w1", "feed_forward.w3"), "feed_forward.w2")
+MLP_BLOCK = Ffn(("mlp_block.gate_proj", "mlp_block.up_proj"), "mlp_block.down_proj")
+INNER = "language_model.model.layers"  # where many older multimodal checkpoints have the layers
 FC1_FC2 = Ffn(("fc1",), "fc2")
 MLP_FC1_FC2 = Ffn(("mlp.fc1",), "mlp.fc2")
 FC_IN_OUT = Ffn(("mlp.fc_in",), "mlp.fc_out")
 FOUR_H = Ffn(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h")
+
+
+def _pictures(
+    model_type: str, name: str, models: str, stack: str = "language_model", older: str = ""
+) -> FamilySpec:
+    """A text decoder beside a vision tower, which stays as it is."""
+    return FamilySpec(
+        model_type, name, models, stack=stack, text="text_config",
+        older=(older,) if older else (),
+    )  # fmt: skip
 
 
 def _gpt(model_type: str, name: str, models: str, ffn: Ffn, causal_lm: str = "") -> FamilySpec:
@@ -42,6 +56,22 @@ FAMILIES = {
         FamilySpec("cohere2", "Cohere2", "Command R7B, Command A"),
         FamilySpec("cwm", "Cwm", "Code World Model"),
         FamilySpec("diffllama", "DiffLlama", "DiffLlama"),
+        FamilySpec("bamba", "Bamba", "Bamba", FEED_FORWARD),
+        FamilySpec("falcon_h1", "FalconH1", "Falcon-H1", FEED_FORWARD),
+        FamilySpec("lfm2", "Lfm2", "LFM2", W1_W3_W2, size_keys=()),
+        FamilySpec("olmo_hybrid", "OlmoHybrid", "OLMo Hybrid"),
+        FamilySpec("recurrent_gemma", "RecurrentGemma", "RecurrentGemma", MLP_BLOCK, size_keys=()),
+        _pictures("aya_vision", "AyaVision", "Aya Vision", older=INNER),
+        _pictures("gemma3", "Gemma3", "Gemma 3", older=INNER),
+        _pictures("idefics3", "Idefics3", "Idefics 3", stack="text_model"),
+        _pictures("internvl", "InternVL", "InternVL 3", older=INNER),
+        _pictures("llava", "Llava", "LLaVA 1.5, Pixtral", older=INNER),
+        _pictures("llava_next", "LlavaNext", "LLaVA-NeXT", older=INNER),
+        _pictures("mistral3", "Mistral3", "Mistral Small 3.1", older=INNER),
+        _pictures("qwen2_5_vl", "Qwen2_5_VL", "Qwen2.5-VL", older="model.layers"),
+        _pictures("qwen2_vl", "Qwen2VL", "Qwen2-VL", older="model.layers"),
+        _pictures("qwen3_vl", "Qwen3VL", "Qwen3-VL"),
+        _pictures("smolvlm", "SmolVLM", "SmolVLM, SmolVLM2", stack="text_model"),
         FamilySpec("ernie4_5", "Ernie4_5", "ERNIE 4.5, dense"),
         FamilySpec("exaone4", "Exaone4", "EXAONE 4"),
         FamilySpec(

@@ -5,8 +5,8 @@ Everything is named as transformers and the checkpoints on the Hub name it.
 
 from __future__ import annotations
 
-from collections.abc import Container
-from dataclasses import dataclass
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,10 @@ class FamilySpec:
     stack below the base model, where it is another module. blocks: path of the list of layers below
     the stack. layer_keys, size_keys: keys in config.json of the number of layers and of the
     intermediate size, the first that is set counts. Where no size is set it is four times the
-    hidden size, given as one of width_keys. fixable_tokenizer: transformers' `fix_mistral_regex` is
-    for this model_type.
+    hidden size, given as one of width_keys; without any key the weights say it. fixable_tokenizer: transformers' `fix_mistral_regex` is
+    for this model_type. text: key of the text decoder's part in config.json, of a multimodal model.
+    older: where older checkpoints have the list of layers. refused: memories that a model of the
+    family can't have, and why.
     """
 
     model_type: str
@@ -79,6 +81,9 @@ class FamilySpec:
     size_keys: tuple[str, ...] = ("intermediate_size",)
     width_keys: tuple[str, ...] = ()
     fixable_tokenizer: bool = False
+    text: str = ""
+    older: tuple[str, ...] = ()
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def config_class(self) -> str:
@@ -92,8 +97,14 @@ class FamilySpec:
 
     @property
     def causal_lm_class(self) -> str:
-        """Causal LM class in transformers."""
-        return self.causal_lm or f"{self.name}ForCausalLM"
+        """Class with a language modelling head in transformers."""
+        head = "ForConditionalGeneration" if self.text else "ForCausalLM"
+        return self.causal_lm or f"{self.name}{head}"
+
+    @property
+    def auto_class(self) -> str:
+        """Auto class of transformers that loads it with its head."""
+        return "AutoModelForImageTextToText" if self.text else "AutoModelForCausalLM"
 
     @property
     def projection(self) -> str:
@@ -125,5 +136,7 @@ class FamilySpec:
     def _layer(self, layer: int, names: Container[str]) -> str:
         """Path of a decoder layer in `names`, which may or may not begin with `base`."""
         path = f"{self.stack}.{self.blocks}" if self.stack else self.blocks
-        first = f"{path}.0.{self.ffn.inputs[0]}.weight"
-        return f"{path}.{layer}" if first in names else f"{self.base}.{path}.{layer}"
+        known = (path, *self.older)
+        first = f"0.{self.ffn.inputs[0]}.weight"
+        here = (path for path in known if f"{path}.{first}" in names)
+        return f"{next(here, f'{self.base}.{path}')}.{layer}"

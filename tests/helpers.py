@@ -11,6 +11,7 @@ from pathlib import Path
 import bad_inputs
 import forked
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
 from pace_convert.checkpoint.checkpoint import open_source
@@ -163,9 +164,10 @@ def convert_folder(source: Path, out: Path, **options) -> None:
 
 def load(folder: Path, dtype: torch.dtype = torch.float64, **kwargs):
     """A model in float64, where no rounding can flip a threshold."""
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, trust_remote_code=True, **kwargs
-    ).eval()
+    config = json.loads((Path(folder) / "config.json").read_text())
+    family = FAMILIES.get(config["model_type"].removeprefix("pace_"))
+    kind = getattr(transformers, family.auto_class) if family else AutoModelForCausalLM
+    return kind.from_pretrained(folder, dtype=dtype, trust_remote_code=True, **kwargs).eval()
 
 
 def hashes(folder: Path) -> dict[str, str]:

@@ -4,18 +4,48 @@ them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ..errors import CallError, DamagedSourceError
 from ..family_spec import FamilySpec, FfnTensor
 from .shards import FLOAT_DTYPES, TensorInfo
 
 
+def text_config(family: FamilySpec, config: dict) -> dict:
+    """What config.json says of the text decoder: all of it, or a multimodal model's part, with what
+    transformers takes where it says nothing. Raises DamagedSourceError.
+    """
+    if not family.text:
+        return config
+    from transformers import AutoConfig
+
+    given = {key: value for key, value in config.items() if key not in ("model_type", "auto_map")}
+    try:
+        return AutoConfig.for_model(family.model_type, **given).get_text_config().to_dict()
+    except Exception as error:  # each class has checks of its own
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DamagedSourceError(
+            f"config.json is not one of a {family.model_type} ({reason})",
+            "get an undamaged copy of the model",
+        ) from error
+
+
 def count_layers(family: FamilySpec, config: dict) -> int:
     """Decoder layers, as config.json states them. Raises CallError."""
-    return _positive(config, family.layer_keys)
+    return _positive(text_config(family, config), family.layer_keys)
 
 
-def intermediate_size_of(family: FamilySpec, config: dict) -> int:
-    """Neurons of a layer's FFN, as config.json states them. Raises CallError."""
+def intermediate_size_of(
+    family: FamilySpec, config: dict, tensors: Mapping[str, TensorInfo]
+) -> int:
+    """Neurons of a layer's FFN, as config.json states them, or else its first tensor. Raises
+    CallError.
+    """
+    if not family.size_keys and not family.width_keys:
+        first = family.ffn_tensors(1, tensors)[0]
+        shape = tensors[first.name].shape if first.name in tensors else ()
+        return shape[first.axis] // first.parts if shape else 1  # `check_ffn` says what is missing
+    config = text_config(family, config)
     if family.width_keys and not any(config.get(key) is not None for key in family.size_keys):
         return 4 * _positive(config, family.width_keys)
     return _positive(config, family.size_keys)

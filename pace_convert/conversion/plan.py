@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..checkpoint.checkpoint import Source, trained_length
-from ..checkpoint.ffn import check_ffn, count_layers, intermediate_size_of
+from ..checkpoint.ffn import check_ffn, count_layers, intermediate_size_of, text_config
 from ..checkpoint.own_code import DECIDING, own_model_code
 from ..errors import CallError, DamagedSourceError
 from ..families import find_family
@@ -67,7 +67,7 @@ def make_plan(source: Source, options: ConvertOptions, run: RunOptions | None = 
     family = find_family(config, _check_type(config, "architectures", list) or [])
     _refuse_own_code(config, family)
     layers = count_layers(family, config)
-    intermediate_size = intermediate_size_of(family, config)
+    intermediate_size = intermediate_size_of(family, config, source.tensors)
     ffn = check_ffn(family, layers, intermediate_size, source.tensors)
     _check_experts(options, intermediate_size)
     infos = [source.tensors[tensor.name] for tensor in ffn]
@@ -84,7 +84,7 @@ def make_plan(source: Source, options: ConvertOptions, run: RunOptions | None = 
         hidden_size=infos[0].shape[1 - ffn[0].axis],
         intermediate_size=intermediate_size,
         memory_layers=_fusion_layers(options, layers),
-        window=_window(options, layers, config),
+        window=_window(options, layers, text_config(family, config)),
         recall=_recall(options, layers),
         ffn=ffn,
         weights_bytes=source.nbytes,

@@ -16,6 +16,8 @@ from ..checkpoint.own_code import own_model_code
 from ..checkpoint.selection import ADAPTER
 from ..device import load_dtype
 from ..errors import CallError, DamagedSourceError, PaceError
+from ..families import FAMILIES
+from ..family_spec import FamilySpec
 from .format import MODELING
 from .opened import Converted
 from .shipped import auto_map, modeling_files
@@ -194,14 +196,17 @@ def model_class(files: Source | Converted, head: bool = True) -> Any:
     """The class to load a model with: a conversion's own, or the Auto class of transformers."""
     if isinstance(files, Converted) and files.needs_code:
         return _shipped_class(files, head)
-    return _own_class(head)
+    config = files.files.config if isinstance(files, Converted) else files.config
+    return _own_class(FAMILIES.get(config["model_type"]), head)
 
 
-def _own_class(head: bool) -> Any:
+def _own_class(family: FamilySpec | None, head: bool) -> Any:
     """The Auto class of transformers, whose own classes are loaded."""
-    from transformers import AutoModel, AutoModelForCausalLM
+    import transformers
 
-    return AutoModelForCausalLM if head else AutoModel
+    if not head:
+        return transformers.AutoModel
+    return getattr(transformers, family.auto_class if family else "AutoModelForCausalLM")
 
 
 def _shipped_class(converted: Converted, head: bool) -> Any:

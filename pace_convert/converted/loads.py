@@ -116,8 +116,9 @@ def run(files: Any, model: Any, rows: int = 1) -> torch.Tensor:
     Raises PaceError where it does not run.
     """
     with in_words(files, "run"):
-        length = min(TOKENS, getattr(model.config, "max_position_embeddings", None) or TOKENS)
+        config = model.config.get_text_config()
+        length = min(TOKENS, getattr(config, "max_position_embeddings", None) or TOKENS)
         ids = torch.randint(
-            model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0)
+            config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0)
         )
         return model(ids).logits

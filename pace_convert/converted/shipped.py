@@ -77,7 +77,7 @@ def auto_map(source: dict, family: FamilySpec) -> dict[str, str]:
         **(source.get("auto_map") or {}),
         "AutoConfig": f"{module}.Pace{family.config_class}",
         "AutoModel": f"{module}.Pace{family.model_class}",
-        "AutoModelForCausalLM": f"{module}.Pace{family.causal_lm_class}",
+        family.auto_class: f"{module}.Pace{family.causal_lm_class}",
         **dict.fromkeys(HEADS, f"{module}.PaceWithoutHead"),
     }
 
