@@ -32,6 +32,31 @@ def _positive(config: dict, keys: tuple[str, ...]) -> int:
     return value
 
 
+def check_layers(family: FamilySpec, layers: int, tensors: dict[str, TensorInfo]) -> None:
+    """Every layer must have something below its FFN's output projection, whatever it is called in
+    a quantised checkpoint. Raises DamagedSourceError.
+    """
+    _check_count(layers, tensors)
+    stack = f"{family.stack}." if family.stack else ""
+    places = {name.rpartition(".")[0] for name in tensors}
+    inside = {above for place in places for above in (place, place.rpartition(".")[0])}
+    for layer in range(layers):
+        path = stack + family.projection.format(layer)
+        if not {path, f"{family.base}.{path}"} & inside:
+            raise DamagedSourceError(
+                f"the source lacks the weights of {path}", "check that all its shards are there"
+            )
+
+
+def _check_count(layers: int, tensors: dict[str, TensorInfo]) -> None:
+    """Before so many names are made: the number may be any. Raises DamagedSourceError."""
+    if layers > len(tensors):
+        raise DamagedSourceError(
+            f"config.json speaks of {layers} layers, the weights have {len(tensors)} tensors",
+            "config.json and weights do not belong together",
+        )
+
+
 def check_ffn(
     family: FamilySpec, layers: int, intermediate_size: int, tensors: dict[str, TensorInfo]
 ) -> tuple[FfnTensor, ...]:
@@ -39,11 +64,7 @@ def check_ffn(
 
     Raises DamagedSourceError, and CallError for quantised ones.
     """
-    if layers > len(tensors):  # before so many names are made: the number may be any
-        raise DamagedSourceError(
-            f"config.json speaks of {layers} layers, the weights have {len(tensors)} tensors",
-            "config.json and weights do not belong together",
-        )
+    _check_count(layers, tensors)
     ffn = tuple(family.ffn_tensors(layers, tensors))
     hidden_size = None  # of the first; all others must have it
     for tensor in ffn:

@@ -6,27 +6,26 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..checkpoint.checkpoint import Source, trained_length
-from ..checkpoint.ffn import check_ffn, count_layers, intermediate_size_of
+from ..checkpoint.ffn import check_ffn, check_layers, count_layers, intermediate_size_of
 from ..checkpoint.own_code import DECIDING, own_model_code
 from ..errors import CallError, DamagedSourceError
 from ..families import FamilySpec, FfnTensor, find_family
 from ..options import ConvertOptions, RunOptions
-from .resources import jobs_that_fit, layer_task_bytes
+from .resources import copying_bytes, jobs_that_fit, layer_task_bytes
 
 
 @dataclass(frozen=True)
 class Plan:
     """What a conversion will do. Sizes in bytes.
 
-    task_bytes: memory of one process while it converts a layer; jobs: how many of them work side by
-    side.
+    ffn: the tensors that are permuted, none without experts. task_bytes: memory of one process
+    while it converts a layer, or copies a shard; jobs: how many of them work side by side.
     """
 
     family: FamilySpec
     options: ConvertOptions
     run: RunOptions
     layers: int
-    hidden_size: int
     intermediate_size: int
     memory_layers: tuple[int, ...]
     window: dict | None
@@ -42,7 +41,7 @@ class Plan:
             "family": self.family.model_type,
             "layers": self.layers,
             "intermediate_size": self.intermediate_size,
-            "experts": self.options.experts,
+            "experts": None if self.options.no_experts else self.options.experts,
             "memory_layers": list(self.memory_layers),
             "window": self.window,
             "recall": self.recall,
@@ -61,26 +60,28 @@ def make_plan(source: Source, options: ConvertOptions, run: RunOptions | None = 
     config = source.config
     run = run or RunOptions()
     _refuse_converted(source)
-    _refuse_quantised(config)
+    if not options.no_experts:
+        _refuse_quantised(config)
     _check_type(config, "auto_map", dict)
     family = find_family(config, _check_type(config, "architectures", list) or [])
     _refuse_own_code(config, family)
     layers = count_layers(family, config)
     intermediate_size = intermediate_size_of(family, config)
-    ffn = check_ffn(family, layers, intermediate_size, source.tensors)
-    _check_experts(options, intermediate_size)
+    ffn = _permuted(source, options, family, layers, intermediate_size)
     infos = [source.tensors[tensor.name] for tensor in ffn]
-    exact = options.cluster_method == "exact"
-    task_bytes = layer_task_bytes(infos, intermediate_size, options.experts, exact)
+    pieces, nbytes, task_bytes = len(source.shards), source.nbytes, copying_bytes(source.tensors)
+    if ffn:
+        exact = options.cluster_method == "exact"
+        pieces, nbytes = layers, sum(info.nbytes for info in infos)
+        task_bytes = layer_task_bytes(infos, intermediate_size, options.experts, exact)
     jobs = run.jobs
     if jobs is None and run.executor == "local":
-        jobs = jobs_that_fit(layers, sum(info.nbytes for info in infos), task_bytes)
+        jobs = jobs_that_fit(pieces, nbytes, task_bytes)
     return Plan(
         family=family,
         options=options,
         run=run,
         layers=layers,
-        hidden_size=infos[0].shape[1 - ffn[0].axis],
         intermediate_size=intermediate_size,
         memory_layers=_fusion_layers(options, layers),
         window=_window(options, layers, config),
@@ -88,8 +89,25 @@ def make_plan(source: Source, options: ConvertOptions, run: RunOptions | None = 
         ffn=ffn,
         weights_bytes=source.nbytes,
         task_bytes=task_bytes,
-        jobs=jobs or layers,
+        jobs=jobs or pieces,
     )
+
+
+def _permuted(
+    source: Source, options: ConvertOptions, family: FamilySpec, layers: int, intermediate_size: int
+) -> tuple[FfnTensor, ...]:
+    """The tensors that the experts permute; without experts they are only looked at.
+
+    Raises CallError, DamagedSourceError.
+    """
+    if options.no_experts and source.config.get("quantization_config"):
+        check_layers(family, layers, source.tensors)  # packed weights have shapes of their own
+        return ()
+    ffn = check_ffn(family, layers, intermediate_size, source.tensors)
+    if options.no_experts:
+        return ()
+    _check_experts(options, intermediate_size)
+    return ffn
 
 
 def _check_experts(options: ConvertOptions, intermediate_size: int) -> None:
@@ -185,7 +203,8 @@ def _refuse_quantised(config: dict) -> None:
         method = stated.get("quant_method", "unknown")
         raise CallError(
             f"the source is quantised ({method}): its FFN rows can't be clustered",
-            "convert the full-precision model, then quantise",
+            "give --no-experts to leave its weights as they are, or convert the full-precision "
+            "model",
         )
 
 
