@@ -5,7 +5,7 @@ Everything is named as transformers and the checkpoints on the Hub name it.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 
@@ -41,6 +41,20 @@ GATED = Ffn(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj")
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """The mixture of experts of a layer, as paths below it; other layers may have a plain FFN.
+
+    block: the module that all tokens enter. sizes: keys in config.json whose product is the number
+    of neurons of the FFN that all tokens pass, or else of an expert. shared: that FFN, beside the
+    experts.
+    """
+
+    block: str
+    sizes: tuple[str, ...]
+    shared: Ffn | None = None
+
+
+@dataclass(frozen=True)
 class FfnTensor:
     """A tensor that the permutation touches.
 
@@ -65,7 +79,8 @@ class FamilySpec:
     intermediate size, the first that is set counts. Where no size is set it is four times the
     hidden size, given as one of width_keys; without any key the weights say it. fixable_tokenizer: transformers' `fix_mistral_regex` is
     for this model_type. text: key of the text decoder's part in config.json, of a multimodal model.
-    older: where older checkpoints have the list of layers. refused: memories that a model of the
+    older: where older checkpoints have the list of layers. mixture: what layers have that are a
+    mixture of experts; ffn is then the others'. refused: memories that a model of the
     family can't have, and why.
     """
 
@@ -83,6 +98,7 @@ class FamilySpec:
     fixable_tokenizer: bool = False
     text: str = ""
     older: tuple[str, ...] = ()
+    mixture: Mixture | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -108,15 +124,28 @@ class FamilySpec:
 
     @property
     def projection(self) -> str:
-        """Path of the FFN's output projection below the stack, `{}` standing for the layer."""
-        return f"{self.blocks}.{{}}.{self.ffn.output}"
+        """Path below the stack, `{}` standing for the layer, of the output projection of the FFN
+        that all tokens pass; "" where there is none.
+        """
+        ffn = self.ffn if self.mixture is None else self.mixture.shared
+        return "" if ffn is None else f"{self.blocks}.{{}}.{ffn.output}"
 
     @property
     def ffn_input(self) -> str:
-        """Path of the FFN's first linear layer below the stack, `{}` standing for the layer."""
-        return f"{self.blocks}.{{}}.{self.ffn.inputs[0]}"
+        """Path below the stack, `{}` standing for the layer, of what all tokens enter first in the
+        FFN: a linear layer, or the mixture.
+        """
+        first = self.ffn.inputs[0] if self.mixture is None else self.mixture.block
+        return f"{self.blocks}.{{}}.{first}"
 
-    def ffn_tensors(self, layers: int, names: Container[str]) -> list[FfnTensor]:
+    @property
+    def ffn_kind(self) -> str:
+        """What the FFN is called in tables."""
+        if self.mixture is None:
+            return self.ffn.kind
+        return "mixture, shared FFN" if self.mixture.shared else "mixture"
+
+    def ffn_tensors(self, layers: int, names: Collection[str]) -> list[FfnTensor]:
         """Every tensor with an axis over FFN neurons, named as in `names`; biases where they exist.
 
         Of each layer's, the first is the one whose neurons are clustered.
@@ -124,8 +153,9 @@ class FamilySpec:
         axis = int(self.ffn.transposed)
         parts = 1 + self.ffn.fused
         tensors = []
+        paths = self.layers_path(names)
         for layer in range(layers):
-            path = self._layer(layer, names)
+            path = f"{paths}.{layer}"
             for linear in self.ffn.inputs:
                 tensors.append(FfnTensor(f"{path}.{linear}.weight", layer, axis, parts))
                 if f"{path}.{linear}.bias" in names:
@@ -133,10 +163,9 @@ class FamilySpec:
             tensors.append(FfnTensor(f"{path}.{self.ffn.output}.weight", layer, 1 - axis))
         return tensors
 
-    def _layer(self, layer: int, names: Container[str]) -> str:
-        """Path of a decoder layer in `names`, which may or may not begin with `base`."""
+    def layers_path(self, names: Iterable[str]) -> str:
+        """Path of the list of layers in `names`, which may or may not begin with `base`."""
         path = f"{self.stack}.{self.blocks}" if self.stack else self.blocks
-        known = (path, *self.older)
-        first = f"0.{self.ffn.inputs[0]}.weight"
-        here = (path for path in known if f"{path}.{first}" in names)
-        return f"{next(here, f'{self.base}.{path}')}.{layer}"
+        known = (f"{self.base}.{path}", path, *self.older)
+        here = (path for path in known if any(name.startswith(f"{path}.0.") for name in names))
+        return next(here, known[0])

@@ -206,7 +206,7 @@ def supported_table() -> str:
     rows = ["| model_type | class | FFN | models |", "|---|---|---|---|"]
     for spec in FAMILIES.values():
         rows.append(
-            f"| `{spec.model_type}` | `{spec.causal_lm_class}` | {spec.ffn.kind} | {spec.models} |"
+            f"| `{spec.model_type}` | `{spec.causal_lm_class}` | {spec.ffn_kind} | {spec.models} |"
         )
     return "\n".join(rows)
 

@@ -4,6 +4,7 @@ them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from ..errors import CallError, DamagedSourceError
@@ -46,6 +47,8 @@ def intermediate_size_of(
         shape = tensors[first.name].shape if first.name in tensors else ()
         return shape[first.axis] // first.parts if shape else 1  # `check_ffn` says what is missing
     config = text_config(family, config)
+    if family.mixture is not None:
+        return math.prod(_positive(config, (key,)) for key in family.mixture.sizes)
     if family.width_keys and not any(config.get(key) is not None for key in family.size_keys):
         return 4 * _positive(config, family.width_keys)
     return _positive(config, family.size_keys)
@@ -62,6 +65,37 @@ def _positive(config: dict, keys: tuple[str, ...]) -> int:
     return value
 
 
+def check_layers(family: FamilySpec, layers: int, tensors: dict[str, TensorInfo]) -> None:
+    """Every layer must have something below the last part of its FFN, or its mixture, whatever it
+    is called in a quantised checkpoint. Raises DamagedSourceError.
+    """
+    _check_count(layers, tensors)
+    last = family.mixture.block if family.mixture else family.ffn.output
+    paths = [f"{path}.{last}" for path in layer_paths(family, layers, tensors)]
+    depth = paths[0].count(".") + 1
+    inside = {".".join(name.split(".")[:depth]) for name in tensors}
+    for path in paths:
+        if path not in inside:
+            raise DamagedSourceError(
+                f"the source lacks the weights of {path}", "check that all its shards are there"
+            )
+
+
+def layer_paths(family: FamilySpec, layers: int, tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """Where each decoder layer's tensors are."""
+    path = family.layers_path(tensors)
+    return [f"{path}.{layer}" for layer in range(layers)]
+
+
+def _check_count(layers: int, tensors: dict[str, TensorInfo]) -> None:
+    """Before so many names are made: the number may be any. Raises DamagedSourceError."""
+    if layers > len(tensors):
+        raise DamagedSourceError(
+            f"config.json speaks of {layers} layers, the weights have {len(tensors)} tensors",
+            "config.json and weights do not belong together",
+        )
+
+
 def check_ffn(
     family: FamilySpec, layers: int, intermediate_size: int, tensors: dict[str, TensorInfo]
 ) -> tuple[FfnTensor, ...]:
@@ -69,11 +103,7 @@ def check_ffn(
 
     Raises DamagedSourceError, and CallError for quantised ones.
     """
-    if layers > len(tensors):  # before so many names are made: the number may be any
-        raise DamagedSourceError(
-            f"config.json speaks of {layers} layers, the weights have {len(tensors)} tensors",
-            "config.json and weights do not belong together",
-        )
+    _check_count(layers, tensors)
     ffn = tuple(family.ffn_tensors(layers, tensors))
     hidden_size = None  # of the first; all others must have it
     for tensor in ffn:

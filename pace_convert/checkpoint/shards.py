@@ -33,6 +33,12 @@ ITEM_SIZES = {
     "BF16": 2,
     "I16": 2,
     "U16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E8M0": 1,
 }
 # The bits of the exponent, as an unsigned integer of the item size.
 EXPONENTS = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x1F << 10, "BF16": 0xFF << 7}
@@ -117,7 +123,7 @@ def read(path: Path, info: TensorInfo, first: int = 0, last: int | None = None) 
     They are read, not mapped: a file that is cut short meanwhile is then an error and not a crash.
     Raises DamagedSourceError for it.
     """
-    size = ITEM_SIZES.get(info.dtype, 1)  # other types, fp8 among them, are copied as bytes
+    size = ITEM_SIZES.get(info.dtype, 1)  # other types are copied as bytes
     shape = info.shape if info.dtype in ITEM_SIZES else (info.nbytes,)
     if shape:
         shape = (len(range(shape[0])[first:last]), *shape[1:])

@@ -202,7 +202,7 @@ def families(as_json: bool) -> None:
         {
             "model_type": spec.model_type,
             "class": spec.causal_lm_class,
-            "ffn": spec.ffn.kind,
+            "ffn": spec.ffn_kind,
             "models": spec.models,
         }
         for spec in FAMILIES.values()

@@ -141,7 +141,7 @@ def _origins(converted: Converted) -> dict[str, str]:
             f"{folder} does not say which files its source had", "convert again, then undo that"
         )
     if SINGLE in origins.values():  # it would be loaded in the shards' place
-        raise not_written(SINGLE)
+        raise not_written(folder, SINGLE)
     for name in origins:
         check_file(folder, name)
     return origins

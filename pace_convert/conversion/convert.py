@@ -129,7 +129,7 @@ def carry_out(prepared: Prepared, progress: Progress) -> Conversion:
     check_room(source, out)
     check_executor(plan.run, plan.task_bytes)
     source = source.fetch()
-    device = _clustering_device(plan.run)
+    device = _clustering_device(plan)
     folder = OutputFolder(out, overwrite=prepared.overwrite, resume=prepared.resume)
     with explained(out, RESUME), folder:
         journal = Journal(folder.staging, AGAIN)
@@ -205,7 +205,7 @@ def _refuse_another(source: Source, out: Path, plan: Plan) -> None:
 
 def _fingerprint(source: Source, plan: Plan) -> dict:
     """What this conversion's bytes depend on, on this machine."""
-    return fingerprint(source, plan.options, _clustering_device(plan.run))
+    return fingerprint(source, plan.options, _clustering_device(plan))
 
 
 def _write_files(
@@ -223,17 +223,22 @@ def _write_files(
         theirs.append(INDEX)
     # What is written anew keeps the source's own under another name, for `undo`.
     copies = {name: KEPT[name] if name in texts or name == INDEX else name for name in theirs}
-    origins: dict[str, str | None] = dict.fromkeys([PERMUTATION, HASHES, INDEX, *texts])
+    ours = [*([PERMUTATION] if plan.ffn else []), HASHES, INDEX]
+    origins: dict[str, str | None] = dict.fromkeys([*ours, *texts])
     origins |= {target: name for name, target in copies.items()}
     origins |= {name: name for name in source.shards}
-    orders = [layer_result(journal.done[f"layer {layer}"]) for layer in range(plan.layers)]
-    folder.permutation(orders, origins, list(source.left_out))
+    if plan.ffn:
+        orders = [layer_result(journal.done[f"layer {layer}"]) for layer in range(plan.layers)]
+        folder.permutation(orders, origins, list(source.left_out))
     for name, target in copies.items():
         folder.copy(source.folder / name, target)
     for name, text in texts.items():
         folder.write(name, text)
     folder.index(source.tensors)
-    folder.record(_hashes(source, journal))
+    hashes = _hashes(source, journal)
+    if not plan.ffn:
+        hashes = hashes.model_copy(update={"written": origins, "left_out": list(source.left_out)})
+    folder.record(hashes)
     return list(origins)
 
 
@@ -257,11 +262,15 @@ def _config(source: Source, plan: Plan) -> dict:
     return expected_config(source.config, plan.family, pace, not options.no_memory)
 
 
-def _clustering_device(run: RunOptions) -> str:
-    """Where neurons are grouped. Of a cluster's machines only its workers know their GPUs.
+def _clustering_device(plan: Plan) -> str:
+    """Where neurons are grouped; where none are it does not matter. Of a cluster's machines only
+    its workers know their GPUs.
 
     Raises CallError for a GPU that is not there.
     """
+    run = plan.run
+    if not plan.ffn:
+        return "cpu"
     if run.executor == "ray":
         return "cpu" if run.device == "auto" else run.device
     return resolve_device(run.device)

@@ -48,19 +48,28 @@ def estimate_duration(source: Source, plan: Plan, out: Path) -> Duration:
     """A product of matrices, a read and a write are timed (a quarter of a second); the rest is
     proportion.
     """
+    copying = plan.weights_bytes * (_write_seconds(out) + _read_seconds(source)) / _SAMPLE_BYTES
+    if not plan.ffn:
+        return Duration(0.0, copying)
+    clustered = plan.ffn[0]
+    hidden_size = source.tensors[clustered.name].shape[1 - clustered.axis]
+    return Duration(plan.layers * _layer_seconds(plan, hidden_size), copying)
+
+
+def _layer_seconds(plan: Plan, hidden_size: int) -> float:
+    """Of one layer's clustering."""
     options = plan.options
     # 1024 neurons and 64 experts, scaled up to all of them.
     rows = 1024
-    width = min(plan.hidden_size, 4096)
+    width = min(hidden_size, 4096)
     a = np.ones((rows, width), np.float32)
     b = np.ones((width, 64), np.float32)
     one = _seconds(lambda: a @ b)
-    product = one * plan.intermediate_size / rows * plan.hidden_size / width * options.experts / 64
-    products = _PRODUCTS[options.cluster_method] * (1 + _PAIRS * options.experts / plan.hidden_size)
+    product = one * plan.intermediate_size / rows * hidden_size / width * options.experts / 64
+    products = _PRODUCTS[options.cluster_method] * (1 + _PAIRS * options.experts / hidden_size)
     if options.exact_restarts:
         products = _PRODUCTS_A_RESTART * options.exact_restarts
-    copying = plan.weights_bytes * (_write_seconds(out) + _read_seconds(source)) / _SAMPLE_BYTES
-    return Duration(plan.layers * (products * product + _LAYER_SECONDS), copying)
+    return products * product + _LAYER_SECONDS
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -124,20 +124,13 @@ def check_pace(pace: dict) -> None:
         )
     _settings(pace)
     try:
-        experts = dict(pace["experts"])
         memory = dict(pace["memory"])
         enabled = memory.pop("enabled")
         layers = tuple(memory.pop("layers"))
         memory.pop("window", None)
         memory.pop("recall", None)
-        given = {
-            "experts": experts.pop("count"),
-            "cluster_method": experts.pop("method"),
-            "seed": experts.pop("seed"),
-        }
-        if experts:  # written only where it was given
-            given["exact_restarts"] = experts.pop("restarts")
-        ConvertOptions.model_validate({**given, **experts, **memory, "memory_layers": layers})
+        given = _given_experts(pace["experts"])
+        ConvertOptions.model_validate({**given, **memory, "memory_layers": layers})
         for name in ("tuned", "tuned_recall"):
             if name in pace:
                 Tuned.model_validate(pace[name])
@@ -155,6 +148,18 @@ def check_pace(pace: dict) -> None:
         raise DamagedSourceError(
             "config.json: pace.memory.enabled is neither true nor false", "convert again"
         )
+
+
+def _given_experts(experts: dict | None) -> dict:
+    """The options that make this `pace.experts`. Raises KeyError where it is incomplete."""
+    if experts is None:
+        return {"no_experts": True}
+    others = dict(experts)
+    names = {"experts": "count", "cluster_method": "method", "seed": "seed"}
+    given = {option: others.pop(name) for option, name in names.items()}
+    if others:  # written only where it was given
+        given["exact_restarts"] = others.pop("restarts")
+    return {**given, **others}
 
 
 def check_memory(pace: dict, layers: int) -> None:
@@ -179,7 +184,9 @@ def check_memory(pace: dict, layers: int) -> None:
 
 def _settings(pace: dict) -> MemorySettings:
     """As a checkpoint's own files read them, in whose words it raises DamagedSourceError."""
-    if not all(isinstance(pace.get(name), dict) for name in ("experts", "memory")):
+    if not isinstance(pace.get("memory"), dict) or not isinstance(
+        pace.get("experts", ""), dict | None
+    ):
         raise DamagedSourceError(
             "config.json: pace.experts or pace.memory is incomplete", "convert again"
         )
@@ -267,15 +274,23 @@ def check_written(folder: Path, shards: Sequence[str]) -> None:
     origins = [origin for origin in files.values() if origin is not None]
     wrong += [origin for origin, count in Counter(origins).items() if count > 1]
     if wrong:
-        raise not_written(wrong[0])
+        raise not_written(folder, wrong[0])
     check_names(files, "file")
     check_names({*origins, *shards}, "file")
 
 
-def not_written(name: str) -> DamagedSourceError:
+def record_name(folder: Path) -> str:
+    """The file that says what the conversion in this folder wrote: the one with the neurons'
+    order, or the hashes where no neuron was moved.
+    """
+    return PERMUTATION if (folder / PERMUTATION).is_file() else HASHES
+
+
+def not_written(folder: Path, name: str) -> DamagedSourceError:
     """What to say of a record that no conversion leaves."""
     return DamagedSourceError(
-        f"{PERMUTATION} names {name!r} as a file, which no conversion writes so", "convert again"
+        f"{record_name(folder)} names {name!r} as a file, which no conversion writes so",
+        "convert again",
     )
 
 
@@ -287,13 +302,16 @@ def left_out_of(folder: Path) -> tuple[str, ...]:
 
 
 def _record(folder: Path) -> tuple[Any, Any]:
-    """Files and what was left out, as PERMUTATION has them; of older versions files alone."""
+    """Files and what was left out, as `record_name`'s file has them; of older versions files
+    alone.
+    """
     try:
-        if not (folder / PERMUTATION).is_file():
-            return {}, []
+        if record_name(folder) == HASHES:
+            hashes: Any = parse_json((folder / HASHES).read_bytes())
+            return hashes["written"], hashes["left_out"]
         with safe_open(folder / PERMUTATION, framework="numpy") as file:
             record = parse_json((file.metadata() or {})["files"].encode())
-    except (SafetensorError, OSError, KeyError, ValueError, RecursionError):
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError):
         return {}, []
     if isinstance(record, dict) and isinstance(record.get("files"), dict):
         return record["files"], record.get("left_out")

@@ -26,7 +26,8 @@ class Hashes(BaseModel):
     tensors: each as it lies in OUT, over its bytes; source_tensors: each as it lay in the source.
     headers: of each shard, its length included, as it is in both. files: every other file but the
     model card and this one. saved: `save_pretrained` has written the weights since, so that they
-    may be others.
+    may be others. written, left_out: of a conversion without experts, which has no permutation
+    file: what else stands there.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -37,10 +38,12 @@ class Hashes(BaseModel):
     headers: dict[str, Sha256]
     files: dict[str, Sha256]
     saved: bool = False
+    written: dict[str, str | None] | None = None
+    left_out: list[str] | None = None
 
     def text(self) -> str:
         """HASHES' text."""
-        return to_json(self.model_dump())
+        return to_json(self.model_dump(exclude_none=True))
 
 
 def read_hashes(folder: Path) -> Hashes | None:

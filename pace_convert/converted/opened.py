@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint.checkpoint import Source, open_folder
-from ..checkpoint.ffn import check_ffn, count_layers
+from ..checkpoint.ffn import check_ffn, check_layers, count_layers
 from ..errors import CallError, DamagedSourceError
 from ..experts.permute import ExpertOrder
 from ..families import FAMILIES
@@ -26,13 +26,15 @@ from .format import (
 class Converted:
     """A converted folder.
 
-    files: as a checkpoint. pace: config.json's object. orders: of each layer's neurons.
+    files: as a checkpoint. pace: config.json's object. orders: of each layer's neurons; none
+    without experts. layers: decoder layers.
     """
 
     files: Source
     pace: dict
     family: FamilySpec
     orders: list[ExpertOrder]
+    layers: int
 
     @property
     def needs_code(self) -> bool:
@@ -42,20 +44,28 @@ class Converted:
         return self.files.config["model_type"].startswith("pace_")
 
     @property
-    def layers(self) -> int:
-        """Decoder layers."""
-        return len(self.orders)
+    def has_experts(self) -> bool:
+        """Whether its neurons are in an order of the conversion's; else its weights are a copy."""
+        return self.pace["experts"] is not None
+
+    @property
+    def experts(self) -> int:
+        """Experts of a layer; without any its neurons are one."""
+        return self.pace["experts"]["count"] if self.has_experts else 1
 
     @property
     def intermediate_size(self) -> int:
         """Neurons of a layer's FFN, D."""
-        return self.orders[0].intermediate_size
+        return self.pace["intermediate_size"]
 
     def ffn(self) -> tuple[FfnTensor, ...]:
-        """The tensors that were permuted.
+        """The tensors that were permuted; none without experts, where names are looked at alone.
 
         Raises DamagedSourceError where they don't fit config or permutation.
         """
+        if not self.has_experts:
+            check_layers(self.family, self.layers, self.files.tensors)
+            return ()
         return check_ffn(self.family, self.layers, self.intermediate_size, self.files.tensors)
 
 
@@ -77,7 +87,7 @@ def open_converted(out: Path) -> Converted:
     known = isinstance(base, str) and base in FAMILIES
     if not isinstance(pace, dict) or not isinstance(base, str) or not known:
         raise CallError(f"{out} is not a PaceLLM", "give the folder that pace-convert wrote")
-    if not os.path.lexists(out / PERMUTATION):
+    if pace.get("experts", "") is not None and not os.path.lexists(out / PERMUTATION):
         raise CallError(
             f"{out} lacks {PERMUTATION}, so the order of its neurons is not known",
             "copy it from the conversion that this model was made or trained from",
@@ -91,6 +101,12 @@ def open_converted(out: Path) -> Converted:
     check_written(out, files.shards)
     layers = count_layers(FAMILIES[base], files.config)
     check_memory(pace, layers)
+    orders = _orders(out, pace, layers) if pace["experts"] is not None else []
+    return Converted(files, pace, FAMILIES[base], orders, layers)
+
+
+def _orders(out: Path, pace: dict, layers: int) -> list[ExpertOrder]:
+    """Of each layer's neurons. Raises DamagedSourceError."""
     orders = read_permutation(out)
     if len(orders) != layers:
         raise DamagedSourceError(
@@ -101,4 +117,4 @@ def open_converted(out: Path) -> Converted:
             raise DamagedSourceError(
                 f"{PERMUTATION}: layer {layer} is not a permutation of all neurons", "convert again"
             )
-    return Converted(files, pace, FAMILIES[base], orders)
+    return orders

@@ -91,10 +91,10 @@ class Verification:
         tokens = (
             ", and its tokenizer reads a sample as the source's does" if self.same_tokens else ""
         )
+        undone = f", {self.permuted} of them after undoing the permutation" if self.permuted else ""
         return (
             f"Before the upload all {self.tensors} tensors ({self.nbytes:,} bytes) were compared "
-            f"with the source's: every one is the same bit for bit, {self.permuted} of them after "
-            f"undoing the permutation{tokens}."
+            f"with the source's: every one is the same bit for bit{undone}{tokens}."
         )
 
 

@@ -58,8 +58,13 @@ class Subject:
 
     @property
     def weights(self) -> tuple[str, bool]:
-        """What has to be loaded: the model, and whether its neurons stay in the experts' order."""
-        return self.model, ARMS[self.arm].clustered if self.arm in ARMS else True
+        """What has to be loaded: the model, and whether its neurons stay in the order that they
+        have there.
+        """
+        if self.arm not in ARMS or ARMS[self.arm].clustered:
+            return self.model, True
+        opened = _open(self.model)
+        return self.model, not (isinstance(opened, Converted) and opened.has_experts)
 
     def key(self) -> str:
         """The same for what must score the same: the files' state, the arm and the parameters."""
@@ -121,6 +126,11 @@ def check_arm(subject: Subject) -> None:
             "give a folder that pace-convert wrote",
         )
     arm = ARMS[name]
+    if not opened.has_experts and (arm.clustered or arm.granularity == "expert"):
+        raise CallError(
+            f"{model} was converted without experts, so it has no arm {name}",
+            "give base or pa, or convert again",
+        )
     if (arm.granularity or arm.finds or arm.recalls) and not memory_parameters(model):
         raise CallError(
             f"{model} was converted without memory, so it has no arm {name}",
@@ -305,7 +315,7 @@ def _open(model: str) -> Converted | Source:
     source = open_source(model)
     if not isinstance(source.config.get("pace"), dict):
         return source
-    if source.hub:
+    if source.hub and source.config["pace"].get("experts", "") is not None:
         hub = source.hub
         with hub_errors(
             hub.repo_id, READING

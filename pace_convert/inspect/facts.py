@@ -24,10 +24,9 @@ def facts_of(
     """Family, sizes, expert sizes per layer and the memory's parameters; with them also the
     experts' quality, as `layers[i]["quality"]`, and what a text set off, as `"probe"`.
     """
-    layers = [
-        {"layer": i, "experts": len(sizes), "sizes": _sizes(sizes.tolist())}
-        for i, (_, sizes) in enumerate(converted.orders)
-    ]
+    layers: list[dict] = [{"layer": i} for i in range(converted.layers)]
+    for layer, (_, sizes) in zip(layers, converted.orders):
+        layer |= {"experts": len(sizes), "sizes": _sizes(sizes.tolist())}
     for layer, found in zip(layers, quality or ()):
         layer["quality"] = asdict(found)
     facts = {

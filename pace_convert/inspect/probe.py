@@ -114,7 +114,8 @@ def _run(
     first = 0
 
     def take(layer: int, h: Tensor) -> None:
-        shares.add(layer, h, first)
+        if converted.has_experts:
+            shares.add(layer, h, first)
         if layer in traces:
             seen[layer] = h
 

@@ -194,8 +194,9 @@ def _space(
             *(x for x in (now // 4, now // 2, 2 * now) if SHORTEST <= x < shortest // 2),
         )
         intervals = tuple(dict.fromkeys(choices))
-    count = converted.pace["experts"]["count"]
-    granularities = ("token",) if converted.intermediate_size % count else ("token", "expert")
+    count = converted.experts
+    by_expert = converted.has_experts and converted.intermediate_size % count == 0
+    granularities = ("token", "expert") if by_expert else ("token",)
     candidates = candidate_layers(layers, memory["layers"], MOST_LAYERS)
     return SearchSpace(memory, tuple(layers), tuple(candidates), intervals, granularities)
 
