@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 
 from .errors import CallError
-from .family_spec import FamilySpec, Ffn
+from .family_spec import FamilySpec, Ffn, Mixture
 from .unsupported import why_unsupported
 
 FUSED = Ffn(("mlp.gate_up_proj",), "mlp.down_proj", fused=True)
@@ -14,6 +14,9 @@ FC = Ffn(("mlp.c_fc",), "mlp.c_proj")
 FEED_FORWARD = Ffn(("feed_forward.gate_proj", "feed_forward.up_proj"), "feed_forward.down_proj")
 W1_W3_W2 = Ffn(("feed_forward.w1", "feed_forward.w3"), "feed_forward.w2")
 MLP_BLOCK = Ffn(("mlp_block.gate_proj", "mlp_block.up_proj"), "mlp_block.down_proj")
+NO_SHARED = "its tokens pass experts of their own, and no FFN sees all of them"
+SIZE = ("intermediate_size",)
+ROUTED_SIZES = ("moe_intermediate_size", "n_shared_experts")
 INNER = "language_model.model.layers"  # where many older multimodal checkpoints have the layers
 FC1_FC2 = Ffn(("fc1",), "fc2")
 MLP_FC1_FC2 = Ffn(("mlp.fc1",), "mlp.fc2")
@@ -28,6 +31,23 @@ def _pictures(
     return FamilySpec(
         model_type, name, models, stack=stack, text="text_config",
         older=(older,) if older else (),
+    )  # fmt: skip
+
+
+def _mixture(
+    model_type: str,
+    name: str,
+    models: str,
+    sizes: tuple[str, ...],
+    shared: str = "",
+    block: str = "mlp",
+    stored: str = "",
+) -> FamilySpec:
+    """A mixture of experts. shared: path of the FFN that all tokens pass beside their experts."""
+    ffn = Ffn((f"{shared}.gate_proj", f"{shared}.up_proj"), f"{shared}.down_proj")
+    return FamilySpec(
+        model_type, name, models, mixture=Mixture(block, sizes, ffn if shared else None, stored),
+        refused={} if shared else {"fusion": NO_SHARED},
     )  # fmt: skip
 
 
@@ -56,6 +76,38 @@ FAMILIES = {
         FamilySpec("cohere2", "Cohere2", "Command R7B, Command A"),
         FamilySpec("cwm", "Cwm", "Code World Model"),
         FamilySpec("diffllama", "DiffLlama", "DiffLlama"),
+        _mixture(
+            "deepseek_v2", "DeepseekV2", "DeepSeek-V2", ROUTED_SIZES, "mlp.shared_experts"
+        ),
+        _mixture(
+            "deepseek_v3", "DeepseekV3", "DeepSeek-V3, DeepSeek-R1, Moonlight", ROUTED_SIZES,
+            "mlp.shared_experts",
+        ),
+        _mixture("dots1", "Dots1", "dots.llm1", ROUTED_SIZES, "mlp.shared_experts"),
+        _mixture(
+            "ernie4_5_moe", "Ernie4_5_Moe", "ERNIE 4.5",
+            ("moe_intermediate_size", "moe_num_shared_experts"), "mlp.shared_experts",
+        ),
+        _mixture("flex_olmo", "FlexOlmo", "FlexOlmo", SIZE),
+        _mixture("glm4_moe", "Glm4Moe", "GLM-4.5, GLM-4.6", ROUTED_SIZES, "mlp.shared_experts"),
+        _mixture("gpt_oss", "GptOss", "gpt-oss", SIZE),
+        _mixture("granitemoe", "GraniteMoe", "Granite 3 MoE", SIZE, block="block_sparse_moe"),
+        _mixture("jamba", "Jamba", "Jamba", SIZE, block="feed_forward"),
+        _mixture("minimax_m2", "MiniMaxM2", "MiniMax-M2", SIZE, stored="block_sparse_moe"),
+        _mixture("mixtral", "Mixtral", "Mixtral", SIZE, stored="block_sparse_moe"),
+        _mixture("olmoe", "Olmoe", "OLMoE", SIZE),
+        _mixture("phimoe", "Phimoe", "Phi-3.5-MoE", SIZE, stored="block_sparse_moe"),
+        _mixture(
+            "qwen2_moe", "Qwen2Moe", "Qwen1.5-MoE, Qwen2-57B-A14B",
+            ("shared_expert_intermediate_size",), "mlp.shared_expert",
+        ),
+        _mixture(
+            "qwen3_moe", "Qwen3Moe", "Qwen3-30B-A3B, Qwen3-235B-A22B", ("moe_intermediate_size",)
+        ),
+        _mixture(
+            "qwen3_next", "Qwen3Next", "Qwen3-Next", ("shared_expert_intermediate_size",),
+            "mlp.shared_expert",
+        ),
         FamilySpec("bamba", "Bamba", "Bamba", FEED_FORWARD),
         FamilySpec("falcon_h1", "FalconH1", "Falcon-H1", FEED_FORWARD),
         FamilySpec("lfm2", "Lfm2", "LFM2", W1_W3_W2, size_keys=()),

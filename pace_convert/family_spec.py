@@ -44,7 +44,8 @@ GATED = Ffn(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj")
 class Mixture:
     """The mixture of experts of a layer, as paths below it; other layers may have a plain FFN.
 
-    block: the module that all tokens enter. sizes: keys in config.json whose product is the number
+    block: the module that all tokens enter. stored: what checkpoints call it, where that is
+    something else. sizes: keys in config.json whose product is the number
     of neurons of the FFN that all tokens pass, or else of an expert. shared: that FFN, beside the
     experts.
     """
@@ -52,6 +53,7 @@ class Mixture:
     block: str
     sizes: tuple[str, ...]
     shared: Ffn | None = None
+    stored: str = ""
 
 
 @dataclass(frozen=True)

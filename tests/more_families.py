@@ -40,6 +40,13 @@ def mixed(decoder: str, vision: str, tower: dict = CLIP, **more) -> dict:
     }  # fmt: skip
 
 
+EXPERTS = {
+    "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24,
+}  # fmt: skip
+ROUTED = {
+    "moe_intermediate_size": 24, "n_routed_experts": 4, "n_shared_experts": 2,
+    "num_experts_per_tok": 2, "first_k_dense_replace": 1,
+}  # fmt: skip
 MORE_CONFIGS: dict[str, dict] = {
     "biogpt": SMALL,
     "codegen": {**GPT, "rotary_dim": 4},
@@ -103,5 +110,34 @@ MORE_CONFIGS: dict[str, dict] = {
     "recurrent_gemma": {
         **HEAD, "lru_width": 32, "attention_window_size": 16,
         "block_types": ["recurrent", "attention"],
+    },
+    # Mixtures of experts.
+    "deepseek_v2": {**SMALL, **LATENT, **ROUTED, "topk_method": "greedy"},
+    "deepseek_v3": {**SMALL, **LATENT, **ROUTED, "n_group": 1, "topk_group": 1},
+    "dots1": {**HEAD, **ROUTED, "n_group": 1, "topk_group": 1},
+    "ernie4_5_moe": {
+        **SMALL, "moe_intermediate_size": 24, "moe_num_experts": 4, "moe_k": 2,
+        "moe_num_shared_experts": 2, "moe_layer_start_index": 1,
+    },
+    "flex_olmo": {**SMALL, **EXPERTS},
+    "glm4_moe": {**HEAD, **ROUTED, "n_group": 1, "topk_group": 1},
+    "gpt_oss": {**HEAD, **WINDOW, **EXPERTS},
+    "granitemoe": {**SMALL, **EXPERTS},
+    "jamba": {
+        **SMALL, **EXPERTS, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8,
+        "mamba_dt_rank": 4, "use_mamba_kernels": False,
+    },
+    "minimax_m2": {**HEAD, **EXPERTS, "rotary_dim": 8},
+    "mixtral": {**SMALL, **EXPERTS, "sliding_window": None},
+    "olmoe": {**SMALL, **EXPERTS},
+    "phimoe": {**SMALL, **EXPERTS},
+    "qwen2_moe": {
+        **SMALL, **EXPERTS, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40,
+    },
+    "qwen3_moe": {**HEAD, **EXPERTS, "moe_intermediate_size": 24},
+    "qwen3_next": {
+        **HEAD, **EXPERTS, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40,
+        "layer_types": ["linear_attention", "full_attention"] * 2, "linear_num_key_heads": 4,
+        "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
     },
 }  # fmt: skip

@@ -70,14 +70,16 @@ def check_layers(family: FamilySpec, layers: int, tensors: dict[str, TensorInfo]
     is called in a quantised checkpoint. Raises DamagedSourceError.
     """
     _check_count(layers, tensors)
-    last = family.mixture.block if family.mixture else family.ffn.output
-    paths = [f"{path}.{last}" for path in layer_paths(family, layers, tensors)]
-    depth = paths[0].count(".") + 1
+    mixture = family.mixture
+    parts = (mixture.block, mixture.stored) if mixture else (family.ffn.output,)
+    paths = layer_paths(family, layers, tensors)
+    depth = f"{paths[0]}.{parts[0]}".count(".") + 1
     inside = {".".join(name.split(".")[:depth]) for name in tensors}
     for path in paths:
-        if path not in inside:
+        if not {f"{path}.{part}" for part in parts if part} & inside:
             raise DamagedSourceError(
-                f"the source lacks the weights of {path}", "check that all its shards are there"
+                f"the source lacks the weights of {path}.{parts[0]}",
+                "check that all its shards are there",
             )
 
 

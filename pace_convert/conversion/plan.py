@@ -190,9 +190,7 @@ def _recall(options: ConvertOptions, family: FamilySpec, layers: int) -> dict | 
     return options.recall_config(layers)
 
 
-def _window(
-    options: ConvertOptions, family: FamilySpec, layers: int, config: dict
-) -> dict | None:
+def _window(options: ConvertOptions, family: FamilySpec, layers: int, config: dict) -> dict | None:
     """`pace.memory.window`. Raises CallError for what can't be with this model."""
     if not _gets("reread", options, family):
         return None
