@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ class PaceMixin(ReadingMixin, RecallMixin, SavingMixin):
 
     config: Any
     _stack_memory: StackMemory
-    _refused: dict[str, str] = {}  # memories that a family can't have, and why
+    _refused: ClassVar[Mapping[str, str]] = {}  # memories that a family can't have, and why
     _generated = MemorySummary()  # of the latest `generate`
 
     def _attach_memory(self, stack: nn.Module, projection: str, ffn_input: str) -> None:

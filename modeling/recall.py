@@ -7,9 +7,9 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -205,7 +205,7 @@ class RecallMixin:
     config: Any
     _stack_memory: StackMemory
     _reread_keys: KeyReader
-    _refused: dict[str, str]
+    _refused: ClassVar[Mapping[str, str]]
     _recaller: Recaller | None = None
 
     def _attach_recall(self, recall: dict | None) -> None:

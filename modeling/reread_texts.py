@@ -4,9 +4,9 @@ keeping it as a file, and what was read again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class ReadingMixin:
     config: Any
     _stack_memory: StackMemory
     _reread_keys: KeyReader
-    _refused: dict[str, str]
+    _refused: ClassVar[Mapping[str, str]]
     _window: RereadSettings | None
 
     def _rereads(self, enabled: bool | None) -> bool:

@@ -79,11 +79,11 @@ class FamilySpec:
     stack below the base model, where it is another module. blocks: path of the list of layers below
     the stack. layer_keys, size_keys: keys in config.json of the number of layers and of the
     intermediate size, the first that is set counts. Where no size is set it is four times the
-    hidden size, given as one of width_keys; without any key the weights say it. fixable_tokenizer: transformers' `fix_mistral_regex` is
-    for this model_type. text: key of the text decoder's part in config.json, of a multimodal model.
-    older: where older checkpoints have the list of layers. mixture: what layers have that are a
-    mixture of experts; ffn is then the others'. refused: memories that a model of the
-    family can't have, and why.
+    hidden size, given as one of width_keys; without any key the weights say it. fixable_tokenizer:
+    transformers' `fix_mistral_regex` is for this model_type. text: key of the text decoder's part
+    in config.json, of a multimodal model. older: where older checkpoints have the list of layers.
+    mixture: what layers have that are a mixture of experts; ffn is then the others'. refused:
+    memories that a model of the family can't have, and why.
     """
 
     model_type: str
@@ -123,6 +123,12 @@ class FamilySpec:
     def auto_class(self) -> str:
         """Auto class of transformers that loads it with its head."""
         return "AutoModelForImageTextToText" if self.text else "AutoModelForCausalLM"
+
+    @property
+    def can(self) -> dict[str, bool]:
+        """Whether a model of the family can have experts, and each memory."""
+        memories = {name: name not in self.refused for name in ("fusion", "reread", "recall")}
+        return {"experts": self.mixture is None, **memories}
 
     @property
     def projection(self) -> str:

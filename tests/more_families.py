@@ -85,7 +85,7 @@ MORE_CONFIGS: dict[str, dict] = {
     ),
     "llava": mixed("llama", "clip_vision_model"),
     "llava_next": mixed("mistral", "clip_vision_model", image_grid_pinpoints=[[8, 8]]),
-    "mistral3": mixed("mistral", "pixtral", {**CLIP, "head_dim": 8}),
+    "mistral3": mixed("mistral", "pixtral", {**CLIP, "head_dim": 8}, spatial_merge_size=1),
     "qwen2_vl": mixed("qwen2_vl_text", "qwen2_vl_vision", QWEN, **MROPE),
     "qwen2_5_vl": mixed("qwen2_5_vl_text", "qwen2_5_vl_vision", QWEN, **MROPE),
     "qwen3_vl": mixed("qwen3_vl_text", "qwen3_vl_vision", QWEN, **MROPE),

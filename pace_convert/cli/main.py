@@ -195,7 +195,7 @@ pace.add_command(read)
 @pace.command()
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def families(as_json: bool) -> None:
-    """List the supported model families."""
+    """List the supported model families, and what each can have: experts, and which memories."""
     from ..families import FAMILIES
 
     rows = [
@@ -203,6 +203,7 @@ def families(as_json: bool) -> None:
             "model_type": spec.model_type,
             "class": spec.causal_lm_class,
             "ffn": spec.ffn_kind,
+            **spec.can,
             "models": spec.models,
         }
         for spec in FAMILIES.values()

@@ -22,13 +22,14 @@ GATE = {
     "recall_sharpness": 6.0, "recall_bias": -0.5, "recall_slope": 1.5, "recall_growth": 0.2,
     "recall_theta_low": 0.1,
 }  # fmt: skip
+# Their attention overflows to NaN in float64.
 FP32 = (
     "falcon_h1",
     "mpt",
     "granite_swa",
     "vaultgemma",
     "xglm",
-)  # their attention overflows to NaN in float64
+)
 
 
 @pytest.fixture(scope="module", params=MORE_CONFIGS)
@@ -67,8 +68,8 @@ def text(rows, length, seed=0):
 
 
 @torch.no_grad()
-def logits(model, ids, **kwargs):
-    return model(ids, **kwargs).logits
+def logits(model, *ids, **kwargs):
+    return model(*ids, **kwargs).logits
 
 
 def padded(prompts):
