@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 
 from .errors import CallError
-from .family_spec import FamilySpec, Ffn, Mixture
+from .family_spec import GATED, FamilySpec, Ffn, Mixture
 from .unsupported import why_unsupported
 
 FUSED = Ffn(("mlp.gate_up_proj",), "mlp.down_proj", fused=True)
@@ -17,6 +17,7 @@ MLP_BLOCK = Ffn(("mlp_block.gate_proj", "mlp_block.up_proj"), "mlp_block.down_pr
 NO_SHARED = "its tokens pass experts of their own, and no FFN sees all of them"
 SIZE = ("intermediate_size",)
 ROUTED_SIZES = ("moe_intermediate_size", "n_shared_experts")
+LINEARS = ("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight")
 INNER = "language_model.model.layers"  # where many older multimodal checkpoints have the layers
 FC1_FC2 = Ffn(("fc1",), "fc2")
 MLP_FC1_FC2 = Ffn(("mlp.fc1",), "mlp.fc2")
@@ -35,20 +36,30 @@ def _pictures(
 
 
 def _mixture(
-    model_type: str,
-    name: str,
-    models: str,
-    sizes: tuple[str, ...],
-    shared: str = "",
-    block: str = "mlp",
-    stored: str = "",
-) -> FamilySpec:
-    """A mixture of experts. shared: path of the FFN that all tokens pass beside their experts."""
-    ffn = Ffn((f"{shared}.gate_proj", f"{shared}.up_proj"), f"{shared}.down_proj")
-    return FamilySpec(
-        model_type, name, models, mixture=Mixture(block, sizes, ffn if shared else None, stored),
-        refused={} if shared else {"fusion": NO_SHARED},
-    )  # fmt: skip
+    model_type: str, name: str, models: str, sizes: tuple[str, ...], shared: str = "", *,
+    block: str = "mlp", stored: str = "", packed: tuple[tuple[str, str], ...] = (),
+    interleaved: bool = False, ffn: Ffn = GATED,
+) -> FamilySpec:  # fmt: skip
+    """A mixture of experts. shared: path of the FFN that all tokens pass beside their experts.
+    stored: checkpoints call the block so, and its experts' layers w1, w3 and w2. ffn: of layers
+    that are no mixture.
+    """
+    one = f"{stored or block}.experts.{{}}"
+    mixture = Mixture(
+        block,
+        sizes,
+        expert=Ffn((f"{one}.w1", f"{one}.w3"), f"{one}.w2") if stored else _gated(one),
+        packed=(*packed, (f"{block}.experts.gate_up_proj", f"{block}.experts.down_proj")),
+        shared=_gated(shared) if shared else None,
+        stored=stored,
+        interleaved=interleaved,
+    )
+    refused = {} if shared else {"fusion": NO_SHARED}
+    return FamilySpec(model_type, name, models, ffn, mixture=mixture, refused=refused)
+
+
+def _gated(path: str) -> Ffn:
+    return Ffn((f"{path}.gate_proj", f"{path}.up_proj"), f"{path}.down_proj")
 
 
 def _gpt(model_type: str, name: str, models: str, ffn: Ffn, causal_lm: str = "") -> FamilySpec:
@@ -90,9 +101,12 @@ FAMILIES = {
         ),
         _mixture("flex_olmo", "FlexOlmo", "FlexOlmo", SIZE),
         _mixture("glm4_moe", "Glm4Moe", "GLM-4.5, GLM-4.6", ROUTED_SIZES, "mlp.shared_experts"),
-        _mixture("gpt_oss", "GptOss", "gpt-oss", SIZE),
-        _mixture("granitemoe", "GraniteMoe", "Granite 3 MoE", SIZE, block="block_sparse_moe"),
-        _mixture("jamba", "Jamba", "Jamba", SIZE, block="feed_forward"),
+        _mixture("gpt_oss", "GptOss", "gpt-oss", SIZE, interleaved=True),
+        _mixture(
+            "granitemoe", "GraniteMoe", "Granite 3 MoE", SIZE, block="block_sparse_moe",
+            packed=(LINEARS,),
+        ),
+        _mixture("jamba", "Jamba", "Jamba", SIZE, block="feed_forward", ffn=FEED_FORWARD),
         _mixture("minimax_m2", "MiniMaxM2", "MiniMax-M2", SIZE, stored="block_sparse_moe"),
         _mixture("mixtral", "Mixtral", "Mixtral", SIZE, stored="block_sparse_moe"),
         _mixture("olmoe", "Olmoe", "OLMoE", SIZE),

@@ -5,8 +5,37 @@ Everything is named as transformers and the checkpoints on the Hub name it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+
+class Shaped(Protocol):
+    """A tensor, as far as names and sizes go."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Sizes of its dimensions."""
+
+
+@dataclass(frozen=True)
+class FfnTensor:
+    """A tensor, or an expert's part of one, that a permutation touches.
+
+    group: whose neurons it holds: "layers.3", or in a mixture "layers.3.experts.5" and
+    "layers.3.shared". index: of the part along the first axis, of a tensor that holds all experts';
+    axis is then the part's. axis: the one over the neurons, which it holds `parts` times, one set
+    behind the other or, interleaved, one neuron of each set after the other.
+    """
+
+    name: str
+    layer: int
+    axis: int
+    group: str
+    parts: int = 1
+    index: int | None = None
+    interleaved: bool = False
 
 
 @dataclass(frozen=True)
@@ -36,6 +65,22 @@ class Ffn:
         """The layer whose neurons are clustered, in words."""
         return "FFN's first layer" if self.kind.startswith("plain") else "gate projection"
 
+    def numbered(self, number: int) -> Ffn:
+        """Of paths in which `{}` stands for an expert's number."""
+        inputs = tuple(path.format(number) for path in self.inputs)
+        return replace(self, inputs=inputs, output=self.output.format(number))
+
+    def tensors(
+        self, path: str, layer: int, group: str, names: Container[str]
+    ) -> Iterator[FfnTensor]:
+        """Its tensors below `path`, those that are clustered first; biases where they exist."""
+        axis, parts = int(self.transposed), 1 + self.fused
+        for linear in self.inputs:
+            yield FfnTensor(f"{path}.{linear}.weight", layer, axis, group, parts)
+            if f"{path}.{linear}.bias" in names:
+                yield FfnTensor(f"{path}.{linear}.bias", layer, 0, group, parts)
+        yield FfnTensor(f"{path}.{self.output}.weight", layer, 1 - axis, group)
+
 
 GATED = Ffn(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj")
 
@@ -45,28 +90,53 @@ class Mixture:
     """The mixture of experts of a layer, as paths below it; other layers may have a plain FFN.
 
     block: the module that all tokens enter. stored: what checkpoints call it, where that is
-    something else. sizes: keys in config.json whose product is the number
-    of neurons of the FFN that all tokens pass, or else of an expert. shared: that FFN, beside the
-    experts.
+    something else. sizes: keys in config.json whose product is the number of neurons of the FFN
+    that all tokens pass, or else of an expert. shared: that FFN, beside the experts. expert: one
+    of them, `{}` standing for its number. packed: pairs of tensors that hold all experts', gate and
+    up [E, 2 D, H], and down [E, H, D]. interleaved: these are [E, H, 2 D], gate's and up's neurons
+    in turn, and [E, D, H].
     """
 
     block: str
     sizes: tuple[str, ...]
+    expert: Ffn
+    packed: tuple[tuple[str, str], ...]
     shared: Ffn | None = None
     stored: str = ""
+    interleaved: bool = False
 
+    def tensors(
+        self, path: str, layer: int, group: str, tensors: Mapping[str, Shaped]
+    ) -> Iterator[FfnTensor]:
+        """Its tensors below `path`, expert by expert; of each the first are clustered."""
+        here = [pair for pair in self.packed if f"{path}.{pair[0]}" in tensors]
+        if here:
+            yield from self._packed(f"{path}.{here[0][0]}", f"{path}.{here[0][1]}", layer, group,
+                tensors)  # fmt: skip
+        else:
+            yield from self._apart(path, layer, group, tensors)
+        if self.shared and f"{path}.{self.shared.inputs[0]}.weight" in tensors:
+            yield from self.shared.tensors(path, layer, f"{group}.shared", tensors)
 
-@dataclass(frozen=True)
-class FfnTensor:
-    """A tensor that the permutation touches.
+    def _apart(
+        self, path: str, layer: int, group: str, names: Container[str]
+    ) -> Iterator[FfnTensor]:
+        for number in itertools.count():
+            ffn = self.expert.numbered(number)
+            if number and f"{path}.{ffn.inputs[0]}.weight" not in names:
+                return
+            yield from ffn.tensors(path, layer, f"{group}.experts.{number}", names)
 
-    axis: the one over the neurons, which it holds `parts` times, one set behind the other.
-    """
-
-    name: str
-    layer: int
-    axis: int
-    parts: int = 1
+    def _packed(
+        self, inputs: str, output: str, layer: int, group: str, tensors: Mapping[str, Shaped]
+    ) -> Iterator[FfnTensor]:
+        axis = int(self.interleaved)
+        for number in range(tensors[inputs].shape[0] if tensors[inputs].shape else 0):
+            of = (f"{group}.experts.{number}", 2, number, self.interleaved)
+            yield FfnTensor(inputs, layer, axis, *of)
+            if f"{inputs}_bias" in tensors:
+                yield FfnTensor(f"{inputs}_bias", layer, 0, *of)
+            yield FfnTensor(output, layer, 1 - axis, of[0], 1, number)
 
 
 @dataclass(frozen=True)
@@ -128,7 +198,7 @@ class FamilySpec:
     def can(self) -> dict[str, bool]:
         """Whether a model of the family can have experts, and each memory."""
         memories = {name: name not in self.refused for name in ("fusion", "reread", "recall")}
-        return {"experts": self.mixture is None, **memories}
+        return {"experts": True, **memories}
 
     @property
     def projection(self) -> str:
@@ -153,23 +223,19 @@ class FamilySpec:
             return self.ffn.kind
         return "mixture, shared FFN" if self.mixture.shared else "mixture"
 
-    def ffn_tensors(self, layers: int, names: Collection[str]) -> list[FfnTensor]:
-        """Every tensor with an axis over FFN neurons, named as in `names`; biases where they exist.
-
-        Of each layer's, the first is the one whose neurons are clustered.
+    def ffn_tensors(self, layers: int, tensors: Mapping[str, Shaped]) -> list[FfnTensor]:
+        """Every tensor with an axis over FFN neurons, named as in `tensors`; biases where they
+        exist. Of each group's, the first is the one whose neurons are clustered.
         """
-        axis = int(self.ffn.transposed)
-        parts = 1 + self.ffn.fused
-        tensors = []
-        paths = self.layers_path(names)
+        made: list[FfnTensor] = []
+        paths = self.layers_path(tensors)
         for layer in range(layers):
-            path = f"{paths}.{layer}"
-            for linear in self.ffn.inputs:
-                tensors.append(FfnTensor(f"{path}.{linear}.weight", layer, axis, parts))
-                if f"{path}.{linear}.bias" in names:
-                    tensors.append(FfnTensor(f"{path}.{linear}.bias", layer, 0, parts))
-            tensors.append(FfnTensor(f"{path}.{self.ffn.output}.weight", layer, 1 - axis))
-        return tensors
+            path, group = f"{paths}.{layer}", f"layers.{layer}"
+            if self.mixture and f"{path}.{self.ffn.inputs[0]}.weight" not in tensors:
+                made += self.mixture.tensors(path, layer, group, tensors)
+            else:
+                made += self.ffn.tensors(path, layer, group, tensors)
+        return made
 
     def layers_path(self, names: Iterable[str]) -> str:
         """Path of the list of layers in `names`, which may or may not begin with `base`."""

@@ -101,15 +101,20 @@ def _check_count(layers: int, tensors: dict[str, TensorInfo]) -> None:
 def check_ffn(
     family: FamilySpec, layers: int, intermediate_size: int, tensors: dict[str, TensorInfo]
 ) -> tuple[FfnTensor, ...]:
-    """The tensors of all layers' FFNs, which must be there in the shapes that config.json states.
+    """The tensors of all layers' FFNs, which must be there in the shapes that config.json states;
+    in a mixture, where it states several, in those that fit the first of each group.
 
     Raises DamagedSourceError, and CallError for quantised ones.
     """
     _check_count(layers, tensors)
     ffn = tuple(family.ffn_tensors(layers, tensors))
+    neurons: dict[str, int] = {}
+    if family.mixture:
+        for tensor in reversed(ffn):  # the first of each group counts
+            neurons[tensor.group] = neurons_of(tensor, tensors)
     hidden_size = None  # of the first; all others must have it
     for tensor in ffn:
-        info = _check_tensor(tensors, tensor, intermediate_size)
+        info = _check_tensor(tensors, tensor, neurons.get(tensor.group, intermediate_size))
         if len(info.shape) == 2:
             hidden_size = hidden_size or info.shape[1 - tensor.axis]
             if info.shape[1 - tensor.axis] != hidden_size or not hidden_size:
@@ -119,6 +124,13 @@ def check_ffn(
                     "get an undamaged copy of the model",
                 )
     return ffn
+
+
+def neurons_of(tensor: FfnTensor, tensors: Mapping[str, TensorInfo]) -> int:
+    """Neurons that a tensor holds, by its shape; 0 where it is missing, or has none."""
+    info = tensors.get(tensor.name)
+    shape = info.part(tensor.index).shape if info is not None else ()
+    return shape[tensor.axis] // tensor.parts if len(shape) > tensor.axis else 0
 
 
 def _check_tensor(
@@ -137,8 +149,11 @@ def _check_tensor(
             f"{name} is {info.dtype}, not a float type: the source is quantised",
             "convert the full-precision model",
         )
-    dimensions = 1 if name.endswith(".bias") else 2
-    if len(info.shape) != dimensions or info.shape[tensor.axis] != expected:
+    whole = tensor.index is None or (bool(info.shape) and tensor.index < info.shape[0])
+    info = info.part(tensor.index)
+    dimensions = 1 if name.endswith("bias") else 2
+    fits = len(info.shape) == dimensions and info.shape[tensor.axis] == expected
+    if not whole or not fits or not expected:
         hint = "config.json and weights do not belong together"
         if tensor.layer:  # the first has that many
             hint = "FFNs of several widths can't be converted: transformers has one for all layers"

@@ -198,7 +198,7 @@ def families(as_json: bool) -> None:
     """List the supported model families, and what each can have: experts, and which memories."""
     from ..families import FAMILIES
 
-    rows = [
+    rows: list[dict] = [
         {
             "model_type": spec.model_type,
             "class": spec.causal_lm_class,

@@ -228,7 +228,11 @@ def _write_files(
     origins |= {target: name for name, target in copies.items()}
     origins |= {name: name for name in source.shards}
     if plan.ffn:
-        orders = [layer_result(journal.done[f"layer {layer}"]) for layer in range(plan.layers)]
+        orders = {
+            group: order
+            for layer in range(plan.layers)
+            for group, order in layer_result(journal.done[f"layer {layer}"]).items()
+        }
         folder.permutation(orders, origins, list(source.left_out))
     for name, target in copies.items():
         folder.copy(source.folder / name, target)

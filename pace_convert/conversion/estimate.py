@@ -52,12 +52,15 @@ def estimate_duration(source: Source, plan: Plan, out: Path) -> Duration:
     if not plan.ffn:
         return Duration(0.0, copying)
     clustered = plan.ffn[0]
-    hidden_size = source.tensors[clustered.name].shape[1 - clustered.axis]
-    return Duration(plan.layers * _layer_seconds(plan, hidden_size), copying)
+    shape = source.tensors[clustered.name].part(clustered.index).shape
+    groups = len({tensor.group for tensor in plan.ffn})
+    neurons = shape[clustered.axis] // clustered.parts
+    one = _group_seconds(plan, neurons, shape[1 - clustered.axis])
+    return Duration(groups * one, copying)
 
 
-def _layer_seconds(plan: Plan, hidden_size: int) -> float:
-    """Of one layer's clustering."""
+def _group_seconds(plan: Plan, neurons: int, hidden_size: int) -> float:
+    """Of one layer's clustering, or one expert's of a mixture."""
     options = plan.options
     # 1024 neurons and 64 experts, scaled up to all of them.
     rows = 1024
@@ -65,7 +68,7 @@ def _layer_seconds(plan: Plan, hidden_size: int) -> float:
     a = np.ones((rows, width), np.float32)
     b = np.ones((width, 64), np.float32)
     one = _seconds(lambda: a @ b)
-    product = one * plan.intermediate_size / rows * hidden_size / width * options.experts / 64
+    product = one * neurons / rows * hidden_size / width * options.experts / 64
     products = _PRODUCTS[options.cluster_method] * (1 + _PAIRS * options.experts / hidden_size)
     if options.exact_restarts:
         products = _PRODUCTS_A_RESTART * options.exact_restarts

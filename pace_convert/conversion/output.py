@@ -99,7 +99,7 @@ class OutputFolder:
 
     def permutation(
         self,
-        orders: Sequence[ExpertOrder],
+        orders: Mapping[str, ExpertOrder],
         files: Mapping[str, str | None],
         left_out: Sequence[str],
     ) -> None:

@@ -12,6 +12,7 @@ from ..checkpoint.ffn import (
     count_layers,
     intermediate_size_of,
     layer_paths,
+    neurons_of,
     text_config,
 )
 from ..checkpoint.own_code import DECIDING, own_model_code
@@ -76,7 +77,7 @@ def make_plan(source: Source, options: ConvertOptions, run: RunOptions | None = 
     layers = count_layers(family, config)
     intermediate_size = intermediate_size_of(family, config, source.tensors)
     ffn = _permuted(source, options, family, layers, intermediate_size)
-    infos = [source.tensors[tensor.name] for tensor in ffn]
+    infos = [source.tensors[tensor.name].part(tensor.index) for tensor in ffn]
     pieces, nbytes, task_bytes = len(source.shards), source.nbytes, copying_bytes(source.tensors)
     if ffn:
         exact = options.cluster_method == "exact"
@@ -108,28 +109,23 @@ def _permuted(
 
     Raises CallError, DamagedSourceError.
     """
-    if options.no_experts and (source.config.get("quantization_config") or family.mixture):
+    if options.no_experts and source.config.get("quantization_config"):
         check_layers(family, layers, source.tensors)  # packed weights have shapes of their own
         return ()
-    if family.mixture:
-        raise CallError(
-            f"a {family.model_type} is a mixture of experts: its FFNs are grouped and routed "
-            "already",
-            "give --no-experts, which adds the memory alone",
-        )
     ffn = check_ffn(family, layers, intermediate_size, source.tensors)
     if options.no_experts:
         return ()
-    _check_experts(options, intermediate_size)
+    smallest = min(neurons_of(tensor, source.tensors) for tensor in ffn)
+    _check_experts(options, smallest, intermediate_size)
     return ffn
 
 
-def _check_experts(options: ConvertOptions, intermediate_size: int) -> None:
-    """Whether so many neurons can be grouped as asked. Raises CallError."""
-    if options.experts > intermediate_size:
+def _check_experts(options: ConvertOptions, smallest: int, intermediate_size: int) -> None:
+    """Whether so many neurons can be grouped as asked. smallest: of all FFNs. Raises CallError."""
+    if options.experts > smallest:
+        where = "per layer" if smallest == intermediate_size else "in an expert"
         raise CallError(
-            f"--experts {options.experts} is more than the model's {intermediate_size} neurons "
-            "per layer",
+            f"--experts {options.experts} is more than the model's {smallest} neurons {where}",
             "choose fewer experts",
         )
     if options.granularity == "expert" and intermediate_size % options.experts:

@@ -113,7 +113,7 @@ def undo(
         )
     _check_free(source, original, identity)
     check_room(source, original)
-    infos = [source.tensors[tensor.name] for tensor in ffn]
+    infos = [source.tensors[tensor.name].part(tensor.index) for tensor in ffn]
     pieces, nbytes, task_bytes = len(source.shards), source.nbytes, copying_bytes(source.tensors)
     if infos:
         pieces, nbytes = converted.layers, sum(info.nbytes for info in infos)

@@ -209,43 +209,55 @@ def in_use(folder: Path) -> CallError:
 
 
 def permutation_file(
-    orders: Sequence[ExpertOrder], files: Mapping[str, str | None], left_out: Sequence[str] = ()
+    orders: Mapping[str, ExpertOrder], files: Mapping[str, str | None], left_out: Sequence[str] = ()
 ) -> bytes:
-    """PERMUTATION's bytes: each layer's order, all files of the folder, what of the source is not
+    """PERMUTATION's bytes: each group's order, all files of the folder, what of the source is not
     among them.
 
     files: name -> the name of the source's file that it is, shards apart from their order; None for
     ours.
     """
     tensors = {}
-    for layer, order in enumerate(orders):
-        tensors[f"layers.{layer}.permutation"] = order.permutation
-        tensors[f"layers.{layer}.expert_sizes"] = order.sizes
+    for group, order in orders.items():
+        tensors[f"{group}.permutation"] = order.permutation
+        tensors[f"{group}.expert_sizes"] = order.sizes
     # One entry: safetensors writes several in random order.
     record = {"files": dict(files), "left_out": list(left_out)} if left_out else dict(files)
     return save(tensors, metadata={"files": json.dumps(record)})
 
 
-def read_permutation(folder: Path) -> list[ExpertOrder]:
-    """Each layer's order. Raises DamagedSourceError for a file that can't be one."""
+def read_permutation(folder: Path) -> dict[str, ExpertOrder]:
+    """The order of each group of neurons, layer by layer: "layers.3", or in a mixture
+    "layers.3.experts.5" and "layers.3.shared".
+
+    Raises DamagedSourceError for a file that can't be one.
+    """
     try:
         with safe_open(check_file(folder, PERMUTATION), framework="numpy") as file:
             names = [name for name in file.keys() if name.endswith(".permutation")]  # noqa: SIM118
-            orders = [
-                ExpertOrder(
-                    file.get_tensor(f"layers.{layer}.permutation"),
-                    file.get_tensor(f"layers.{layer}.expert_sizes"),
+            groups = sorted((name.removesuffix(".permutation") for name in names), key=_by_number)
+            orders = {
+                group: ExpertOrder(
+                    file.get_tensor(f"{group}.permutation"),
+                    file.get_tensor(f"{group}.expert_sizes"),
                 )
-                for layer in range(len(names))
-            ]
+                for group in groups
+            }
     # TypeError: of a type that numpy does not have
     except (SafetensorError, OSError, TypeError) as error:
         raise DamagedSourceError(f"{PERMUTATION} is damaged ({error})", "convert again") from error
-    if any(array.dtype != np.int32 or array.ndim != 1 for order in orders for array in order):
+    arrays = (array for order in orders.values() for array in order)
+    if any(array.dtype != np.int32 or array.ndim != 1 for array in arrays):
         raise DamagedSourceError(
             f"{PERMUTATION} holds something else than rows of int32", "convert again"
         )
     return orders
+
+
+def _by_number(group: str) -> list[tuple[int, str]]:
+    """In the order of layers and experts."""
+    parts = group.split(".")
+    return [(int(part) if part.isascii() and part.isdigit() else -1, part) for part in parts]
 
 
 def written_files(folder: Path) -> dict[str, str | None]:

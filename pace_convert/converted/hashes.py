@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..checkpoint.checkpoint import Source
 from ..checkpoint.files import check_file, read_json
-from ..checkpoint.shards import TensorInfo, header_bytes, reordered, row_blocks
+from ..checkpoint.shards import TensorInfo, Undo, header_bytes, restored
 from ..errors import DamagedSourceError
 from ..progress import Progress
 from .format import HASHES, to_json
@@ -79,11 +79,12 @@ def hash_header(shard: Path) -> str:
     return hashlib.sha256(header_bytes(shard)).hexdigest()
 
 
-def hash_tensor(path: Path, info: TensorInfo, undo: tuple[int, np.ndarray] | None = None) -> str:
-    """SHA-256 of a tensor's bytes; undo: axis and order in which they are taken."""
+def hash_tensor(path: Path, info: TensorInfo, undo: Sequence[Undo] = ()) -> str:
+    """SHA-256 of a tensor's bytes; undo: parts, axis and order in which they are taken."""
     digest = hashlib.sha256()
-    for _, bits in reordered(path, info, *undo) if undo else row_blocks(path, info):
-        digest.update(bits.data)
+    for _, blocks in restored(path, info, undo):
+        for bits in blocks:
+            digest.update(bits.data)
     return digest.hexdigest()
 
 

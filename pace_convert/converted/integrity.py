@@ -16,7 +16,7 @@ from .config_edits import config_edits
 from .format import KEPT, PERMUTATION, left_out_of, record_name, written_files
 from .hashes import Hashes, changed_files, changed_headers, changed_tensors, read_hashes
 from .load import edited_code
-from .opened import Converted
+from .opened import Converted, in_words
 from .shipped import auto_map as shipped_auto_map
 
 NOT_AS_WRITTEN = "is not as the conversion wrote it"
@@ -182,13 +182,14 @@ def _experts(converted: Converted) -> list[str]:
         return []
     count = converted.experts
     problems = []
-    for layer, order in enumerate(converted.orders):
+    for group, order in converted.orders.items():
+        where = in_words(group)
         if len(order.sizes) != count or order.sizes.max() - order.sizes.min() > 1:
             problems.append(
-                f"layer {layer} does not have {count} experts of equal size, to within one neuron"
+                f"{where} does not have {count} experts of equal size, to within one neuron"
             )
         elif not order.is_canonical():
-            problems.append(f"layer {layer}: its experts are not in their order")
+            problems.append(f"{where}: its experts are not in their order")
     return problems
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint.checkpoint import Source, open_folder
-from ..checkpoint.ffn import check_ffn, check_layers, count_layers
+from ..checkpoint.ffn import check_ffn, check_layers, count_layers, neurons_of
+from ..checkpoint.shards import Undo
 from ..errors import CallError, DamagedSourceError
 from ..experts.permute import ExpertOrder
 from ..families import FAMILIES
@@ -26,14 +27,14 @@ from .format import (
 class Converted:
     """A converted folder.
 
-    files: as a checkpoint. pace: config.json's object. orders: of each layer's neurons; none
+    files: as a checkpoint. pace: config.json's object. orders: of each group's neurons; none
     without experts. layers: decoder layers.
     """
 
     files: Source
     pace: dict
     family: FamilySpec
-    orders: list[ExpertOrder]
+    orders: dict[str, ExpertOrder]
     layers: int
 
     @property
@@ -47,6 +48,11 @@ class Converted:
     def has_experts(self) -> bool:
         """Whether its neurons are in an order of the conversion's; else its weights are a copy."""
         return self.pace["experts"] is not None
+
+    @property
+    def has_plain_experts(self) -> bool:
+        """Whether it has experts, and one FFN in each layer: it is no mixture."""
+        return self.has_experts and self.family.mixture is None
 
     @property
     def experts(self) -> int:
@@ -66,7 +72,24 @@ class Converted:
         if not self.has_experts:
             check_layers(self.family, self.layers, self.files.tensors)
             return ()
-        return check_ffn(self.family, self.layers, self.intermediate_size, self.files.tensors)
+        tensors = self.files.tensors
+        ffn = check_ffn(self.family, self.layers, self.intermediate_size, tensors)
+        if {tensor.group for tensor in ffn} != set(self.orders):
+            raise DamagedSourceError(
+                f"{PERMUTATION} does not have one permutation per FFN", "convert again"
+            )
+        for tensor in ffn:
+            if self.orders[tensor.group].intermediate_size != neurons_of(tensor, tensors):
+                raise _no_permutation(tensor.group)
+        return ffn
+
+    def undoing(self) -> dict[str, list[Undo]]:
+        """By tensor, what brings the neurons of its parts back into the source's order."""
+        made: dict[str, list[Undo]] = {}
+        for tensor in self.ffn():
+            inverse = self.orders[tensor.group].inverse(tensor.parts, tensor.interleaved)
+            made.setdefault(tensor.name, []).append((tensor.index, tensor.axis, inverse))
+        return made
 
 
 def open_converted(out: Path) -> Converted:
@@ -101,20 +124,34 @@ def open_converted(out: Path) -> Converted:
     check_written(out, files.shards)
     layers = count_layers(FAMILIES[base], files.config)
     check_memory(pace, layers)
-    orders = _orders(out, pace, layers) if pace["experts"] is not None else []
+    orders = _orders(out, FAMILIES[base], pace, layers) if pace["experts"] is not None else {}
     return Converted(files, pace, FAMILIES[base], orders, layers)
 
 
-def _orders(out: Path, pace: dict, layers: int) -> list[ExpertOrder]:
-    """Of each layer's neurons. Raises DamagedSourceError."""
+def _orders(out: Path, family: FamilySpec, pace: dict, layers: int) -> dict[str, ExpertOrder]:
+    """Of each group's neurons; a mixture's are compared with the tensors later. Raises
+    DamagedSourceError.
+    """
     orders = read_permutation(out)
-    if len(orders) != layers:
+    if len(orders) < layers or (
+        not family.mixture and set(orders) != {f"layers.{layer}" for layer in range(layers)}
+    ):
         raise DamagedSourceError(
             f"{PERMUTATION} does not have one permutation per layer", "convert again"
         )
-    for layer, order in enumerate(orders):
-        if not order.is_whole() or order.intermediate_size != pace.get("intermediate_size"):
-            raise DamagedSourceError(
-                f"{PERMUTATION}: layer {layer} is not a permutation of all neurons", "convert again"
-            )
+    for group, order in orders.items():
+        right = family.mixture or order.intermediate_size == pace.get("intermediate_size")
+        if not order.is_whole() or not right:
+            raise _no_permutation(group)
     return orders
+
+
+def _no_permutation(group: str) -> DamagedSourceError:
+    return DamagedSourceError(
+        f"{PERMUTATION}: {in_words(group)} is not a permutation of all neurons", "convert again"
+    )
+
+
+def in_words(group: str) -> str:
+    """A group of neurons as people call it: layer 3, or layer 3.experts.5 of a mixture."""
+    return group.replace("layers.", "layer ")

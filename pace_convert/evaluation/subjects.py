@@ -305,8 +305,10 @@ def _restore_order(model: Any, converted: Converted) -> None:
     """The FFN's neurons in the source's order, as `pace undo` gives them back."""
     parameters = dict(model.named_parameters())
     for tensor in converted.family.ffn_tensors(converted.layers, parameters):
-        order = torch.from_numpy(converted.orders[tensor.layer].inverse(tensor.parts)).long()
+        inverse = converted.orders[tensor.group].inverse(tensor.parts, tensor.interleaved)
         parameter = parameters[tensor.name]
+        parameter = parameter if tensor.index is None else parameter[tensor.index]
+        order = torch.from_numpy(inverse).long()
         parameter.copy_(parameter.index_select(tensor.axis, order.to(parameter.device)))
 
 

@@ -25,8 +25,11 @@ def facts_of(
     experts' quality, as `layers[i]["quality"]`, and what a text set off, as `"probe"`.
     """
     layers: list[dict] = [{"layer": i} for i in range(converted.layers)]
-    for layer, (_, sizes) in zip(layers, converted.orders):
-        layer |= {"experts": len(sizes), "sizes": _sizes(sizes.tolist())}
+    for layer in layers:  # of a mixture's layer, all its FFNs' together
+        here = f"layers.{layer['layer']}."
+        orders = [order for name, order in converted.orders.items() if f"{name}.".startswith(here)]
+        sizes = [size for order in orders for size in order.sizes.tolist()]
+        layer |= {"experts": len(sizes), "sizes": _sizes(sizes)} if orders else {}
     for layer, found in zip(layers, quality or ()):
         layer["quality"] = asdict(found)
     facts = {

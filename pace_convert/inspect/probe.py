@@ -55,7 +55,8 @@ def probe(
             f"the tokenizer has token {max(text.ids)}, the model only {known}",
             "give the model its own tokenizer",
         )
-    shares = _Shares([sizes for _, sizes in converted.orders], len(text.ids))
+    orders = converted.orders.values() if converted.has_plain_experts else ()
+    shares = _Shares([sizes for _, sizes in orders], len(text.ids))
     traces = _traces(converted)
     with in_words(converted, "run"):
         cache = _run(model, converted, text.ids, shares=shares, traces=traces, progress=progress)
@@ -114,7 +115,7 @@ def _run(
     first = 0
 
     def take(layer: int, h: Tensor) -> None:
-        if converted.has_experts:
+        if converted.has_plain_experts:
             shares.add(layer, h, first)
         if layer in traces:
             seen[layer] = h

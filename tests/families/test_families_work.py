@@ -42,8 +42,7 @@ def pair(family, make_source, tmp_path_factory):
     """(source, converted), with every memory that the family can have."""
     source, out = make_source(family.model_type), tmp_path_factory.mktemp("out") / "converted"
     memories = [name for name in MEMORIES if name not in family.refused]
-    options = {"no_experts": True} if family.mixture else {}
-    convert_folder(source, out, memory=",".join(memories), **WINDOW, **GATE, **options)
+    convert_folder(source, out, memory=",".join(memories), **WINDOW, **GATE)
     return source, out
 
 
