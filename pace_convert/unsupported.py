@@ -36,11 +36,15 @@ def why_unsupported(config: dict, families: Container[str]) -> tuple[str, str] |
         return "is an encoder-decoder; only decoder-only language models can be converted", _OTHERS
     if _has_experts(config):
         return (
-            "is a mixture of experts: its FFNs are grouped and routed already",
-            f"give a dense model; {_OTHERS}",
+            "is a mixture of experts of a kind that is not known here",
+            _OTHERS,
         )
     if _is_recurrent(config):
-        return "has recurrent or state-space layers, whose state the memory can't follow", _OTHERS
+        return (
+            "has recurrent or state-space layers, and is no hybrid that is known here: the memory "
+            "counts tokens by layers with attention",
+            _OTHERS,
+        )
     return None
 
 

@@ -128,7 +128,9 @@ def made_text(made: Conversion) -> str:
             f"k-means-constrained moved {made.changed} of {neurons} neurons "
             "from where the fast method had them. "
         )
-    snippet = loading_snippet(str(made.out), not made.plan.options.no_memory)
+    plan = made.plan
+    needs_code = not plan.options.no_memory
+    snippet = loading_snippet(str(made.out), needs_code, plan.family.auto_class)
     return (
         f"Made {made.out}: {made.tensors} tensors, {size(made.nbytes)}. "
         f"{certificate}Load it with\n\n{_indented(snippet)}\n"
@@ -139,7 +141,7 @@ def pushed_text(pushed: Pushed) -> str:
     """Where a conversion is now, and the snippet that loads it from there."""
     from ..converted.card import loading_snippet
 
-    snippet = loading_snippet(pushed.repo_id, pushed.needs_code, pushed.commit)
+    snippet = loading_snippet(pushed.repo_id, pushed.needs_code, pushed.auto_class, pushed.commit)
     where = "Pull request" if pushed.pull_request else "Pushed to"
     return f"{where} {pushed.url}. Load it with\n\n{_indented(snippet)}\n"
 

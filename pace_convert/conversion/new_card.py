@@ -72,7 +72,7 @@ def model_card(source: Source, plan: Plan) -> str:
         revision=source.hub.commit if source.hub else None,
         metadata=metadata,
         licence=_licence(metadata, source.side_files),
-        load=load_block(needs_code=not plan.options.no_memory),
+        load=load_block(not plan.options.no_memory, plan.family.auto_class),
         verification=verification_block(),
         source_card=SOURCE_CARD if has_card else None,
         left_out=list(source.left_out)[:MOST_NAMES],

@@ -78,6 +78,7 @@ class Pushed:
     files: int
     nbytes: int
     needs_code: bool
+    auto_class: str
     verification: Verification | None
 
     def as_dict(self) -> dict:
@@ -190,7 +191,7 @@ def push(
         done, commit = _upload_folder(target, folder)
         if card is not None:
             target.api.upload_file(
-                path_or_fileobj=_published(card, target, commit, needs_code, verification).encode(),
+                path_or_fileobj=_published(card, target, commit, converted, verification).encode(),
                 path_in_repo=CARD,
                 repo_id=target.repo_id,
                 revision=done.pr_revision or target.branch,
@@ -210,6 +211,7 @@ def push(
         files=len(sizes),
         nbytes=sum(sizes),
         needs_code=needs_code,
+        auto_class=converted.family.auto_class,
         verification=verification,
     )
 
@@ -325,10 +327,21 @@ def _check_whole(
 
 
 def _published(
-    card: str, target: Target, commit: str, needs_code: bool, verification: Verification | None
+    card: str,
+    target: Target,
+    commit: str,
+    converted: Converted,
+    verification: Verification | None,
 ) -> str:
     compared = None if verification is None else verification.sentence()
-    return published(card, target.repo_id, commit, needs_code=needs_code, compared=compared)
+    return published(
+        card,
+        target.repo_id,
+        commit,
+        needs_code=converted.needs_code,
+        auto_class=converted.family.auto_class,
+        compared=compared,
+    )
 
 
 def _read_card(folder: Path) -> str | None:
