@@ -136,6 +136,9 @@ def check_arm(subject: Subject) -> None:
             f"{model} was converted without experts, so it has no arm {name}",
             "give base or pa, or convert again",
         )
+    if arm.granularity and "fusion" in opened.family.refused:
+        why = opened.family.refused["fusion"]
+        raise CallError(f"{model} has no arm {name}: {why}", "give base, reread or recall")
     if (arm.granularity or arm.finds or arm.recalls) and not memory_parameters(model):
         raise CallError(
             f"{model} was converted without memory, so it has no arm {name}",

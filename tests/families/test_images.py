@@ -7,6 +7,9 @@ import torch
 from helpers import convert_folder, load, random_ids
 from more_families import IMAGE_TOKEN, MORE_CONFIGS
 from test_families_work import CAPACITY, GATE, WINDOW, close, logits
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoProcessor, LlavaProcessor, PreTrainedTokenizerFast
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 PIXELS = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 # Tokens that an image of 8 x 8 pixels takes, and the arguments that bring it.
@@ -97,6 +100,31 @@ def test_beyond_the_window_an_image_is_refused(row, model):
         model.generate(
             **inputs(row, [prompt(row, 7, CAPACITY)], [0]), max_new_tokens=2, pad_token_id=0
         )
+
+
+def test_the_processor_is_the_sources(make_source, tmp_path):
+    source = make_source("llava")
+    words = {**{f"w{i}": i for i in range(IMAGE_TOKEN)}, "<image>": IMAGE_TOKEN}
+    splitting = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    splitting.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=splitting, additional_special_tokens=["<image>"]
+    )
+    sizes = {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}}
+    LlavaProcessor(
+        CLIPImageProcessorPil(**sizes), tokenizer, patch_size=4, num_additional_image_tokens=1,
+        vision_feature_select_strategy="default",
+    ).save_pretrained(source)  # fmt: skip
+    convert_folder(source, tmp_path / "out", memory="recall")
+    read = [
+        AutoProcessor.from_pretrained(folder, trust_remote_code=True)(
+            images=PIXELS[0], text="w1 <image> w2", return_tensors="pt"
+        )
+        for folder in (source, tmp_path / "out")
+    ]
+    assert read[1]["input_ids"].tolist() == [[1, *[IMAGE_TOKEN] * 4, 2]]
+    assert torch.equal(read[1]["pixel_values"], read[0]["pixel_values"])
+    assert "AutoModelForImageTextToText" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_sizes_are_those_of_the_tests_of_families():

@@ -19,6 +19,7 @@ from pace_convert.converted.format import read_permutation
 from pace_convert.converted.opened import open_converted
 from pace_convert.converted.verify import verify
 from pace_convert.errors import CallError, DamagedSourceError
+from pace_convert.evaluation.subjects import Subject, check_arm
 from pace_convert.inspect.report import inspect
 from pace_convert.options import ConvertOptions
 from pace_convert.progress import Progress
@@ -124,8 +125,10 @@ def test_fusion_is_where_all_tokens_pass(make_source):
         make_plan(source, ConvertOptions(experts=30))
 
 
-def test_a_model_says_why_it_has_no_fusion(pair):
-    model = load(pair[1])
-    if model.config.model_type == "pace_mixtral":
-        with pytest.raises(ValueError, match="no FFN sees all of them"):
-            model.set_memory(layers=(1,))
+def test_who_asks_for_fusion_is_told_why_there_is_none(pair):
+    if "fusion" not in open_converted(pair[1]).family.refused:
+        return
+    with pytest.raises(ValueError, match="no FFN sees all of them"):
+        load(pair[1]).set_memory(layers=(1,))
+    with pytest.raises(CallError, match=r"has no arm ce\+pa: .* no FFN sees all of them"):
+        check_arm(Subject(str(pair[1]), "ce+pa"))

@@ -46,6 +46,11 @@ def tune(options: TuneOptions, progress: Progress) -> dict:
     if options.tunes == "recall":
         check_data(options.on)
         return tune_recall(options, converted, progress)
+    if "fusion" in converted.family.refused:
+        why = converted.family.refused["fusion"]
+        raise CallError(
+            f"a {converted.family.model_type} has no fusion to tune: {why}", "give --tunes recall"
+        )
     window, lengths = _tokens(options.length), _tokens(options.lengths)
     check_data(options.on)
     now = memory_in_effect(converted.pace["memory"])
