@@ -38,16 +38,19 @@ def convert(
     push_to_hub: str | None = None,
     private: bool = False,
     include: Sequence[str] = (),
+    gguf_file: str | None = None,
     progress: Callback | Progress | None = None,
 ) -> Conversion:
-    """Convert `source`, a model folder or a Hub id, into a PaceLLM in the folder `out`.
+    """Convert `source`, a model folder, a GGUF file or a Hub id, into a PaceLLM in the folder
+    `out`.
 
     options: of the method; run: device, processes. revision, token, cache_dir: of a source on the
     Hub. overwrite: replace an earlier conversion; resume: go on with an unfinished one.
-    push_to_hub: then upload it to this repository, a new one private if asked. include: patterns
-    of files that go along beside those that a model is known to have. progress: called with an
-    `Update` before and after each piece of work. Raises CallError for a call that can't be
-    carried out, and PaceError for what fails; what is done by then is kept for `resume`.
+    push_to_hub: then upload it to this repository, a new one private if asked. include: patterns of
+    files that go along beside those that a model is known to have. gguf_file: of the folder or
+    repository this file alone. progress: called with an `Update` before and after each piece of
+    work. Raises CallError for a call that can't be carried out, and PaceError for what fails; what
+    is done by then is kept for `resume`.
     """
     shown = as_progress(progress)
     prepared = prepare(
@@ -63,6 +66,7 @@ def convert(
         push_to_hub=push_to_hub,
         private=private,
         include=include,
+        gguf_file=gguf_file,
     )
     from .conversion.convert import carry_out, publish
 
@@ -86,6 +90,7 @@ def prepare(
     push_to_hub: str | None = None,
     private: bool = False,
     include: Sequence[str] = (),
+    gguf_file: str | None = None,
 ) -> Prepared:
     """All that `convert` checks before any work. Changes nothing, reads no weights; see
     `convert`.
@@ -103,7 +108,12 @@ def prepare(
     if isinstance(include, str):
         raise CallError(f"include is the text {include!r}", "give a list of patterns")
     opened = open_source(
-        str(source), revision, token, None if cache_dir is None else Path(cache_dir), include
+        str(source),
+        revision,
+        token,
+        None if cache_dir is None else Path(cache_dir),
+        include,
+        gguf_file,
     )
     return check(
         opened,
@@ -135,6 +145,7 @@ def verify(
     revision: str | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
+    gguf_file: str | None = None,
     logits: bool = True,
     trust_remote_code: bool = False,
     progress: Callback | Progress | None = None,
@@ -148,6 +159,7 @@ def verify(
     revision: str | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
+    gguf_file: str | None = None,
     logits: bool = True,
     trust_remote_code: bool = False,
     progress: Callback | Progress | None = None,
@@ -168,8 +180,10 @@ def verify(
     converted = open_converted(Path(out))
     shown = as_progress(progress)
     if source is None:
-        if revision or token or cache_dir:
-            raise CallError("revision, token and cache_dir are of a source", "give the source too")
+        if revision or token or cache_dir or gguf_file:
+            raise CallError(
+                "revision, token, cache_dir and gguf_file are of a source", "give the source too"
+            )
         from .converted.integrity import check_integrity
 
         whole = check_integrity(converted, shown)
@@ -182,7 +196,11 @@ def verify(
     from .converted.verify import verify as compare
 
     opened = open_source(
-        str(source), revision, token, None if cache_dir is None else Path(cache_dir)
+        str(source),
+        revision,
+        token,
+        None if cache_dir is None else Path(cache_dir),
+        gguf_file=gguf_file,
     )
     return compare(
         converted,

@@ -27,6 +27,13 @@ def hub_options(command: Callable) -> Callable:
     return click.option("--revision", help="Branch, tag or commit of a source on the Hub.")(command)
 
 
+def gguf_option(command: Callable) -> Callable:
+    """Which file of a source is meant, where it has several."""
+    return click.option(
+        "--gguf-file", metavar="NAME", help="Take this GGUF file of SOURCE, a folder or Hub id."
+    )(command)
+
+
 def output_options(command: Callable) -> Callable:
     """How results are printed."""
     command = click.option("-q", "--quiet", is_flag=True, help="No progress.")(command)

@@ -39,6 +39,7 @@ from .output_checks import MOVE, check_free, check_names_free, check_places, che
 from .plan import Plan, make_plan
 from .tasks import layer_result, make_tasks
 
+UNPACKED = "source"  # in the staging folder: of a source without plain weights these
 RESUME = "run the same command with --resume to go on"
 
 
@@ -136,6 +137,7 @@ def carry_out(prepared: Prepared, progress: Progress) -> Conversion:
         identity = fingerprint(source, plan.options, device)
         journal.open(identity, other_conversion)
         if MOVE not in journal.done:
+            source = source.unpack(folder.staging / UNPACKED, progress)
             run_remaining(
                 make_tasks(source, plan, folder.staging, device),
                 journal,

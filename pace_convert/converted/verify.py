@@ -115,7 +115,7 @@ def verify(
     CallError for another model's source or for code that may not run, DamagedSourceError,
     PaceError.
     """
-    source = source.fetch()
+    source = source.fetch().unpack(progress=progress)
     if source.config["model_type"] != converted.family.model_type:
         raise CallError(
             f"{source.name} is a {source.config['model_type']}, "

@@ -293,7 +293,7 @@ def _switch_recall(loaded: Loaded, subject: Subject) -> None:
 @functools.lru_cache(maxsize=1)
 def _load(model: str, clustered: bool, device: str, trust_remote_code: bool) -> Loaded:
     opened = _open(model)
-    files = opened if isinstance(opened, Converted) else opened.fetch()
+    files = opened if isinstance(opened, Converted) else opened.fetch().unpack()
     loaded = load_model(files, device=device, trust_remote_code=trust_remote_code)
     if isinstance(files, Converted) and not clustered:
         _restore_order(loaded, files)
