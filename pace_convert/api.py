@@ -39,6 +39,7 @@ def convert(
     private: bool = False,
     include: Sequence[str] = (),
     gguf_file: str | None = None,
+    dequantise: bool = False,
     progress: Callback | Progress | None = None,
 ) -> Conversion:
     """Convert `source`, a model folder, a GGUF file or a Hub id, into a PaceLLM in the folder
@@ -48,9 +49,9 @@ def convert(
     Hub. overwrite: replace an earlier conversion; resume: go on with an unfinished one.
     push_to_hub: then upload it to this repository, a new one private if asked. include: patterns of
     files that go along beside those that a model is known to have. gguf_file: of the folder or
-    repository this file alone. progress: called with an `Update` before and after each piece of
-    work. Raises CallError for a call that can't be carried out, and PaceError for what fails; what
-    is done by then is kept for `resume`.
+    repository this file alone. dequantise: write weights in FP8 as plain ones. progress: called
+    with an `Update` before and after each piece of work. Raises CallError for a call that can't be
+    carried out, and PaceError for what fails; what is done by then is kept for `resume`.
     """
     shown = as_progress(progress)
     prepared = prepare(
@@ -67,6 +68,7 @@ def convert(
         private=private,
         include=include,
         gguf_file=gguf_file,
+        dequantise=dequantise,
     )
     from .conversion.convert import carry_out, publish
 
@@ -91,6 +93,7 @@ def prepare(
     private: bool = False,
     include: Sequence[str] = (),
     gguf_file: str | None = None,
+    dequantise: bool = False,
 ) -> Prepared:
     """All that `convert` checks before any work. Changes nothing, reads no weights; see
     `convert`.
@@ -114,6 +117,7 @@ def prepare(
         None if cache_dir is None else Path(cache_dir),
         include,
         gguf_file,
+        dequantise,
     )
     return check(
         opened,
@@ -146,6 +150,7 @@ def verify(
     token: str | None = None,
     cache_dir: str | Path | None = None,
     gguf_file: str | None = None,
+    dequantise: bool = False,
     logits: bool = True,
     trust_remote_code: bool = False,
     progress: Callback | Progress | None = None,
@@ -160,6 +165,7 @@ def verify(
     token: str | None = None,
     cache_dir: str | Path | None = None,
     gguf_file: str | None = None,
+    dequantise: bool = False,
     logits: bool = True,
     trust_remote_code: bool = False,
     progress: Callback | Progress | None = None,
@@ -180,10 +186,9 @@ def verify(
     converted = open_converted(Path(out))
     shown = as_progress(progress)
     if source is None:
-        if revision or token or cache_dir or gguf_file:
-            raise CallError(
-                "revision, token, cache_dir and gguf_file are of a source", "give the source too"
-            )
+        if revision or token or cache_dir or gguf_file or dequantise:
+            names = "revision, token, cache_dir, gguf_file and dequantise"
+            raise CallError(f"{names} are of a source", "give the source too")
         from .converted.integrity import check_integrity
 
         whole = check_integrity(converted, shown)
@@ -201,6 +206,7 @@ def verify(
         token,
         None if cache_dir is None else Path(cache_dir),
         gguf_file=gguf_file,
+        dequantise=dequantise,
     )
     return compare(
         converted,

@@ -23,6 +23,7 @@ from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFou
 
 from ..errors import CallError, DamagedSourceError, PaceError
 from ..progress import Progress
+from .dequantised import unpack_fp8
 from .files import check_file, check_names, is_passed_over, list_files, read_json
 from .gguf_file import open_gguf
 from .hub_errors import READING, hub_errors, is_out_of_reach
@@ -139,6 +140,7 @@ def open_source(
     cache_dir: Path | None = None,
     include: Sequence[str] = (),
     gguf_file: str | None = None,
+    dequantise: bool = False,
 ) -> Source:
     """Config, tensor list and side files of a local folder, of a GGUF file or of a Hub repository.
 
@@ -149,6 +151,9 @@ def open_source(
     CallError for what can't be a source, DamagedSourceError for one with broken files, and
     PaceError where there is none.
     """
+    if dequantise:
+        packed = open_source(name, revision, token, cache_dir, include, gguf_file)
+        return _dequantised(packed)
     folder = Path(name)
     if gguf_file is not None or (folder.is_file() and name.lower().endswith(".gguf")):
         return _open_gguf(name, revision, token, cache_dir, include, gguf_file)
@@ -209,6 +214,12 @@ def _open_gguf(
             f"{option} is for a source on the Hub, {name} is a file", f"leave {option} out"
         )
     return _unpackable(name, hub, *open_gguf(path))
+
+
+def _dequantised(packed: Source) -> Source:
+    """A quantised source as a plain one."""
+    made = _unpackable(packed.name, packed.hub, *unpack_fp8(packed))
+    return replace(made, left_out=packed.left_out, include=packed.include)
 
 
 def _unpackable(

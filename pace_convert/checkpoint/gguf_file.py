@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .shards import TensorInfo
 
 # Those whose names and weights are tested against transformers' own load.
-TESTED = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "starcoder2", "stablelm")
+TESTED = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text")
 KINDS = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
 
 
@@ -61,7 +61,9 @@ def _config(path: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     except ImportError as error:
-        raise CallError("a GGUF source needs the gguf library", "pip install gguf") from error
+        raise CallError(
+            "a GGUF source needs the gguf library", "pip install 'pace-convert[gguf]'"
+        ) from error
     except Exception as error:  # in its own way for each kind of file
         raise CallError(
             f"transformers can't read {path.name}: {_reason(error)}",

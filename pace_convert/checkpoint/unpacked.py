@@ -24,7 +24,7 @@ from .index import INDEX, SINGLE, index_text
 from .shards import TensorInfo
 
 SHARD_BYTES = 5_000_000_000  # as transformers saves them
-ITEM = {"F32": 4, "F16": 2, "BF16": 2}
+ITEM = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
 @dataclass(frozen=True, eq=False)

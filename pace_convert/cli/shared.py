@@ -27,8 +27,11 @@ def hub_options(command: Callable) -> Callable:
     return click.option("--revision", help="Branch, tag or commit of a source on the Hub.")(command)
 
 
-def gguf_option(command: Callable) -> Callable:
-    """Which file of a source is meant, where it has several."""
+def unpacking_options(command: Callable) -> Callable:
+    """What is made of a source without plain weights."""
+    command = click.option(
+        "--dequantise", is_flag=True, help="Take SOURCE's weights, in FP8, as plain ones."
+    )(command)
     return click.option(
         "--gguf-file", metavar="NAME", help="Take this GGUF file of SOURCE, a folder or Hub id."
     )(command)

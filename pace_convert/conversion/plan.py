@@ -6,12 +6,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..checkpoint.checkpoint import Source, trained_length
+from ..checkpoint.dequantised import METHODS, quantisation_of
 from ..checkpoint.ffn import check_ffn, check_layers, count_layers, intermediate_size_of
 from ..checkpoint.own_code import DECIDING, own_model_code
 from ..errors import CallError, DamagedSourceError
 from ..families import FamilySpec, FfnTensor, find_family
 from ..options import ConvertOptions, RunOptions
 from .resources import copying_bytes, jobs_that_fit, layer_task_bytes
+
+# transformers.integrations.awq.AWQ_SCALES_MAPPINGS has others of ours neither.
+AWQ_SCALED = ("bloom", "falcon", "gpt_neox", "gptj", "starcoder2")
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ def make_plan(source: Source, options: ConvertOptions, run: RunOptions | None = 
     _check_type(config, "auto_map", dict)
     family = find_family(config, _check_type(config, "architectures", list) or [])
     _refuse_own_code(config, family)
+    _refuse_scaled(config, family)
     layers = count_layers(family, config)
     intermediate_size = intermediate_size_of(family, config)
     ffn = _permuted(source, options, family, layers, intermediate_size)
@@ -100,7 +105,7 @@ def _permuted(
 
     Raises CallError, DamagedSourceError.
     """
-    if options.no_experts and source.config.get("quantization_config"):
+    if options.no_experts and quantisation_of(source.config):
         check_layers(family, layers, source.tensors)  # packed weights have shapes of their own
         return ()
     ffn = check_ffn(family, layers, intermediate_size, source.tensors)
@@ -197,14 +202,22 @@ def _refuse_converted(source: Source) -> None:
 
 def _refuse_quantised(config: dict) -> None:
     """Raises CallError. Before the shapes are looked at: packed weights have others."""
-    quantisation = config.get("quantization_config")
-    if quantisation:
-        stated = quantisation if isinstance(quantisation, dict) else {}
-        method = stated.get("quant_method", "unknown")
+    method = quantisation_of(config)
+    if method:
+        others = "--dequantise for plain ones" if method in METHODS else "the full-precision model"
         raise CallError(
             f"the source is quantised ({method}): its FFN rows can't be clustered",
-            "give --no-experts to leave its weights as they are, or convert the full-precision "
-            "model",
+            f"give --no-experts to leave its weights as they are, or {others}",
+        )
+
+
+def _refuse_scaled(config: dict, family: FamilySpec) -> None:
+    """Raises CallError where transformers would not find activations' scales for a PaceLLM."""
+    if quantisation_of(config) == "awq" and family.model_type in AWQ_SCALED:
+        raise CallError(
+            f"AWQ scales the activations of a {family.model_type}, which transformers knows by "
+            "that model type alone",
+            "convert the full-precision model",
         )
 
 

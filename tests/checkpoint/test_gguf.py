@@ -36,12 +36,22 @@ def size_of(name: str, head: int) -> int:
     return head if "_q_norm" in name or "_k_norm" in name else WIDTH
 
 
-def tokens() -> tuple[list[str], list[str]]:
-    """A byte-level BPE of single characters and one merge."""
+def add_tokenizer(writer, architecture):
+    """A byte-level BPE of single characters and one merge; for Gemma pieces with scores."""
     from tokenizers.pre_tokenizers import ByteLevel
 
-    known = ["<s>", "</s>", *sorted(ByteLevel.alphabet()), "th"]
-    return known + [f"<extra{i}>" for i in range(VOCABULARY - len(known))], ["t h"]
+    pieces = architecture.startswith("gemma")
+    single = [f"<0x{i:02X}>" for i in range(256)] if pieces else sorted(ByteLevel.alphabet())
+    known = ["<bos>", "<eos>", "<unk>", "<pad>", *single, *("▁", "t", "h", "th")[-1 - 3 * pieces :]]
+    names = known + [f"<extra{i}>" for i in range(VOCABULARY - len(known))]
+    writer.add_tokenizer_model("llama" if pieces else "gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(names)
+    writer.add_token_types([3] * 4 + [6 if pieces else 1] * 256 + [1] * (VOCABULARY - 260))
+    writer.add_token_merges(["t h"])
+    writer.add_token_scores([-float(i) for i in range(VOCABULARY)])
+    for number, kind in enumerate(("bos", "eos", "unk", "pad")):
+        getattr(writer, f"add_{kind}_token_id")(number)
 
 
 def write_gguf(path, architecture, quantised="Q8_0", leave_out=()):
@@ -60,15 +70,7 @@ def write_gguf(path, architecture, quantised="Q8_0", leave_out=()):
     writer.add_rope_freq_base(10000.0)
     writer.add_rope_dimension_count(head)
     writer.add_vocab_size(VOCABULARY)
-    names, merges = tokens()
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
-    writer.add_token_list(names)
-    writer.add_token_types([3, 3, *[1] * (VOCABULARY - 2)])
-    writer.add_token_merges(merges)
-    writer.add_token_scores([0.0] * VOCABULARY)
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
+    add_tokenizer(writer, architecture)
     writer.add_chat_template("{% for m in messages %}{{ m.content }}{% endfor %}")
 
     def add(name, *shape):
