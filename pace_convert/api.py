@@ -40,6 +40,7 @@ def convert(
     include: Sequence[str] = (),
     gguf_file: str | None = None,
     dequantise: bool = False,
+    family_spec: str | Path | None = None,
     progress: Callback | Progress | None = None,
 ) -> Conversion:
     """Convert `source`, a model folder, a GGUF file or a Hub id, into a PaceLLM in the folder
@@ -69,6 +70,7 @@ def convert(
         include=include,
         gguf_file=gguf_file,
         dequantise=dequantise,
+        family_spec=family_spec,
     )
     from .conversion.convert import carry_out, publish
 
@@ -94,6 +96,7 @@ def prepare(
     include: Sequence[str] = (),
     gguf_file: str | None = None,
     dequantise: bool = False,
+    family_spec: str | Path | None = None,
 ) -> Prepared:
     """All that `convert` checks before any work. Changes nothing, reads no weights; see
     `convert`.
@@ -101,8 +104,9 @@ def prepare(
     from .checkpoint.checkpoint import open_source
     from .conversion.convert import prepare as check
     from .converted.push import Target
+    from .family_file import read_family
 
-    check_paths(source, out, cache_dir, include)
+    check_paths(source, out, cache_dir, include, family_spec)
     if private and push_to_hub is None:
         raise CallError(
             "--private is for a repository on the Hub", "give --push-to-hub ORG/NAME too"
@@ -127,6 +131,7 @@ def prepare(
         overwrite=overwrite,
         resume=resume,
         target=None if push_to_hub is None else Target(push_to_hub, token, private),
+        family_facts=None if family_spec is None else read_family(Path(family_spec)),
     )
 
 

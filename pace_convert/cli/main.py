@@ -70,6 +70,12 @@ class GroupedCommand(click.Command):
 )
 @unpacking_options
 @click.option(
+    "--family-spec",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="YAML file with the facts of a model family that `pace families` does not list.",
+)
+@click.option(
     "--config",
     type=click.Path(path_type=Path),
     help="YAML file of options; the command line goes first.",
@@ -97,7 +103,8 @@ class GroupedCommand(click.Command):
 def pace_convert(
     *,
     source: str, out: Path, revision: str | None, token: str | None, cache_dir: Path | None,
-    include: tuple[str, ...], gguf_file: str | None, dequantise: bool, config: Path | None,
+    include: tuple[str, ...], gguf_file: str | None, dequantise: bool,
+    family_spec: Path | None, config: Path | None,
     dry_run: bool, overwrite: bool, resume: bool, calibrate: str | None, push_to_hub: str | None,
     private: bool, as_json: bool, quiet: bool,
     **given: Any,
@@ -137,6 +144,7 @@ def pace_convert(
         include=include,
         gguf_file=gguf_file,
         dequantise=dequantise,
+        family_spec=family_spec,
     )
     plan, expected = prepared.plan, estimate_duration(prepared.source, prepared.plan, out)
     left_out = in_words.left_out_text(prepared.source.left_out)

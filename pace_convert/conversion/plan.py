@@ -10,7 +10,8 @@ from ..checkpoint.dequantised import METHODS, quantisation_of
 from ..checkpoint.ffn import check_ffn, check_layers, count_layers, intermediate_size_of
 from ..checkpoint.own_code import DECIDING, own_model_code
 from ..errors import CallError, DamagedSourceError
-from ..families import FamilySpec, FfnTensor, find_family
+from ..families import FAMILIES, FamilySpec, FfnTensor, find_family, why_unsupported
+from ..family_file import check_family, family_of, suggestion
 from ..options import ConvertOptions, RunOptions
 from .resources import copying_bytes, jobs_that_fit, layer_task_bytes
 
@@ -22,7 +23,8 @@ AWQ_SCALED = ("bloom", "falcon", "gpt_neox", "gptj", "starcoder2")
 class Plan:
     """What a conversion will do. Sizes in bytes.
 
-    ffn: the tensors that are permuted, none without experts. task_bytes: memory of one process
+    ffn: the tensors that are permuted, none without experts. family_facts: where the family is not
+    in the table. task_bytes: memory of one process
     while it converts a layer, or copies a shard; jobs: how many of them work side by side.
     """
 
@@ -35,6 +37,7 @@ class Plan:
     window: dict | None
     recall: dict | None
     ffn: tuple[FfnTensor, ...]
+    family_facts: dict | None
     weights_bytes: int
     task_bytes: int
     jobs: int
@@ -59,15 +62,23 @@ class Plan:
         }
 
 
-def make_plan(source: Source, options: ConvertOptions, run: RunOptions | None = None) -> Plan:
-    """Check source and options. Raises CallError or DamagedSourceError."""
+def make_plan(
+    source: Source,
+    options: ConvertOptions,
+    run: RunOptions | None = None,
+    family_facts: dict | None = None,
+) -> Plan:
+    """Check source and options. Raises CallError or DamagedSourceError.
+
+    family_facts: of a family that is not in the table, as `read_family` gives them.
+    """
     config = source.config
     run = run or RunOptions()
     _refuse_converted(source)
     if not options.no_experts:
         _refuse_quantised(config)
     _check_type(config, "auto_map", dict)
-    family = find_family(config, _check_type(config, "architectures", list) or [])
+    family = _family(source, family_facts)
     _refuse_own_code(config, family)
     _refuse_scaled(config, family)
     layers = count_layers(family, config)
@@ -92,10 +103,26 @@ def make_plan(source: Source, options: ConvertOptions, run: RunOptions | None = 
         window=_window(options, layers, config),
         recall=_recall(options, layers),
         ffn=ffn,
+        family_facts=family_facts,
         weights_bytes=source.nbytes,
         task_bytes=task_bytes,
         jobs=jobs or pieces,
     )
+
+
+def _family(source: Source, facts: dict | None) -> FamilySpec:
+    """Of the table, or of its own facts. Raises CallError."""
+    config = source.config
+    architectures = _check_type(config, "architectures", list) or []
+    if facts is None:
+        known = config["model_type"] in FAMILIES or why_unsupported(config, FAMILIES)
+        hint = None if known else suggestion(config, source.tensors)
+        if hint:
+            raise CallError(f"model family {config['model_type']!r} is not supported", hint)
+        return find_family(config, architectures)
+    family = family_of(facts)
+    check_family(family, source)
+    return family
 
 
 def _permuted(
