@@ -12,7 +12,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -24,7 +24,23 @@ from .unpacked import ITEM, Unpacking, lay_out
 if TYPE_CHECKING:
     import torch
 
-    from .checkpoint import Source
+
+class Packed(Protocol):
+    """What this needs of a source. See `checkpoint.Source`."""
+
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def config(self) -> dict: ...
+    @property
+    def tensors(self) -> dict[str, TensorInfo]: ...
+    @property
+    def side_files(self) -> tuple[str, ...]: ...
+    @property
+    def states(self) -> dict[str, tuple[int, int]]: ...
+    def fetch(self) -> Packed: ...
+    def path(self, tensor: str) -> Path: ...
+
 
 METHODS = {"fp8": ".weight_scale_inv", "fbgemm_fp8": ".weight_scale"}  # and where the scales lie
 NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -40,7 +56,7 @@ def quantisation_of(config: dict) -> str | None:
     return str(stated.get("quant_method", "unknown")) if isinstance(stated, dict) else "unknown"
 
 
-def unpack_fp8(source: Source) -> tuple[dict, dict[str, TensorInfo], Unpacking]:
+def unpack_fp8(source: Packed) -> tuple[dict, dict[str, TensorInfo], Unpacking]:
     """config.json of the plain model, where its tensors will lie, and how they are made.
 
     Raises CallError for a source that is not quantised to FP8, DamagedSourceError for one that
@@ -71,7 +87,7 @@ def unpack_fp8(source: Source) -> tuple[dict, dict[str, TensorInfo], Unpacking]:
 class _Plain:
     """source: the quantised one. scales: what their names end in. dtype: of the result."""
 
-    source: Source
+    source: Packed
     scales: str
     dtype: str
 
@@ -150,6 +166,6 @@ class _Plain:
         return torch.from_numpy(bits.view(f"i{bits.itemsize}")).view(kinds[info.dtype])
 
     @functools.cached_property
-    def _here(self) -> Source:
+    def _here(self) -> Packed:
         """The source with its weights on this machine."""
         return self.source.fetch()
