@@ -16,7 +16,7 @@ from ..checkpoint.dequantised import quantisation_of
 from ..checkpoint.files import read_json
 from ..checkpoint.own_code import own_model_code
 from ..checkpoint.selection import ADAPTER
-from ..device import load_dtype
+from ..device import DType, load_dtype
 from ..errors import CallError, DamagedSourceError, PaceError, one_line
 from .format import MODELING
 from .opened import Converted
@@ -108,14 +108,15 @@ def load_model(
     device: str = "cpu",
     head: bool = True,
     trust_remote_code: bool = False,
+    dtype: DType = "auto",
 ) -> Any:
     """The model of a folder that is on this machine, in eval mode, on a device that
     `resolve_device` has named.
 
-    Its dtype is `load_dtype`'s, of quantised weights as their config.json says. head: False for the
-    decoder without its vocabulary head. No Python of a folder runs but a conversion's modeling
-    files, and those only as this version ships them, and, with `trust_remote_code`, edited ones and
-    the model code of a folder that is no conversion. Raises CallError for both without it,
+    dtype: as `load_dtype` has it; of quantised weights it is what their config.json says. head:
+    False for the decoder without its vocabulary head. No Python of a folder runs but a conversion's
+    modeling files, and those only as this version ships them, and, with `trust_remote_code`, edited
+    ones and the model code of a folder that is no conversion. Raises CallError for both without it,
     PaceError where the model does not load.
     """
     source = files.files if isinstance(files, Converted) else files
@@ -129,7 +130,7 @@ def load_model(
         packed = quantisation_of(source.config) is not None  # then layers have types of their own
         model = model_class(files, head).from_pretrained(
             source.folder,
-            dtype="auto" if packed else load_dtype(source.nbytes, device),
+            dtype="auto" if packed else load_dtype(source.nbytes, device, dtype),
             device_map=device if packed else None,
             local_files_only=True,
             trust_remote_code=own_code,

@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from earned import chosen, gains
 
 from pace_convert.evaluation.benchmarks.needle import found
 from pace_convert.evaluation.benchmarks.needle_kinds import ANSWER, COUNTS, WHAT, names, values_of
@@ -39,6 +40,7 @@ from pace_convert.modeling.reread_schedule import Build, window_start
 
 ANSWER_TOKENS = 24
 MARK = "\u0001"
+OWN = ("asks", "earn", "of")  # of a rule, what is no parameter of the model's
 
 
 class Lab:
@@ -69,7 +71,7 @@ class Lab:
         return encode(before, special=False), encode(after, special=False)
 
     def settings(self, rule: dict) -> Any:
-        own = {name: value for name, value in rule.items() if name != "asks"}
+        own = {name: value for name, value in rule.items() if name not in OWN}
         return replace(self.model.window_settings, **own)
 
     def row(self, settings: Any) -> Row:
@@ -185,7 +187,14 @@ def ask(lab: Lab, kind: str, seed: int, rule: dict, answer: bool) -> dict:
     weights = query_weights(len(query), settings)
     start = window_start(Build(row.count, asked=True), settings)
     asking = Asking(row.ids[last - len(query) : last], query, weights)
-    passages = look_up(row, asking, start, settings)
+    passages = list(look_up(row, asking, start, settings))
+    if "earn" in rule:
+        more = replace(settings, spans=rule.get("of", 16), stand_out=0.0)
+        passages = list(look_up(row, asking, start, more))
+        own = weights > 0.01
+        with lab.model.memory_disabled():
+            gained = gains(lab.model, row, passages, asking.ids[own], weights[own])
+        passages = chosen(passages, gained, settings.spans, rule["earn"])
     ranges = [(0, settings.first), *((p.first, p.stop) for p in passages), (start, row.count)]
     read = {t for a, b in ranges for t in range(a, b)}
     held = [set(range(*place)) <= read for place in places[: needle.asked]]
@@ -215,7 +224,9 @@ def standing(
             mine.append(max((scores.get(span, 0.0) for span in right), default=0.0))
     other = max((s for span, s in scores.items() if span not in near), default=0.0)
     share = other / min(mine) if mine and min(mine) else 9.9 if mine else 0.0
-    return {"first": share <= 1.0, "inside": all(inside), "share": share}
+    ranked = sorted(scores.items(), key=lambda one: -one[1])[:24]
+    top = [(round(score / max(ranked[0][1], 1e-9), 3), span in near) for span, score in ranked]
+    return {"first": share <= 1.0, "inside": all(inside), "share": share, "top": top}
 
 
 def answered(lab: Lab, row: Row, ranges: list[tuple[int, int]]) -> str:

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from earned import chosen, gains
 from reread_needles import rule_of, use_dtype
 
 from pace_convert.evaluation.benchmarks.qa import PROMPT, Prompt, official_prompt, read_contexts
@@ -116,7 +117,14 @@ class Text:
         weights = query_weights(len(query), settings)
         weights = weights if own is None else torch.ones_like(weights)
         ids = row.ids[row.count - len(query) :] if own is None else own
-        return look_up(row, Asking(ids, query, weights), start, settings)
+        asking = Asking(ids, query, weights)
+        if "earn" not in arm:
+            return look_up(row, asking, start, settings)
+        more = replace(settings, spans=arm.get("of", 16), stand_out=0.0)
+        passages = list(look_up(row, asking, start, more))
+        asked = torch.tensor(question if arm.get("by", "question") == "question" else ids.tolist())
+        gained = gains(self.model, row, passages, asked, torch.ones(len(asked)))
+        return tuple(chosen(passages, gained, settings.spans, arm["earn"]))
 
     def _alike(self, texts: list[list[int]], question: list[int]) -> list[int]:
         embed = self.model.get_input_embeddings()
