@@ -178,6 +178,8 @@ def suggestion(config: dict, tensors: Container[str]) -> str | None:
     if like is None:
         return None
     if not name or causal is None:
+        if difflib.get_close_matches(kind, FAMILIES, n=1):  # a slip of the pen, said elsewhere
+            return None
         return (
             f"its tensors are named like {like}'s, but transformers has no causal language model "
             f"of this type: if it computes the same, write {like} into a copy's config.json"

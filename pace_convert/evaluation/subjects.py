@@ -63,11 +63,11 @@ class Subject:
         """What has to be loaded: the model, whether its neurons stay in the order that they have
         there, and as which type.
         """
-        stay = self.arm not in ARMS or ARMS[self.arm].clustered
-        if not stay:
+        ordered = self.arm not in ARMS or ARMS[self.arm].clustered
+        if not ordered:
             opened = _open(self.model)
-            stay = not (isinstance(opened, Converted) and opened.has_experts)
-        return self.model, stay, self.dtype
+            ordered = not (isinstance(opened, Converted) and opened.has_experts)
+        return self.model, ordered, self.dtype
 
     def key(self) -> str:
         """The same for what must score the same: the files' state, the arm and the parameters."""
