@@ -257,6 +257,7 @@ def _open_local(folder: Path, name: str, include: Sequence[str]) -> Source:
 def _read_folder(folder: Path, name: str) -> tuple[dict, list[str], dict[str, TensorInfo]]:
     """config.json, the names of all files, and the tensors."""
     if not os.path.lexists(folder / CONFIG):
+        _point_to_gguf(name, sorted(path.name for path in folder.glob("*.gguf")))
         raise CallError(
             f"{folder} is not a model folder: it has no config.json",
             "give the folder of a model, or a Hub id",
@@ -297,6 +298,7 @@ def _open_hub(
     info = HfApi(token=token).model_info(repo_id, revision=revision)
     files = sorted(sibling.rfilename for sibling in info.siblings or [])
     if CONFIG not in files:
+        _point_to_gguf(repo_id, [file for file in files if file.endswith(".gguf")])
         raise CallError(
             f"{repo_id} is not a model repository: it has no config.json", "check the name"
         )
@@ -428,6 +430,14 @@ def _read_config(folder: Path) -> dict:
             "give the folder of a transformers model",
         )
     return config
+
+
+def _point_to_gguf(name: str, files: list[str]) -> None:
+    """Raises CallError where what has no config.json has GGUF files."""
+    if files:
+        raise CallError(
+            f"{name} has no config.json, but GGUF files", f"give --gguf-file, like {files[0]}"
+        )
 
 
 def _refuse_pickled_only(name: str, files: list[str]) -> None:

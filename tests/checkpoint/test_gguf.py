@@ -183,6 +183,7 @@ def test_what_cannot_be_a_source_is_refused(llama, tmp_path):
     refuse(pace_convert(tmp_path / "none.gguf", tmp_path / "x"), 1, "is not a GGUF file")
     refuse(pace_convert(llama, tmp_path / "x", "--gguf-file", "a.gguf"), 2, "is a file")
     refuse(pace_convert(tmp_path, tmp_path / "x", "--gguf-file", "a.gguf"), 2, "has no a.gguf")
+    refuse(pace_convert(tmp_path, tmp_path / "x"), 2, "give --gguf-file, like none.gguf")
     cut = tmp_path / "cut.gguf"
     shutil.copy(llama, cut)
     with cut.open("r+b") as file:
