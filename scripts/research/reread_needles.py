@@ -40,7 +40,7 @@ from pace_convert.modeling.reread_schedule import Build, window_start
 
 ANSWER_TOKENS = 24
 MARK = "\u0001"
-OWN = ("asks", "earn", "of")  # of a rule, what is no parameter of the model's
+OWN = ("asks", "earn", "of", "order")  # of a rule, what is no parameter of the model's
 
 
 class Lab:
@@ -195,6 +195,8 @@ def ask(lab: Lab, kind: str, seed: int, rule: dict, answer: bool) -> dict:
         with lab.model.memory_disabled():
             gained = gains(lab.model, row, passages, asking.ids[own], weights[own])
         passages = chosen(passages, gained, settings.spans, rule["earn"])
+    if rule.get("order") == "best":  # the best one last, next to the question
+        passages.sort(key=lambda passage: passage.score)
     ranges = [(0, settings.first), *((p.first, p.stop) for p in passages), (start, row.count)]
     read = {t for a, b in ranges for t in range(a, b)}
     held = [set(range(*place)) <= read for place in places[: needle.asked]]
@@ -231,7 +233,7 @@ def standing(
 
 def answered(lab: Lab, row: Row, ranges: list[tuple[int, int]]) -> str:
     """What the base says behind these tokens."""
-    inside = sorted({t for a, b in ranges for t in range(a, b)})
+    inside = list(dict.fromkeys(t for a, b in ranges for t in range(a, b)))
     with lab.model.memory_disabled():
         made = lab.model.generate(
             row.ids[inside].long()[None], max_new_tokens=ANSWER_TOKENS, do_sample=False

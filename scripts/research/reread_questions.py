@@ -76,8 +76,11 @@ class Text:
             return {**made, "tokens": len(prompt.ids)}
         start, passages = self.found(arm, prompt, question)
         settings = settings_of(self.model, arm)
+        if arm.get("order") == "best":  # the best one last, next to the window
+            passages = tuple(sorted(passages, key=lambda passage: passage.score))
         ranges = [(0, settings.first), *((p.first, p.stop) for p in passages)]
-        inside = sorted({t for a, b in [*ranges, (start, len(prompt.ids))] for t in range(a, b)})
+        ranges.append((start, len(prompt.ids)))
+        inside = dict.fromkeys(t for a, b in ranges for t in range(a, b))
         context = [prompt.ids[t] for t in inside]
         made = self._scores(prompt, context, None)
         return {**made, "tokens": len(context)}
