@@ -78,9 +78,9 @@ class Source:
     @property
     def title(self) -> str:
         """What people call it: its id on the Hub, or the name of its folder or file."""
-        if self.hub or self.unpacking:
-            return self.name if self.hub else Path(self.name).name
-        return self.folder.resolve().name
+        if self.hub:
+            return self.name
+        return (Path(self.name) if self.unpacking else self.folder).resolve().name
 
     @property
     def shards(self) -> list[str]:
@@ -213,7 +213,7 @@ def _open_gguf(
         raise CallError(
             f"{option} is for a source on the Hub, {name} is a file", f"leave {option} out"
         )
-    return _unpackable(name, hub, *open_gguf(path))
+    return _unpackable(name if hub else str(path), hub, *open_gguf(path))
 
 
 def _dequantised(packed: Source) -> Source:

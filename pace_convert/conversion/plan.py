@@ -15,8 +15,8 @@ from ..family_file import check_family, family_of, suggestion
 from ..options import ConvertOptions, RunOptions
 from .resources import copying_bytes, jobs_that_fit, layer_task_bytes
 
-# transformers.integrations.awq.AWQ_SCALES_MAPPINGS has others of ours neither.
-AWQ_SCALED = ("bloom", "falcon", "gpt_neox", "gptj", "starcoder2")
+# Those of transformers.integrations.awq.AWQ_SCALES_MAPPINGS.
+AWQ_SCALED = ("bloom", "falcon", "gpt_bigcode", "gpt_neox", "gptj", "mpt", "starcoder2")
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Plan:
     """What a conversion will do. Sizes in bytes.
 
     ffn: the tensors that are permuted, none without experts. family_facts: where the family is not
-    in the table. task_bytes: memory of one process
-    while it converts a layer, or copies a shard; jobs: how many of them work side by side.
+    in the table. task_bytes: memory of one process while it converts a layer, or copies a shard;
+    jobs: how many of them work side by side.
     """
 
     family: FamilySpec
