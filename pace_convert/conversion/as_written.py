@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..checkpoint.checkpoint import CONFIG, INDEX, SINGLE
 from ..checkpoint.files import check_file, read_json
+from ..checkpoint.index import index_text
 from ..converted.card import is_untouched
 from ..converted.config_edits import config_edits
 from ..converted.format import (
@@ -33,7 +34,6 @@ from ..converted.hashes import (
 from ..converted.opened import Converted
 from ..converted.shipped import base_config, shipped_names
 from ..errors import DamagedSourceError
-from .output import index_text
 from .output_checks import files_in
 
 

@@ -39,6 +39,7 @@ from .output_checks import MOVE, check_free, check_names_free, check_places, che
 from .plan import Plan, make_plan
 from .tasks import layer_result, make_tasks
 
+UNPACKED = "source"  # in the staging folder: of a source without plain weights these
 RESUME = "run the same command with --resume to go on"
 
 
@@ -92,13 +93,15 @@ def prepare(
     overwrite: bool = False,
     resume: bool = False,
     target: Target | None = None,
+    family_facts: dict | None = None,
 ) -> Prepared:
     """Check everything that can be checked without reading weights. Changes nothing.
 
-    target: where to upload it when it is made. Raises CallError, DamagedSourceError, PaceError.
+    target: where to upload it when it is made. family_facts: see `make_plan`. Raises CallError,
+    DamagedSourceError, PaceError.
     """
     check_places(source, out)
-    plan = make_plan(source, options, run)
+    plan = make_plan(source, options, run, family_facts)
     check_run(plan.run)
     check_names_free(source)
     check_needed(source.folder, [CONFIG, *readable_by_name(source.side_files, source.include)])
@@ -133,9 +136,10 @@ def carry_out(prepared: Prepared, progress: Progress) -> Conversion:
     folder = OutputFolder(out, overwrite=prepared.overwrite, resume=prepared.resume)
     with explained(out, RESUME), folder:
         journal = Journal(folder.staging, AGAIN)
-        identity = fingerprint(source, plan.options, device)
+        identity = fingerprint(source, plan.options, device, plan.family_facts)
         journal.open(identity, other_conversion)
         if MOVE not in journal.done:
+            source = source.unpack(folder.staging / UNPACKED, progress)
             run_remaining(
                 make_tasks(source, plan, folder.staging, device),
                 journal,
@@ -205,7 +209,7 @@ def _refuse_another(source: Source, out: Path, plan: Plan) -> None:
 
 def _fingerprint(source: Source, plan: Plan) -> dict:
     """What this conversion's bytes depend on, on this machine."""
-    return fingerprint(source, plan.options, _clustering_device(plan))
+    return fingerprint(source, plan.options, _clustering_device(plan), plan.family_facts)
 
 
 def _write_files(
@@ -263,6 +267,8 @@ def _config(source: Source, plan: Plan) -> dict:
     options = plan.options
     size, layers = plan.intermediate_size, plan.memory_layers
     pace = pace_object(plan.family, options, size, layers, plan.window, plan.recall)
+    if plan.family_facts is not None:
+        pace["family"] = plan.family_facts
     return expected_config(source.config, plan.family, pace, not options.no_memory)
 
 

@@ -106,7 +106,7 @@ def _write_seconds(out: Path) -> float:
 
 def _read_seconds(source: Source) -> float:
     """Of _SAMPLE_BYTES of its first shard, or what there is of them."""
-    if source.hub is not None:  # its download is not estimated
+    if source.hub is not None or source.unpacking is not None:  # how it gets here is not estimated
         return 0.0
     with (source.folder / source.shards[0]).open("rb", buffering=0) as file:
         start = time.perf_counter()

@@ -59,7 +59,7 @@ def model_card(source: Source, plan: Plan) -> str:
     has_card = CARD in source.side_files
     theirs = _beginning(source.folder / CARD) if has_card else ""
     metadata = inherited_metadata(theirs)
-    name = source.name if source.hub else source.folder.resolve().name
+    name = source.title
     memory = plan.options.memory_config(plan.memory_layers, plan.window, plan.recall)
     text = render(
         "model_card.md.jinja",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..checkpoint.checkpoint import Source, trained_length
+from ..checkpoint.dequantised import METHODS, quantisation_of
 from ..checkpoint.ffn import (
     check_ffn,
     check_layers,
@@ -17,18 +18,24 @@ from ..checkpoint.ffn import (
 )
 from ..checkpoint.own_code import DECIDING, own_model_code
 from ..errors import CallError, DamagedSourceError
-from ..families import find_family
+from ..families import FAMILIES, find_family
+from ..family_file import check_family, family_of, suggestion
 from ..family_spec import FamilySpec, FfnTensor
 from ..options import MEMORIES, ConvertOptions, RunOptions
+from ..unsupported import why_unsupported
 from .resources import copying_bytes, jobs_that_fit, layer_task_bytes
+
+# Those of transformers.integrations.awq.AWQ_SCALES_MAPPINGS.
+AWQ_SCALED = ("bloom", "falcon", "gpt_bigcode", "gpt_neox", "gptj", "mpt", "starcoder2")
 
 
 @dataclass(frozen=True)
 class Plan:
     """What a conversion will do. Sizes in bytes.
 
-    ffn: the tensors that are permuted, none without experts. task_bytes: memory of one process
-    while it converts a layer, or copies a shard; jobs: how many of them work side by side.
+    ffn: the tensors that are permuted, none without experts. family_facts: where the family is not
+    in the table. task_bytes: memory of one process while it converts a layer, or copies a shard;
+    jobs: how many of them work side by side.
     """
 
     family: FamilySpec
@@ -40,6 +47,7 @@ class Plan:
     window: dict | None
     recall: dict | None
     ffn: tuple[FfnTensor, ...]
+    family_facts: dict | None
     weights_bytes: int
     task_bytes: int
     jobs: int
@@ -64,16 +72,25 @@ class Plan:
         }
 
 
-def make_plan(source: Source, options: ConvertOptions, run: RunOptions | None = None) -> Plan:
-    """Check source and options. Raises CallError or DamagedSourceError."""
+def make_plan(
+    source: Source,
+    options: ConvertOptions,
+    run: RunOptions | None = None,
+    family_facts: dict | None = None,
+) -> Plan:
+    """Check source and options. Raises CallError or DamagedSourceError.
+
+    family_facts: of a family that is not in the table, as `read_family` gives them.
+    """
     config = source.config
     run = run or RunOptions()
     _refuse_converted(source)
     if not options.no_experts:
         _refuse_quantised(config)
     _check_type(config, "auto_map", dict)
-    family = find_family(config, _check_type(config, "architectures", list) or [])
+    family = _family(source, family_facts)
     _refuse_own_code(config, family)
+    _refuse_scaled(config, family)
     layers = count_layers(family, config)
     intermediate_size = intermediate_size_of(family, config, source.tensors)
     ffn = _permuted(source, options, family, layers, intermediate_size)
@@ -96,10 +113,26 @@ def make_plan(source: Source, options: ConvertOptions, run: RunOptions | None = 
         window=_window(options, family, layers, text_config(family, config)),
         recall=_recall(options, family, layers),
         ffn=ffn,
+        family_facts=family_facts,
         weights_bytes=source.nbytes,
         task_bytes=task_bytes,
         jobs=jobs or pieces,
     )
+
+
+def _family(source: Source, facts: dict | None) -> FamilySpec:
+    """Of the table, or of its own facts. Raises CallError."""
+    config = source.config
+    architectures = _check_type(config, "architectures", list) or []
+    if facts is None:
+        known = config["model_type"] in FAMILIES or why_unsupported(config, FAMILIES)
+        hint = None if known else suggestion(config, source.tensors)
+        if hint:
+            raise CallError(f"model family {config['model_type']!r} is not supported", hint)
+        return find_family(config, architectures)
+    family = family_of(facts)
+    check_family(family, source)
+    return family
 
 
 def _permuted(
@@ -109,7 +142,7 @@ def _permuted(
 
     Raises CallError, DamagedSourceError.
     """
-    if options.no_experts and source.config.get("quantization_config"):
+    if options.no_experts and quantisation_of(source.config):
         check_layers(family, layers, source.tensors)  # packed weights have shapes of their own
         return ()
     ffn = check_ffn(family, layers, intermediate_size, source.tensors)
@@ -244,14 +277,22 @@ def _refuse_converted(source: Source) -> None:
 
 def _refuse_quantised(config: dict) -> None:
     """Raises CallError. Before the shapes are looked at: packed weights have others."""
-    quantisation = config.get("quantization_config")
-    if quantisation:
-        stated = quantisation if isinstance(quantisation, dict) else {}
-        method = stated.get("quant_method", "unknown")
+    method = quantisation_of(config)
+    if method:
+        others = "--dequantise for plain ones" if method in METHODS else "the full-precision model"
         raise CallError(
             f"the source is quantised ({method}): its FFN rows can't be clustered",
-            "give --no-experts to leave its weights as they are, or convert the full-precision "
-            "model",
+            f"give --no-experts to leave its weights as they are, or {others}",
+        )
+
+
+def _refuse_scaled(config: dict, family: FamilySpec) -> None:
+    """Raises CallError where transformers would not find activations' scales for a PaceLLM."""
+    if quantisation_of(config) == "awq" and family.model_type in AWQ_SCALED:
+        raise CallError(
+            f"AWQ scales the activations of a {family.model_type}, which transformers knows by "
+            "that model type alone",
+            "convert the full-precision model",
         )
 
 

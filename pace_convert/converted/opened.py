@@ -12,6 +12,7 @@ from ..checkpoint.shards import Undo
 from ..errors import CallError, DamagedSourceError
 from ..experts.permute import ExpertOrder
 from ..families import FAMILIES
+from ..family_file import recorded_family
 from ..family_spec import FamilySpec, FfnTensor
 from .format import (
     PERMUTATION,
@@ -107,25 +108,27 @@ def open_converted(out: Path) -> Converted:
     files = open_folder(out)
     pace = files.config.get("pace")
     base = pace.get("base_model_type") if isinstance(pace, dict) else None
-    known = isinstance(base, str) and base in FAMILIES
+    own = isinstance(pace, dict) and "family" in pace
+    known = isinstance(base, str) and (own or base in FAMILIES)
     if not isinstance(pace, dict) or not isinstance(base, str) or not known:
         raise CallError(f"{out} is not a PaceLLM", "give the folder that pace-convert wrote")
+    family = recorded_family(pace["family"]) if own else FAMILIES[base]
     if pace.get("experts", "") is not None and not os.path.lexists(out / PERMUTATION):
         raise CallError(
             f"{out} lacks {PERMUTATION}, so the order of its neurons is not known",
             "copy it from the conversion that this model was made or trained from",
         )
-    if files.config["model_type"] not in (base, f"pace_{base}"):
+    if files.config["model_type"] not in (base, f"pace_{base}") or family.model_type != base:
         raise DamagedSourceError(
             f"config.json: model_type is {files.config['model_type']!r}, not pace_{base}",
             "convert again",
         )
     check_pace(pace)
     check_written(out, files.shards)
-    layers = count_layers(FAMILIES[base], files.config)
+    layers = count_layers(family, files.config)
     check_memory(pace, layers)
-    orders = _orders(out, FAMILIES[base], pace, layers) if pace["experts"] is not None else {}
-    return Converted(files, pace, FAMILIES[base], orders, layers)
+    orders = _orders(out, family, pace, layers) if pace["experts"] is not None else {}
+    return Converted(files, pace, family, orders, layers)
 
 
 def _orders(out: Path, family: FamilySpec, pace: dict, layers: int) -> dict[str, ExpertOrder]:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ..checkpoint.checkpoint import CONFIG, Source
+from ..checkpoint.dequantised import quantisation_of
 from ..checkpoint.needed import check_needed
 from ..checkpoint.own_code import own_model_code
 from ..checkpoint.shards import Undo, restored, row_blocks
@@ -23,7 +24,14 @@ from .config_edits import config_edits
 from .format import left_out_of
 from .hashes import hash_tensor, read_hashes
 from .integrity import structure_problems
-from .load import edited_code, generation_problem, load_model, refuse_edited, refuse_own_code
+from .load import (
+    edited_code,
+    generation_problem,
+    load_model,
+    quantiser_problem,
+    refuse_edited,
+    refuse_own_code,
+)
 from .loads import run
 from .opened import Converted
 
@@ -115,13 +123,16 @@ def verify(
     CallError for another model's source or for code that may not run, DamagedSourceError,
     PaceError.
     """
-    source = source.fetch()
+    source = source.fetch().unpack(progress=progress)
     if source.config["model_type"] != converted.family.model_type:
         raise CallError(
             f"{source.name} is a {source.config['model_type']}, "
             f"the conversion's base a {converted.family.model_type}",
             "give the source that was converted",
         )
+    packed = quantisation_of(source.config)
+    if packed and not quantisation_of(converted.files.config):
+        raise CallError(f"{source.name} is quantised, the conversion is not", "give --dequantise")
     check_needed(source.folder, [CONFIG, *source.side_files])
     permutations = converted.undoing()
     left = read_hashes(converted.files.folder)
@@ -150,6 +161,9 @@ def verify(
     )
     if not logits or not result.passed:
         return result
+    lacking = quantiser_problem(converted.files.config)
+    if lacking:
+        raise CallError(f"{source.name} does not load here: {lacking}", f"install it, {NO_LOGITS}")
     refuse_edited(edited, trust_remote_code, NO_LOGITS)
     refuse_own_code(source, trust_remote_code, NO_LOGITS)
     return _with_logits(result, converted, source, trust_remote_code)

@@ -303,7 +303,7 @@ def _load(
     model: str, clustered: bool, dtype: DType, device: str, trust_remote_code: bool
 ) -> Loaded:
     opened = _open(model)
-    files = opened if isinstance(opened, Converted) else opened.fetch()
+    files = opened if isinstance(opened, Converted) else opened.fetch().unpack()
     loaded = load_model(files, device=device, trust_remote_code=trust_remote_code, dtype=dtype)
     if isinstance(files, Converted) and not clustered:
         _restore_order(loaded, files)

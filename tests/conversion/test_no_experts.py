@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from helpers import convert_folder, hashes, load, load_alone, pace_convert, random_ids, refuse
@@ -15,6 +16,7 @@ from pace_convert.converted.opened import open_converted
 from pace_convert.errors import CallError, DamagedSourceError
 from pace_convert.evaluation import subjects
 from pace_convert.progress import Progress
+from pace_convert.reference import reference_model
 from pace_convert.reference.tokenizer import build_tokenizer
 
 ALONE = {"experts": None, "memory": "fusion,reread,recall", "window": 16, "spans": 1,
@@ -126,7 +128,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(source, tmp_path):
         if code and (folder / UNFINISHED).exists():
             assert run(folder, "--resume") == 0, (tmp_path / "log").read_text()
         assert not folder.exists() or not any(folder.iterdir()) or hashes(folder) == expected
-        at += 37
+        at += 61
 
 
 def test_plan_and_inspection_in_words(source, out, tmp_path):
@@ -170,8 +172,28 @@ def test_a_source_without_a_layer_is_refused(make_source, tmp_path):
         convert_folder(folder, tmp_path / "x", experts=None)
 
 
+@pytest.mark.slow
+def test_tune_and_eval_know_it(tmp_path):
+    """Both searches, and a benchmark's arms side by side."""
+    folder = tmp_path / "out"
+    convert_folder(reference_model(), folder, experts=None, update_interval=16, slots=8)
+    words = np.random.default_rng(0).choice(["the", "code", "of", "ada", "is", "."], 40 * 48)
+    (tmp_path / "text.txt").write_text(" ".join(words))
+    for tunes in ("fusion", "recall"):
+        done = pace_convert(
+            folder, "--on", tmp_path / "text.txt", "--length", 48, "--tunes", tunes, "--trials", 3,
+            "--out", tmp_path / tunes, "--dry-run", "-q", command=("tune",),
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    results = pace.evaluate(
+        "needle", folder, arms=["base", "pa"], out=tmp_path / "needle", haystack="reference",
+        lengths="96", depths="0", seeds=2,
+    )  # fmt: skip
+    assert results.mean("base").count == results.mean("pa").count == 2
+
+
 def test_evaluation_knows_its_arms(out):
-    assert subjects.Subject(str(out), "base").weights == (str(out), True)
+    assert subjects.Subject(str(out), "base").weights[:2] == (str(out), True)
     for arm in ("pa", "recall", "window"):
         subjects.check_arm(subjects.Subject(str(out), arm))
     for arm in ("ce", "ce+pa", "pa-expert"):

@@ -17,6 +17,7 @@ FLOORS = (
     ("reference",),
     ("conversion",),
     ("converted",),
+    ("family_file",),
     ("checkpoint", "experts"),
     ("options", "journal", "jobs"),
     ("families", "modeling", "progress", "device", "writing", "yaml_options"),
