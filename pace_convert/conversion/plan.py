@@ -195,7 +195,13 @@ def _fusion_layers(
         return chosen
     paths = layer_paths(family, layers, source.tensors)
     shared = family.projection.partition("{}")[2]
-    able = [n for n, path in enumerate(paths) if f"{path}{shared}.weight" in source.tensors]
+    places = {name.rpartition(".")[0] for name in source.tensors}  # quantised ones have no `weight`
+    able = [n for n, path in enumerate(paths) if f"{path}{shared}" in places]
+    if not able:
+        raise CallError(
+            "no layer has an FFN that all tokens pass beside its experts",
+            "give --memory reread or recall",
+        )
     if isinstance(options.memory_layers, str):
         return tuple(sorted({min(able, key=lambda n: abs(n - layer)) for layer in chosen}))
     for layer in set(chosen) - set(able):
