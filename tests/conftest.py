@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from helpers import FAMILY_CONFIGS, active_thresholds, convert_folder, family_of
+from more_families import MORE_CONFIGS
 
 
 def pytest_addoption(parser):
@@ -60,7 +61,8 @@ def make_source(tmp_path_factory):
     ) -> Path:
         folder = tmp_path_factory.mktemp(family) / "source"
         spec = family_of(family)
-        config = getattr(transformers, spec.config_class)(**{**FAMILY_CONFIGS[family], **overrides})
+        sizes = {**FAMILY_CONFIGS, **MORE_CONFIGS}[family]
+        config = getattr(transformers, spec.config_class)(**{**sizes, **overrides})
         torch.manual_seed(0)
         model = getattr(transformers, spec.causal_lm_class)(config).to(dtype)
         model.save_pretrained(folder, max_shard_size=shard_size if shards else "5GB")
