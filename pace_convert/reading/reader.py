@@ -31,7 +31,6 @@ def bank_folder() -> Path:
     return Path(base) / "pace" / "banks"
 
 
-STANDS_OUT = 0.15  # a question to a text wants more passages than a needle among needles
 KEYS_DEPEND_ON = ("layer", "key_size", "block", "overlap", "span_width", "bank_tokens", "forget")
 
 
@@ -111,10 +110,8 @@ class DocumentReader:
         tokenizer = load_tokenizer(folder)
         if tokenizer is None or not tokenizer.is_fast:
             raise PaceError(f"{folder} has no fast tokenizer", "copy the source's tokenizer.json")
-        own = model.window_settings
-        stands_out = min(STANDS_OUT, own.stand_out) if own else STANDS_OUT
         try:
-            model.set_window(window or own.window, stand_out=stands_out)
+            model.set_window(window or model.window_settings.window)
         except ValueError as error:
             raise CallError(f"--{error}", "give another --window") from error
         return cls(model, tokenizer)
