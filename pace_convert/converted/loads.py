@@ -58,7 +58,8 @@ def _why_not(converted: Converted, whole: Integrity, trust_remote_code: bool) ->
         return "it is not whole"
     if edited and not trust_remote_code:
         return f"{edited[0]} was edited; read it, then give --trust-remote-code"
-    lacking = quantiser_problem(converted.files.config)
+    # With experts the conversion's weights were plain: what config.json says then is looked at.
+    lacking = "" if converted.has_experts else quantiser_problem(converted.files.config)
     if lacking:
         return lacking
     if converted.files.nbytes > free_memory():

@@ -108,7 +108,6 @@ def llama(tmp_path_factory):
     return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny-llama.gguf", "llama")
 
 
-@pytest.mark.works("GGUF source")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_equals_the_load_of_transformers(architecture, tmp_path):
     path = write_gguf(tmp_path / "tiny.gguf", architecture)

@@ -51,7 +51,6 @@ def test_shards_are_the_sources_files_and_there_is_no_permutation(source, out):
     assert "byte for byte" in card and "reordered" not in card and "cortical-experts" not in card
 
 
-@pytest.mark.works("without experts")
 def test_loads_without_the_package_and_its_memories_act(source, out, tmp_path):
     ids, short = random_ids(1, 60), random_ids(1, 30)
     [alone] = load_alone([{"folder": out, "ids": short.tolist()}], tmp_path / "modules")

@@ -54,7 +54,6 @@ def made(request, tmp_path):
     return source, file
 
 
-@pytest.mark.works("family of a file")
 @pytest.mark.parametrize("made", SPECS, indirect=True)
 def test_converts_verifies_loads_and_undoes_without_the_file(made, tmp_path):
     source, file = made
