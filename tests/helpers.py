@@ -133,6 +133,13 @@ FAMILY_CONFIGS = {
 }
 
 
+# Rows that differ in what a memory meets: where h is, norms, positions, windows, heads.
+KINDS = (
+    "qwen2", "llama-3", "mistral-window", "gemma3_text", "phi3", "olmo2", "gpt_neox", "gpt2",
+    "bloom", "opt-350m", "falcon-new", "starcoder2", "cohere2",
+)  # fmt: skip
+
+
 def family_of(row: str) -> FamilySpec:
     return FAMILIES[row.partition("-")[0]]
 
