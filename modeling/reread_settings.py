@@ -41,8 +41,8 @@ class RereadSettings:
     key_size: int = whole(192, low=1, high=MOST_SLOTS)
     bank_tokens: int = whole(262144, low=1024, high=1 << 31)
     query_tokens: int = whole(128, low=1, high=MOST_TOKENS)
-    query_half_life: float = real(8.0, low=0.1, high=MOST_TOKENS)
-    vote: Vote = "phrase"
+    query_half_life: float = real(16.0, low=0.1, high=MOST_TOKENS)
+    vote: Vote = "cube"
     words: float = real(1.0, low=0, high=1000)
     forget: Forget = "commonest"
 
