@@ -19,6 +19,8 @@ from pace_convert.converted.verify import Verification
 from pace_convert.errors import CallError
 from pace_convert.options import ConvertOptions
 
+CAUSAL = "AutoModelForCausalLM"
+
 
 def card_of(out):
     text = (out / "README.md").read_text()
@@ -158,7 +160,7 @@ def test_without_memory(source):
         and "memory_disabled" not in text
     )
     assert metadata_errors(text) == []
-    pushed = published(text, "acme/x", "2" * 40, needs_code=False, compared=None)
+    pushed = published(text, "acme/x", "2" * 40, needs_code=False, auto_class=CAUSAL, compared=None)
     assert "from_pretrained(name, revision=revision)" in pushed and "Python files" not in pushed
 
 
@@ -175,7 +177,9 @@ def test_published_loads_by_name_at_a_commit_and_says_what_was_measured(out):
     measured = Verification(
         tensors=51, permuted=12, nbytes=192640, different=(), edited_files=(), same_tokens=True
     )
-    pushed = published(text, "acme/x", commit, needs_code=True, compared=measured.sentence())
+    pushed = published(
+        text, "acme/x", commit, needs_code=True, auto_class=CAUSAL, compared=measured.sentence()
+    )
     assert pinned_commit(text) is None and pinned_commit(pushed) == commit
     assert f'name = "acme/x"\nrevision = "{commit}"\n' in pushed
     assert "from_pretrained(name, revision=revision, trust_remote_code=True)" in pushed
@@ -186,7 +190,7 @@ def test_published_loads_by_name_at_a_commit_and_says_what_was_measured(out):
     )
     assert 'name = "."' not in pushed and "Nothing had been compared" not in pushed
     assert is_untouched(pushed.encode()) and metadata_errors(pushed) == []
-    again = published(pushed, "acme/y", "3" * 40, needs_code=True, compared=None)
+    again = published(pushed, "acme/y", "3" * 40, needs_code=True, auto_class=CAUSAL, compared=None)
     assert pinned_commit(again) == "3" * 40 and "all 51 tensors" in again and "acme/x" not in again
 
 
@@ -203,13 +207,18 @@ def test_an_edited_card_is_told_from_ours_and_keeps_its_words(out):
     ):
         assert not is_untouched(edited)
     mine = ours.decode().replace("## Citation", "## My own words\n\n## Citation")
-    pushed = published(mine, "acme/x", "2" * 40, needs_code=True, compared=None)
+    pushed = published(mine, "acme/x", "2" * 40, needs_code=True, auto_class=CAUSAL, compared=None)
     assert (
         "## My own words" in pushed
         and pinned_commit(pushed) == "2" * 40
         and not is_untouched(pushed.encode())
     )
-    assert published("no blocks", "acme/x", "2" * 40, needs_code=True, compared=None) == "no blocks"
+    assert (
+        published(
+            "no blocks", "acme/x", "2" * 40, needs_code=True, auto_class=CAUSAL, compared=None
+        )
+        == "no blocks"
+    )
 
 
 def test_overwrite_does_not_touch_an_edited_card(source, out, tmp_path):

@@ -21,6 +21,7 @@ from pace_convert.conversion.plan import make_plan
 from pace_convert.converted.card import is_untouched, memory_block, pinned_commit, published
 from pace_convert.options import ConvertOptions
 
+CAUSAL = "AutoModelForCausalLM"
 OURS = {"library_name", "pipeline_tag", "tags"}
 OUR_LINKS = {"https://arxiv.org/abs/2506.17310", "README.source.md", "LICENSE", "NOTICE.md"}
 COMMENT = re.compile(r"<!--[^<>]*-->\s*")
@@ -107,7 +108,7 @@ def test_front_matter_reads_back_as_what_the_source_said(source, metadata):
     assert {key: found[key] for key in inherited} == inherited
     assert set(found) == OURS | set(inherited)
     check_body(card)
-    pushed = published(card, "acme/x", "2" * 40, needs_code=True, compared=None)
+    pushed = published(card, "acme/x", "2" * 40, needs_code=True, auto_class=CAUSAL, compared=None)
     assert front_matter(pushed) == found and pinned_commit(pushed) == "2" * 40
 
 
