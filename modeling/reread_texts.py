@@ -118,6 +118,14 @@ class ReadingMixin:
         """
         self._reread_keys.source = source
 
+    @property
+    def key_mark(self) -> str:
+        """The same for weights and parameters that make the same keys of a piece."""
+        if self._window is None:
+            raise ValueError("keys need a window: call set_window()")
+        made = self._mark(self._window), self._window.layer, self._window.key_size
+        return " ".join(map(str, (*made, self._window.block, self._window.span_width)))
+
     def save_bank(self, cache: Cache, path: AnyPath, row: int = 0, tokenizer: Any = None) -> None:
         """Write a text that was read, its ids and keys, as a safetensors file.
 

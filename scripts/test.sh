@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/_venv.sh
-prepare_venv .venv constraints.txt -e ".[dev,ray,eval,ask]"
+prepare_venv .venv constraints.txt -e ".[dev,ray,eval,ask,serve]"
 source .venv/bin/activate
 ruff check .
 ruff format --check .
