@@ -49,7 +49,12 @@ class Service:
             Route("/v1/models/{name:path}", self.model),
             Route("/health", self.health),
         ]
-        handlers: Any = {ApiError: _said, HTTPException: _http_said, Exception: _failed}
+        handlers: Any = {
+            ApiError: _said,
+            HTTPException: _http_said,
+            ClientDisconnect: _gone,
+            Exception: _failed,
+        }
         app = Starlette(routes=routes, exception_handlers=handlers, lifespan=self._life)
         return Gate(app, self.options.api_key, self.options.max_requests)
 
@@ -90,7 +95,7 @@ class Service:
         body = await self._body(http)
         data = parse_json(body)
         if self.engine.forwards and not await self._is_long(kind, data):
-            return await self.engine.forward(path, http, body)
+            return await unless_gone(http, self.engine.forward(path, http, body))
         request = checked(kind, data)
         known = [model["id"] for model in await self.engine.models()]
         if request.model not in known:
@@ -167,6 +172,10 @@ async def _said(http: HttpRequest, error: Any) -> Response:
 async def _http_said(http: HttpRequest, error: Any) -> Response:
     said = ApiError(error.status_code, f"{http.method} {http.url.path}: {error.detail}")
     return JSONResponse(said.body, error.status_code, headers=error.headers)
+
+
+async def _gone(http: HttpRequest, error: Any) -> Response:
+    return Response(status_code=499)  # nobody reads it
 
 
 async def _failed(http: HttpRequest, error: Exception) -> Response:

@@ -109,7 +109,7 @@ class ServeOptions(BaseModel):
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("give a URL like http://127.0.0.1:8001/v1")
-        return url.rstrip("/")
+        return f"{url.rstrip('/').removesuffix('/v1')}/v1"
 
     @model_validator(mode="after")
     def _check(self) -> ServeOptions:

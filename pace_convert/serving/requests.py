@@ -122,9 +122,11 @@ class CompletionRequest(Request):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an answer is drawn. scores: see `ChatRequest`; others: fields for an engine elsewhere."""
+    """How an answer is drawn. max_tokens, scores: see `ChatRequest`; others: fields for an engine
+    elsewhere.
+    """
 
-    max_tokens: int
+    max_tokens: int | None
     temperature: float | None
     top_p: float | None
     choices: int
@@ -136,8 +138,8 @@ class Sampling:
 
 def sampling_of(request: ChatRequest | CompletionRequest, most: int) -> Sampling:
     """most: tokens of the longest answer that is given. Raises ApiError where more is asked for."""
-    tokens = request.tokens or most
-    if tokens > most:
+    tokens = request.tokens
+    if tokens is not None and tokens > most:
         name = "max_tokens" if request.max_tokens else "max_completion_tokens"
         raise ApiError(400, f"{name} is {tokens}, at most {most} are given here", param=name)
     if isinstance(request, ChatRequest) and request.top_logprobs and not request.logprobs:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import socket
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import CallError, PaceError
 from .options import ServeOptions
+
+if TYPE_CHECKING:
+    from .engine import Engine
+    from .served import Served
 
 GRACE = 30  # seconds that open answers have at the end
 
@@ -26,12 +30,11 @@ def serve(
     """
     uvicorn = _uvicorn()
     from .app import Service
-    from .embedded import Embedded
     from .served import load_served
 
     with _listener(options) as listener:
         served = load_served(folder, options, window=window, trust_remote_code=trust_remote_code)
-        engine = Embedded(served, options.max_tokens)
+        engine = _engine(served, options)
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
 
@@ -53,6 +56,17 @@ def serve(
                 raise
         if not server.started:
             raise PaceError("the server did not start", "see above")
+
+
+def _engine(served: Served, options: ServeOptions) -> Engine:
+    if options.engine_url is None:
+        from .embedded import Embedded
+
+        return Embedded(served, options.max_tokens)
+    from .upstream import Upstream, check_engine
+
+    check_engine(options.engine_url, options.engine_api_key)
+    return Upstream(served, options.engine_url, options.engine_api_key)
 
 
 def _uvicorn() -> Any:

@@ -34,7 +34,7 @@ class Worker:
     def __init__(self) -> None:
         self.threads = ThreadPoolExecutor(1, thread_name_prefix="model")
 
-    async def stream(self, work: Callable[[Job], None]) -> AsyncIterator[Any]:
+    async def stream(self, work: Callable[[Job], object]) -> AsyncIterator[Any]:
         """What a function sends, as it comes; its exception. Whoever stops asking stops it at its
         next `check`.
         """

@@ -21,6 +21,7 @@ WINDOW = {
     "experts": 16, "memory_layers": "none", "window": 32, "spans": 2, "span_width": 8,
     "first_tokens": 4, "reread_layer": 1, "key_size": 32,
 }  # fmt: skip
+GATES: dict = {}  # by port
 CAPACITY = 4 + 2 * 2 * 8 + 2 * 32
 CHAT = "{% for m in messages %}{{ m.role }} : {{ m.content }} {% endfor %}assistant :"
 
@@ -32,12 +33,10 @@ def book(seed: int, words: int = 300) -> str:
 
 
 @contextlib.contextmanager
-def running(app, lifespan="on"):
-    """An ASGI application at a port of its own; yields its URL."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(
-        uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1, lifespan=lifespan)
-    )
+def running(app, port=0):
+    """An ASGI application at a port, 0: of its own; yields its URL."""
+    listener = socket.create_server(("127.0.0.1", port))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
@@ -57,15 +56,16 @@ def until(condition, seconds=30):
 
 
 @contextlib.contextmanager
-def served(folder, engine=Embedded, **options):
-    """A server of a folder; yields the model that is served, and a client."""
+def served(folder, engine=None, **options):
+    """A server of a folder; yields the model that is served, and a client. engine: of the model;
+    by default the one in this process.
+    """
     chosen = ServeOptions(device="cpu", **options)
     model = load_served(folder, chosen)
-    made = engine(model, chosen.max_tokens)
-    with (
-        running(Service(model, made, chosen, lambda: None).app()) as url,
-        client_of(url, chosen.api_key) as client,
-    ):
+    made = Embedded(model, chosen.max_tokens) if engine is None else engine(model)
+    gate = Service(model, made, chosen, lambda: None).app()
+    with running(gate) as url, client_of(url, chosen.api_key) as client:
+        GATES[client.base_url.port] = gate
         yield model, client
 
 
