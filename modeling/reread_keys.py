@@ -74,8 +74,10 @@ class KeyReader:
         module = self.stack.get_submodule(self.ffn_input.format(settings.layer))
         hook = module.register_forward_pre_hook(_leave)
         before, current.enabled = current.enabled, False
+        # A model without its head is the stack itself, and would re-read what it is given.
+        off = {"memory_enabled": False} if hasattr(self.stack, "set_memory_enabled") else {}
         try:
-            self.stack(input_ids=ids, use_cache=False)
+            self.stack(input_ids=ids, use_cache=False, **off)
         except _Left as left:
             x = left.x.reshape(*ids.shape, -1)
         finally:

@@ -105,12 +105,14 @@ def load_model(
     *,
     device: str = "cpu",
     head: bool = True,
+    layers: int | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
     """The model of a folder that is on this machine, in eval mode, on a device that
     `resolve_device` has named.
 
-    Its dtype is `load_dtype`'s. head: False for the decoder without its vocabulary head. No Python
+    Its dtype is `load_dtype`'s. head: False for the decoder without its vocabulary head. layers: of
+    a conversion only so many, the first, without fusion and recall. No Python
     of a folder runs but a conversion's modeling files, and those only as this version ships them,
     and, with `trust_remote_code`, edited ones and the model code of a folder that is no conversion.
     Raises CallError for both without it, PaceError where the model does not load.
@@ -123,14 +125,27 @@ def load_model(
         refuse_own_code(source, trust_remote_code)
     load_silently()
     with in_words(files, "load"):
-        dtype = load_dtype(source.nbytes, device)
-        model = model_class(files, head).from_pretrained(
+        cls = model_class(files, head)
+        shorter = {} if layers is None else {"config": _first_layers(cls, source.folder, layers)}
+        model = cls.from_pretrained(
             source.folder,
-            dtype=dtype,
+            dtype=load_dtype(source.nbytes, device),
             local_files_only=True,
             trust_remote_code=own_code,
+            **shorter,
         )
         return model.eval().to(device)
+
+
+def _first_layers(cls: Any, folder: Path, layers: int) -> Any:
+    """The configuration of a conversion with its first layers alone."""
+    config = cls.config_class.from_pretrained(folder, local_files_only=True)
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    memory = {**config.pace["memory"], "layers": [], "enabled": True, "recall": None}
+    config.pace = {**config.pace, "memory": memory}
+    return config
 
 
 @contextlib.contextmanager

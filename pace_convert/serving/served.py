@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ..checkpoint.tokenizer import load_tokenizer
 from ..converted.load import load_model
-from ..converted.opened import open_converted
+from ..converted.opened import Converted, open_converted
 from ..device import resolve_device
 from ..errors import CallError, PaceError
+from ..modeling.reread_settings import RereadSettings
 from .answers import Recalled
 from .blocks import FolderStore, KeptKeys, MemoryStore
 from .options import ServeOptions
@@ -67,9 +68,11 @@ def load_served(
     options: ServeOptions,
     *,
     window: int | None = None,
+    generates: bool = True,
     trust_remote_code: bool = False,
 ) -> Served:
     """The model of a folder that pace-convert wrote. window: other than the checkpoint's.
+    generates: False for one that reads alone, with no layers behind those of the keys.
 
     Raises CallError for a folder without re-reading, PaceError where it does not load.
     """
@@ -84,7 +87,14 @@ def load_served(
     if tokenizer is None or not tokenizer.is_fast:
         raise PaceError(f"{folder} has no fast tokenizer", "copy the source's tokenizer.json")
     device = resolve_device(options.device)
-    model = load_model(converted, device=device, trust_remote_code=trust_remote_code)
+    layers = None if generates else _key_layers(converted)
+    model = load_model(
+        converted,
+        device=device,
+        head=generates,
+        layers=layers,
+        trust_remote_code=trust_remote_code,
+    )
     if window is not None:
         try:
             model.set_window(window)
@@ -93,6 +103,12 @@ def load_served(
     kept = KeptKeys(_store(options), model.key_mark)
     model.set_key_source(kept)
     return Served(folder.resolve().name, model, tokenizer, kept)
+
+
+def _key_layers(converted: Converted) -> int:
+    """Layers that reading needs."""
+    window = converted.pace["memory"].get("window") or {}
+    return RereadSettings.from_config(window).layer + 1
 
 
 def _store(options: ServeOptions) -> MemoryStore | FolderStore:

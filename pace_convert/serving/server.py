@@ -33,7 +33,13 @@ def serve(
     from .served import load_served
 
     with _listener(options) as listener:
-        served = load_served(folder, options, window=window, trust_remote_code=trust_remote_code)
+        served = load_served(
+            folder,
+            options,
+            window=window,
+            generates=options.engine_url is None,
+            trust_remote_code=trust_remote_code,
+        )
         engine = _engine(served, options)
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host

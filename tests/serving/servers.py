@@ -61,7 +61,7 @@ def served(folder, engine=None, **options):
     by default the one in this process.
     """
     chosen = ServeOptions(device="cpu", **options)
-    model = load_served(folder, chosen)
+    model = load_served(folder, chosen, generates=engine is None)
     made = Embedded(model, chosen.max_tokens) if engine is None else engine(model)
     gate = Service(model, made, chosen, lambda: None).app()
     with running(gate) as url, client_of(url, chosen.api_key) as client:

@@ -55,8 +55,8 @@ def both(out, base):
         yield model, client
 
 
-def test_long_prompts_are_answered_as_by_generate(both, base):
-    model, client = both
+def test_long_prompts_are_answered_as_by_generate(both, base, model):
+    client = both[1]
     expected = generated(model, LONG)
     made = client.completions.create(**GREEDY, prompt=LONG)
     assert made.choices[0].text == expected and made.choices[0].finish_reason == "length"
@@ -73,8 +73,8 @@ def test_long_prompts_are_answered_as_by_generate(both, base):
     assert chunks[-1].pace_passages == made.pace_passages
 
 
-def test_long_chats(both):
-    model, client = both
+def test_long_chats(both, model):
+    client = both[1]
     turns = [{"role": "user", "content": LONG}]
     prompt = model.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     expected = generated(model, prompt, special=False)
@@ -85,6 +85,16 @@ def test_long_chats(both):
     chunks = list(client.chat.completions.create(**GREEDY, messages=turns, stream=True))
     text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
     assert text == expected
+
+
+def test_reading_needs_the_first_layers_alone(both, model):
+    """And keeps the same keys, so that engines share what was read."""
+    reader = both[0].model
+    assert reader.config.num_hidden_layers == 2 < model.model.config.num_hidden_layers
+    assert sum(w.numel() for w in reader.parameters()) < sum(
+        w.numel() for w in model.model.parameters()
+    )
+    assert reader.key_mark == model.model.key_mark
 
 
 def test_fields_go_along(both, base):
