@@ -112,7 +112,7 @@ class Service:
         events = self._events(prompts, sampling)
         choices = len(prompts) * sampling.choices
         if request.stream:
-            return _stream(form.chunks(events, choices))
+            return await _stream(http, form.chunks(events, choices))
         return JSONResponse(await unless_gone(http, form.whole(events, choices)))
 
     async def _is_long(self, kind: Any, data: dict[str, Any]) -> bool:
@@ -205,17 +205,25 @@ async def _hung_up(http: HttpRequest) -> None:
         pass
 
 
-def _stream(chunks: AsyncIterator[dict[str, Any]]) -> Response:
-    """Server-sent events. An error in the middle is one of them, and no [DONE] follows."""
+async def _stream(http: HttpRequest, chunks: AsyncIterator[dict[str, Any]]) -> Response:
+    """Server-sent events. What fails before the first is a response like any other; an error in the
+    middle is an event, and no [DONE] follows.
+    """
+
+    async def begun() -> dict[str, Any]:
+        return await anext(chunks)
+
+    first = await unless_gone(http, begun())
 
     async def events() -> AsyncIterator[str]:
+        yield _event(first)
         try:
             async for chunk in chunks:
-                yield f"data: {json.dumps(chunk)}\n\n"
+                yield _event(chunk)
         except ApiError as error:
-            yield f"data: {json.dumps(error.body)}\n\n"
+            yield _event(error.body)
         except Exception as error:  # what was sent can't be taken back
-            yield f"data: {json.dumps(_unforeseen(error).body)}\n\n"
+            yield _event(_unforeseen(error).body)
             raise
         else:
             yield "data: [DONE]\n\n"
@@ -223,3 +231,7 @@ def _stream(chunks: AsyncIterator[dict[str, Any]]) -> Response:
     return StreamingResponse(
         events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
     )
+
+
+def _event(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data)}\n\n"

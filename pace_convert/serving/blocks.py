@@ -14,7 +14,6 @@ import hashlib
 import os
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -22,6 +21,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
+
+from ..modeling.reread_keys import BlockReader
 
 SUFFIX = ".keys"
 
@@ -118,16 +119,14 @@ class FolderStore:
 
 class KeptKeys:
     """Where a model has its keys from: what is kept, else by reading. mark: of whatever makes keys
-    beside the ids.
+    beside the ids. reader: what reads in place of the model.
     """
 
-    def __init__(self, store: Store, mark: str) -> None:
-        self.store, self.mark = store, mark
+    def __init__(self, store: Store, mark: str, reader: BlockReader | None = None) -> None:
+        self.store, self.mark, self.reader = store, mark, reader
         self.read = self.found = 0  # blocks
 
-    def __call__(
-        self, pieces: list[Tensor], read: Callable[[list[Tensor]], list[Tensor]]
-    ) -> list[Tensor]:
+    def __call__(self, pieces: list[Tensor], read: BlockReader) -> list[Tensor]:
         """Keys for each piece; see `set_key_source` of a PaceLLM."""
         names = [self.name(piece) for piece in pieces]
         kept = {name: self.store.get(name) for name in dict.fromkeys(names)}
@@ -136,7 +135,8 @@ class KeptKeys:
         self.read += len(unread)
         self.found += len(pieces) - len(unread)
         if unread:
-            for name, keys in zip(unread, read(list(unread.values()))):
+            reader = self.reader or read
+            for name, keys in zip(unread, reader(list(unread.values()))):
                 made[name] = keys
                 self.store.put(name, keys)
         return [made[name].to(pieces[0].device) for name in names]

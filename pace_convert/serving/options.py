@@ -64,8 +64,11 @@ class ServeOptions(BaseModel):
         description="Key of that server; or PACE_ENGINE_API_KEY.",
         json_schema_extra={"envvar": "PACE_ENGINE_API_KEY"},
     )
-    engine_args: str = Field(
-        "", description="Further arguments of `vllm serve`, in one string, with --engine vllm."
+    engine_args: str = Field("", description="Further arguments of `vllm serve`, in one string.")
+    reader: Literal["transformers", "vllm"] = Field(
+        "transformers",
+        description="What reads blocks of texts: transformers in this process, or vLLM, of which "
+        "one more is started.",
     )
     device: str = Field(
         "auto", pattern=NAMES, description="Where texts are read: auto, cpu, cuda or cuda:N."
@@ -117,6 +120,6 @@ class ServeOptions(BaseModel):
             raise ValueError("--engine and --engine-url: give one of them")
         if self.engine_api_key and not self.engine_url:
             raise ValueError("--engine-api-key goes with --engine-url")
-        if self.engine_args and self.engine != "vllm":
-            raise ValueError("--engine-args goes with --engine vllm")
+        if self.engine_args and "vllm" not in (self.engine, self.reader):
+            raise ValueError("--engine-args goes with --engine vllm or --reader vllm")
         return self

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,21 +35,19 @@ def serve(
     from .app import Service
     from .served import load_served
 
-    with _listener(options) as listener:
+    with _listener(options) as listener, contextlib.ExitStack() as ending:
         served = load_served(
             folder,
             options,
             window=window,
-            generates=options.engine_url is None,
+            generates=options.engine == "transformers" and options.engine_url is None,
             trust_remote_code=trust_remote_code,
         )
-        engine = _engine(served, options)
-        host, port = listener.getsockname()[:2]
-        shown = f"[{host}]" if ":" in host else host
+        where = _where(listener)
+        engine = _engine(folder, served, options, where, ending)
 
         def listening() -> None:
-            line = f"{served.name} is served at http://{shown}:{port}/v1"
-            print(line, file=sys.stderr, flush=True)
+            _say(f"{served.name} is served at {where}")
 
         config = uvicorn.Config(
             Service(served, engine, options, listening).app(),
@@ -64,15 +65,76 @@ def serve(
             raise PaceError("the server did not start", "see above")
 
 
-def _engine(served: Served, options: ServeOptions) -> Engine:
-    if options.engine_url is None:
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _where(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
+
+
+def _engine(
+    folder: Path,
+    served: Served,
+    options: ServeOptions,
+    where: str,
+    ending: contextlib.ExitStack,
+) -> Engine:
+    """What generates; what reads, where that is vLLM, is told to the model. where: the server
+    listens; ending: stops what is started.
+    """
+    url = options.engine_url
+    if "vllm" in (options.engine, options.reader):
+        url = _vllm(folder, served, options, where, ending) or url
+    if url is None:
         from .embedded import Embedded
 
         return Embedded(served, options.max_tokens)
     from .upstream import Upstream, check_engine
 
-    check_engine(options.engine_url, options.engine_api_key)
-    return Upstream(served, options.engine_url, options.engine_api_key)
+    check_engine(url, options.engine_api_key)
+    return Upstream(served, url, options.engine_api_key)
+
+
+def _vllm(
+    folder: Path,
+    served: Served,
+    options: ServeOptions,
+    where: str,
+    ending: contextlib.ExitStack,
+) -> str | None:
+    """vLLM's processes, side by side until both answer. Returns the URL of the one that generates,
+    if one does.
+    """
+    from ..converted.opened import open_converted
+    from .views import base_view, reader_view
+    from .vllm_keys import MODEL, VllmKeys
+    from .vllm_process import VllmProcess, vllm_arguments
+
+    converted, settings = open_converted(folder), served.model.window_settings
+    place = Path(ending.enter_context(tempfile.TemporaryDirectory(prefix="pace-vllm-")))
+    _say(f"{served.name} will be served at {where}; vLLM is starting, its output is in {place}")
+
+    def started(view: Path, name: str, more: Sequence[str] = ()) -> VllmProcess:
+        arguments = [*more, *vllm_arguments(name, options.engine_args)]
+        process = VllmProcess(view, view.with_suffix(".log"), arguments)
+        ending.callback(process.stop)
+        return process
+
+    engine = reader = None
+    if options.engine == "vllm":
+        engine = started(base_view(converted, place / "engine"), served.name)
+    if options.reader == "vllm":
+        view = reader_view(converted, place / "reader", settings.layer, settings.key_size)
+        longest = str(settings.block + settings.overlap + 2)
+        reader = started(view, MODEL, ["--runner", "pooling", "--max-model-len", longest])
+    for process in (engine, reader):
+        if process is not None:
+            process.wait()
+    if reader is not None:
+        served.kept.reader = VllmKeys(reader.url, settings.block, settings.key_size)
+    return engine.url if engine else None
 
 
 def _uvicorn() -> Any:

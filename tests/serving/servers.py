@@ -70,4 +70,4 @@ def served(folder, engine=None, **options):
 
 
 def client_of(url, key=None):
-    return openai.OpenAI(base_url=f"{url}/v1", api_key=key or "none", max_retries=0, timeout=60)
+    return openai.OpenAI(base_url=f"{url}/v1", api_key=key or "none", max_retries=0, timeout=300)

@@ -201,8 +201,9 @@ def test_what_an_engine_can_not_do_with_a_long_prompt_is_refused(front, told):
 def test_an_engine_that_fails(front, told):
     long = {"model": "out", "prompt": LONG}
     told["do"] = "refuse"
-    with pytest.raises(openai.BadRequestError, match="too hot"):
-        front.completions.create(**long)
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError, match="too hot"):
+            front.completions.create(**long, stream=stream)
     told["do"] = "fail"
     with pytest.raises(openai.InternalServerError, match="no memory") as failed:
         front.completions.create(**long)
