@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
-from .errors import ApiError
+from .errors import ApiError, unsupported
 from .requests import ChatRequest, CompletionRequest
 
 NOT_TEXT = "uncountable"
@@ -15,6 +16,8 @@ class Prompts:
 
     def __init__(self, tokenizer: Any, vocabulary: int, most: int) -> None:
         self.tokenizer, self.vocabulary, self.most = tokenizer, vocabulary, most
+        # Arguments of the method itself, another template among them, are not a client's to give.
+        self.not_theirs = set(inspect.signature(tokenizer.apply_chat_template).parameters)
 
     def of(self, request: ChatRequest | CompletionRequest) -> list[list[int]]:
         """Ids of each prompt of a request. Raises ApiError for what can't be one."""
@@ -34,12 +37,16 @@ class Prompts:
                 400, "this model has no chat template; use /v1/completions", param="messages"
             )
         turns = [_as_text(message) for message in request.messages]
+        more = request.chat_template_kwargs or {}
+        for name in more.keys() & self.not_theirs:
+            raise unsupported(f"chat_template_kwargs.{name}", "here")
         try:
             text = self.tokenizer.apply_chat_template(
                 turns,
+                tools=request.others.get("tools"),
                 tokenize=False,
                 add_generation_prompt=True,
-                **(request.chat_template_kwargs or {}),
+                **more,
             )
         except Exception as error:  # a template raises what it likes
             reason = " ".join(str(error).split())[:300]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import sys
 import tempfile
@@ -114,11 +115,12 @@ def _vllm(
 
     converted, settings = open_converted(folder), served.model.window_settings
     place = Path(ending.enter_context(tempfile.TemporaryDirectory(prefix="pace-vllm-")))
-    _say(f"{served.name} will be served at {where}; vLLM is starting, its output is in {place}")
+    logs = Path(tempfile.gettempdir(), f"pace-vllm-{os.getpid()}")
+    _say(f"{served.name} will be served at {where}; vLLM is starting, it writes to {logs}-*.log")
 
     def started(view: Path, name: str, more: Sequence[str] = ()) -> VllmProcess:
         arguments = [*more, *vllm_arguments(name, options.engine_args)]
-        process = VllmProcess(view, view.with_suffix(".log"), arguments)
+        process = VllmProcess(view, Path(f"{logs}-{view.name}.log"), arguments)
         ending.callback(process.stop)
         return process
 

@@ -74,6 +74,10 @@ BAD_CHATS = {
         {"model": "out", "messages": TURNS, "response_format": {"type": "json_object"}},
         400, "response_format", "not supported",
     ),
+    "another template": (
+        {"model": "out", "messages": TURNS, "chat_template_kwargs": {"chat_template": "{{ 1 }}"}},
+        400, "chat_template_kwargs.chat_template", "not supported here",
+    ),
     "top_logprobs": (
         {"model": "out", "messages": TURNS, "top_logprobs": 2}, 400, "top_logprobs", "logprobs",
     ),
