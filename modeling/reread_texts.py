@@ -120,11 +120,12 @@ class ReadingMixin:
 
     @property
     def key_mark(self) -> str:
-        """The same for weights and parameters that make the same keys of a piece."""
-        if self._window is None:
+        """The same for weights, parameters and a dtype that make the same keys of a piece."""
+        settings = self._window
+        if settings is None:
             raise ValueError("keys need a window: call set_window()")
-        made = self._mark(self._window), self._window.layer, self._window.key_size
-        return " ".join(map(str, (*made, self._window.block, self._window.span_width)))
+        sizes = settings.layer, settings.key_size, settings.block, settings.span_width
+        return " ".join(map(str, (self._mark(settings), *sizes, self.dtype)))  # type: ignore
 
     def save_bank(self, cache: Cache, path: AnyPath, row: int = 0, tokenizer: Any = None) -> None:
         """Write a text that was read, its ids and keys, as a safetensors file.

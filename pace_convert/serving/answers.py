@@ -59,7 +59,9 @@ Event = Piece | Recalled
 
 @dataclass
 class Form:
-    """The shape of one answer. chat: of chat completions. legacy: how logprobs are sent."""
+    """The shape of one answer. chat: of chat completions, else of completions. usage_at_end: a
+    stream's last chunk counts tokens.
+    """
 
     chat: bool
     model: str

@@ -122,10 +122,11 @@ class CompletionRequest(Request):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an answer is drawn. max_tokens, scores: see `ChatRequest`; others: fields for an engine
-    elsewhere.
+    """How an answer is drawn, and by which model. max_tokens, scores: see `ChatRequest`; others:
+    fields for an engine elsewhere.
     """
 
+    model: str
     max_tokens: int | None
     temperature: float | None
     top_p: float | None
@@ -145,6 +146,7 @@ def sampling_of(request: ChatRequest | CompletionRequest, most: int) -> Sampling
     if isinstance(request, ChatRequest) and request.top_logprobs and not request.logprobs:
         raise ApiError(400, "top_logprobs goes with logprobs: true", param="top_logprobs")
     return Sampling(
+        request.model,
         tokens,
         request.temperature,
         request.top_p,

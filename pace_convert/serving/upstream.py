@@ -125,14 +125,14 @@ class Upstream:
 
     def _asked(self, context: list[int], sampling: Sampling) -> dict[str, Any]:
         """The request of a completion of token ids."""
-        model = self.known[0]
+        model = next(model for model in self.known if model["id"] == sampling.model)
         longest = model.get("max_model_len")
         most = self.served.window
         if isinstance(longest, int):
             most = max(1, min(most, longest - len(context)))
         asked = {
             **sampling.others,
-            "model": model["id"],
+            "model": sampling.model,
             "prompt": context,
             "max_tokens": sampling.max_tokens or most,
             "temperature": sampling.temperature,

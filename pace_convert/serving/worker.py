@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from typing import Any
 
 _END = object()
@@ -34,7 +35,7 @@ class Worker:
     def __init__(self) -> None:
         self.threads = ThreadPoolExecutor(1, thread_name_prefix="model")
 
-    async def stream(self, work: Callable[[Job], object]) -> AsyncIterator[Any]:
+    async def stream(self, work: Callable[[Job], object]) -> AsyncGenerator[Any, None]:
         """What a function sends, as it comes; its exception. Whoever stops asking stops it at its
         next `check`.
         """
@@ -64,8 +65,8 @@ class Worker:
 
     async def call(self, work: Callable[[Job], Any]) -> Any:
         """What a function returns."""
-        async for made in self.stream(lambda job: job.send(work(job))):
-            return made
+        async with aclosing(self.stream(lambda job: job.send(work(job)))) as made:
+            return await anext(made)
 
     def close(self) -> None:
         """Wait for what runs; nothing else begins."""
