@@ -4,9 +4,9 @@ A row is a value: nothing in it is changed in place, so copies of a cache, beams
 to one prompt share what they have in common. Keys are kept by blocks of U tokens, of these by spans
 of `span_width`. A bank of at most M tokens: when a block is added to a full one, spans are let go,
 
+    commonest   those of the commonest words: -log of the share that an id has of the text so far,
+                the mean of a span's RARE rarest tokens; among equals the oldest
     oldest      those that were read first
-    plainest    those whose most unusual token is the least unusual: of a span's tokens the largest
-                distance to the mean key of its block counts, in units of the block's mean distance
 
 A key takes R numbers in the model's dtype, an id 4 bytes.
 """
@@ -21,6 +21,9 @@ from torch import Tensor
 
 from .reread_schedule import Build
 from .reread_settings import RereadSettings
+
+RARE = 8  # tokens of a span that say how rare its words are
+PIECE = 64  # blocks whose keys lie in one piece of memory
 
 
 @dataclass(frozen=True)
@@ -38,13 +41,11 @@ class Passage:
 class KeyBlock:
     """Keys of a block's spans that are still there.
 
-    keys: [spans, span_width, R]. spans: their numbers in the row, ascending. worth: of each span,
-    the larger the longer it stays; all 0 where age decides.
+    keys: [spans, span_width, R]. spans: their numbers in the row, ascending.
     """
 
     keys: Tensor
     spans: tuple[int, ...]
-    worth: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -122,30 +123,48 @@ class Row:
         """With the keys of its next block, [U, R]; a full bank lets spans go."""
         spans = keys.unflatten(0, (-1, settings.span_width))
         number = len(self.blocks) * len(spans)
-        worth = _worth(spans) if settings.forget == "plainest" else (0.0,) * len(spans)
-        block = KeyBlock(spans, tuple(range(number, number + len(spans))), worth)
-        blocks = (*self.blocks, block)
+        block = KeyBlock(spans, tuple(range(number, number + len(spans))))
+        blocks = _gathered((*self.blocks, block))
         surplus = sum(len(block.spans) for block in blocks)
         surplus -= settings.bank_tokens // settings.span_width
-        return replace(self, blocks=_without(blocks, surplus, settings) if surplus > 0 else blocks)
+        if surplus > 0:
+            blocks = _without(blocks, surplus, self.ids[: len(blocks) * settings.block], settings)
+        return replace(self, blocks=blocks)
 
 
-def _worth(spans: Tensor) -> tuple[float, ...]:
-    """Of each span, the distance of its most unusual key to the block's mean. [spans, width, R]."""
-    keys = spans.float()
-    distance = torch.linalg.vector_norm(keys - keys.mean((0, 1)), dim=-1)
-    return tuple((distance.amax(1) / distance.mean().clamp_min(1e-30)).tolist())
+def _gathered(blocks: tuple[KeyBlock, ...]) -> tuple[KeyBlock, ...]:
+    """Their keys, with every so many blocks in one piece of memory: what is small and stays between
+    large things that go would leave holes where nothing large fits again.
+    """
+    latest = blocks[-PIECE:]
+    if len(blocks) % PIECE or len({block.keys.shape for block in latest}) > 1:
+        return blocks
+    piece = torch.stack([block.keys for block in latest])
+    made = (replace(block, keys=keys) for block, keys in zip(latest, piece))
+    return (*blocks[:-PIECE], *made)
 
 
 def _without(
-    blocks: tuple[KeyBlock, ...], surplus: int, settings: RereadSettings
+    blocks: tuple[KeyBlock, ...], surplus: int, ids: Tensor, settings: RereadSettings
 ) -> tuple[KeyBlock, ...]:
-    """Without so many spans, those of the least worth; among equals the oldest."""
-    ranked = sorted(
-        (worth, span) for block in blocks for span, worth in zip(block.spans, block.worth)
-    )
-    gone = {span for _, span in ranked[:surplus]}
+    """Without so many spans, those of the least worth; among equals the oldest. ids: of the text up
+    to these blocks' end.
+    """
+    spans = [span for block in blocks for span in block.spans]
+    order = list(range(len(spans)))
+    if settings.forget == "commonest":
+        worth = _rareness(ids, spans, settings.span_width)
+        order.sort(key=worth.__getitem__)
+    gone = {spans[i] for i in order[:surplus]}
     return tuple(_kept(block, gone) for block in blocks)
+
+
+def _rareness(ids: Tensor, spans: list[int], width: int) -> list[float]:
+    """How rare the rarest words of each span are in the text. ids: [n]."""
+    rare = (len(ids) / ids.bincount().double()).log()[ids.long()]
+    chosen = torch.tensor(spans, device=ids.device)
+    rarest = rare.unflatten(0, (-1, width))[chosen].topk(min(RARE, width)).values
+    return rarest.mean(1).tolist()
 
 
 def _kept(block: KeyBlock, gone: set[int]) -> KeyBlock:
@@ -156,5 +175,4 @@ def _kept(block: KeyBlock, gone: set[int]) -> KeyBlock:
     return KeyBlock(
         block.keys.index_select(0, index),
         tuple(block.spans[i] for i in stay),
-        tuple(block.worth[i] for i in stay),
     )

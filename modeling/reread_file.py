@@ -1,8 +1,8 @@
 """A text that was read, as a file: ids, keys and what they were made with.
 
-safetensors: `ids` [n] int32, `keys` [spans, span_width, R], `spans` [spans] int64 and `worth`
-[spans] fp64. Its metadata name the format, the parameters that keys depend on, and two marks: of
-the weights that made the keys, and of the tokenizer that made the ids.
+safetensors: `ids` [n] int32, `keys` [spans, span_width, R] and `spans` [spans] int64. Its metadata
+name the format, the parameters that keys depend on, and two marks: of the weights that made the
+keys, and of the tokenizer that made the ids.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .reread_bank import KeyBlock, Row
 from .reread_settings import RereadSettings
 
 AnyPath = str | Path
-FORMAT = "1"
+FORMAT = "2"
 DEPENDS = ("layer", "key_size", "span_width", "bank_tokens", "forget")  # keys do, on these
 SAMPLED = 64  # numbers of each weight that go into its mark
 
@@ -59,12 +59,10 @@ def save_row(row: Row, path: AnyPath, settings: RereadSettings, model: str, toke
     keys = [block.keys for block in row.blocks]
     width, size = settings.span_width, settings.key_size
     spans = [span for block in row.blocks for span in block.spans]
-    worth = [value for block in row.blocks for value in block.worth]
     tensors = {
         "ids": row.ids.cpu(),
         "keys": torch.cat(keys).cpu() if keys else torch.zeros(0, width, size),
         "spans": torch.tensor(spans, dtype=torch.int64),
-        "worth": torch.tensor(worth, dtype=torch.float64),
     }
     facts = {
         "format": FORMAT,
@@ -88,7 +86,7 @@ def load_row(
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             facts = dict(json.loads((file.metadata() or {})["pace_bank"]))
-            tensors = {name: file.get_tensor(name) for name in ("ids", "keys", "spans", "worth")}
+            tensors = {name: file.get_tensor(name) for name in ("ids", "keys", "spans")}
         _check_shapes(facts, tensors)
     except OSError as error:
         raise ValueError(f"{path} can't be read: {error}") from error
@@ -114,12 +112,7 @@ def _check_shapes(facts: dict, tensors: dict[str, Tensor]) -> None:
     if type(facts.get("blocks")) is not int or tensors["ids"].dtype != torch.int32:
         raise ValueError("its facts are not whole")
     sizes = (facts.get("span_width"), facts.get("key_size"))
-    if (
-        tensors["ids"].dim() != 1
-        or len(spans) != 1
-        or tensors["worth"].shape != spans
-        or tuple(keys) != (spans[0], *sizes)
-    ):
+    if tensors["ids"].dim() != 1 or len(spans) != 1 or tuple(keys) != (spans[0], *sizes):
         raise ValueError("its tensors do not fit each other")
 
 
@@ -128,13 +121,13 @@ def _blocks(
 ) -> tuple[KeyBlock, ...]:
     """Keys, sorted into the blocks that they are of."""
     each = settings.block // settings.span_width
-    spans, worth = tensors["spans"].tolist(), tensors["worth"].tolist()
+    spans = tensors["spans"].tolist()
     blocks, at = [], 0
     for number in range(count):
         stop = at
         while stop < len(spans) and spans[stop] < (number + 1) * each:
             stop += 1
         keys = tensors["keys"][at:stop]
-        blocks.append(KeyBlock(keys, tuple(spans[at:stop]), tuple(worth[at:stop])))
+        blocks.append(KeyBlock(keys, tuple(spans[at:stop])))
         at = stop
     return tuple(blocks)

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 from .memory_settings import MOST_LAYERS, MOST_SLOTS, MOST_TOKENS, check_fields, real, whole
 
 Vote = Literal["phrase", "cube"]
-Forget = Literal["oldest", "plainest"]
+Forget = Literal["commonest", "oldest"]
 
 BLOCK = 1024  # tokens that are read together, fewer where the window is smaller
 
@@ -37,14 +37,14 @@ class RereadSettings:
     first: int = whole(64, low=1, high=MOST_TOKENS)
     spans: int = whole(8, low=0, high=MOST_SLOTS)
     span_width: int = whole(64, low=4, high=1024)
-    stand_out: float = real(0.5, low=0, high=1)
+    stand_out: float = real(0.65, low=0, high=1)
     key_size: int = whole(192, low=1, high=MOST_SLOTS)
     bank_tokens: int = whole(262144, low=1024, high=1 << 31)
     query_tokens: int = whole(128, low=1, high=MOST_TOKENS)
     query_half_life: float = real(8.0, low=0.1, high=MOST_TOKENS)
     vote: Vote = "phrase"
     words: float = real(1.0, low=0, high=1000)
-    forget: Forget = "oldest"
+    forget: Forget = "commonest"
 
     def __post_init__(self) -> None:
         check_fields(self, "window")

@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import psutil
 
@@ -16,6 +16,7 @@ from .errors import CallError
 if TYPE_CHECKING:
     import torch
 
+DType = Literal["auto", "float32", "bfloat16", "float16"]  # of weights that are loaded
 NAMES = r"^(auto|cpu|cuda(:\d+)?)$"
 # Bytes of weights; fewer are loaded as fp32 on a CPU, where 16 bits are slow and round more.
 SMALL = 4_000_000_000
@@ -49,12 +50,14 @@ def is_widened(nbytes: int, device: str) -> bool:
     return device == "cpu" and nbytes < SMALL
 
 
-def load_dtype(nbytes: int, device: str) -> torch.dtype | str:
-    """The `dtype` to load so many bytes of weights with: fp32 where `is_widened`, else "auto", the
-    stored one.
+def load_dtype(nbytes: int, device: str, dtype: DType = "auto") -> torch.dtype | str:
+    """The `dtype` to load so many bytes of weights with: what is named; for "auto" fp32 where
+    `is_widened`, else "auto", the stored one.
     """
     import torch
 
+    if dtype != "auto":
+        return getattr(torch, dtype)
     return torch.float32 if is_widened(nbytes, device) else "auto"
 
 

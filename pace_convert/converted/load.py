@@ -14,7 +14,7 @@ from ..checkpoint.checkpoint import CONFIG, Source
 from ..checkpoint.files import read_json
 from ..checkpoint.own_code import own_model_code
 from ..checkpoint.selection import ADAPTER
-from ..device import load_dtype
+from ..device import DType, load_dtype
 from ..errors import CallError, DamagedSourceError, PaceError
 from .format import MODELING
 from .opened import Converted
@@ -107,14 +107,15 @@ def load_model(
     head: bool = True,
     layers: int | None = None,
     trust_remote_code: bool = False,
+    dtype: DType = "auto",
 ) -> Any:
     """The model of a folder that is on this machine, in eval mode, on a device that
     `resolve_device` has named.
 
-    Its dtype is `load_dtype`'s. head: False for the decoder without its vocabulary head. layers: of
-    a conversion only so many, the first, without fusion and recall. No Python
-    of a folder runs but a conversion's modeling files, and those only as this version ships them,
-    and, with `trust_remote_code`, edited ones and the model code of a folder that is no conversion.
+    dtype: as `load_dtype` has it. head: False for the decoder without its vocabulary head. layers:
+    of a conversion only so many, the first, without fusion and recall. No Python of a folder runs
+    but a conversion's modeling files, and those only as this version ships them, and, with
+    `trust_remote_code`, edited ones and the model code of a folder that is no conversion.
     Raises CallError for both without it, PaceError where the model does not load.
     """
     source = files.files if isinstance(files, Converted) else files
@@ -129,7 +130,7 @@ def load_model(
         shorter = {} if layers is None else {"config": _first_layers(cls, source.folder, layers)}
         model = cls.from_pretrained(
             source.folder,
-            dtype=load_dtype(source.nbytes, device),
+            dtype=load_dtype(source.nbytes, device, dtype),
             local_files_only=True,
             trust_remote_code=own_code,
             **shorter,

@@ -36,6 +36,7 @@ def evaluate(
     trust_remote_code: bool = False,
     out: str | Path | None = None,
     device: str = "auto",
+    dtype: str = "auto",
     jobs: int = 1,
     progress: Progress | None = None,
     **options: Any,
@@ -47,7 +48,8 @@ def evaluate(
     benchmark's own or, with bases, the model as it is. variants: like
     "update_interval=64,slots=50", each one arm more, the model with these parameters. window,
     spans: of the arms window, reread and bm25, which are the default with base where a window is
-    given; else the model's own. options: the benchmark's, named as on the command line, with
+    given; else the model's own. dtype: of the weights while they are read, "auto", "float32",
+    "bfloat16" or "float16". options: the benchmark's, named as on the command line, with
     underscores. progress: quiet if left out.
 
     `out` (pace-NAME) keeps a journal, so that the same call goes on after a kill, results.json and
@@ -60,7 +62,8 @@ def evaluate(
         {
             "model": str(model), "bases": _several(bases), "arms": arms,
             "variants": _several(variants), "window": window, "spans": spans,
-            "trust_remote_code": trust_remote_code, "out": out, "device": device, "jobs": jobs,
+            "trust_remote_code": trust_remote_code, "out": out, "device": device,
+            "dtype": dtype, "jobs": jobs,
         },
         command,
     )  # fmt: skip
@@ -147,7 +150,8 @@ def chosen_subjects(job: ComparisonOptions, default: Sequence[str]) -> list[Subj
     trust = job.trust_remote_code
     arms, window = list(dict.fromkeys(chosen)), job.rereading
     subjects = subjects_of(job.model, job.bases, arms, trust, window)
-    return [*subjects, *variants_of(job.model, job.variants, trust)]
+    subjects += variants_of(job.model, job.variants, trust)
+    return [replace(subject, dtype=job.dtype) for subject in subjects]
 
 
 def _made(

@@ -20,7 +20,7 @@ from pydantic import (
     ValidationError,
 )
 
-from ..device import resolve_device
+from ..device import DType, resolve_device
 from ..errors import CallError, PaceError
 from ..options import option_name
 from .grid import KILO, parse_grid
@@ -105,6 +105,12 @@ class ComparisonOptions(JobOptions):
         "update_interval=64, slots=50,layers=1+2, preset=paper or window=512,spans=4. May be "
         "repeated.",
         json_schema_extra={"option": "--with", "metavar": "NAME=VALUE,..."},
+    )
+
+    dtype: DType = Field(
+        "auto",
+        description="Weights while they are read.  [default: auto, which is float32 on a CPU below "
+        "4 GB of weights, else as stored; bfloat16 is faster on a CPU that multiplies it]",
     )
 
     @property

@@ -19,7 +19,7 @@ from ..checkpoint.tokenizer import load_tokenizer
 from ..converted.format import PERMUTATION
 from ..converted.load import edited_code, load_model, refuse_edited
 from ..converted.opened import Converted, open_converted
-from ..device import resolve_device
+from ..device import DType, resolve_device
 from ..errors import CallError, PaceError
 from ..modeling.reread_settings import RereadSettings
 from ..options import memory_in_effect
@@ -36,6 +36,7 @@ class Subject:
     model: folder or Hub id. arm: `pace`, the model as it is; or of ARMS, all made from the
     converted folder alone. memory: parameters switched at run time, (name, value) pairs as in
     config.json's `pace.memory`. window: those of re-reading, by the names of WINDOW_PARAMETERS.
+    dtype: of the weights while they are read, "auto": see `load`.
     """
 
     model: str
@@ -44,6 +45,7 @@ class Subject:
     window: tuple[tuple[str, Any], ...] = ()
     label: str = ""
     trust_remote_code: bool = False
+    dtype: DType = "auto"
 
     @property
     def name(self) -> str:
@@ -57,15 +59,19 @@ class Subject:
         return (*self.memory, *self.window)
 
     @property
-    def weights(self) -> tuple[str, bool]:
-        """What has to be loaded: the model, and whether its neurons stay in the experts' order."""
-        return self.model, ARMS[self.arm].clustered if self.arm in ARMS else True
+    def weights(self) -> tuple[str, bool, DType]:
+        """What has to be loaded: the model, whether its neurons stay in the experts' order, and as
+        which type.
+        """
+        return self.model, ARMS[self.arm].clustered if self.arm in ARMS else True, self.dtype
 
     def key(self) -> str:
         """The same for what must score the same: the files' state, the arm and the parameters."""
         arm = [self.arm, [list(pair) for pair in self.memory]]
         if self.window:
             arm.append([list(pair) for pair in self.window])
+        if self.dtype != "auto":
+            arm.append(self.dtype)
         return hashlib.sha256(
             json.dumps([_state(self.model), arm], sort_keys=True, default=list).encode()
         ).hexdigest()[:16]
@@ -225,8 +231,8 @@ def load(subject: Subject, device: str = "auto") -> Reader:
     """The subject, ready to read; the weights of the last one are kept, so that switching
     parameters loads nothing.
 
-    fp32 on a CPU below 4 GB of weights, else the stored type. Raises PaceError where it does not
-    load.
+    dtype "auto": fp32 on a CPU below 4 GB of weights, else the stored type. Raises PaceError where
+    it does not load.
     """
     loaded = _load(*subject.weights, resolve_device(device), subject.trust_remote_code)
     model, settings = loaded.model, reread_settings(subject)
@@ -281,10 +287,12 @@ def _switch_recall(loaded: Loaded, subject: Subject) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _load(model: str, clustered: bool, device: str, trust_remote_code: bool) -> Loaded:
+def _load(
+    model: str, clustered: bool, dtype: DType, device: str, trust_remote_code: bool
+) -> Loaded:
     opened = _open(model)
     files = opened if isinstance(opened, Converted) else opened.fetch()
-    loaded = load_model(files, device=device, trust_remote_code=trust_remote_code)
+    loaded = load_model(files, device=device, trust_remote_code=trust_remote_code, dtype=dtype)
     if isinstance(files, Converted) and not clustered:
         _restore_order(loaded, files)
     return Loaded(loaded, tokenizer_of(model), memory_parameters(model))

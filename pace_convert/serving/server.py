@@ -135,7 +135,9 @@ def _vllm(
         if process is not None:
             process.wait()
     if reader is not None:
-        served.kept.reader = VllmKeys(reader.url, settings.block, settings.key_size)
+        served.kept.reader = VllmKeys(
+            reader.url, settings.block, settings.key_size, served.model.dtype
+        )
     return engine.url if engine else None
 
 

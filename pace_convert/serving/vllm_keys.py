@@ -14,15 +14,15 @@ MODEL = "pace-reader"
 
 
 class VllmKeys:
-    """Reads pieces at a server. url: with its /v1. block: tokens of a block; size: of a key."""
+    """Reads pieces at a server. url: with its /v1. block: tokens of one; size, dtype: of keys."""
 
-    def __init__(self, url: str, block: int, size: int) -> None:
+    def __init__(self, url: str, block: int, size: int, dtype: torch.dtype) -> None:
         self.url = url.removesuffix("/v1")
-        self.block, self.size = block, size
+        self.block, self.size, self.dtype = block, size, dtype
         self.client = httpx2.Client(timeout=httpx2.Timeout(None, connect=5.0))
 
     def __call__(self, pieces: list[Tensor]) -> list[Tensor]:
-        """Keys of each piece's block, [U, R] fp32. Raises ApiError where vLLM does not answer."""
+        """Keys of each piece's block, [U, R]. Raises ApiError where vLLM does not answer."""
         asked = {
             "model": MODEL,
             "input": [piece.tolist() for piece in pieces],
@@ -42,4 +42,4 @@ class VllmKeys:
 
     def _keys(self, data: str) -> Tensor:
         numbers = torch.frombuffer(bytearray(base64.b64decode(data)), dtype=torch.float32)
-        return numbers.view(-1, self.size)[-self.block :].clone()
+        return numbers.view(-1, self.size)[-self.block :].to(self.dtype, copy=True)

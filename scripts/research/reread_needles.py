@@ -1,7 +1,7 @@
 """Which rules of the look-up find one sentence in a long text: tables of docs/reread.md.
 
     python scripts/research/reread_needles.py OUT --haystack TEXT [--tokens 200k] [--needles 50] \\
-        [--kind single,alike] [--rule NAME=VALUE,... ...] [--answer] [--out RESULTS.jsonl]
+        [--kind alike,several] [--rule NAME=VALUE,... ...] [--answer] [--out RESULTS.jsonl]
 
 OUT is a converted model, TEXT a text file. Its first tokens are read once. A question then writes
 its needles over other tokens of the text, from the beginning of a sentence on, and reads the blocks
@@ -21,17 +21,18 @@ import argparse
 import bisect
 import json
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
+from earned import chosen, gains
 
 from pace_convert.evaluation.benchmarks.needle import found
-from pace_convert.evaluation.benchmarks.needle_kinds import WHAT, names
-from pace_convert.evaluation.benchmarks.needle_text import Prompt, split_sentences
+from pace_convert.evaluation.benchmarks.needle_kinds import ANSWER, COUNTS, WHAT, names, values_of
+from pace_convert.evaluation.benchmarks.needle_text import Needles, Prompt, split_sentences
 from pace_convert.evaluation.subjects import Subject, load
 from pace_convert.modeling.reread_bank import Row
 from pace_convert.modeling.reread_lookup import Asking, look_up, query_weights, scored
@@ -39,13 +40,15 @@ from pace_convert.modeling.reread_schedule import Build, window_start
 
 ANSWER_TOKENS = 24
 MARK = "\u0001"
+OWN = ("asks", "earn", "of")  # of a rule, what is no parameter of the model's
 
 
 class Lab:
     """A text that was read, and questions that write needles into it."""
 
-    def __init__(self, model: str, haystack: str, tokens: int, window: int) -> None:
+    def __init__(self, model: str, haystack: str, tokens: int, window: int, dtype: str) -> None:
         self.reader = load(Subject(model, "reread", window=(("window", window),)), "cpu")
+        use_dtype(self.reader.model, dtype)
         self.model, self.tokenizer = self.reader.model, self.reader.tokenizer
         self.rows: dict[tuple, Row] = {}
         self.written: dict[tuple, tuple[Row, list]] = {}
@@ -68,7 +71,7 @@ class Lab:
         return encode(before, special=False), encode(after, special=False)
 
     def settings(self, rule: dict) -> Any:
-        own = {name: value for name, value in rule.items() if name != "asks"}
+        own = {name: value for name, value in rule.items() if name not in OWN}
         return replace(self.model.window_settings, **own)
 
     def row(self, settings: Any) -> Row:
@@ -76,7 +79,8 @@ class Lab:
         name = (settings.layer, settings.key_size, settings.span_width, settings.block)
         if name not in self.rows:
             rows, begun = [Row(torch.tensor(self.ids, dtype=torch.int32))], time.perf_counter()
-            for some in self.model._reread_keys.read_all(rows, settings):
+            whole = replace(settings, bank_tokens=len(self.ids) + settings.block)
+            for some in self.model._reread_keys.read_all(rows, whole):
                 rows = some
             self.rows[name] = rows[0]
             print(f"read {name}: {time.perf_counter() - begun:.0f} s", flush=True)
@@ -85,6 +89,7 @@ class Lab:
     def with_needles(self, facts: list[tuple[float, str]], settings: Any) -> tuple[Row, list]:
         """The text with facts at their shares of it, and where each is. Made once for all rules."""
         name = (facts[0], settings.layer, settings.key_size, settings.span_width, settings.block)
+        name += (settings.forget, settings.bank_tokens)
         if name not in self.written:
             self.written[name] = self._write(facts, settings)
         return self.written[name]
@@ -114,7 +119,13 @@ class Lab:
             piece = torch.cat([row.ids[:1].long(), piece]) if begin else piece
             keys = self.model._reread_keys.keys(piece[None], settings)[0, -block:]
             blocks[n] = replace(blocks[n], keys=keys.unflatten(0, (-1, settings.span_width)))
-        return replace(row, blocks=tuple(blocks)), places
+        row = replace(row, blocks=tuple(blocks))
+        if settings.bank_tokens < len(ids):  # keys were read as if the bank held them all
+            forgetting = Row(row.ids)
+            for block in blocks:
+                forgetting = forgetting.with_keys(block.keys.flatten(0, 1), settings)
+            row = forgetting
+        return row, places
 
     def asking(self, question: str, lead: str, asks: str) -> tuple[list[int], int]:
         """Tokens behind the text, and how many of them are behind those that ask."""
@@ -128,56 +139,94 @@ class Lab:
         return body + behind, len(behind) if asks == "question" else 0
 
 
-def facts_of(kind: str, seed: int) -> tuple[list[tuple[float, str]], str, str, Prompt]:
-    """Facts, (share of the text, sentence) each, the right one first; question, lead, answer."""
+@dataclass(frozen=True)
+class Needle:
+    """facts: (share of the text, sentence) each, those that are asked for first."""
+
+    facts: list[tuple[float, str]]
+    question: str
+    lead: str
+    prompt: Prompt
+
+    @property
+    def asked(self) -> int:
+        """How many of the facts are asked for."""
+        return len(self.prompt.wanted)
+
+
+def needle_of(kind: str, seed: int) -> Needle:
+    """One text's facts, as `pace eval needle --kind` has them, at places at random."""
     rng = np.random.default_rng([seed, 7])
     depth = float(rng.random()) * 0.98
-    count = 10 if kind != "single" else 1
-    people = names(rng, 10)[:count]
-    what = WHAT.get(kind, "locker number")
-    values = [str(10_000 + v) for v in rng.choice(90_000, count, replace=False)]
+    count = COUNTS[kind]
+    people, what = names(rng, 10)[:count], WHAT.get(kind, "locker number")
+    values = values_of(rng, Needles(count=count, kind=kind))
     facts = [f"The {what} of {name} is {value}." for name, value in zip(people, values)]
     shares = [depth, *rng.random(count - 1).tolist()]
-    question = f"What is the {what} of {people[0]}? Answer with the number alone."
-    prompt = Prompt("", values[0], tuple(values))
-    return list(zip(shares, facts)), question, f" The {what} of {people[0]} is", prompt
+    answer, asked, of = ANSWER.get(kind, "number"), 1, people[0]
+    if kind == "several":
+        of, what, asked = f"{', '.join(people[:-1])} and {people[-1]}", f"{what}s", count
+    question = (
+        f"What {'are' if asked > 1 else 'is'} the {what} of {of}? Answer with the {answer} alone."
+    )
+    lead = f" The {what} are" if asked > 1 else f" The {what} of {of} is"
+    prompt = Prompt("", values[0], tuple(values), answers=tuple(values[:asked]))
+    return Needle(list(zip(shares, facts)), question, lead, prompt)
 
 
 @torch.no_grad()
 def ask(lab: Lab, kind: str, seed: int, rule: dict, answer: bool) -> dict:
     """One question under one rule."""
     settings, asks = lab.settings(rule), rule.get("asks", "end")
-    facts, question, lead, prompt = facts_of(kind, seed)
-    row, places = lab.with_needles(facts, settings)
-    behind, unasked = lab.asking(question, lead, asks)
+    needle = needle_of(kind, seed)
+    row, places = lab.with_needles(needle.facts, settings)
+    behind, unasked = lab.asking(needle.question, needle.lead, asks)
     row = row.longer(torch.tensor(behind, dtype=torch.int32))
-    query = lab.model._reread_keys.query(row, row.count - unasked, None, settings)
+    last = row.count - unasked
+    query = lab.model._reread_keys.query(row, last, None, settings)
     weights = query_weights(len(query), settings)
     start = window_start(Build(row.count, asked=True), settings)
-    last = row.count - unasked
     asking = Asking(row.ids[last - len(query) : last], query, weights)
-    spans, found_scores = scored(row, asking, start, settings)
-    best = max(found_scores)
-    scores = {span: score / best for span, score in zip(spans, found_scores)}
-    first, stop = places[0]
-    right = range(first // settings.span_width, (stop - 1) // settings.span_width + 1)
-    mine = max((scores.get(span, 0.0) for span in right), default=0.0)
-    near = {span + step for span in right for step in (-1, 0, 1)}
-    other = max((s for span, s in scores.items() if span not in near), default=0.0)
-    passages = look_up(row, asking, start, settings)
+    passages = list(look_up(row, asking, start, settings))
+    if "earn" in rule:
+        more = replace(settings, spans=rule.get("of", 16), stand_out=0.0)
+        passages = list(look_up(row, asking, start, more))
+        own = weights > 0.01
+        with lab.model.memory_disabled():
+            gained = gains(lab.model, row, passages, asking.ids[own], weights[own])
+        passages = chosen(passages, gained, settings.spans, rule["earn"])
     ranges = [(0, settings.first), *((p.first, p.stop) for p in passages), (start, row.count)]
-    held = sum(any(a <= t < b for a, b in ranges) for t in range(first, stop)) / (stop - first)
+    read = {t for a, b in ranges for t in range(a, b)}
+    held = [set(range(*place)) <= read for place in places[: needle.asked]]
     made = {
-        "first": mine >= 1.0 or first >= start or first < settings.first, "inside": first >= start,
-        "share": other / mine if mine else 9.9, "held": held == 1.0,
-        "spans": len(passages),
-        "context": sum(b - a for a, b in ranges),
+        **standing(row, asking, start, settings, places[: needle.asked]),
+        "held": float(np.mean(held)), "spans": len(passages), "context": len(read),
     }  # fmt: skip
     if answer:
         made["answer"] = said = answered(lab, row, ranges)
-        made["right"] = bool(found(said, prompt))
-        made["value"] = prompt.answer
+        made["right"] = float(found(said, needle.prompt))
+        made["value"] = needle.prompt.wanted
     return made
+
+
+def standing(
+    row: Row, asking: Asking, start: int, settings: Any, places: list[tuple[int, int]]
+) -> dict:
+    """How the worst of the right spans stands among the others."""
+    spans, found_scores = scored(row, asking, start, settings)
+    scores, width = dict(zip(spans, found_scores)), settings.span_width
+    mine, near, inside = [], set(), []
+    for first, stop in places:
+        right = range(first // width, (stop - 1) // width + 1)
+        near |= {span + step for span in right for step in (-1, 0, 1)}
+        inside.append(first >= start or first < settings.first)
+        if not inside[-1]:
+            mine.append(max((scores.get(span, 0.0) for span in right), default=0.0))
+    other = max((s for span, s in scores.items() if span not in near), default=0.0)
+    share = other / min(mine) if mine and min(mine) else 9.9 if mine else 0.0
+    ranked = sorted(scores.items(), key=lambda one: -one[1])[:24]
+    top = [(round(score / max(ranked[0][1], 1e-9), 3), span in near) for span, score in ranked]
+    return {"first": share <= 1.0, "inside": all(inside), "share": share, "top": top}
 
 
 def answered(lab: Lab, row: Row, ranges: list[tuple[int, int]]) -> str:
@@ -188,6 +237,12 @@ def answered(lab: Lab, row: Row, ranges: list[tuple[int, int]]) -> str:
             row.ids[inside].long()[None], max_new_tokens=ANSWER_TOKENS, do_sample=False
         )
     return lab.reader.decode(made[0, len(inside) :].tolist())
+
+
+def use_dtype(model: Any, dtype: str) -> None:
+    """Parameters as this type; buffers, rotary frequencies among them, stay what they are."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(getattr(torch, dtype))
 
 
 def rule_of(text: str) -> dict:
@@ -214,11 +269,12 @@ def main() -> None:
     parser.add_argument("--rule", action="append", default=[])
     parser.add_argument("--window", default="1k")
     parser.add_argument("--answer", action="store_true")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
-    lab = Lab(asked.model, asked.haystack, tokens(asked.tokens), tokens(asked.window))
+    lab = Lab(asked.model, asked.haystack, tokens(asked.tokens), tokens(asked.window), asked.dtype)
     for kind in asked.kind.split(","):
         for text in asked.rule or [""]:
             rule, begun = rule_of(text), time.perf_counter()
@@ -233,10 +289,10 @@ def main() -> None:
 def show(kind: str, rule: str, made: list[dict], seconds: float) -> None:
     """A line."""
     shares = [one["share"] for one in made if not one["inside"]]
-    right = f" right {sum(one['right'] for one in made)}" if "right" in made[0] else ""
+    right = f" right {sum(one['right'] for one in made):g}" if "right" in made[0] else ""
     print(
         f"{kind} [{rule}]: first {sum(one['first'] for one in made)} of {len(made)}, best other "
-        f"{median(shares):.2f} (worst {max(shares):.2f}), held {sum(o['held'] for o in made)}, "
+        f"{median(shares):.2f} (worst {max(shares):.2f}), held {sum(o['held'] for o in made):g}, "
         f"spans {np.mean([o['spans'] for o in made]):.1f}, context "
         f"{np.mean([o['context'] for o in made]):.0f}{right}; {seconds:.0f} s",
         flush=True,

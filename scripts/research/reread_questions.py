@@ -1,178 +1,181 @@
 """Which rules of the look-up make right answers likely: the tables of docs/reread.md.
 
     python scripts/research/reread_questions.py OUT --data DIR --out RESULTS.jsonl \\
-        [--arm NAME=VALUE,... ...] [--part 0/4]
+        [--arm NAME=VALUE,... ...] [--window NAME=VALUE,...] [--part 0/4]
 
 OUT is a converted model, DIR holds multidoc_qa.jsonl and scientific_qa.jsonl in LongBench's format.
-Of every question the log-likelihood of the likeliest right answer is taken, nats a token, under
-each arm: `base` (whole cache), `window` (the same W, nothing recalled), `bm25` (the same spans,
-found by BM25 over words of the question, rank_bm25), or parameters of re-reading like
-`layer=4,spans=16`; `query=question` lets the question's own tokens ask. A text is read once for all
-its questions. Goes on where it was.
+An arm is parameters of re-reading (`layer=4,spans=16`), what asks (`asks=end`, the prompt's latest
+tokens; `asks=question`, the question's own, all alike), and what finds:
+
+    find=keys        the look-up of re-reading
+    find=bm25        BM25 over words of the question (rank_bm25), of the same spans
+    find=embeddings  cosine of a span's mean input embedding to the question's
+    find=nothing     the same window alone; `window` for short
+    find=all         the whole text, in a cache that is made once for it; `base` for short
+
+What is found of a text is one passage for each span, the same for all that find: the span and half
+a span on either side. First tokens, passages and window are read by the base model as an ordinary
+prompt, which is what re-reading does. Written down for each question: the log-likelihood of the
+likeliest right answer and of the question itself, nats a token, and tokens in view. A text is read
+once for all its questions. Goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import time
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from earned import chosen, gains
+from reread_needles import rule_of, use_dtype
 
 from pace_convert.evaluation.benchmarks.qa import PROMPT, Prompt, official_prompt, read_contexts
+from pace_convert.evaluation.bm25 import best_spans
 from pace_convert.evaluation.reader import Reader
 from pace_convert.evaluation.subjects import Subject, load
+from pace_convert.modeling.reread_bank import Passage, Row
+from pace_convert.modeling.reread_lookup import Asking, _apart, _around, look_up, query_weights
+from pace_convert.modeling.reread_schedule import Build, window_start
+from pace_convert.modeling.reread_settings import RereadSettings
 
 FILES = ("multidoc_qa", "scientific_qa")
-FUSION_OFF: dict[str, Any] = {"layers": ()}
+SHORT = {"window": "find=nothing", "base": "find=all"}
+PARAMETERS = {parameter.name for parameter in fields(RereadSettings)}
 
 
-class Asker:
-    """A model, one text that it has read under several settings, and questions to it."""
+class Text:
+    """A model and a text, with its keys and its cache as they are needed."""
 
-    def __init__(self, reader: Reader, window: dict) -> None:
-        self.reader, self.model = reader, reader.model
-        self.window = window
-        self.model.set_memory(**FUSION_OFF)
-        self.model.set_memory_enabled(True)
-        self.texts: dict[tuple, Any] = {}
+    def __init__(self, reader: Reader, ids: list[int]) -> None:
+        self.reader, self.model, self.ids = reader, reader.model, ids
+        self.rows: dict[tuple, Row] = {}
+        self.whole: Any = None
 
-    def settings(self, arm: dict) -> Any:
-        given = {**self.window, **{k: v for k, v in arm.items() if k not in ("query", "find")}}
-        self.model.set_window(**given)
-        return self.model.window_settings
-
-    def cache(self, arm: dict, ids: list[int], settings: Any) -> Any:
-        """A cache that has read the text, with these settings. Keys are read once for a layer."""
+    def row(self, settings: RereadSettings) -> Row:
+        """The text with its keys."""
         name = (settings.layer, settings.key_size, settings.span_width, settings.block)
-        if name not in self.texts:
-            self.texts[name] = self.model.read(torch.tensor([ids]))
-        cache = copy.deepcopy(self.texts[name])
-        cache.layers[0].settings = settings
-        return cache
+        if name not in self.rows:
+            rows = [Row(torch.tensor(self.ids, dtype=torch.int32))]
+            for some in self.model._reread_keys.read_all(rows, settings):
+                rows = some
+            self.rows[name] = rows[0]
+        return self.rows[name]
 
-    @torch.no_grad()
-    def likelihood(self, arm: dict, prompt: Prompt, common: int, question: list[int]) -> dict:
-        """Nats a token of the likeliest right answer, and what was read for it."""
-        settings = self.settings(arm)
-        cache = self.cache(arm, prompt.ids[:common], settings)
-        rest = torch.tensor([prompt.ids[common:]])
-        if arm.get("find") == "bm25":
-            return self._bm25(prompt, common, question, settings)
-        query = torch.tensor(question) if arm.get("query") == "question" else None
-        more = {} if query is None else {"query": query}
-        first = self.model(rest, past_key_values=cache, look_up=True, logits_to_keep=1, **more)
-        held = cache.layers[0]
-        tokens = held.contexts.width if held.contexts else cache.get_seq_length()
-        scores = [
-            self._answer(first.logits[0, -1:], answer, copy.deepcopy(cache))
-            for answer in prompt.answers
-        ]
-        return {"nats": max(scores), "tokens": tokens}
+    def likelihood(self, arm: dict, prompt: Prompt, question: list[int]) -> dict:
+        """Of a prompt that begins with the text."""
+        common = len(self.ids)
+        if arm.get("find") == "all":
+            if self.whole is None:
+                self.whole = self.model(torch.tensor([self.ids]), logits_to_keep=1).past_key_values
+            made = self._scores(prompt, prompt.ids[common:], self.whole)
+            self.whole.crop(common - self.whole.get_seq_length())
+            return {**made, "tokens": len(prompt.ids)}
+        start, passages = self.found(arm, prompt, question)
+        settings = settings_of(self.model, arm)
+        ranges = [(0, settings.first), *((p.first, p.stop) for p in passages)]
+        inside = sorted({t for a, b in [*ranges, (start, len(prompt.ids))] for t in range(a, b)})
+        context = [prompt.ids[t] for t in inside]
+        made = self._scores(prompt, context, None)
+        return {**made, "tokens": len(context)}
 
-    def _answer(self, first: torch.Tensor, answer: list[int], cache: Any) -> float:
-        logits = first
-        if len(answer) > 1:
-            more = self.model(torch.tensor([answer[:-1]]), past_key_values=cache).logits[0]
-            logits = torch.cat([first, more])
-        chosen = logits.float().log_softmax(-1)[range(len(answer)), answer]
-        return chosen.mean().item()
+    def found(
+        self, arm: dict, prompt: Prompt, question: list[int]
+    ) -> tuple[int, tuple[Passage, ...]]:
+        """The window's first token, and what is found before it."""
+        settings = settings_of(self.model, arm)
+        count = len(prompt.ids)
+        if count <= settings.capacity:
+            return 0, ()  # held whole
+        start = window_start(Build(count, asked=True), settings)
+        find = arm.get("find", "keys")
+        if find == "keys":
+            return start, self._by_keys(arm, prompt, question, start, settings)
+        width, first = settings.span_width, settings.first
+        spans = range(first // width, -(-start // width))
+        texts = [prompt.ids[s * width : min((s + 1) * width, start)] for s in spans]
+        if find == "bm25":
+            best = best_spans(list(map(self._words, texts)), self._words(question), settings.spans)
+        elif find == "embeddings":
+            best = self._alike(texts, question)[: settings.spans]
+        else:
+            best = []
+        chosen = sorted(spans[i] for i in best)
+        return start, _apart(_around(span, 1.0, start, settings) for span in chosen)
 
-    def _bm25(self, prompt: Prompt, common: int, question: list[int], settings: Any) -> dict:
-        from rank_bm25 import BM25Okapi
+    def _by_keys(
+        self, arm: dict, prompt: Prompt, question: list[int], start: int, settings: RereadSettings
+    ) -> tuple[Passage, ...]:
+        row = self.row(settings)
+        row = row.longer(torch.tensor(prompt.ids[row.count :], dtype=torch.int32))
+        row = self.model._reread_keys.read([row], row.count, settings)[0]
+        own = torch.tensor(question) if arm.get("asks") == "question" else None
+        query = self.model._reread_keys.query(row, row.count, own, settings)
+        weights = query_weights(len(query), settings)
+        weights = weights if own is None else torch.ones_like(weights)
+        ids = row.ids[row.count - len(query) :] if own is None else own
+        asking = Asking(ids, query, weights)
+        if "earn" not in arm:
+            return look_up(row, asking, start, settings)
+        more = replace(settings, spans=arm.get("of", 16), stand_out=0.0)
+        passages = list(look_up(row, asking, start, more))
+        asked = torch.tensor(question if arm.get("by", "question") == "question" else ids.tolist())
+        gained = gains(self.model, row, passages, asked, torch.ones(len(asked)))
+        return tuple(chosen(passages, gained, settings.spans, arm["earn"]))
 
-        ids, width, start = prompt.ids, settings.span_width, _window_start(prompt, settings)
-        spans = range(settings.first // width, -(-start // width))
-        texts = [self._words(ids[s * width : min((s + 1) * width, start)]) for s in spans]
-        scores = BM25Okapi(texts).get_scores(self._words(question))
-        best = sorted(range(len(scores)), key=lambda i: -scores[i])[: settings.spans]
-        chosen = {spans[i] for i in best} | {spans[i] + 1 for i in best}
-        inside = set(range(settings.first)) | set(range(start, len(ids)))
-        inside |= {t for s in chosen for t in range(s * width, (s + 1) * width) if t < start}
-        context = [ids[t] for t in sorted(inside)]
-        with self.model.memory_disabled():
-            out = self.model(torch.tensor([context]), logits_to_keep=1, use_cache=True)
-            scores = [
-                self._answer(out.logits[0, -1:], a, copy.deepcopy(out.past_key_values))
-                for a in prompt.answers
-            ]
-        return {"nats": max(scores), "tokens": len(context)}
+    def _alike(self, texts: list[list[int]], question: list[int]) -> list[int]:
+        embed = self.model.get_input_embeddings()
+        means = torch.stack([embed(torch.tensor(ids)).float().mean(0) for ids in texts])
+        asking = embed(torch.tensor(question)).float().mean(0)
+        middle = means.mean(0)
+        return (
+            torch.cosine_similarity(means - middle, asking - middle)
+            .argsort(descending=True)
+            .tolist()
+        )
+
+    def _scores(self, prompt: Prompt, ids: list[int], cache: Any) -> dict:
+        """Of the right answers, the likeliest; and of the question: the last of these ids."""
+        asked = min(len(ids) - 1, len(prompt.ids) - len(self.ids))
+        out = self.model(
+            torch.tensor([ids]), past_key_values=cache, use_cache=True, logits_to_keep=asked + 1
+        )
+        cache = out.past_key_values
+        logits = out.logits[0].float().log_softmax(-1)
+        own = logits[range(len(logits) - 1 - asked, len(logits) - 1), ids[len(ids) - asked :]]
+        held, nats = cache.get_seq_length(), []
+        for answer in prompt.answers:
+            chosen = [logits[-1, answer[0]]]
+            if len(answer) > 1:
+                more = self.model(torch.tensor([answer[:-1]]), past_key_values=cache).logits[0]
+                more = more.float().log_softmax(-1)
+                chosen += list(more[range(len(answer) - 1), answer[1:]])
+                cache.crop(held - cache.get_seq_length())
+            nats.append(torch.stack(chosen).mean().item())
+        return {"nats": max(nats), "asked": own.mean().item()}
 
     def _words(self, ids: list[int]) -> list[str]:
         return [word.strip(".,:;?!()'\"") for word in self.reader.decode(ids).lower().split()]
 
-    @torch.no_grad()
-    def base(self, prompt: Prompt, common: int) -> dict:
-        with self.model.memory_disabled():
-            if "base" not in self.texts:
-                ids = torch.tensor([prompt.ids[:common]])
-                made = self.model(ids, logits_to_keep=1, use_cache=True)
-                self.texts["base"] = made.past_key_values  # type: ignore[index]
-            cache = copy.deepcopy(self.texts["base"])  # type: ignore[index]
-            rest = torch.tensor([prompt.ids[common:]])
-            out = self.model(rest, past_key_values=cache, logits_to_keep=1)
-            scores = [
-                self._answer(out.logits[0, -1:], a, copy.deepcopy(cache)) for a in prompt.answers
-            ]
-        return {"nats": max(scores), "tokens": len(prompt.ids)}
 
-
-def _window_start(prompt: Prompt, settings: Any) -> int:
-    return (len(prompt.ids) // settings.window - 1) * settings.window
+def settings_of(model: Any, arm: dict) -> RereadSettings:
+    """The model's own, with what the arm changes."""
+    return replace(model.window_settings, **{k: v for k, v in arm.items() if k in PARAMETERS})
 
 
 def arm_of(text: str) -> dict:
-    """'layer=4,spans=16' as parameters."""
-    if text == "base":
-        return {}
-    if text == "window":
-        return {"spans": 0}
-    if text == "bm25":
-        return {"find": "bm25"}
-    made: dict = {}
-    for part in text.split(","):
-        name, _, value = part.partition("=")
-        if not value:
-            continue
-        made[name] = int(value) if value.isdigit() else float(value) if "." in value else value
-    return made
+    """'layer=4,spans=16' as parameters, or what is short for it."""
+    return rule_of(SHORT.get(text, text))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--arm", action="append", default=[])
-    parser.add_argument("--window", default="window=512,spans=8,layer=7")
-    parser.add_argument("--part", default="0/1", help="every n-th context, from the k-th on")
-    parser.add_argument("--questions", type=int, default=99, help="of each context, at most")
-    parser.add_argument("--threads", type=int, default=1)
-    asked = parser.parse_args()
-    torch.set_num_threads(asked.threads)
-    reader = load(Subject(asked.model), "cpu")
-    at, every = map(int, asked.part.split("/"))
-    done = set()
-    if asked.out.exists():
-        for line in asked.out.read_text().splitlines():
-            record = json.loads(line)
-            done.add((record["arm"], record["file"], record["context"]))
-    window = arm_of(asked.window)
-    for number in range(25):
-        for name in FILES:
-            contexts = read_contexts(asked.data / f"{name}.jsonl")
-            if number % every == at and number < len(contexts):
-                ask_context(reader, contexts[number], asked, window, (name, number), done)
-
-
+@torch.no_grad()
 def ask_context(
-    reader: Reader, context: Any, asked: Any, window: dict, place: tuple, done: set
+    reader: Reader, context: Any, asked: Any, place: tuple[str, int], done: set
 ) -> None:
     """All arms on all questions to a text."""
-    asker = Asker(reader, window)
     template, made = official_prompt(PROMPT)[0], []
     for _, question, right in context.questions[: asked.questions]:
         text = template.render(context=context.text, question=question)
@@ -181,26 +184,55 @@ def ask_context(
         made.append((prompt, reader.encode(question, special=False)))
     rows = [prompt.ids for prompt, _ in made]
     common = next(
-        (i for i, tokens in enumerate(zip(*rows)) if len(set(tokens)) > 1), min(map(len, rows)) - 1
+        (i for i, tokens in enumerate(zip(*rows)) if len(set(tokens)) > 1),
+        min(map(len, rows)) - len(made[0][1]) - 16,
     )
+    text = Text(reader, made[0][0].ids[:common])
     for arm in asked.arm:
         if (arm, *place) in done:
             continue
-        begun, records = time.perf_counter(), []
-        for prompt, question in made:
-            if arm == "base":
-                records.append(asker.base(prompt, common))
-            else:
-                records.append(asker.likelihood(arm_of(arm), prompt, common, question))
+        begun = time.perf_counter()
+        given = {**rule_of(asked.window), **arm_of(arm)}
+        records = [text.likelihood(given, prompt, question) for prompt, question in made]
         record = {
             "arm": arm, "file": place[0], "context": place[1],
             "nats": [round(r["nats"], 5) for r in records],
+            "asked": [round(r["asked"], 5) for r in records],
             "tokens": [r["tokens"] for r in records], "prompt": [len(p.ids) for p, _ in made],
             "seconds": round(time.perf_counter() - begun, 2),
         }  # fmt: skip
         with asked.out.open("a") as file:
             file.write(json.dumps(record) + "\n")
         print(place, arm, sum(record["nats"]) / len(made), record["tokens"][0], flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--arm", action="append", default=[])
+    parser.add_argument("--window", default="window=512,stand_out=0.15", help="of every arm")
+    parser.add_argument("--part", default="0/1", help="every n-th context, from the k-th on")
+    parser.add_argument("--questions", type=int, default=99, help="of each context, at most")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--threads", type=int, default=1)
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    reader = load(Subject(asked.model), "cpu")
+    reader.model.set_memory_enabled(False)
+    use_dtype(reader.model, asked.dtype)
+    at, every = map(int, asked.part.split("/"))
+    done = set()
+    if asked.out.exists():
+        for line in asked.out.read_text().splitlines():
+            record = json.loads(line)
+            done.add((record["arm"], record["file"], record["context"]))
+    contexts = {name: read_contexts(asked.data / f"{name}.jsonl") for name in FILES}
+    for number in range(at, max(map(len, contexts.values())), every):
+        for name in FILES:
+            if number < len(contexts[name]):
+                ask_context(reader, contexts[name][number], asked, (name, number), done)
 
 
 if __name__ == "__main__":

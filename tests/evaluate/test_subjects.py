@@ -55,6 +55,16 @@ def test_base_is_the_source_bit_for_bit(pairs, family):
     assert torch.equal(logits(out, "base"), expected(random_ids(2, 40)).logits)
 
 
+def test_weights_are_read_as_the_type_that_is_asked_for(pairs):
+    """Rotary frequencies stay fp32, and the same answers in another type are other results."""
+    _, out = pairs("qwen2")
+    auto, half = Subject(str(out)), Subject(str(out), dtype="bfloat16")
+    assert auto.key() != half.key() and load(auto, "cpu").model.dtype == torch.float32
+    model = load(half, "cpu").model
+    assert model.dtype == torch.bfloat16
+    assert {buffer.dtype for buffer in model.buffers()} == {torch.float32}
+
+
 def test_arms_differ_where_they_should(pairs):
     _, out = pairs("qwen2")
     made = {arm: logits(out, arm) for arm in (*ARMS, "pace")}

@@ -5,6 +5,7 @@ where its prompts end, on nothing else.
 import copy
 import json
 import pickle
+import sys
 
 import pytest
 import torch
@@ -337,11 +338,12 @@ def test_static_cache_never_holds_more_than_a_context(qwen):
 
 
 def test_a_full_bank_lets_go(qwen2_pair):
-    for forget in ("oldest", "plainest"):
+    for forget in ("oldest", "commonest"):
         model = prepared(qwen2_pair[1])
         model.set_window(16, bank_tokens=1024, forget=forget)
         cache = DynamicCache(config=model.config)
-        ids = random_ids(1, 1500, seed=60)
+        ids = random_ids(1, 1500, seed=60) % 90
+        ids[0, 40:44] = torch.tensor([100, 101, 102, 103])  # words that stand nowhere else
         with torch.no_grad():
             for part in ids.split(500, 1):
                 output = model(part, past_key_values=cache, look_up=True, logits_to_keep=1)
@@ -351,6 +353,25 @@ def test_a_full_bank_lets_go(qwen2_pair):
         close(model, output.logits, whole)
         if forget == "oldest":
             assert not blocks[0].spans and len(blocks[-1].spans) == 4
+        else:
+            assert 10 in blocks[2].spans
+
+
+def test_keys_are_gathered_in_pieces_of_memory(qwen, monkeypatch, tmp_path):
+    """Whatever the pieces: the same keys, also in copies, shorter rows and files."""
+    ids = random_ids(1, 150, seed=61)
+    alone = qwen.read(ids).layers[0].settle()[0]
+    bank = sys.modules[type(alone).__module__]
+    monkeypatch.setattr(bank, "PIECE", 4)
+    cache = qwen.read(ids)
+    row = cache.layers[0].settle()[0]
+    assert len(row.blocks) == 9
+    assert [b.keys.untyped_storage().nbytes() // b.keys.nbytes for b in row.blocks] == [4] * 8 + [1]
+    qwen.save_bank(cache, tmp_path / "bank.safetensors")
+    again = qwen.load_bank(tmp_path / "bank.safetensors").layers[0].settle()[0]
+    for other in (row, again, row.cut(100, qwen.window_settings)):
+        for mine, its in zip(other.blocks, alone.blocks):
+            assert torch.equal(mine.keys, its.keys) and mine.spans == its.spans
 
 
 def test_what_cannot_be_is_refused(qwen):

@@ -62,7 +62,7 @@ def test_keys_come_as_they_are():
         return JSONResponse({"data": data})
 
     with running(Starlette(routes=[Route("/pooling", pooling, methods=["POST"])])) as url:
-        read = VllmKeys(f"{url}/v1", block=4, size=3)
+        read = VllmKeys(f"{url}/v1", block=4, size=3, dtype=torch.float32)
         pieces = [torch.arange(5), torch.arange(5, 10)]
         made = read(pieces)
         assert [some.tolist() for some in made] == keys[:, 1:].tolist()

@@ -62,7 +62,7 @@ def test_keys_are_those_of_transformers(server, smol, model):
 
     settings = model.model.window_settings
     port = next(port for port in listening_ports(server) if is_reader(f"http://127.0.0.1:{port}"))
-    read = VllmKeys(f"http://127.0.0.1:{port}/v1", settings.block, settings.key_size)
+    read = VllmKeys(f"http://127.0.0.1:{port}/v1", settings.block, settings.key_size, torch.float32)
     ids = torch.tensor(model.tokenizer(story(1, 120))["input_ids"])
     pieces = [ids[: settings.block], ids[: settings.block + settings.overlap + 1]]
     for piece, keys in zip(pieces, read(pieces)):

@@ -40,7 +40,7 @@ def kind_prompts(
     rng = rng_of(needles, length, depth, seed)
     if needles.kind == "keyvalue":
         return [_pairs(rng, length, depth, count)]
-    people, values = names(rng, needles.count), _values(rng, needles)
+    people, values = names(rng, needles.count), values_of(rng, needles)
     what = WHAT[needles.kind]
     facts = [f"The {what} of {name} is {value}." for name, value in zip(people, values)]
     if needles.kind == "several":
@@ -71,7 +71,7 @@ def names(rng: np.random.Generator, count: int) -> list[str]:
     return [*kin, *others][:count]
 
 
-def _values(rng: np.random.Generator, needles: Needles) -> list[str]:
+def values_of(rng: np.random.Generator, needles: Needles) -> list[str]:
     """Different ones: numbers of five digits, or two words."""
     if needles.kind != "words":
         return [str(10_000 + value) for value in rng.choice(90_000, needles.count, replace=False)]
