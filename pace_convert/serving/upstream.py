@@ -42,12 +42,13 @@ def check_engine(url: str, key: str | None) -> None:
 
 
 class Upstream:
-    """url: of the server, with its /v1. key: its API key; None: a client's is handed on."""
+    """url: of the server, with its /v1. key: its API key; clients' own keys are not handed on."""
 
     forwards = True
 
     def __init__(self, served: Served, url: str, key: str | None) -> None:
-        self.served, self.url, self.key = served, url, key
+        self.served, self.url = served, url
+        self.headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.worker = Worker()
         self.client = httpx2.AsyncClient(timeout=httpx2.Timeout(None, connect=CONNECT))
         self.known: list[dict[str, Any]] = []
@@ -55,7 +56,7 @@ class Upstream:
     async def models(self) -> list[dict[str, Any]]:
         """As of any engine."""
         try:
-            response = await self.client.get(f"{self.url}/models", headers=self._headers(None))
+            response = await self.client.get(f"{self.url}/models", headers=self.headers)
             self.known = list(response.raise_for_status().json()["data"])
         except (httpx2.HTTPError, ValueError, KeyError, TypeError) as error:
             raise _absent(error) from error
@@ -79,11 +80,8 @@ class Upstream:
 
     async def forward(self, path: str, http: HttpRequest, body: bytes) -> Response:
         """As of any engine."""
-        headers = {
-            **self._headers(http.headers.get("authorization")),
-            "Content-Type": http.headers.get("content-type", "application/json"),
-        }
-        response = await self._sent(path, body, headers)
+        kind = http.headers.get("content-type", "application/json")
+        response = await self._sent(path, body, {**self.headers, "Content-Type": kind})
         kind = response.headers.get("content-type")
         if kind and kind.startswith("text/event-stream"):
             return StreamingResponse(_relayed(response), response.status_code, media_type=kind)
@@ -107,10 +105,6 @@ class Upstream:
         """As of any engine."""
         await self.client.aclose()
         self.worker.close()
-
-    def _headers(self, given: str | None) -> dict[str, str]:
-        authorization = f"Bearer {self.key}" if self.key else given
-        return {"Authorization": authorization} if authorization else {}
 
     async def _sent(self, path: str, body: bytes, headers: dict[str, str]) -> httpx2.Response:
         request = self.client.build_request(
@@ -148,7 +142,7 @@ class Upstream:
 
     async def _pieces(self, asked: dict[str, Any]) -> AsyncIterator[Piece]:
         """Raises ApiError with the engine's words, or where it breaks off."""
-        headers = {**self._headers(None), "Content-Type": "application/json"}
+        headers = {**self.headers, "Content-Type": "application/json"}
         response = await self._sent("/completions", json.dumps(asked).encode(), headers)
         try:
             if response.status_code != 200:
