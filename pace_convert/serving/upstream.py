@@ -80,8 +80,8 @@ class Upstream:
 
     async def forward(self, path: str, http: HttpRequest, body: bytes) -> Response:
         """As of any engine."""
-        kind = http.headers.get("content-type", "application/json")
-        response = await self._sent(path, body, {**self.headers, "Content-Type": kind})
+        given = http.headers.get("content-type", "application/json")
+        response = await self._sent(path, body, {**self.headers, "Content-Type": given})
         kind = response.headers.get("content-type")
         if kind and kind.startswith("text/event-stream"):
             return StreamingResponse(_relayed(response), response.status_code, media_type=kind)
@@ -119,8 +119,8 @@ class Upstream:
 
     def _asked(self, context: list[int], sampling: Sampling) -> dict[str, Any]:
         """The request of a completion of token ids."""
-        model = next(model for model in self.known if model["id"] == sampling.model)
-        longest = model.get("max_model_len")
+        known = {model["id"]: model for model in self.known}
+        longest = known.get(sampling.model, {}).get("max_model_len")
         most = self.served.window
         if isinstance(longest, int):
             most = max(1, min(most, longest - len(context)))
