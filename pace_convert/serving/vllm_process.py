@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import os
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -30,7 +33,7 @@ class VllmProcess:
         self.url, self.log = f"http://127.0.0.1:{port}/v1", log
         where = ["--host", "127.0.0.1", "--port", str(port)]
         self.command = [*_program(), "--model", str(folder), *where, *arguments]
-        self.ending = threading.Event()
+        self.ending, self.changing = threading.Event(), threading.Lock()
         self.process = self._started()
         self.watcher = threading.Thread(target=self._watch, daemon=True)
 
@@ -46,13 +49,12 @@ class VllmProcess:
 
     def stop(self) -> None:
         """End it."""
-        self.ending.set()
+        with self.changing:
+            self.ending.set()
         self.process.terminate()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(STOP)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        self._clear()
 
     def _started(self) -> subprocess.Popen:
         with self.log.open("ab") as log:
@@ -61,16 +63,26 @@ class VllmProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,  # Ctrl-C is this server's, which ends it in its turn
+                start_new_session=True,  # Ctrl-C is this server's, and `_clear` ends them all
             )
 
     def _watch(self) -> None:
         while True:
             self.process.wait()
+            self._clear()
             if self.ending.wait(PAUSE):
                 return
-            print("vLLM has ended; it is started again", file=sys.stderr, flush=True)
-            self.process = self._started()
+            with self.changing:
+                if self.ending.is_set():
+                    return
+                print("vLLM has ended; it is started again", file=sys.stderr, flush=True)
+                self.process = self._started()
+
+    def _clear(self) -> None:
+        """Whatever is left of it: its engine is a process of its own."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
     def _answers(self) -> bool:
         try:
