@@ -401,9 +401,12 @@ class Rereader:
 
 
 def passages(entry: RereadEntry | None) -> list[list[Passage]]:
-    """By row, what the look-up at the latest prompt's end has found; without one the latest."""
+    """By row, in text order, what the look-up at the latest prompt's end has found; without one the
+    latest.
+    """
     rows = entry.settle() if entry is not None else []
-    return [list(row.found if row.answering is None else row.answering) for row in rows]
+    found = (row.found if row.answering is None else row.answering for row in rows)
+    return [sorted(some, key=lambda passage: passage.first) for some in found]
 
 
 def _latest(asked: Tensor | None, given: Any) -> Tensor | None:

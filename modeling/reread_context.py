@@ -18,11 +18,7 @@ def context(row: Row, build: Build, stop: int, settings: RereadSettings) -> Tens
         return row.ids[:stop].long()
     parts = [(0, settings.first), *((p.first, p.stop) for p in row.found)]
     parts.append((window_start(build, settings), stop))
-    pieces, at = [], 0
-    for first, until in parts:
-        pieces.append(row.ids[max(first, at) : until])
-        at = max(at, until)
-    return torch.cat(pieces).long()
+    return torch.cat([row.ids[first:until] for first, until in parts]).long()
 
 
 def side_by_side(pieces: list[Tensor]) -> tuple[Tensor, Tensor | None, Tensor]:

@@ -14,7 +14,8 @@ span is scored by the weighted sum, over the tokens that ask, of their votes for
 Negative ones do not vote. Exact words are votes too (`reread_words`): a span's score is the sum of
 both, each as a share of the best span's, that of words squared and taken `words` times. The spans
 whose score is at least `stand_out` times the best one's are chosen, at most `spans`. Of each a
-passage of two spans' width comes back: the span, and half a span on either side.
+passage of two spans' width comes back: the span, and half a span on either side. They are read by
+rising score, the best one next to the window: of several that are alike a model believes the last.
 
 The nearest published work is REFORM (Song et al. 2025, arXiv 2506.01215), whose keys are
 attention's own and whose unit are single tokens.
@@ -22,7 +23,7 @@ attention's own and whose unit are single tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -52,7 +53,7 @@ class Asking:
 
 
 def look_up(row: Row, asking: Asking, stop: int, settings: RereadSettings) -> tuple[Passage, ...]:
-    """The passages of the spans that stand out, in text order; what overlaps is one.
+    """The passages of the spans that stand out, as they are read.
 
     stop: the first token of the window; tokens from it on, and the first S, are in the working
     context anyway.
@@ -61,7 +62,17 @@ def look_up(row: Row, asking: Asking, stop: int, settings: RereadSettings) -> tu
     order = sorted(range(len(spans)), key=lambda i: (-scores[i], spans[i]))[: settings.spans]
     best = scores[order[0]] if order else 0.0
     chosen = [i for i in order if best > 0 and scores[i] >= settings.stand_out * best]
-    return _apart(_around(spans[i], scores[i] / best, stop, settings) for i in sorted(chosen))
+    return passages_of({spans[i]: scores[i] / best for i in chosen}, stop, settings)
+
+
+def passages_of(
+    scores: Mapping[int, float], stop: int, settings: RereadSettings
+) -> tuple[Passage, ...]:
+    """Passages of these spans by rising score, of equals the earlier first; what overlaps is one.
+    stop: the first token of the window.
+    """
+    around = (_around(span, scores[span], stop, settings) for span in sorted(scores))
+    return tuple(sorted(_apart(around), key=lambda passage: passage.score))
 
 
 def scored(

@@ -3,7 +3,7 @@
 Notation: W = window, S = first, C = capacity. Tokens are counted in their row, from 0.
 
 Up to C tokens the working context is the row itself. Beyond, it is *built* at certain counts, from
-the tokens before: [first S | recalled spans | window], and tokens that come later extend it. A
+the tokens before: [first S | recalled passages | window], and tokens that come later extend it. A
 build at count c has the window that begins at (c // W - 1) W, so the window holds W to 2 W tokens.
 
     scheduled, at C and at every multiple of W beyond   in effect from token c on

@@ -37,7 +37,7 @@ class RereadSettings:
     first: int = whole(64, low=1, high=MOST_TOKENS)
     spans: int = whole(8, low=0, high=MOST_SLOTS)
     span_width: int = whole(64, low=4, high=1024)
-    stand_out: float = real(0.65, low=0, high=1)
+    stand_out: float = real(0.15, low=0, high=1)
     key_size: int = whole(192, low=1, high=MOST_SLOTS)
     bank_tokens: int = whole(262144, low=1024, high=1 << 31)
     query_tokens: int = whole(128, low=1, high=MOST_TOKENS)

@@ -37,13 +37,18 @@ class SlowReread:
         if count is None:
             return self.ids[: token + 1]
         start = (count // s.window - 1) * s.window
-        inside = set(range(s.first)) | set(range(start, token + 1))
-        for span in self.look_up(count, start, asked):
-            half = s.span_width // 2
-            for t in range(span * s.span_width - half, (span + 2) * s.span_width - half):
-                if s.first <= t < start:
-                    inside.add(t)
-        return [self.ids[t] for t in sorted(inside)]
+        half, passages = s.span_width // 2, []
+        for span, score in sorted(self.look_up(count, start, asked).items()):
+            first, stop = span * s.span_width - half, (span + 2) * s.span_width - half
+            first, stop = max(first, s.first), min(stop, start)
+            if passages and first <= passages[-1][1]:  # they overlap or touch: one, the better's
+                before = passages.pop()
+                first, score = before[0], max(before[2], score)
+            passages.append((first, stop, score))
+        passages.sort(key=lambda passage: passage[2])  # the best one next to the window
+        inside = [*range(s.first)]
+        inside += [t for first, stop, _ in passages for t in range(first, stop)]
+        return [self.ids[t] for t in [*inside, *range(start, token + 1)]]
 
     def _latest(self, token, capacity):
         """(count, asked) of the latest look-up that acts on this token; (None, False): none."""
@@ -56,11 +61,11 @@ class SlowReread:
                 latest = (t + 1, True)
         return latest
 
-    def look_up(self, count, start, asked) -> list[int]:
-        """The spans that are chosen."""
+    def look_up(self, count, start, asked) -> dict[int, float]:
+        """The spans that are chosen, and their scores."""
         s = self.settings
         if not s.spans:
-            return []
+            return {}
         outside = range(s.first, start)
         keys = np.array([self.key(t) for t in outside])
         mean = keys.mean(0)
@@ -94,7 +99,8 @@ class SlowReread:
             total = total + s.words * (words / max(words.max(), 1e-300)) ** 2
         scores = dict(zip(spans, total))
         ranked = sorted(scores, key=lambda span: (-scores[span], span))[: s.spans]
-        return [span for span in ranked if scores[span] >= s.stand_out * scores[ranked[0]]]
+        least = s.stand_out * scores[ranked[0]]
+        return {span: scores[span] for span in ranked if scores[span] >= least}
 
     def _words(self, texts, asking, weights) -> np.ndarray:
         """BM25 for texts of one length; of a token that asks twice the larger weight."""

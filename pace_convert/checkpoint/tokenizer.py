@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..errors import PaceError
+
 FILES = {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"}
 CONFIG = "tokenizer_config.json"
 MODULE = "tokenization_pace"
@@ -39,6 +41,32 @@ def load_tokenizer(folder: Path, **options: Any) -> Any:
         )
     except Exception:  # each tokenizer class fails in its own way
         return None
+
+
+def vocabulary_size(config: dict) -> int | None:
+    """Tokens that a model has a vector for, as its config.json says; None where it does not."""
+    parts = (config, config.get("text_config"))
+    sizes = (part.get("vocab_size") for part in parts if isinstance(part, dict))
+    return next((size for size in sizes if isinstance(size, int)), None)
+
+
+def encode(tokenizer: Any, text: str, vocabulary: int | None, **options: Any) -> Any:
+    """What the tokenizer makes of a text, for a model that shall read it.
+
+    vocabulary: tokens that the model has a vector for; None: unknown. options: of the tokenizer's
+    call. Raises PaceError where the text has a token that the model does not know. Other texts are
+    read: many a tokenizer has tokens more than its model, which no plain text holds.
+    """
+    made = tokenizer(text, verbose=False, **options)
+    largest = max(made["input_ids"], default=0)
+    if vocabulary is not None and largest >= vocabulary:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise PaceError(
+            f"{tokenizer.name_or_path}: its tokenizer makes token {largest} ({token!r}) of this "
+            f"text, but the model's vocabulary has {vocabulary}",
+            "put the tokenizer files there that belong to the model, or leave that out of the text",
+        )
+    return made
 
 
 def padding_id(tokenizer: Any) -> int:

@@ -100,6 +100,7 @@ def ask(
     reader = DocumentReader.load(
         out, device=device, window=window, trust_remote_code=trust_remote_code
     )
+    reader.check([*(document.text for document in documents), *questions])
     folder = None if no_bank else banks or bank_folder()
     texts = [reader.read(document, folder, progress) for document in documents]
     answers = [_asked(reader, texts, q, max_new_tokens, as_json) for q in questions]

@@ -1,10 +1,10 @@
 """The rival of re-reading: the same spans, found by the words of the question, and read by the base
 model as an ordinary prompt. BM25 (Robertson et al. 1994) is rank_bm25's.
 
-First tokens, window, width of the spans, their number and that each comes with its successor are
-those of re-reading; only what finds them differs. Where the benchmark says what the question is,
-its words alone are looked for, which is a courtesy: re-reading has to make do with the prompt's
-latest tokens.
+First tokens, window, width of the spans, their number, the passage around each and the order of
+passages are those of re-reading; only what finds them differs. Where the benchmark says what the
+question is, its words alone are looked for, which is a courtesy: re-reading has to make do with the
+prompt's latest tokens.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ..modeling.reread_lookup import passages_of
 from ..modeling.reread_schedule import segments, window_start
 from ..modeling.reread_settings import RereadSettings
 from .reader import Answer, Prefix, Reader
@@ -50,7 +51,7 @@ class Bm25Reader(Reader):
         return None
 
     def found(self, ids: list[int], start: int, question: str = "") -> Ranges:
-        """What is brought back of the tokens before the window, (first, stop) each, in order.
+        """What is brought back of the tokens before the window, (first, stop) each, as it is read.
 
         start: of the window. question: empty: the latest tokens ask.
         """
@@ -62,8 +63,8 @@ class Bm25Reader(Reader):
         asked = question or self.decode(ids[-self.settings.query_tokens :])
         texts = [words(self.decode(ids[a:b])) for a, b in spans]
         best = best_spans(texts, words(asked), self.settings.spans)
-        chosen = sorted({*best, *(i + 1 for i in best if i + 1 < len(spans))})
-        return tuple(spans[i] for i in chosen)
+        scores = {spans[i][0] // width: 1 / (rank + 1) for rank, i in enumerate(best)}
+        return tuple((p.first, p.stop) for p in passages_of(scores, start, self.settings))
 
     def inside(self, ids: list[int], question: str = "") -> Ranges | None:
         """The tokens of a prompt that the base reads, (first, stop) each; None: all."""
@@ -153,12 +154,5 @@ def words(text: str) -> list[str]:
 
 
 def taken(ids: list[int], ranges: Ranges | None) -> list[int]:
-    """The tokens in these ranges, which are in order; where they overlap, once. None: all."""
-    if ranges is None:
-        return ids
-    made: list[int] = []
-    at = 0
-    for first, stop in ranges:
-        made += ids[max(first, at) : stop]
-        at = max(at, stop)
-    return made
+    """The tokens in these ranges, one behind the other. None: all."""
+    return ids if ranges is None else [token for a, b in ranges for token in ids[a:b]]

@@ -16,9 +16,8 @@ from .arms import ARMS, AS_IT_IS, REREADING
 from .benchmarks.table import Benchmark, benchmark
 from .folder import RESULTS
 from .options import ComparisonOptions, JobOptions, SweepOptions, require_extra, validated
-from .reader import Reader
 from .runner import Evaluation, Results, run_cells
-from .subjects import Subject, is_pace, layer_count, reach, subjects_of, tokenizer_of
+from .subjects import Subject, is_pace, layer_count, reach, subjects_of, unloaded
 from .sweep import Level, combinations, levels, parse_factor, swept_subjects
 from .sweep_plot import plot_levels
 from .variants import variants as variants_of
@@ -169,7 +168,7 @@ def _check(test: Evaluation, subjects: Sequence[Subject]) -> None:
     check = getattr(test, "check", None)
     if check is not None:
         for model in dict.fromkeys(subject.model for subject in subjects):
-            check(Reader(None, tokenizer_of(model)))
+            check(unloaded(model))
 
 
 def _written(results: Results, facts: dict, folder: Path) -> Results:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.tokenizer import padding_id
+from ..checkpoint.tokenizer import encode, padding_id
 
 BATCH_TOKENS = 8192  # prompt tokens of the rows that are read together
 # tokens of one prefill call of one row: longer prompts come in several, so that their masks stay
@@ -52,10 +52,13 @@ class Answer:
 class Reader:
     """A model and its tokenizer. A row's result does not depend on the rows beside it (promise
     1).
+
+    vocabulary: the model's number of tokens, where there is no model yet.
     """
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any, vocabulary: int | None = None) -> None:
         self.model, self.tokenizer = model, tokenizer
+        self.vocabulary = model.config.get_text_config().vocab_size if model else vocabulary
         self.longest = 0  # tokens of the longest row that was read or written so far
 
     @property
@@ -72,14 +75,17 @@ class Reader:
         )
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Token ids; special: with those that the tokenizer puts around a text."""
-        return self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+        """Token ids; special: with those that the tokenizer puts around a text. Raises PaceError
+        for a token that the model does not know.
+        """
+        made = encode(self.tokenizer, text, self.vocabulary, add_special_tokens=special)
+        return made["input_ids"]
 
     def encode_parts(
         self, text: str, parts: Sequence[str], special: bool = True
     ) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids, and of each part of the text the first of its tokens and the one behind."""
-        made = self.tokenizer(text, add_special_tokens=special, verbose=False)
+        made = encode(self.tokenizer, text, self.vocabulary, add_special_tokens=special)
         places = []
         for part in parts:
             at = text.index(part)

@@ -15,7 +15,7 @@ from huggingface_hub import hf_hub_download
 
 from ..checkpoint.checkpoint import Source, open_source, trained_length
 from ..checkpoint.hub_errors import READING, hub_errors
-from ..checkpoint.tokenizer import load_tokenizer
+from ..checkpoint.tokenizer import load_tokenizer, vocabulary_size
 from ..converted.format import PERMUTATION
 from ..converted.load import edited_code, load_model, refuse_edited
 from ..converted.opened import Converted, open_converted
@@ -206,6 +206,11 @@ def tokenizer_of(model: str) -> Any:
             f"{model} has no tokenizer that loads", "copy the source's tokenizer files there"
         )
     return tokenizer
+
+
+def unloaded(model: str) -> Reader:
+    """Its tokenizer and the size of its vocabulary, which need no weights; it reads nothing."""
+    return Reader(None, tokenizer_of(model), vocabulary_size(_files(model).config))
 
 
 def blocks_of(subject: Subject) -> int | None:

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch.nn.functional import embedding_bag, linear
 
-from .flow import balanced_by_candidates
-from .transport import Each, balanced_labels, smooth_prices
+from .flow import among_candidates, balanced_by_candidates
+from .transport import Each, balanced_labels, fairer_prices, smooth_prices
 
 ANNEALED, EXACT = 20, 10  # rounds, at most
 # How soft the choices are that prices are found for, in standard deviations of the scores: in
@@ -21,13 +21,16 @@ ANNEALED, EXACT = 20, 10  # rounds, at most
 SOFTNESS = 0.1, 0.01
 # Share of neurons: when an exact round moves no more, the next ones aren't worth their time.
 SETTLED = 0.002
-# Beyond so many clusters an exact round tries a few candidates a neuron, and needs no finer prices:
-# Newton's steps take K^2 N products each, and a repair K^2 a move.
+# Beyond so many clusters each round tries a few candidates a neuron, at rough prices: Newton's
+# steps take K^2 N products each, and a repair K^2 a move. Clusters are small then, and all rounds
+# exactly balanced: one that lost all its neurons would have no mean to find others by.
 MANY = 128
 # How hard a neuron is pushed out of its cluster at first, the larger of: so many times its own
-# share of the cluster's mean, so many standard deviations of the scores.
-REPULSION = 2.0, 3.0
-BLOCK, CHOICES = 512, 2048  # rows multiplied, and rows of scores compared, at once by one thread
+# share of the cluster's mean, so many standard deviations of the scores. With many clusters the
+# share is large, and at one of it nearly all neurons move.
+REPULSION, MANY_REPULSION = (2.0, 3.0), (1.0, 0.0)
+# Rows multiplied, rows of scores compared, clusters summed at once by one thread.
+BLOCK, CHOICES, BAGS = 512, 2048, 8
 SAFE = 50  # squares of numbers from 2^-50 to 2^50 can be summed in fp32
 
 
@@ -49,7 +52,7 @@ def balanced_kmeans(rows: torch.Tensor, experts: int, seed: int) -> np.ndarray:
         changed = torch.arange(experts, device=rows.device)
         for _ in range(EXACT):
             # A cluster that neither lost nor gained a neuron has the mean and scores it had.
-            means = directions.means(labels, changed, torch.float32)
+            means = directions.means(labels, changed)
             scores[:, changed] = directions.scores(means, torch.float32)
             assigned, prices = _assigned(directions, scores, prices)
             before = labels
@@ -73,26 +76,44 @@ def _assigned(
 
 
 def _annealed(directions: Directions, experts: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Labels [D] int64 that are nearly balanced, and the prices [K] float64 they were chosen at."""
+    """Labels [D] int64, balanced or nearly so, and the prices [K] float64 they were chosen at."""
+    many = experts > MANY
+    assign = _balanced if many else _nearly_balanced
+    of_share, of_deviation = MANY_REPULSION if many else REPULSION
     scores = directions.scores(directions.some(experts, seed), torch.bfloat16)
-    clusters = torch.arange(experts, device=scores.device)
-    free = torch.zeros_like(clusters, dtype=torch.float64)
-    prices = _prices(directions, scores, free, SOFTNESS[0] * scores.std())
-    labels = _choices(directions, scores, prices)
+    free = torch.zeros(experts, dtype=torch.float64, device=scores.device)
+    labels, prices = assign(directions, scores, free, scores.std())
     for remaining in torch.linspace(1, 0, ANNEALED).tolist()[1:]:
-        means = directions.means(labels, clusters, torch.bfloat16)
-        scores = directions.scores(means, torch.bfloat16)
+        scores = directions.scores(directions.rough_means(labels, experts), torch.bfloat16)
         deviation = scores.std()
         share = 1 / torch.bincount(labels, minlength=experts)[labels]
-        repulsion = remaining * torch.maximum(REPULSION[0] * share, REPULSION[1] * deviation)
+        repulsion = remaining * torch.maximum(of_share * share, of_deviation * deviation)
         repulsion = repulsion * (directions.scale > 0)  # a zero row is no part of its mean
         scores.scatter_add_(1, labels[:, None], -repulsion[:, None])
-        prices = _prices(directions, scores, prices, SOFTNESS[0] * deviation)
         before = labels
-        labels = _choices(directions, scores, prices)
+        labels, prices = assign(directions, scores, prices, deviation)
         if remaining < 0.5 and torch.equal(labels, before):
             break
     return labels, prices
+
+
+def _nearly_balanced(
+    directions: Directions, scores: torch.Tensor, prices: torch.Tensor, deviation: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choices [D] int64 at prices [K] that make them nearly balanced."""
+    prices = _prices(directions, scores, prices, SOFTNESS[0] * deviation)
+    return _choices(directions, scores, prices), prices
+
+
+def _balanced(
+    directions: Directions, scores: torch.Tensor, prices: torch.Tensor, deviation: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Balanced labels [D] int64, the best ones among a few candidates, and rough prices [K]."""
+    softness = SOFTNESS[0] * deviation.item()
+    if softness > 0:
+        prices = fairer_prices(scores.split(CHOICES), prices, 1 / softness, directions.each)
+    labels = among_candidates(scores.cpu().numpy(), prices.cpu().numpy())
+    return torch.from_numpy(labels).to(scores.device), prices
 
 
 def _choices(directions: Directions, scores: torch.Tensor, prices: torch.Tensor) -> torch.Tensor:
@@ -161,28 +182,40 @@ class Directions:
         order = order[torch.argsort(self.scale[order] == 0, stable=True)][:count]
         return self.rows[order].float() * self.scale[order, None]
 
-    def means(
-        self, labels: torch.Tensor, clusters: torch.Tensor, dtype: torch.dtype
-    ) -> torch.Tensor:
-        """[C, H] float32: the mean directions of these clusters, summed in `dtype`: fp32, or
-        several times as fast and rounded, bf16.
-
-        labels: [D] int64. clusters: [C] int64.
+    def rough_means(self, labels: torch.Tensor, experts: int) -> torch.Tensor:
+        """[K, H] float32: the mean directions of all clusters, zero for an empty one, rounded to
+        bf16 and several times as fast as `means`. labels: [D] int64.
         """
-        weights = self.scale.to(dtype)
+        order = torch.argsort(labels, stable=True)
+        weights = self.scale.bfloat16()[order]
+        sizes = torch.bincount(labels, minlength=experts)
+        ends = sizes.cumsum(0)
+
+        def block(part: tuple[torch.Tensor, ...]) -> torch.Tensor:
+            sizes, ends = part
+            members = slice(int(ends[0] - sizes[0]), int(ends[-1]))
+            totals = embedding_bag(
+                order[members],
+                self.rows,
+                ends - sizes - members.start,
+                mode="sum",
+                per_sample_weights=weights[members],
+            )
+            return totals.float() / sizes[:, None].clamp(min=1)
+
+        return torch.cat(self.each(block, list(zip(sizes.split(BAGS), ends.split(BAGS)))))
+
+    def means(self, labels: torch.Tensor, clusters: torch.Tensor) -> torch.Tensor:
+        """[C, H] float32: the mean directions of these clusters. labels: [D] int64. clusters: [C]
+        int64.
+        """
         # Members of a cluster stand together in `order`, up to its end.
         order = torch.argsort(labels, stable=True)
         ends = torch.bincount(labels, minlength=int(clusters.max()) + 1).cumsum(0)
 
         def mean(cluster: int) -> torch.Tensor:
             members = order[int(ends[cluster - 1]) if cluster else 0 : int(ends[cluster])]
-            if dtype is torch.bfloat16 and len(members):
-                total = embedding_bag(
-                    members[None], self.rows, mode="sum", per_sample_weights=weights[members][None]
-                )[0]
-            else:
-                total = weights[members] @ self.rows[members].to(dtype)
-            return total.float() / max(1, len(members))
+            return self.scale[members] @ self.rows[members].float() / max(1, len(members))
 
         return torch.stack(self.each(mean, clusters.tolist()))
 

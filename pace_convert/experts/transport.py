@@ -3,7 +3,8 @@
 Assigning N neurons to K clusters of given sizes is a transport problem. K numbers decide it, a
 price for each cluster: every neuron takes the cluster whose score minus price is largest (the
 linear programme's dual). Smoothed prices come from Newton's method in a few passes over the scores;
-what they leave unbalanced is repaired exactly, or, where that is much, solved anew as a flow.
+what they leave unbalanced is repaired exactly, or, where that is much, solved anew as a flow. With
+many clusters one step in Sinkhorn's way does, which tells who is a candidate for a flow.
 """
 
 from __future__ import annotations
@@ -64,6 +65,21 @@ def smooth_prices(
             prices = prices + step * ((2 * torch.log1p(spread) / spread).clamp(max=1) / current)
         sizes, overlap = _soft_sizes(scores, prices, current, each)
     return prices
+
+
+def fairer_prices(
+    scores: Sequence[torch.Tensor], prices: torch.Tensor, sharpness: float, each: Each
+) -> torch.Tensor:
+    """One of Sinkhorn's steps (Cuturi 2013) on the dual of `smooth_prices`, with the same
+    arguments: prices at which the softened choices fill the clusters more evenly.
+    """
+    share = sum(len(block) for block in scores) / len(prices)
+
+    def block(scores: torch.Tensor) -> torch.Tensor:
+        return torch.softmax((scores - prices.to(scores.dtype)) * sharpness, 1).sum(0).double()
+
+    # A cluster that nothing chooses becomes cheaper by a finite step.
+    return prices + torch.log((sum(each(block, scores)) / share).clamp(min=1e-3)) / sharpness
 
 
 def _worst(sizes: torch.Tensor, share: float) -> float:

@@ -12,7 +12,6 @@ from torch import Tensor
 from ..converted.activations import listening
 from ..converted.load import in_words, load_model
 from ..converted.opened import Converted
-from ..errors import PaceError
 from ..modeling.memory_settings import MemorySettings
 from ..progress import Progress
 from .reading import Text
@@ -45,16 +44,9 @@ def probe(
     weights.
 
     OUT's modeling files run only if they are the ones this version ships, or with
-    `trust_remote_code`. Raises CallError for edited ones, PaceError where the model does not load
-    or has no such token.
+    `trust_remote_code`. Raises CallError for edited ones, PaceError where the model does not load.
     """
     model = load_model(converted, head=False, trust_remote_code=trust_remote_code)
-    known = model.get_input_embeddings().weight.shape[0]
-    if max(text.ids) >= known:
-        raise PaceError(
-            f"the tokenizer has token {max(text.ids)}, the model only {known}",
-            "give the model its own tokenizer",
-        )
     shares = _Shares([sizes for _, sizes in converted.orders], len(text.ids))
     traces = _traces(converted)
     with in_words(converted, "run"):

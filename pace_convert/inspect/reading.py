@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoint.tokenizer import load_tokenizer
+from ..checkpoint.tokenizer import encode, load_tokenizer, vocabulary_size
 from ..converted.opened import Converted
 from ..errors import CallError, PaceError, one_line
 
@@ -61,7 +61,14 @@ def tokenise(converted: Converted, name: str, text: str) -> Text:
             "copy the source's tokenizer files there",
         )
     try:
-        encoded = tokenizer(text, return_offsets_mapping=tokenizer.is_fast, verbose=False)
+        encoded = encode(
+            tokenizer,
+            text,
+            vocabulary_size(converted.files.config),
+            return_offsets_mapping=tokenizer.is_fast,
+        )
+    except PaceError:
+        raise
     except Exception as error:  # one whose settings make no sense may load and fail here
         raise PaceError(
             f"{folder}: its tokenizer can't read this text ({one_line(str(error))})",

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.tokenizer import load_tokenizer, padding_id
+from ..checkpoint.tokenizer import encode, load_tokenizer, padding_id
 from ..converted.load import load_model
 from ..converted.opened import open_converted
 from ..device import resolve_device
@@ -31,7 +31,6 @@ def bank_folder() -> Path:
     return Path(base) / "pace" / "banks"
 
 
-STANDS_OUT = 0.15  # a question to a text wants more passages than a needle among needles
 KEYS_DEPEND_ON = ("layer", "key_size", "block", "overlap", "span_width", "bank_tokens", "forget")
 
 
@@ -81,6 +80,7 @@ class DocumentReader:
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
+        self.vocabulary = model.config.get_text_config().vocab_size
         self.before, self.between, self.after = self._template()
 
     @classmethod
@@ -111,10 +111,8 @@ class DocumentReader:
         tokenizer = load_tokenizer(folder)
         if tokenizer is None or not tokenizer.is_fast:
             raise PaceError(f"{folder} has no fast tokenizer", "copy the source's tokenizer.json")
-        own = model.window_settings
-        stands_out = min(STANDS_OUT, own.stand_out) if own else STANDS_OUT
         try:
-            model.set_window(window or own.window, stand_out=stands_out)
+            model.set_window(window or model.window_settings.window)
         except ValueError as error:
             raise CallError(f"--{error}", "give another --window") from error
         return cls(model, tokenizer)
@@ -138,9 +136,7 @@ class DocumentReader:
         None: none is kept.
         """
         opening = self._ids(self.before, special=not self.tokenizer.chat_template)
-        made = self.tokenizer(
-            document.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
+        made = self._encoded(document.text, return_offsets_mapping=True)
         ids = [*opening, *made["input_ids"]]
         offsets = (*[None] * len(opening), *map(tuple, made["offset_mapping"]))
         path = None if banks is None else banks / f"{self._bank_name(document)}.safetensors"
@@ -182,9 +178,17 @@ class DocumentReader:
         return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:32]
 
     def _ids(self, text: str, special: bool = False) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+        return self._encoded(text, special)["input_ids"]
+
+    def _encoded(self, text: str, special: bool = False, **options: Any) -> Any:
+        return encode(self.tokenizer, text, self.vocabulary, add_special_tokens=special, **options)
 
     # Asking.
+
+    def check(self, texts: Sequence[str]) -> None:
+        """Raises PaceError where a token of them is none that the model knows."""
+        for text in texts:
+            self._ids(text)
 
     def ask(self, texts: Sequence[ReadText], question: str, max_new_tokens: int = 128) -> Answer:
         """The answer to a question to one or several texts, and where it was read."""

@@ -31,7 +31,13 @@ import torch
 
 from pace_convert.experts.cluster import Clustering, cluster_neurons
 
-SHAPES = {"7b": (18944, 3584), "1.5b": (8960, 1536), "0.5b": (4864, 896)}  # Qwen2's
+# Qwen2's, and SmolLM2-135M's.
+SHAPES = {
+    "7b": (18944, 3584),
+    "1.5b": (8960, 1536),
+    "0.5b": (4864, 896),
+    "135m": (1536, 576),
+}
 KINDS = ("structured", "random")
 CASES = ("floor", "fast", "exact", "library-1", "released", "library-10")
 REFERENCE = "library-10"

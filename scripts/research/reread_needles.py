@@ -8,7 +8,9 @@ its needles over other tokens of the text, from the beginning of a sentence on, 
 anew in which that changes anything; blocks do not depend on each other. So a question to 200K
 tokens takes seconds. A rule is parameters of re-reading (`layer=4,vote=cube`), and what asks:
 `asks=end`, the prompt's latest tokens, with what the chat template puts behind a question;
-`asks=question`, those before that; `asks=lead`, the prompt with the answer's first words behind it.
+`asks=question`, those before that; `asks=lead`, the prompt with the answer's first words behind
+it. `order=text` reads passages in the text's order; `earn=0.5` re-ranks the best `of` spans by what
+they do for the question, see `earned`.
 
 Of each rule: in how many texts the right passage has the best score, the best other's share of it
 (median and worst), in how many it is among those that are read again (held), and how many these
@@ -40,7 +42,7 @@ from pace_convert.modeling.reread_schedule import Build, window_start
 
 ANSWER_TOKENS = 24
 MARK = "\u0001"
-OWN = ("asks", "earn", "of")  # of a rule, what is no parameter of the model's
+OWN = ("asks", "earn", "of", "order")  # of a rule, what is no parameter of the model's
 
 
 class Lab:
@@ -195,6 +197,8 @@ def ask(lab: Lab, kind: str, seed: int, rule: dict, answer: bool) -> dict:
         with lab.model.memory_disabled():
             gained = gains(lab.model, row, passages, asking.ids[own], weights[own])
         passages = chosen(passages, gained, settings.spans, rule["earn"])
+    if rule.get("order") == "text":  # and not the best one last
+        passages.sort(key=lambda passage: passage.first)
     ranges = [(0, settings.first), *((p.first, p.stop) for p in passages), (start, row.count)]
     read = {t for a, b in ranges for t in range(a, b)}
     held = [set(range(*place)) <= read for place in places[: needle.asked]]
@@ -231,7 +235,7 @@ def standing(
 
 def answered(lab: Lab, row: Row, ranges: list[tuple[int, int]]) -> str:
     """What the base says behind these tokens."""
-    inside = sorted({t for a, b in ranges for t in range(a, b)})
+    inside = list(dict.fromkeys(t for a, b in ranges for t in range(a, b)))
     with lab.model.memory_disabled():
         made = lab.model.generate(
             row.ids[inside].long()[None], max_new_tokens=ANSWER_TOKENS, do_sample=False

@@ -14,10 +14,10 @@ tokens; `asks=question`, the question's own, all alike), and what finds:
     find=all         the whole text, in a cache that is made once for it; `base` for short
 
 What is found of a text is one passage for each span, the same for all that find: the span and half
-a span on either side. First tokens, passages and window are read by the base model as an ordinary
-prompt, which is what re-reading does. Written down for each question: the log-likelihood of the
-likeliest right answer and of the question itself, nats a token, and tokens in view. A text is read
-once for all its questions. Goes on where it was.
+a span on either side, the best one last (`order=text`: in the text's order). First tokens, passages
+and window are read by the base model as an ordinary prompt, which is what re-reading does. Written
+down for each question: the log-likelihood of the likeliest right answer and of the question itself,
+nats a token, and tokens in view. A text is read once for all its questions. Goes on where it was.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from pace_convert.evaluation.bm25 import best_spans
 from pace_convert.evaluation.reader import Reader
 from pace_convert.evaluation.subjects import Subject, load
 from pace_convert.modeling.reread_bank import Passage, Row
-from pace_convert.modeling.reread_lookup import Asking, _apart, _around, look_up, query_weights
+from pace_convert.modeling.reread_lookup import Asking, look_up, passages_of, query_weights
 from pace_convert.modeling.reread_schedule import Build, window_start
 from pace_convert.modeling.reread_settings import RereadSettings
 
@@ -76,8 +76,11 @@ class Text:
             return {**made, "tokens": len(prompt.ids)}
         start, passages = self.found(arm, prompt, question)
         settings = settings_of(self.model, arm)
+        if arm.get("order") == "text":
+            passages = tuple(sorted(passages, key=lambda passage: passage.first))
         ranges = [(0, settings.first), *((p.first, p.stop) for p in passages)]
-        inside = sorted({t for a, b in [*ranges, (start, len(prompt.ids))] for t in range(a, b)})
+        ranges.append((start, len(prompt.ids)))
+        inside = dict.fromkeys(t for a, b in ranges for t in range(a, b))
         context = [prompt.ids[t] for t in inside]
         made = self._scores(prompt, context, None)
         return {**made, "tokens": len(context)}
@@ -103,8 +106,8 @@ class Text:
             best = self._alike(texts, question)[: settings.spans]
         else:
             best = []
-        chosen = sorted(spans[i] for i in best)
-        return start, _apart(_around(span, 1.0, start, settings) for span in chosen)
+        scores = {spans[i]: 1 / (rank + 1) for rank, i in enumerate(best)}
+        return start, passages_of(scores, start, settings)
 
     def _by_keys(
         self, arm: dict, prompt: Prompt, question: list[int], start: int, settings: RereadSettings

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -125,6 +126,17 @@ class QuestionAnswering:
 
     def tokens(self, cell: str) -> None:
         """Prompts are cut to what a model takes."""
+
+    def check(self, reader: Reader) -> None:
+        """Raises PaceError where a context, a question or an answer has a token that the model does
+        not know. reader: needs no model.
+        """
+        read = {file: read_contexts(self.files[file]) for file, _, _ in self.contexts}
+        for file, number, _ in self.contexts:
+            context = read[file][number]
+            asked = [(question, *right) for _, question, right in context.questions]
+            for text in chain([context.text], *asked):
+                reader.encode(text, special=False)
 
     def run(self, reader: Reader, cell: str) -> list[dict]:
         """Records hold the answer, its scores, the log-likelihood of the best right answer, nats a

@@ -79,6 +79,18 @@ class TextLoss:
     def tokens(self, cell: str) -> None:
         """Pieces are read as far as a model can."""
 
+    def check(self, reader: Reader) -> None:
+        """Raises PaceError where a text has a token that the model does not know. reader: needs no
+        model.
+        """
+        wanted: dict[int, list[int]] = {}
+        for file, number, _ in self.documents:
+            wanted.setdefault(file, []).append(number)
+        for file, numbers in wanted.items():
+            texts = read_texts(self.files[file])
+            for number in numbers:
+                reader.encode(texts[number], special=False)
+
     def run(self, reader: Reader, cell: str) -> list[dict]:
         """One record a piece: nats, tokens and bytes, each one number a band of `bands`."""
         file, number, mark = self.documents[self.cells().index(cell)]
