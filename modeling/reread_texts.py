@@ -94,7 +94,7 @@ class ReadingMixin:
         progress: Callable[[int], None] | None = None,
     ) -> tuple[Tensor, list[Passage]]:
         """The ordinary prompt that `generate` would answer this one in, for whatever else runs the
-        base model, and what was read again in it. Only the layers up to the keys' are run.
+        base model, and what was read again in it, in text order. Only the first layers are run.
 
         input_ids: [1, L] or [L], whose end is the prompt's. query: ids [Q] that ask instead of it.
         progress: as of `read`. Returns ids [n] and passages; the prompt itself and none where the
@@ -107,7 +107,7 @@ class ReadingMixin:
         entry = find_reread(self.read(ids, progress=progress))
         assert entry is not None
         made, found = self._rereader().prompt(entry.settle()[0], query)
-        return made, list(found)
+        return made, sorted(found, key=lambda passage: passage.first)
 
     def set_key_source(self, source: KeySource | None) -> None:
         """Where reading has the keys of blocks from, for texts that are read from now on; None:
