@@ -52,7 +52,8 @@ class SavingMixin:
 
 def leave_out_lost_layers(model: Any) -> None:
     """No memory, and no re-reading, in layers that somebody has taken out of the model."""
-    count = min(model._stack_memory.layers, model.config.num_hidden_layers)
+    layers = model.config.get_text_config().num_hidden_layers
+    count = min(model._stack_memory.layers, layers)
     layers, window = model.memory_settings.layers, model.window_settings
     kept = tuple(layer for layer in layers if layer < count)
     if kept != layers:
@@ -66,15 +67,17 @@ def leave_out_lost_layers(model: Any) -> None:
 def take_along(model: Any, save_directory: Any) -> dict[str, bytes]:
     """The two files by name, from where the model was loaded or else from where it is saved to.
 
-    None where there is no permutation.
+    None where there is no permutation. A model without experts has the hashes alone.
     """
     origin = model.name_or_path
+    in_order = (model.config.pace or {}).get("experts", {}) is None  # the base's own
+    wanted = (HASHES,) if in_order else (PERMUTATION, HASHES)
     commit = getattr(model.config, "_commit_hash", None)
     for place in (origin, str(save_directory)):
-        paths = {name: _find(place, name, commit) for name in (PERMUTATION, HASHES)}
-        if paths[PERMUTATION] is not None:
+        paths = {name: _find(place, name, commit) for name in wanted}
+        if paths[wanted[0]] is not None:
             return {name: path.read_bytes() for name, path in paths.items() if path is not None}
-    if origin:
+    if origin and not in_order:
         _logger.warning(
             f"{origin} has no {PERMUTATION}: without it the saved model can't be put back into its "
             "base's order of neurons. Copy it from the conversion into the saved folder."

@@ -154,6 +154,8 @@ class MemorySettings:
         experts: Any = 1
         if values.get("granularity") == "expert":
             experts = (pace.get("experts") or {}).get("count")
+            if experts is None:
+                raise ValueError("memory: granularity is expert, and the model has no experts")
         return cls(**values, experts=experts)
 
     def check_model(self, layers: int, intermediate_size: int) -> None:

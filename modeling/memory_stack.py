@@ -81,7 +81,10 @@ class StackMemory:
         self._bind()
         entry = self._entry(inputs)
         entry.refuse_stale()
-        real = real_columns(inputs, entry.columns, tokens.shape[1])
+        mask = inputs.get("attention_mask")
+        if isinstance(mask, dict) and current.given is not None:
+            mask = current.given[0]  # from which a multimodal model has made one for each layer
+        real = real_columns({**inputs, "attention_mask": mask}, entry.columns, tokens.shape[1])
         entry.announce(tokens.shape[0], tokens.shape[1], real, tokens.device)
         return entry
 
@@ -129,7 +132,13 @@ class StackMemory:
                 "choose others with model.set_memory(layers=...), or prune the source and convert "
                 "that"
             )
-        return self.stack.get_submodule(self.projection.format(layer))
+        try:
+            return self.stack.get_submodule(self.projection.format(layer))
+        except AttributeError as error:
+            raise RuntimeError(
+                f"the memory is in layer {layer}, which has no FFN that all tokens pass; choose "
+                "others with model.set_memory(layers=...)"
+            ) from error
 
     def _open(self, stack: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         kwargs = {**dict(zip(self.names, args)), **kwargs}
@@ -279,6 +288,8 @@ def real_columns(kwargs: dict, past: int, length: int) -> Tensor | None:
     """
     mask = kwargs.get("attention_mask")
     positions = kwargs.get("position_ids")
+    if positions is not None and positions.dim() == 3:  # of images: [3 or 4, B, L]
+        positions = positions[0] if len(positions) == 4 else None
     packed = kwargs.get("cu_seq_lens_q") is not None
     if mask is None and positions is not None and length > 1:
         # Positions that do not go up by one are transformers' own sign of packing.

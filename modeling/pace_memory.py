@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -52,16 +52,18 @@ class PaceMixin(ReadingMixin, RecallMixin, SavingMixin):
 
     config: Any
     _stack_memory: StackMemory
+    _refused: ClassVar[Mapping[str, str]] = {}  # memories that a family can't have, and why
     _generated = MemorySummary()  # of the latest `generate`
 
     def _attach_memory(self, stack: nn.Module, projection: str, ffn_input: str) -> None:
+        """projection: "" where the family has no fusion."""
         pace = getattr(self.config, "pace", None) or {}
         settings = self._settings(pace)
         self._window = self._window_settings((pace.get("memory") or {}).get("window"))
         self._reread_keys = KeyReader(stack, ffn_input)
         self._attach_recall((pace.get("memory") or {}).get("recall"))
         self._stack_memory = StackMemory(
-            stack, settings, projection, pace.get("intermediate_size", 0)
+            stack, settings, projection or ffn_input, pace.get("intermediate_size", 0)
         )
         model: Any = self  # the module that this class is mixed into
         model.register_forward_pre_hook(_take_switch, with_kwargs=True, prepend=True)
@@ -69,11 +71,14 @@ class PaceMixin(ReadingMixin, RecallMixin, SavingMixin):
 
     def _settings(self, pace: dict) -> MemorySettings:
         settings = MemorySettings.from_config(pace)
+        if settings.layers and "fusion" in self._refused:
+            raise ValueError(f"memory: this model can have no fusion: {self._refused['fusion']}")
         if settings.layers and not pace.get("intermediate_size"):
             raise ValueError(
                 "config.json: pace.intermediate_size is missing; convert the model again"
             )
-        settings.check_model(self.config.num_hidden_layers, pace.get("intermediate_size", 0))
+        layers = self.config.get_text_config().num_hidden_layers
+        settings.check_model(layers, pace.get("intermediate_size", 0))
         return settings
 
     def _get_name(self) -> str:
@@ -81,6 +86,13 @@ class PaceMixin(ReadingMixin, RecallMixin, SavingMixin):
         them.
         """
         return type(self).__name__.removeprefix("Pace")
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: weights are made by transformers' own classes, whose initialisation skips what was
+        loaded. For others it leaves out modules without parameters, and buffers that these set.
+        """
+        return False
 
     # Calls
 
@@ -109,7 +121,8 @@ class PaceMixin(ReadingMixin, RecallMixin, SavingMixin):
         output = self._rereader().call(asked, kwargs)
         labels = kwargs.get("labels")
         if labels is not None and "logits" in output and output.loss is None:
-            loss = model.loss_function(output.logits, labels, model.config.vocab_size)
+            size = model.config.get_text_config().vocab_size
+            loss = model.loss_function(output.logits, labels, size)
             output = type(output)(**{"loss": loss, **output})
         return output
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,13 @@ from transformers.cache_utils import Cache, DynamicCache
 from .memory_session import MASK, current
 from .memory_stack import StackMemory, real_columns, refuse_tracing
 from .recall_bank import mix
-from .recall_cache import ROOM, RecallEntry, find_recall, is_static, recall_entry
+from .recall_cache import ALONE, ROOM, RecallEntry, find_recall, is_static, recall_entry
 from .recall_settings import RecallSettings
 from .reread_keys import KeyReader
 
 _binding = threading.Lock()
+# Attributes of a config: ids that stand where an image or a video is read.
+PLACEHOLDERS = ("image_token_id", "video_token_id")
 
 
 def recalling(forward: Callable) -> Callable:
@@ -34,6 +36,8 @@ def recalling(forward: Callable) -> Callable:
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
         kwargs = {**dict(zip(names, args)), **kwargs}
         mask = kwargs.pop(MASK, kwargs.get("attention_mask"))
+        if not torch.compiler.is_compiling():
+            current.given = (mask,)
         enabled = self.memory_enabled if current.enabled is None else current.enabled
         acts = enabled and not (self.training and torch.is_grad_enabled())
         recaller: Recaller | None = self._recaller if acts else None
@@ -80,7 +84,9 @@ class Recaller:
         if not torch.compiler.is_compiling():
             columns = given.shape[1] if cache is None else _columns(cache)
             entry.make_room(len(keys), columns, keys)
-        at = entry.write(keys, ids, real if real is None else real.to(keys.device))
+        at = entry.write(
+            keys, _predictable(ids, model.config), real if real is None else real.to(keys.device)
+        )
         if isinstance(cache, Cache) and not is_static(cache):
             entry.columns += given.shape[1]
         self._mix(output, keys, at, entry, kwargs)
@@ -88,6 +94,9 @@ class Recaller:
             more = {name: kwargs[name] for name in ("num_items_in_batch",) if name in kwargs}
             size = model.config.get_text_config().vocab_size
             loss = model.loss_function(output.logits, labels, size, **more)
+            balance = output.get("aux_loss")  # of a mixture's router
+            if balance is not None:
+                loss = loss + model.router_aux_loss_coef * balance.to(loss.device)
             output = type(output)(**{**output, "loss": loss})
         return output if as_dict else output.to_tuple()
 
@@ -196,6 +205,7 @@ class RecallMixin:
     config: Any
     _stack_memory: StackMemory
     _reread_keys: KeyReader
+    _refused: ClassVar[Mapping[str, str]]
     _recaller: Recaller | None = None
 
     def _attach_recall(self, recall: dict | None) -> None:
@@ -211,7 +221,9 @@ class RecallMixin:
         if recall is None:
             return None
         settings = RecallSettings.from_config(recall)
-        settings.check_model(self.config.num_hidden_layers)
+        if "recall" in self._refused:
+            raise ValueError(f"recall: this model can't recall: {self._refused['recall']}")
+        settings.check_model(self.config.get_text_config().num_hidden_layers)
         return settings
 
     def set_recall(self, on: bool = True, **parameters: object) -> None:
@@ -240,6 +252,14 @@ def _columns(cache: Cache, more: int = 0) -> int:
     longest = [layer.max_cache_len for layer in layers if not layer.is_sliding]
     # Where all layers slide, transformers counts on the host.
     return max(longest) if longest else max(ROOM, int(cache.get_seq_length()) + more)
+
+
+def _predictable(ids: Tensor | None, config: Any) -> Tensor | None:
+    """Ids [B, L], ALONE where an image or a video is read: nobody writes such an id."""
+    names = [name for name in PLACEHOLDERS if isinstance(getattr(config, name, None), int)]
+    for name in names if ids is not None else ():
+        ids = ids.masked_fill(ids == getattr(config, name), ALONE)  # type: ignore[union-attr]
+    return ids
 
 
 def _hear(module: nn.Module, args: tuple) -> None:

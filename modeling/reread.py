@@ -24,7 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .memory_session import MASK
 from .memory_stack import real_columns
 from .reread_bank import Passage, Row
-from .reread_cache import Contexts, RereadEntry, reread_entry
+from .reread_cache import Contexts, RereadEntry, held_length, reread_entry
 from .reread_context import (
     context,
     kept_tokens,
@@ -39,6 +39,11 @@ from .reread_schedule import WHOLE, Build, build_of, segments, window_start
 from .reread_settings import RereadSettings
 
 EMBEDS = "a part was given as inputs_embeds"
+IMAGES = "a part is an image or a video"
+NOT_OF_CONTEXTS = (
+    "inputs_embeds", "labels", "cache_position", "token_type_ids", "mm_token_type_ids", MASK,
+)  # fmt: skip
+NOT_TOKENS = ("pixel_values", "mm_encoder_outputs")  # how names of arguments with images begin
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,8 @@ class Rereader:
         if real is not None and bool(real.all()):
             real = None
         counts = [length] * rows if real is None else real.sum(1).tolist()
+        if _shows_images(kwargs):
+            entry.missing = entry.missing or IMAGES
         seen = [entry.columns] * rows if entry.missing else entry.counts
         longest = max(a + b for a, b in zip(seen, counts))
         if entry.whole and longest <= self.settings.capacity:
@@ -90,8 +97,8 @@ class Rereader:
         if asked.ids is None or entry.missing:
             raise ValueError(
                 f"beyond {self.settings.capacity} tokens a text is read again by its ids, and of "
-                f"this one {entry.missing or EMBEDS}; give input_ids from the beginning, or switch "
-                "the memory off"
+                f"this one {entry.missing or EMBEDS}; give input_ids alone and from the beginning, "
+                "set a larger window, or switch the memory off"
             )
         try:
             return self._long(asked, kwargs, cache, entry, real)
@@ -196,8 +203,7 @@ class Rereader:
         whole = entry.whole and max(entry.counts) < self.settings.capacity
         if not whole:
             self._prepare_step(ids, cache, entry)
-        first: Any = cache.layers[0]
-        seen = first.get_seq_length()
+        seen = held_length(cache, -1)
         entry.begun = (ids, -1 if isinstance(seen, Tensor) else seen)
         if whole:
             return {}
@@ -380,7 +386,7 @@ class Rereader:
         kwargs = {**kwargs, **more, "input_ids": ids, "return_dict": True}
         kwargs |= {"attention_mask": None if mask is None else mask.long()}
         kwargs["position_ids"] = positions
-        for name in ("inputs_embeds", "labels", "cache_position", "token_type_ids", MASK):
+        for name in NOT_OF_CONTEXTS:
             kwargs.pop(name, None)
         for name in ("position_ids", "logits_to_keep"):
             if name not in self.names:
@@ -415,6 +421,12 @@ def _latest(asked: Tensor | None, given: Any) -> Tensor | None:
     """
     grown = isinstance(given, Tensor) and given.dim() == 2 and asked is not None
     return given if grown and given.shape[1] > asked.shape[1] else asked  # type: ignore[union-attr]
+
+
+def _shows_images(kwargs: dict) -> bool:
+    """Whether a call's arguments hold images, or what an encoder has made of them."""
+    given = [value for name, value in kwargs.items() if name.startswith(NOT_TOKENS)]
+    return any(value is not None and not (isinstance(value, dict) and not value) for value in given)
 
 
 def _main(output: Any) -> Tensor:

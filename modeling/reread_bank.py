@@ -154,7 +154,7 @@ def _without(
     order = list(range(len(spans)))
     if settings.forget == "commonest":
         worth = _rareness(ids, spans, settings.span_width)
-        order.sort(key=worth.__getitem__)
+        order.sort(key=lambda i: worth[i])
     gone = {spans[i] for i in order[:surplus]}
     return tuple(_kept(block, gone) for block in blocks)
 

@@ -142,8 +142,7 @@ class RereadEntry(CacheLayerMixin):
         """Count the step that was prepared, unless the call that should have made it failed."""
         if self.begun is None:
             return
-        layers: list[Any] = cache.layers if cache is not None else []
-        now = layers[0].get_seq_length() if layers and layers[0] is not self else self.begun[1]
+        now = self.begun[1] if cache is None else held_length(cache, self.begun[1])
         if not isinstance(now, Tensor) and now == self.begun[1]:
             self.begun = None
         self._ran()
@@ -185,7 +184,7 @@ class RereadEntry(CacheLayerMixin):
         for layer in layers:
             if layer is self:
                 continue
-            if not layer.is_initialized and hasattr(layer, "max_cache_len"):
+            if hasattr(layer, "max_cache_len") and not layer.is_initialized:
                 layer.max_cache_len = min(layer.max_cache_len, self.settings.capacity + 1)
             layer.reset()
             if self.records and hasattr(layer, "activate_past_recording"):
@@ -314,6 +313,16 @@ class RereadEntry(CacheLayerMixin):
                 mask,
                 tuple(made.lengths[i] for i in order),
             )
+
+
+def held_length(cache: Cache, closed: Any) -> Any:
+    """Columns that the KV layers hold, by the first that counts them; `closed` of a cache without
+    any.
+    """
+    layers: list[Any] = [layer for layer in cache.layers if not isinstance(layer, RereadEntry)]
+    counting = (layer for layer in layers if hasattr(layer, "get_seq_length"))
+    first = next(counting, None)
+    return closed if first is None else first.get_seq_length()
 
 
 def reread_entry(cache: Cache, settings: RereadSettings, num_hidden_layers: int) -> RereadEntry:

@@ -4,9 +4,9 @@ keeping it as a file, and what was read again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ class ReadingMixin:
     config: Any
     _stack_memory: StackMemory
     _reread_keys: KeyReader
+    _refused: ClassVar[Mapping[str, str]]
     _window: RereadSettings | None
 
     def _rereads(self, enabled: bool | None) -> bool:
@@ -39,7 +40,9 @@ class ReadingMixin:
         if window is None:
             return None
         settings = RereadSettings.from_config(window)
-        settings.check_model(self.config.num_hidden_layers)
+        if "reread" in self._refused:
+            raise ValueError(f"window: this model can't re-read: {self._refused['reread']}")
+        settings.check_model(self.config.get_text_config().num_hidden_layers)
         return settings
 
     def set_window(self, window: int | None = None, **parameters: object) -> None:

@@ -38,15 +38,20 @@ def convert(
     push_to_hub: str | None = None,
     private: bool = False,
     include: Sequence[str] = (),
+    gguf_file: str | None = None,
+    dequantise: bool = False,
+    family_spec: str | Path | None = None,
     progress: Callback | Progress | None = None,
 ) -> Conversion:
-    """Convert `source`, a model folder or a Hub id, into a PaceLLM in the folder `out`.
+    """Convert `source`, a model folder, a GGUF file or a Hub id, into a PaceLLM in the folder
+    `out`.
 
     options: of the method; run: device, processes. revision, token, cache_dir: of a source on the
     Hub. overwrite: replace an earlier conversion; resume: go on with an unfinished one.
-    push_to_hub: then upload it to this repository, a new one private if asked. include: patterns
-    of files that go along beside those that a model is known to have. progress: called with an
-    `Update` before and after each piece of work. Raises CallError for a call that can't be
+    push_to_hub: then upload it to this repository, a new one private if asked. include: patterns of
+    files that go along beside those that a model is known to have. gguf_file: of the folder or
+    repository this file alone. dequantise: write weights in FP8 as plain ones. progress: called
+    with an `Update` before and after each piece of work. Raises CallError for a call that can't be
     carried out, and PaceError for what fails; what is done by then is kept for `resume`.
     """
     shown = as_progress(progress)
@@ -63,6 +68,9 @@ def convert(
         push_to_hub=push_to_hub,
         private=private,
         include=include,
+        gguf_file=gguf_file,
+        dequantise=dequantise,
+        family_spec=family_spec,
     )
     from .conversion.convert import carry_out, publish
 
@@ -86,6 +94,9 @@ def prepare(
     push_to_hub: str | None = None,
     private: bool = False,
     include: Sequence[str] = (),
+    gguf_file: str | None = None,
+    dequantise: bool = False,
+    family_spec: str | Path | None = None,
 ) -> Prepared:
     """All that `convert` checks before any work. Changes nothing, reads no weights; see
     `convert`.
@@ -93,8 +104,9 @@ def prepare(
     from .checkpoint.checkpoint import open_source
     from .conversion.convert import prepare as check
     from .converted.push import Target
+    from .family_file import read_family
 
-    check_paths(source, out, cache_dir, include)
+    check_paths(source, out, cache_dir, include, family_spec)
     if private and push_to_hub is None:
         raise CallError(
             "--private is for a repository on the Hub", "give --push-to-hub ORG/NAME too"
@@ -103,7 +115,13 @@ def prepare(
     if isinstance(include, str):
         raise CallError(f"include is the text {include!r}", "give a list of patterns")
     opened = open_source(
-        str(source), revision, token, None if cache_dir is None else Path(cache_dir), include
+        str(source),
+        revision,
+        token,
+        None if cache_dir is None else Path(cache_dir),
+        include,
+        gguf_file,
+        dequantise,
     )
     return check(
         opened,
@@ -113,6 +131,7 @@ def prepare(
         overwrite=overwrite,
         resume=resume,
         target=None if push_to_hub is None else Target(push_to_hub, token, private),
+        family_facts=None if family_spec is None else read_family(Path(family_spec)),
     )
 
 
@@ -135,6 +154,8 @@ def verify(
     revision: str | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
+    gguf_file: str | None = None,
+    dequantise: bool = False,
     logits: bool = True,
     trust_remote_code: bool = False,
     progress: Callback | Progress | None = None,
@@ -148,6 +169,8 @@ def verify(
     revision: str | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
+    gguf_file: str | None = None,
+    dequantise: bool = False,
     logits: bool = True,
     trust_remote_code: bool = False,
     progress: Callback | Progress | None = None,
@@ -168,8 +191,9 @@ def verify(
     converted = open_converted(Path(out))
     shown = as_progress(progress)
     if source is None:
-        if revision or token or cache_dir:
-            raise CallError("revision, token and cache_dir are of a source", "give the source too")
+        if revision or token or cache_dir or gguf_file or dequantise:
+            names = "revision, token, cache_dir, gguf_file and dequantise"
+            raise CallError(f"{names} are of a source", "give the source too")
         from .converted.integrity import check_integrity
 
         whole = check_integrity(converted, shown)
@@ -182,7 +206,12 @@ def verify(
     from .converted.verify import verify as compare
 
     opened = open_source(
-        str(source), revision, token, None if cache_dir is None else Path(cache_dir)
+        str(source),
+        revision,
+        token,
+        None if cache_dir is None else Path(cache_dir),
+        gguf_file=gguf_file,
+        dequantise=dequantise,
     )
     return compare(
         converted,

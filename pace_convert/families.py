@@ -1,140 +1,65 @@
-"""Model families: one declarative entry each; and kinds of models that can't be converted, and why.
-
-Everything is named as transformers and the checkpoints on the Hub name it. To add a family, see
-docs/architecture.md.
-"""
+"""Model families: one declarative entry each. To add one, see docs/architecture.md."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Container
-from dataclasses import dataclass
 
 from .errors import CallError
+from .family_spec import GATED, FamilySpec, Ffn, Mixture
+from .unsupported import why_unsupported
 
-
-@dataclass(frozen=True)
-class Ffn:
-    """The linear layers of an FFN, as paths below a decoder layer.
-
-    inputs: the layers that compute the neurons; those of the first are clustered (the gate, or
-    fc1). output: the layer that reads them: its input is the activation h. fused: the one input
-    layer holds the gate's neurons and, behind them, up's. transposed: weights are stored [in, out]
-    (GPT-2's Conv1D).
-    """
-
-    inputs: tuple[str, ...]
-    output: str
-    fused: bool = False
-    transposed: bool = False
-
-    @property
-    def kind(self) -> str:
-        """What the FFN is called in tables."""
-        if self.fused:
-            return "gated, fused"
-        return "gated" if len(self.inputs) > 1 else "plain, Conv1D" if self.transposed else "plain"
-
-    @property
-    def clustered(self) -> str:
-        """The layer whose neurons are clustered, in words."""
-        return "FFN's first layer" if self.kind.startswith("plain") else "gate projection"
-
-
-GATED = Ffn(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj")
 FUSED = Ffn(("mlp.gate_up_proj",), "mlp.down_proj", fused=True)
 UP_DOWN = Ffn(("mlp.up_proj",), "mlp.down_proj")
 FC = Ffn(("mlp.c_fc",), "mlp.c_proj")
+FEED_FORWARD = Ffn(("feed_forward.gate_proj", "feed_forward.up_proj"), "feed_forward.down_proj")
+W1_W3_W2 = Ffn(("feed_forward.w1", "feed_forward.w3"), "feed_forward.w2")
+MLP_BLOCK = Ffn(("mlp_block.gate_proj", "mlp_block.up_proj"), "mlp_block.down_proj")
+NO_SHARED = "its tokens pass experts of their own, and no FFN sees all of them"
+SIZE = ("intermediate_size",)
+ROUTED_SIZES = ("moe_intermediate_size", "n_shared_experts")
+LINEARS = ("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight")
+INNER = "language_model.model.layers"  # where many older multimodal checkpoints have the layers
+FC1_FC2 = Ffn(("fc1",), "fc2")
+MLP_FC1_FC2 = Ffn(("mlp.fc1",), "mlp.fc2")
+FC_IN_OUT = Ffn(("mlp.fc_in",), "mlp.fc_out")
 FOUR_H = Ffn(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h")
 
 
-@dataclass(frozen=True)
-class FfnTensor:
-    """A tensor that the permutation touches.
+def _pictures(
+    model_type: str, name: str, models: str, stack: str = "language_model", older: str = ""
+) -> FamilySpec:
+    """A text decoder beside a vision tower, which stays as it is."""
+    return FamilySpec(
+        model_type, name, models, stack=stack, text="text_config",
+        older=(older,) if older else (),
+    )  # fmt: skip
 
-    axis: the one over the neurons, which it holds `parts` times, one set behind the other.
+
+def _mixture(
+    model_type: str, name: str, models: str, sizes: tuple[str, ...], shared: str = "", *,
+    block: str = "mlp", stored: str = "", packed: tuple[tuple[str, str], ...] = (),
+    interleaved: bool = False, ffn: Ffn = GATED,
+) -> FamilySpec:  # fmt: skip
+    """A mixture of experts. shared: path of the FFN that all tokens pass beside their experts.
+    stored: checkpoints call the block so, and its experts' layers w1, w3 and w2. ffn: of layers
+    that are no mixture.
     """
+    one = f"{stored or block}.experts.{{}}"
+    mixture = Mixture(
+        block,
+        sizes,
+        expert=Ffn((f"{one}.w1", f"{one}.w3"), f"{one}.w2") if stored else _gated(one),
+        packed=(*packed, (f"{block}.experts.gate_up_proj", f"{block}.experts.down_proj")),
+        shared=_gated(shared) if shared else None,
+        stored=stored,
+        interleaved=interleaved,
+    )
+    refused = {} if shared else {"fusion": NO_SHARED}
+    return FamilySpec(model_type, name, models, ffn, mixture=mixture, refused=refused)
 
-    name: str
-    layer: int
-    axis: int
-    parts: int = 1
 
-
-@dataclass(frozen=True)
-class FamilySpec:
-    """What the converter has to know about a family; the defaults are Llama's.
-
-    name: of the classes in transformers, as in `{name}Config`; causal_lm: where it is not
-    `{name}ForCausalLM`. models: what people call the models. base: attribute of the causal LM that
-    holds the base model. Checkpoints name tensors with or without it. stack: path of the decoder
-    stack below the base model, where it is another module. blocks: path of the list of layers below
-    the stack. layer_keys, size_keys: keys in config.json of the number of layers and of the
-    intermediate size, the first that is set counts. Where no size is set it is four times the
-    hidden size, given as one of width_keys. fixable_tokenizer: transformers' `fix_mistral_regex` is
-    for this model_type.
-    """
-
-    model_type: str
-    name: str
-    models: str
-    ffn: Ffn = GATED
-    causal_lm: str = ""
-    base: str = "model"
-    stack: str = ""
-    blocks: str = "layers"
-    layer_keys: tuple[str, ...] = ("num_hidden_layers",)
-    size_keys: tuple[str, ...] = ("intermediate_size",)
-    width_keys: tuple[str, ...] = ()
-    fixable_tokenizer: bool = False
-
-    @property
-    def config_class(self) -> str:
-        """Configuration class in transformers."""
-        return f"{self.name}Config"
-
-    @property
-    def model_class(self) -> str:
-        """Base model class in transformers."""
-        return f"{self.name}Model"
-
-    @property
-    def causal_lm_class(self) -> str:
-        """Causal LM class in transformers."""
-        return self.causal_lm or f"{self.name}ForCausalLM"
-
-    @property
-    def projection(self) -> str:
-        """Path of the FFN's output projection below the stack, `{}` standing for the layer."""
-        return f"{self.blocks}.{{}}.{self.ffn.output}"
-
-    @property
-    def ffn_input(self) -> str:
-        """Path of the FFN's first linear layer below the stack, `{}` standing for the layer."""
-        return f"{self.blocks}.{{}}.{self.ffn.inputs[0]}"
-
-    def ffn_tensors(self, layers: int, names: Container[str]) -> list[FfnTensor]:
-        """Every tensor with an axis over FFN neurons, named as in `names`; biases where they exist.
-
-        Of each layer's, the first is the one whose neurons are clustered.
-        """
-        axis = int(self.ffn.transposed)
-        parts = 1 + self.ffn.fused
-        tensors = []
-        for layer in range(layers):
-            path = self._layer(layer, names)
-            for linear in self.ffn.inputs:
-                tensors.append(FfnTensor(f"{path}.{linear}.weight", layer, axis, parts))
-                if f"{path}.{linear}.bias" in names:
-                    tensors.append(FfnTensor(f"{path}.{linear}.bias", layer, 0, parts))
-            tensors.append(FfnTensor(f"{path}.{self.ffn.output}.weight", layer, 1 - axis))
-        return tensors
-
-    def _layer(self, layer: int, names: Container[str]) -> str:
-        """Path of a decoder layer in `names`, which may or may not begin with `base`."""
-        path = f"{self.stack}.{self.blocks}" if self.stack else self.blocks
-        first = f"{path}.0.{self.ffn.inputs[0]}.weight"
-        return f"{path}.{layer}" if first in names else f"{self.base}.{path}.{layer}"
+def _gated(path: str) -> Ffn:
+    return Ffn((f"{path}.gate_proj", f"{path}.up_proj"), f"{path}.down_proj")
 
 
 def _gpt(model_type: str, name: str, models: str, ffn: Ffn, causal_lm: str = "") -> FamilySpec:
@@ -151,53 +76,128 @@ FAMILIES = {
     for spec in (
         FamilySpec("apertus", "Apertus", "Apertus", UP_DOWN),
         FamilySpec("arcee", "Arcee", "AFM-4.5B", UP_DOWN),
+        _pictures("aya_vision", "AyaVision", "Aya Vision", older=INNER),
+        FamilySpec("bamba", "Bamba", "Bamba", FEED_FORWARD),
+        FamilySpec("biogpt", "BioGpt", "BioGPT", FC1_FC2, base="biogpt"),
         FamilySpec(
             "bloom", "Bloom", "BLOOM, BLOOMZ", FOUR_H, base="transformer", blocks="h",
             layer_keys=("n_layer", "num_hidden_layers"), size_keys=(),
             width_keys=("n_embed", "hidden_size"),
         ),
+        _gpt("codegen", "CodeGen", "CodeGen", FC_IN_OUT),
         FamilySpec("cohere", "Cohere", "Command R, Aya"),
         FamilySpec("cohere2", "Cohere2", "Command R7B, Command A"),
+        FamilySpec("cwm", "Cwm", "Code World Model"),
+        _mixture(
+            "deepseek_v2", "DeepseekV2", "DeepSeek-V2", ROUTED_SIZES, "mlp.shared_experts"
+        ),
+        _mixture(
+            "deepseek_v3", "DeepseekV3", "DeepSeek-V3, DeepSeek-R1, Moonlight", ROUTED_SIZES,
+            "mlp.shared_experts",
+        ),
+        FamilySpec("diffllama", "DiffLlama", "DiffLlama"),
+        _mixture("dots1", "Dots1", "dots.llm1", ROUTED_SIZES, "mlp.shared_experts"),
+        FamilySpec("ernie4_5", "Ernie4_5", "ERNIE 4.5, dense"),
+        _mixture(
+            "ernie4_5_moe", "Ernie4_5_Moe", "ERNIE 4.5",
+            ("moe_intermediate_size", "moe_num_shared_experts"), "mlp.shared_experts",
+        ),
         FamilySpec("exaone4", "Exaone4", "EXAONE 4"),
         FamilySpec(
             "falcon", "Falcon", "Falcon", FOUR_H, base="transformer", blocks="h",
             layer_keys=("num_hidden_layers", "n_layer"), size_keys=("ffn_hidden_size",),
             width_keys=("hidden_size",),
         ),
+        FamilySpec("falcon_h1", "FalconH1", "Falcon-H1", FEED_FORWARD),
+        _mixture("flex_olmo", "FlexOlmo", "FlexOlmo", SIZE),
         FamilySpec("gemma", "Gemma", "Gemma"),
         FamilySpec("gemma2", "Gemma2", "Gemma 2"),
+        _pictures("gemma3", "Gemma3", "Gemma 3", older=INNER),
         FamilySpec(
             "gemma3_text", "Gemma3Text", "Gemma 3, text only", causal_lm="Gemma3ForCausalLM"
         ),
         FamilySpec("glm", "Glm", "GLM-4 9B, GLM-Edge", FUSED),
         FamilySpec("glm4", "Glm4", "GLM-4-0414, GLM-Z1", FUSED),
+        _mixture("glm4_moe", "Glm4Moe", "GLM-4.5, GLM-4.6", ROUTED_SIZES, "mlp.shared_experts"),
         _gpt(
             "gpt2", "GPT2", "GPT-2, Cerebras-GPT",
             Ffn(("mlp.c_fc",), "mlp.c_proj", transposed=True), "GPT2LMHeadModel",
         ),
+        _gpt("gpt_bigcode", "GPTBigCode", "StarCoder, SantaCoder", FC),
+        FamilySpec(
+            "gpt_neo", "GPTNeo", "GPT-Neo", FC, base="transformer", blocks="h",
+            layer_keys=("num_layers", "num_hidden_layers"), width_keys=("hidden_size",),
+        ),
         FamilySpec("gpt_neox", "GPTNeoX", "GPT-NeoX, Pythia", FOUR_H, base="gpt_neox"),
-        _gpt("gptj", "GPTJ", "GPT-J", Ffn(("mlp.fc_in",), "mlp.fc_out")),
+        _mixture("gpt_oss", "GptOss", "gpt-oss", SIZE, interleaved=True),
+        _gpt("gptj", "GPTJ", "GPT-J", FC_IN_OUT),
         FamilySpec("granite", "Granite", "Granite 3"),
+        FamilySpec("granite_swa", "GraniteSWA", "Granite with sliding windows"),
+        _mixture(
+            "granitemoe", "GraniteMoe", "Granite 3 MoE", SIZE, block="block_sparse_moe",
+            packed=(LINEARS,),
+        ),
         FamilySpec("helium", "Helium", "Helium"),
         FamilySpec("hunyuan_v1_dense", "HunYuanDenseV1", "Hunyuan dense"),
+        FamilySpec("hyperclovax", "HyperCLOVAX", "HyperCLOVA X SEED"),
+        _pictures("idefics3", "Idefics3", "Idefics 3", stack="text_model"),
+        _pictures("internvl", "InternVL", "InternVL 3", older=INNER),
+        FamilySpec("jais2", "Jais2", "Jais 2", UP_DOWN),
+        _mixture("jamba", "Jamba", "Jamba", SIZE, block="feed_forward", ffn=FEED_FORWARD),
+        FamilySpec("lfm2", "Lfm2", "LFM2", W1_W3_W2, size_keys=()),
         FamilySpec("llama", "Llama", "Llama 1 to 3.3, TinyLlama, Yi, SmolLM2"),
+        _pictures("llava", "Llava", "LLaVA 1.5, Pixtral", older=INNER),
+        _pictures("llava_next", "LlavaNext", "LLaVA-NeXT", older=INNER),
+        FamilySpec("minicpm3", "MiniCPM3", "MiniCPM3"),
+        _mixture("minimax_m2", "MiniMaxM2", "MiniMax-M2", SIZE, stored="block_sparse_moe"),
         FamilySpec("ministral", "Ministral", "Ministral", fixable_tokenizer=True),
+        FamilySpec("ministral3", "Ministral3", "Ministral 3, text only"),
         FamilySpec("mistral", "Mistral", "Mistral", fixable_tokenizer=True),
+        _pictures("mistral3", "Mistral3", "Mistral Small 3.1", older=INNER),
+        _mixture("mixtral", "Mixtral", "Mixtral", SIZE, stored="block_sparse_moe"),
+        FamilySpec(
+            "mpt", "Mpt", "MPT", Ffn(("ffn.up_proj",), "ffn.down_proj"), base="transformer",
+            blocks="blocks", layer_keys=("n_layers",), size_keys=(), width_keys=("d_model",),
+        ),
+        FamilySpec("nanochat", "NanoChat", "nanochat", MLP_FC1_FC2),
         FamilySpec("nemotron", "Nemotron", "Nemotron-4, Minitron", UP_DOWN),
         FamilySpec("olmo", "Olmo", "OLMo"),
         FamilySpec("olmo2", "Olmo2", "OLMo 2"),
         FamilySpec("olmo3", "Olmo3", "OLMo 3"),
-        FamilySpec(
-            "opt", "OPT", "OPT", Ffn(("fc1",), "fc2"), stack="decoder", size_keys=("ffn_dim",)
-        ),
-        FamilySpec("phi", "Phi", "Phi-1, Phi-1.5, Phi-2", Ffn(("mlp.fc1",), "mlp.fc2")),
+        FamilySpec("olmo_hybrid", "OlmoHybrid", "OLMo Hybrid"),
+        _mixture("olmoe", "Olmoe", "OLMoE", SIZE),
+        FamilySpec("opt", "OPT", "OPT", FC1_FC2, stack="decoder", size_keys=("ffn_dim",)),
+        FamilySpec("persimmon", "Persimmon", "Persimmon", FOUR_H),
+        FamilySpec("phi", "Phi", "Phi-1, Phi-1.5, Phi-2", MLP_FC1_FC2),
         FamilySpec("phi3", "Phi3", "Phi-3, Phi-3.5 mini, Phi-4", FUSED),
+        _mixture("phimoe", "Phimoe", "Phi-3.5-MoE", SIZE, stored="block_sparse_moe"),
         FamilySpec("qwen2", "Qwen2", "Qwen1.5, Qwen2, Qwen2.5, QwQ"),
+        _pictures("qwen2_5_vl", "Qwen2_5_VL", "Qwen2.5-VL", older="model.layers"),
+        _mixture(
+            "qwen2_moe", "Qwen2Moe", "Qwen1.5-MoE, Qwen2-57B-A14B",
+            ("shared_expert_intermediate_size",), "mlp.shared_expert",
+        ),
+        _pictures("qwen2_vl", "Qwen2VL", "Qwen2-VL", older="model.layers"),
         FamilySpec("qwen3", "Qwen3", "Qwen3"),
+        _mixture(
+            "qwen3_moe", "Qwen3Moe", "Qwen3-30B-A3B, Qwen3-235B-A22B", ("moe_intermediate_size",)
+        ),
+        _mixture(
+            "qwen3_next", "Qwen3Next", "Qwen3-Next", ("shared_expert_intermediate_size",),
+            "mlp.shared_expert",
+        ),
+        _pictures("qwen3_vl", "Qwen3VL", "Qwen3-VL"),
+        FamilySpec("recurrent_gemma", "RecurrentGemma", "RecurrentGemma", MLP_BLOCK, size_keys=()),
         FamilySpec("seed_oss", "SeedOss", "Seed-OSS"),
         FamilySpec("smollm3", "SmolLM3", "SmolLM3"),
+        _pictures("smolvlm", "SmolVLM", "SmolVLM, SmolVLM2", stack="text_model"),
         FamilySpec("stablelm", "StableLm", "StableLM"),
         FamilySpec("starcoder2", "Starcoder2", "StarCoder2", FC),
+        FamilySpec("vaultgemma", "VaultGemma", "VaultGemma"),
+        FamilySpec(
+            "xglm", "XGLM", "XGLM", FC1_FC2, layer_keys=("num_layers",), size_keys=("ffn_dim",)
+        ),
+        FamilySpec("youtu", "Youtu", "Youtu-LLM"),
     )
 }  # fmt: skip
 
@@ -238,76 +238,3 @@ def _unknown(config: dict) -> CallError:
         f"model family {model_type!r} is not supported",
         f"{meant}`pace families` lists those that are",
     )
-
-
-_OTHERS = "`pace families` lists the families that can be"
-# How a config shows what a model is made of.
-PARTS = (
-    "text_config", "vision_config", "audio_config", "thinker_config", "vision_cfg", "encoder",
-    "decoder",
-)  # fmt: skip
-RECURRENT_KEYS = (
-    "state_size", "ssm_state_size", "mamba_d_state", "mamba_expand", "lru_width",
-    "attention_hidden_size", "mlstm_round_up_to", "linear_num_value_heads", "linear_key_head_dim",
-    "linear_attn_config", "conv_L_cache", "layers_block_type",
-)  # fmt: skip
-RECURRENT_NAMES = ("mamba", "rwkv", "xlstm", "recurrent", "lfm2")
-ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
-EXPERT_KEYS = (
-    "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts",
-    "n_experts", "moe_num_primary_experts",
-)  # fmt: skip
-EXPERT_NAMES = ("moe", "mixtral", "gpt_oss", "dbrx", "deepseek_v2", "deepseek_v3", "llama4")
-
-
-def why_unsupported(config: dict, families: Container[str]) -> tuple[str, str] | None:
-    """(what the model is, what to do) for a known kind of model that can't be converted; else None.
-
-    families: the model types that can be.
-    """
-    if any(isinstance(config.get(part), dict) for part in PARTS):
-        what = "is made of several models (multimodal or encoder-decoder)"
-        return what, _what_of_parts(config, families)
-    if config.get("is_encoder_decoder"):
-        return "is an encoder-decoder; only decoder-only language models can be converted", _OTHERS
-    if _has_experts(config):
-        return (
-            "is a mixture of experts: its FFNs are grouped and routed already",
-            f"give a dense model; {_OTHERS}",
-        )
-    if _is_recurrent(config):
-        return "has recurrent or state-space layers, whose state the memory can't follow", _OTHERS
-    return None
-
-
-def _what_of_parts(config: dict, families: Container[str]) -> str:
-    text = config.get("text_config")
-    inner = text.get("model_type") if isinstance(text, dict) else None
-    if isinstance(inner, str) and inner in families:
-        return (
-            f"save its language model alone ({inner}, which is supported) as a checkpoint, "
-            "and convert that"
-        )
-    return _OTHERS
-
-
-def _is_recurrent(config: dict) -> bool:
-    kinds = config.get("layer_types")
-    texts = kinds if isinstance(kinds, list) else []
-    others = {kind for kind in texts if isinstance(kind, str)} - ATTENTION
-    named = any(name in config["model_type"] for name in RECURRENT_NAMES)
-    return named or bool(others) or any(config.get(key) is not None for key in RECURRENT_KEYS)
-
-
-def _has_experts(config: dict) -> bool:
-    def several(value: object) -> bool:
-        return isinstance(value, list) or (type(value) is int and value > 1)
-
-    places = [config, config.get("ffn_config")]  # DBRX states them in the latter
-    stated = any(
-        several(place.get(key))
-        for place in places
-        if isinstance(place, dict)
-        for key in EXPERT_KEYS
-    )
-    return stated or any(name in config["model_type"] for name in EXPERT_NAMES)

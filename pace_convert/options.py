@@ -15,7 +15,7 @@ from .modeling.recall_settings import RecallSettings
 from .modeling.reread_settings import RereadSettings
 from .yaml_options import YamlOptions, read_options
 
-EXPERT_OPTIONS = ("experts", "cluster_method", "exact_restarts", "seed")
+EXPERT_OPTIONS = ("experts", "cluster_method", "exact_restarts", "seed", "no_experts")
 MEMORY_PARAMETERS = tuple(MemorySettings.parameters())
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -164,6 +164,10 @@ class ConvertOptions(BaseModel):
         "the released code takes 10.",
     )
     seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of the clustering.")
+    no_experts: bool = Field(
+        False,
+        description="Copy the weights byte for byte, quantised ones too, and add the memory alone.",
+    )
     memory: Annotated[
         Literal["auto", "none"] | tuple[Literal["fusion", "reread", "recall"], ...],
         BeforeValidator(_parse_memories),
@@ -260,6 +264,8 @@ class ConvertOptions(BaseModel):
             return values
         if values.get("memory") == "none":
             values = {**{n: v for n, v in values.items() if n != "memory"}, "no_memory": True}
+        if "experts" in values and values["experts"] is None:  # as config.json has it
+            values = {**{n: v for n, v in values.items() if n != "experts"}, "no_experts": True}
         idle = _idle(values)
         if idle:
             raise ValueError(idle)
@@ -294,8 +300,10 @@ class ConvertOptions(BaseModel):
         chosen = BY_DEFAULT if self.memory == "auto" else self.memory
         return not self.no_memory and memory in chosen
 
-    def experts_config(self) -> dict:
-        """The `pace.experts` object of config.json."""
+    def experts_config(self) -> dict | None:
+        """The `pace.experts` object of config.json; None: no experts."""
+        if self.no_experts:
+            return None
         restarts = {} if self.exact_restarts is None else {"restarts": self.exact_restarts}
         return {"count": self.experts, "method": self.cluster_method, "seed": self.seed, **restarts}
 
@@ -417,11 +425,21 @@ def option_name(field: str) -> str:
 
 
 def _idle(values: dict) -> str | None:
-    """What is wrong where an option of the memory is given beside no_memory; None if none is."""
-    given = sorted(name for name in values if name not in (*EXPERT_OPTIONS, "no_memory"))
-    if values.get("no_memory") is not True or not given:
-        return None
-    return f"{option_name(str(given[0]))} is for the memory, which --no-memory leaves out"
+    """What is wrong where an option is given of what no_memory or no_experts leaves out; None if
+    none is.
+    """
+    switches = {"no_memory": "memory", "no_experts": "experts"}
+    without = [what for name, what in switches.items() if values.get(name) is True]
+    if len(without) > 1:
+        return "--no-memory with --no-experts would be a copy of the source"
+    for what in without:
+        of_it = [name for name in values if (name in EXPERT_OPTIONS) is (what == "experts")]
+        given = sorted({*of_it} - {*switches})
+        if given:
+            return f"{option_name(given[0])} is for the {what}, which --no-{what} leaves out"
+    if without == ["experts"] and values.get("granularity") == "expert":
+        return "--granularity expert compares experts, which --no-experts leaves out"
+    return None
 
 
 def load_options(config: Path | None, given: dict) -> tuple[ConvertOptions, RunOptions]:

@@ -67,14 +67,18 @@ class Progress:
         """
         started = last = time.monotonic()
         here = 0  # bytes done by this call; an earlier one's say nothing of its speed
+
+        def place() -> str:
+            return f"layer {layers_done} of {layers}" if layers else "shards"
+
         with self._bar(words[0], total, "B", done) as bar:
-            bar.set_postfix_str(f"layer {layers_done} of {layers}")
+            bar.set_postfix_str(place())
 
             def report(task: str, nbytes: int, is_layer: bool) -> None:
                 nonlocal last, here, layers_done
                 here += nbytes
                 layers_done += is_layer
-                bar.set_postfix_str(f"layer {layers_done} of {layers}", refresh=False)
+                bar.set_postfix_str(place(), refresh=False)
                 bar.update(nbytes)
                 now = time.monotonic()
                 left = (now - started) * (total - done - here) / here if here else None
@@ -92,7 +96,7 @@ class Progress:
                 if not sys.stderr.isatty() and now - last >= LINE_SECONDS:
                     last = now
                     self.say(
-                        f"{words[0]}: layer {layers_done} of {layers}, "
+                        f"{words[0]}: {place()}, "
                         f"{(done + here) / 1e9:.2f} of {total / 1e9:.2f} GB, "
                         f"about {left or 0:.0f} s left"
                     )

@@ -18,7 +18,7 @@ SHAPE = "give a YAML file of option: value lines"
 # Options of the command that say what is done and where, not how: they stand in no file.
 COMMAND_LINE = (
     "source", "out", "revision", "token", "cache_dir", "config", "dry_run", "overwrite", "resume",
-    "push_to_hub", "private", "include", "quiet", "json",
+    "push_to_hub", "private", "include", "gguf_file", "dequantise", "family_spec", "quiet", "json",
 )  # fmt: skip
 
 

@@ -203,11 +203,12 @@ def options_table() -> str:
 
 def supported_table() -> str:
     """The families that can be converted."""
-    rows = ["| model_type | class | FFN | models |", "|---|---|---|---|"]
+    heads = ["model_type", "class", "FFN", "experts", "fusion", "re-reading", "recall", "models"]
+    rows = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for spec in FAMILIES.values():
-        rows.append(
-            f"| `{spec.model_type}` | `{spec.causal_lm_class}` | {spec.ffn.kind} | {spec.models} |"
-        )
+        can = ["yes" if able else "no" for able in spec.can.values()]
+        cells = [f"`{spec.model_type}`", f"`{spec.causal_lm_class}`", spec.ffn_kind, *can]
+        rows.append(f"| {' | '.join([*cells, spec.models])} |")
     return "\n".join(rows)
 
 

@@ -9,7 +9,8 @@ import bad_inputs
 import pytest
 import torch
 import transformers
-from helpers import FAMILY_CONFIGS, active_thresholds, convert_folder, family_of
+from helpers import FAMILY_CONFIGS, KINDS, active_thresholds, convert_folder, family_of
+from more_families import MORE_CONFIGS
 
 
 def pytest_addoption(parser):
@@ -24,6 +25,17 @@ def pytest_configure(config):
     bad_inputs.writing = config.getoption("--write-bad-inputs")
     if bad_inputs.writing and hasattr(config, "workerinput"):
         raise pytest.UsageError("--write-bad-inputs needs all tests in one process: leave -n out")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """By default every family has the tests that back a row of docs/compatibility.md, and the kinds
+    of families all the others too; with -m slow every family has those.
+    """
+    for item in items:
+        row = item.callspec.params.get("family_pair") if hasattr(item, "callspec") else None
+        if row is not None and row not in KINDS and not item.get_closest_marker("works"):
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_sessionfinish(exitstatus):
@@ -60,7 +72,8 @@ def make_source(tmp_path_factory):
     ) -> Path:
         folder = tmp_path_factory.mktemp(family) / "source"
         spec = family_of(family)
-        config = getattr(transformers, spec.config_class)(**{**FAMILY_CONFIGS[family], **overrides})
+        sizes = {**FAMILY_CONFIGS, **MORE_CONFIGS}[family]
+        config = getattr(transformers, spec.config_class)(**{**sizes, **overrides})
         torch.manual_seed(0)
         model = getattr(transformers, spec.causal_lm_class)(config).to(dtype)
         model.save_pretrained(folder, max_shard_size=shard_size if shards else "5GB")

@@ -11,12 +11,14 @@ from pathlib import Path
 import bad_inputs
 import forked
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
 from pace_convert.checkpoint.checkpoint import open_source
 from pace_convert.conversion.convert import carry_out, prepare
-from pace_convert.families import FAMILIES, FamilySpec
-from pace_convert.options import ConvertOptions
+from pace_convert.families import FAMILIES
+from pace_convert.family_spec import FamilySpec
+from pace_convert.options import MEMORY_PARAMETERS, ConvertOptions
 from pace_convert.progress import Progress
 
 SMALL = {
@@ -131,6 +133,13 @@ FAMILY_CONFIGS = {
 }
 
 
+# Rows that differ in what a memory meets: where h is, norms, positions, windows, heads.
+KINDS = (
+    "qwen2", "llama-3", "mistral-window", "gemma3_text", "phi3", "olmo2", "gpt_neox", "gpt2",
+    "bloom", "opt-350m", "falcon-new", "starcoder2", "cohere2",
+)  # fmt: skip
+
+
 def family_of(row: str) -> FamilySpec:
     return FAMILIES[row.partition("-")[0]]
 
@@ -156,15 +165,22 @@ def convert_folder(source: Path, out: Path, **options) -> None:
     """Convert with an active memory unless `options` say otherwise."""
     opened = open_source(str(source))
     memory = {} if options.get("no_memory") else ACTIVE
-    chosen = ConvertOptions(**{"experts": ACTIVE["experts"], **memory, **options})
-    carry_out(prepare(opened, out, chosen), Progress(quiet=True))
+    chosen = {"experts": ACTIVE["experts"], **memory, **options}
+    if chosen.get("no_experts"):
+        del chosen["experts"]
+    if "fusion" not in chosen.get("memory", "fusion"):
+        chosen = {name: value for name, value in chosen.items() if name not in MEMORY_PARAMETERS}
+    carry_out(prepare(opened, out, ConvertOptions(**chosen)), Progress(quiet=True))
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float64, **kwargs):
     """A model in float64, where no rounding can flip a threshold."""
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, trust_remote_code=True, **kwargs
-    ).eval()
+    config = json.loads((Path(folder) / "config.json").read_text())
+    family = FAMILIES.get(config["model_type"].removeprefix("pace_"))
+    kind = getattr(transformers, family.auto_class) if family else AutoModelForCausalLM
+    if family and family.mixture:  # grouped matrix products know no float64
+        kwargs["experts_implementation"] = "eager"
+    return kind.from_pretrained(folder, dtype=dtype, trust_remote_code=True, **kwargs).eval()
 
 
 def hashes(folder: Path) -> dict[str, str]:

@@ -22,13 +22,17 @@ from huggingface_hub import (
 from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
 
 from ..errors import CallError, DamagedSourceError, PaceError
+from ..progress import Progress
+from .dequantised import unpack_fp8
 from .files import check_file, check_names, is_passed_over, list_files, read_json
+from .gguf_file import open_gguf
 from .hub_errors import READING, hub_errors, is_out_of_reach
 from .index import INDEX as INDEX
 from .index import SINGLE as SINGLE
 from .index import read_tensors
 from .selection import PICKLED, Selection, asked_for, by_name, is_weights, readable_by_name, select
 from .shards import TensorInfo, check_tensors
+from .unpacked import Unpacking
 
 CONFIG = "config.json"
 
@@ -56,7 +60,8 @@ class Source:
     folder: where the files are; for a Hub source without the weights until `fetch`. side_files:
     what else of the folder goes with a conversion, as it is; left_out: what does not, and why;
     include: patterns that were asked for. states: size in bytes and time of change in ns of every
-    file that is here, from before it was read.
+    file that is here, from before it was read. unpacking: of a source without plain weights, how it
+    gets them; None for one that has them.
     """
 
     name: str
@@ -68,6 +73,14 @@ class Source:
     hub: HubAddress | None = None
     left_out: dict[str, str] = field(default_factory=dict)
     include: tuple[str, ...] = ()
+    unpacking: Unpacking | None = None
+
+    @property
+    def title(self) -> str:
+        """What people call it: its id on the Hub, or the name of its folder or file."""
+        if self.hub:
+            return self.name
+        return (Path(self.name) if self.unpacking else self.folder).resolve().name
 
     @property
     def shards(self) -> list[str]:
@@ -83,9 +96,20 @@ class Source:
         """The shard that holds a tensor."""
         return self.folder / self.tensors[tensor].shard
 
+    def unpack(self, into: Path | None = None, progress: Progress | None = None) -> Source:
+        """This source with plain weights: in the folder `into`, or else in one that is gone when
+        nobody needs it any more. Raises DamagedSourceError.
+        """
+        if self.unpacking is None:
+            return self
+        folder = into or self.folder
+        self.unpacking.write(self.tensors, folder, progress or Progress(quiet=True))
+        states = _states(folder, [*self.side_files, *self.shards, CONFIG])
+        return replace(self, folder=folder, states=states)
+
     def fetch(self) -> Source:
-        """This source with its weights on this machine."""
-        if self.hub is None or self.hub.cached:
+        """This source with its weights on this machine; those that are packed stay so."""
+        if self.hub is None or self.hub.cached or self.unpacking is not None:
             return self
         hub = self.hub
         with hub_errors(hub.repo_id, READING):
@@ -115,16 +139,24 @@ def open_source(
     token: str | None = None,
     cache_dir: Path | None = None,
     include: Sequence[str] = (),
+    gguf_file: str | None = None,
+    dequantise: bool = False,
 ) -> Source:
-    """Config, tensor list and side files of a local folder or of a Hub repository.
+    """Config, tensor list and side files of a local folder, of a GGUF file or of a Hub repository.
 
     Of a Hub repository only the small files and the shards' headers are downloaded. Where the Hub
     is out of reach, or HF_HUB_OFFLINE is set, a repository that is whole in the cache is taken from
     there, which a warning says. include: patterns of files that go with a conversion beside those
-    that a model is known to have. Raises CallError for what can't be a source, DamagedSourceError
-    for one with broken files, and PaceError where there is none.
+    that a model is known to have. gguf_file: of the folder or repository this file alone. Raises
+    CallError for what can't be a source, DamagedSourceError for one with broken files, and
+    PaceError where there is none.
     """
+    if dequantise:
+        packed = open_source(name, revision, token, cache_dir, include, gguf_file)
+        return _dequantised(packed)
     folder = Path(name)
+    if gguf_file is not None or (folder.is_file() and name.lower().endswith(".gguf")):
+        return _open_gguf(name, revision, token, cache_dir, include, gguf_file)
     if folder.is_dir():
         if revision or cache_dir:
             option = "--revision" if revision else "--cache-dir"
@@ -149,6 +181,62 @@ def open_source(
         return _open_cached(name, revision, token, cache_dir, include, error)
 
 
+def _open_gguf(
+    name: str,
+    revision: str | None,
+    token: str | None,
+    cache_dir: Path | None,
+    include: Sequence[str],
+    gguf_file: str | None,
+) -> Source:
+    """A GGUF file: `name` itself, or of a folder or repository of this name. From the Hub it is
+    downloaded whole.
+    """
+    if include:
+        raise CallError("--include is for a source with files beside its weights", "leave it out")
+    path, hub = Path(name), None
+    if gguf_file is not None and path.is_file():
+        raise CallError(f"{name} is a file", f"leave --gguf-file out, or give {path.parent}")
+    if gguf_file is not None and path.is_dir():
+        path = path / gguf_file
+        if not path.is_file():
+            raise CallError(f"{name} has no {gguf_file}", "check the name of the file")
+    elif gguf_file is not None:
+        with hub_errors(name, READING):
+            commit = HfApi(token=token).model_info(name, revision=revision).sha or "main"
+            found = hf_hub_download(
+                name, gguf_file, revision=commit, token=token, cache_dir=cache_dir
+            )
+        path, hub = Path(found), HubAddress(name, commit, token, cache_dir)
+    elif revision or cache_dir:
+        option = "--revision" if revision else "--cache-dir"
+        raise CallError(
+            f"{option} is for a source on the Hub, {name} is a file", f"leave {option} out"
+        )
+    return _unpackable(name if hub else str(path), hub, *open_gguf(path))
+
+
+def _dequantised(packed: Source) -> Source:
+    """A quantised source as a plain one."""
+    made = _unpackable(packed.name, packed.hub, *unpack_fp8(packed))
+    return replace(made, left_out=packed.left_out, include=packed.include)
+
+
+def _unpackable(
+    name: str,
+    hub: HubAddress | None,
+    config: dict,
+    tensors: dict[str, TensorInfo],
+    unpacking: Unpacking,
+) -> Source:
+    """A source whose small files are made already, in a folder of their own."""
+    folder = Path(unpacking.kept.name)
+    side_files = tuple(file for file in list_files(folder) if file != CONFIG)
+    return Source(
+        name, folder, config, tensors, side_files, unpacking.states, hub, unpacking=unpacking
+    )
+
+
 def open_folder(folder: Path) -> Source:
     """A checkpoint in a local folder with everything that lies beside it, hidden files apart: a
     conversion. Raises CallError, DamagedSourceError.
@@ -169,6 +257,7 @@ def _open_local(folder: Path, name: str, include: Sequence[str]) -> Source:
 def _read_folder(folder: Path, name: str) -> tuple[dict, list[str], dict[str, TensorInfo]]:
     """config.json, the names of all files, and the tensors."""
     if not os.path.lexists(folder / CONFIG):
+        _point_to_gguf(name, sorted(path.name for path in folder.glob("*.gguf")))
         raise CallError(
             f"{folder} is not a model folder: it has no config.json",
             "give the folder of a model, or a Hub id",
@@ -209,6 +298,7 @@ def _open_hub(
     info = HfApi(token=token).model_info(repo_id, revision=revision)
     files = sorted(sibling.rfilename for sibling in info.siblings or [])
     if CONFIG not in files:
+        _point_to_gguf(repo_id, [file for file in files if file.endswith(".gguf")])
         raise CallError(
             f"{repo_id} is not a model repository: it has no config.json", "check the name"
         )
@@ -340,6 +430,14 @@ def _read_config(folder: Path) -> dict:
             "give the folder of a transformers model",
         )
     return config
+
+
+def _point_to_gguf(name: str, files: list[str]) -> None:
+    """Raises CallError where what has no config.json has GGUF files."""
+    if files:
+        raise CallError(
+            f"{name} has no config.json, but GGUF files", f"give --gguf-file, like {files[0]}"
+        )
 
 
 def _refuse_pickled_only(name: str, files: list[str]) -> None:

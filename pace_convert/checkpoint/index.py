@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import DamagedSourceError
@@ -11,6 +13,13 @@ from .shards import TensorInfo, check_tensors, read_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+
+
+def index_text(tensors: Mapping[str, TensorInfo]) -> str:
+    """The index of these tensors."""
+    weight_map = {name: info.shard for name, info in sorted(tensors.items())}
+    metadata = {"total_size": sum(info.nbytes for info in tensors.values())}
+    return json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n"
 
 
 def read_tensors(folder: Path) -> dict[str, TensorInfo]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
 
@@ -33,6 +33,12 @@ ITEM_SIZES = {
     "BF16": 2,
     "I16": 2,
     "U16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E8M0": 1,
 }
 # The bits of the exponent, as an unsigned integer of the item size.
 EXPONENTS = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x1F << 10, "BF16": 0xFF << 7}
@@ -48,6 +54,9 @@ MAX_DIMENSIONS = 32  # numpy takes no more
 MAX_SIZE = 1 << 48  # of a dimension; none is longer
 # What copy_file_range says where kernel or file system can't; bytes are then read and written.
 _CANNOT_COPY = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
+# What `reordered` takes of a tensor, or of one of its entries along the first axis: the entry's
+# number or None, axis and permutation.
+Undo = tuple[int | None, int, np.ndarray]
 _SCAN_ITEMS = 1 << 16  # stays in the cache: ten times as fast as whole tensors
 
 
@@ -60,6 +69,14 @@ class TensorInfo:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+
+    def part(self, index: int | None) -> TensorInfo:
+        """One entry along the first axis, as a tensor of its own; None: all of it."""
+        if index is None or not self.shape or index >= self.shape[0]:
+            return self
+        size = self.nbytes // self.shape[0]
+        shape, offset = self.shape[1:], self.offset + index * size
+        return replace(self, shape=shape, offset=offset, nbytes=size)
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -117,7 +134,7 @@ def read(path: Path, info: TensorInfo, first: int = 0, last: int | None = None) 
     They are read, not mapped: a file that is cut short meanwhile is then an error and not a crash.
     Raises DamagedSourceError for it.
     """
-    size = ITEM_SIZES.get(info.dtype, 1)  # other types, fp8 among them, are copied as bytes
+    size = ITEM_SIZES.get(info.dtype, 1)  # other types are copied as bytes
     shape = info.shape if info.dtype in ITEM_SIZES else (info.nbytes,)
     if shape:
         shape = (len(range(shape[0])[first:last]), *shape[1:])
@@ -169,6 +186,19 @@ def reordered(
     step = max(1, BLOCK_BYTES * len(bits) // max(1, bits.nbytes))
     for first in range(0, len(bits), step):
         yield first, np.take(bits, permutation[first : first + step], axis=0, mode="clip")
+
+
+def restored(
+    path: Path, info: TensorInfo, undo: Sequence[Undo]
+) -> Iterator[tuple[TensorInfo, Iterator[np.ndarray]]]:
+    """The parts of a tensor in their order, and the bits of some rows of each as `undo` takes them.
+    Without any, the tensor as it is.
+    """
+    if not undo:
+        yield info, (bits for _, bits in row_blocks(path, info))
+    for index, axis, permutation in undo:
+        part = info.part(index)
+        yield part, (bits for _, bits in reordered(path, part, axis, permutation))
 
 
 def write(path: Path, info: TensorInfo, first: int, bits: np.ndarray) -> None:

@@ -30,26 +30,33 @@ if TYPE_CHECKING:
 def plan_text(source: str, out: Path, plan: Plan, expected: Duration) -> str:
     """A plan in words."""
     options = plan.options
-    method = options.cluster_method + (
-        f", {options.exact_restarts} starts" if options.exact_restarts else ""
-    )
     processes = "a process" if plan.jobs == 1 else f"each of {plan.jobs} processes"
     if plan.run.executor == "ray":
         processes = f"each task on the Ray cluster at {plan.run.ray_address or 'this machine'}"
     lines = [
         f"{source} -> {out}",
         f"  family     {plan.family.causal_lm_class}, {plan.layers} layers",
-        f"  experts    {options.experts} of {plan.intermediate_size} neurons a layer ({method})",
+        f"  experts    {_experts_line(plan)}",
         *_memory_lines(options, plan.memory_layers),
         f"  window     {_window_line(plan.window)}",
         f"  recall     {_recall_line(plan.recall)}",
         f"  bytes      {size(plan.weights_bytes)} to read and to write, "
-        f"{len(plan.ffn)} tensors permuted",
+        + (f"{len(plan.ffn)} tensors permuted" if plan.ffn else "as they are"),
         f"  needs      about {size(plan.task_bytes)} of memory in {processes}",
         f"  time       about {duration(expected.total)}, by a short measurement: "
         f"grouping {duration(expected.clustering)}, copying {duration(expected.copying)}",
     ]
     return "\n".join(lines)
+
+
+def _experts_line(plan: Plan) -> str:
+    options = plan.options
+    if options.no_experts:
+        return "none; the weights are copied as they are"
+    method = options.cluster_method + (
+        f", {options.exact_restarts} starts" if options.exact_restarts else ""
+    )
+    return f"{options.experts} of {plan.intermediate_size} neurons a layer ({method})"
 
 
 def left_out_text(left_out: Mapping[str, str]) -> str:
@@ -121,7 +128,9 @@ def made_text(made: Conversion) -> str:
             f"k-means-constrained moved {made.changed} of {neurons} neurons "
             "from where the fast method had them. "
         )
-    snippet = loading_snippet(str(made.out), not made.plan.options.no_memory)
+    plan = made.plan
+    needs_code = not plan.options.no_memory
+    snippet = loading_snippet(str(made.out), needs_code, plan.family.auto_class)
     return (
         f"Made {made.out}: {made.tensors} tensors, {size(made.nbytes)}. "
         f"{certificate}Load it with\n\n{_indented(snippet)}\n"
@@ -132,7 +141,7 @@ def pushed_text(pushed: Pushed) -> str:
     """Where a conversion is now, and the snippet that loads it from there."""
     from ..converted.card import loading_snippet
 
-    snippet = loading_snippet(pushed.repo_id, pushed.needs_code, pushed.commit)
+    snippet = loading_snippet(pushed.repo_id, pushed.needs_code, pushed.auto_class, pushed.commit)
     where = "Pull request" if pushed.pull_request else "Pushed to"
     return f"{where} {pushed.url}. Load it with\n\n{_indented(snippet)}\n"
 
@@ -151,8 +160,13 @@ def facts_text(facts: dict) -> str:
     lines = [
         f"{facts['folder']}: {facts['model_type']} made from {facts['base_model_type']}",
         f"  weights    {facts['tensors']} tensors, {size(facts['bytes'])}",
-        f"  experts    {experts['count']} a layer over {facts['intermediate_size']} neurons "
-        f"({experts['method']}, seed {experts['seed']})",
+        "  experts    "
+        + (
+            f"{experts['count']} a layer over {facts['intermediate_size']} neurons "
+            f"({experts['method']}, seed {experts['seed']})"
+            if experts
+            else f"none; {facts['intermediate_size']} neurons a layer, in the source's order"
+        ),
         f"  memory     {where}",
     ]
     if memory["enabled"]:
@@ -167,10 +181,8 @@ def facts_text(facts: dict) -> str:
         if facts[name]:
             what = "recall, " if name == "tuned_recall" else ""
             lines.append(f"  tuned      {what}{Tuned.model_validate(facts[name]).sentence()}")
-    lines += [
-        "  " + line
-        for line in table([_layer_row(facts, row) for row in facts["layers"]]).splitlines()
-    ]
+    rows = [_layer_row(facts, row) for row in facts["layers"]] if experts else []
+    lines += ["  " + line for line in table(rows).splitlines()] if rows else []
     if any("quality" in row for row in facts["layers"]):
         lines.append(
             "  noise: the same clustering of noise with the weights' mean and spread; "
@@ -240,8 +252,8 @@ def verification_text(result: Verification, hashes: bool = False) -> str:
     """A Verification in words. hashes: with the table of them, as sha256sum writes it."""
     same = result.tensors - len(result.different)
     lines = [
-        f"tensors    {same} of {result.tensors} bit-identical to the source "
-        f"({result.permuted} after undoing the permutation)"
+        f"tensors    {same} of {result.tensors} bit-identical to the source"
+        + (f" ({result.permuted} after undoing the permutation)" if result.permuted else "")
     ]
     lines += [f"  differs  {name}" for name in result.different[:10]]
     if len(result.different) > 10:
@@ -279,7 +291,7 @@ def integrity_text(whole: Integrity) -> str:
         f"files      {whole.tensors} tensors in {shards}",
         *_hash_lines(whole),
         f"experts    {whole.layers} layers of {whole.intermediate_size} neurons, "
-        "each in the order of its permutation",
+        + ("each in the order of its permutation" if whole.experts else "in the source's order"),
     ]
     lines += [f"  wrong    {problem}" for problem in whole.problems[:10]]
     if whole.loaded or whole.not_loaded:

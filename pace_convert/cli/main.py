@@ -26,7 +26,7 @@ from .ask import ask, read
 from .evaluate import evaluation
 from .options import model_options
 from .serve import serve
-from .shared import as_json_text, friendly, hub_options, output_options
+from .shared import as_json_text, friendly, hub_options, output_options, unpacking_options
 from .tune import check_calibration, run_calibration, tune
 
 GROUPS = {
@@ -69,6 +69,13 @@ class GroupedCommand(click.Command):
     metavar="PATTERN",
     help="Files of SOURCE that go along beside those that a model is known to have.",
 )
+@unpacking_options
+@click.option(
+    "--family-spec",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="YAML file with the facts of a model family that `pace families` does not list.",
+)
 @click.option(
     "--config",
     type=click.Path(path_type=Path),
@@ -97,14 +104,17 @@ class GroupedCommand(click.Command):
 def pace_convert(
     *,
     source: str, out: Path, revision: str | None, token: str | None, cache_dir: Path | None,
-    include: tuple[str, ...], config: Path | None, dry_run: bool, overwrite: bool, resume: bool,
-    calibrate: str | None, push_to_hub: str | None, private: bool, as_json: bool, quiet: bool,
+    include: tuple[str, ...], gguf_file: str | None, dequantise: bool,
+    family_spec: Path | None, config: Path | None,
+    dry_run: bool, overwrite: bool, resume: bool, calibrate: str | None, push_to_hub: str | None,
+    private: bool, as_json: bool, quiet: bool,
     **given: Any,
 ) -> None:  # fmt: skip
-    """Convert SOURCE, a model folder or a Hub id, into a PaceLLM in the folder OUT.
+    """Convert SOURCE, a model folder, a GGUF file or a Hub id, into a PaceLLM in the folder OUT.
 
     \b
     pace-convert Qwen/Qwen2-7B ./out
+    pace-convert model-Q4_K_M.gguf ./out
     pace-convert ./my-llama ./out --experts 128 --memory-layers 10,20
     pace-convert ./my-llama ./out --calibrate my_texts/
     pace-convert Qwen/Qwen2-7B ./out --push-to-hub your-name/Qwen2-7B-Pace
@@ -133,6 +143,9 @@ def pace_convert(
         push_to_hub=push_to_hub,
         private=private,
         include=include,
+        gguf_file=gguf_file,
+        dequantise=dequantise,
+        family_spec=family_spec,
     )
     plan, expected = prepared.plan, estimate_duration(prepared.source, prepared.plan, out)
     left_out = in_words.left_out_text(prepared.source.left_out)
@@ -198,14 +211,15 @@ pace.add_command(serve)
 @pace.command()
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def families(as_json: bool) -> None:
-    """List the supported model families."""
+    """List the supported model families, and what each can have: experts, and which memories."""
     from ..families import FAMILIES
 
-    rows = [
+    rows: list[dict] = [
         {
             "model_type": spec.model_type,
             "class": spec.causal_lm_class,
-            "ffn": spec.ffn.kind,
+            "ffn": spec.ffn_kind,
+            **spec.can,
             "models": spec.models,
         }
         for spec in FAMILIES.values()
@@ -268,8 +282,9 @@ def inspect(
 
 @pace.command()
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--source", help="The model that was converted: folder or Hub id.")
+@click.option("--source", help="The model that was converted: folder, GGUF file or Hub id.")
 @hub_options
+@unpacking_options
 @click.option("--no-logits", is_flag=True, help="Compare tensors only; loads no model.")
 @click.option("--hashes", is_flag=True, help="List the SHA-256 of each tensor of the source.")
 @click.option(
@@ -282,7 +297,8 @@ def inspect(
 def verify(
     *,
     out: Path, source: str | None, revision: str | None, token: str | None, cache_dir: Path | None,
-    no_logits: bool, hashes: bool, trust_remote_code: bool, as_json: bool, quiet: bool,
+    gguf_file: str | None, dequantise: bool, no_logits: bool, hashes: bool, trust_remote_code: bool,
+    as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Prove that OUT is SOURCE, permuted: tensors bit for bit, logits with the memory off.
 
@@ -310,6 +326,8 @@ def verify(
         revision=revision,
         token=token,
         cache_dir=cache_dir,
+        gguf_file=gguf_file,
+        dequantise=dequantise,
         logits=not no_logits,
         trust_remote_code=trust_remote_code,
         progress=Progress(quiet),

@@ -27,6 +27,16 @@ def hub_options(command: Callable) -> Callable:
     return click.option("--revision", help="Branch, tag or commit of a source on the Hub.")(command)
 
 
+def unpacking_options(command: Callable) -> Callable:
+    """What is made of a source without plain weights."""
+    command = click.option(
+        "--dequantise", is_flag=True, help="Take SOURCE's weights, in FP8, as plain ones."
+    )(command)
+    return click.option(
+        "--gguf-file", metavar="NAME", help="Take this GGUF file of SOURCE, a folder or Hub id."
+    )(command)
+
+
 def output_options(command: Callable) -> Callable:
     """How results are printed."""
     command = click.option("-q", "--quiet", is_flag=True, help="No progress.")(command)

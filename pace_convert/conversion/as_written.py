@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..checkpoint.checkpoint import CONFIG, INDEX, SINGLE
 from ..checkpoint.files import check_file, read_json
+from ..checkpoint.index import index_text
 from ..converted.card import is_untouched
 from ..converted.config_edits import config_edits
 from ..converted.format import (
@@ -33,7 +34,6 @@ from ..converted.hashes import (
 from ..converted.opened import Converted
 from ..converted.shipped import base_config, shipped_names
 from ..errors import DamagedSourceError
-from .output import index_text
 from .output_checks import files_in
 
 
@@ -116,10 +116,9 @@ def is_finished(converted: Converted, original: Path, written: Written, files: l
         for ours, theirs in shards
     ):
         return False
-    ffn = converted.ffn()
-    undo = {t.name: (t.axis, converted.orders[t.layer].inverse(t.parts)) for t in ffn}
+    undo = converted.undoing()
     return all(  # with one header, a tensor lies in the same place
-        hash_tensor(source.path(name), info, undo.get(name))
+        hash_tensor(source.path(name), info, undo.get(name, ()))
         == hash_tensor(original / info.shard, info)
         for name, info in source.tensors.items()
     )
@@ -141,7 +140,7 @@ def _origins(converted: Converted) -> dict[str, str]:
             f"{folder} does not say which files its source had", "convert again, then undo that"
         )
     if SINGLE in origins.values():  # it would be loaded in the shards' place
-        raise not_written(SINGLE)
+        raise not_written(folder, SINGLE)
     for name in origins:
         check_file(folder, name)
     return origins

@@ -39,6 +39,7 @@ from .output_checks import MOVE, check_free, check_names_free, check_places, che
 from .plan import Plan, make_plan
 from .tasks import layer_result, make_tasks
 
+UNPACKED = "source"  # in the staging folder: of a source without plain weights these
 RESUME = "run the same command with --resume to go on"
 
 
@@ -92,13 +93,15 @@ def prepare(
     overwrite: bool = False,
     resume: bool = False,
     target: Target | None = None,
+    family_facts: dict | None = None,
 ) -> Prepared:
     """Check everything that can be checked without reading weights. Changes nothing.
 
-    target: where to upload it when it is made. Raises CallError, DamagedSourceError, PaceError.
+    target: where to upload it when it is made. family_facts: see `make_plan`. Raises CallError,
+    DamagedSourceError, PaceError.
     """
     check_places(source, out)
-    plan = make_plan(source, options, run)
+    plan = make_plan(source, options, run, family_facts)
     check_run(plan.run)
     check_names_free(source)
     check_needed(source.folder, [CONFIG, *readable_by_name(source.side_files, source.include)])
@@ -129,13 +132,14 @@ def carry_out(prepared: Prepared, progress: Progress) -> Conversion:
     check_room(source, out)
     check_executor(plan.run, plan.task_bytes)
     source = source.fetch()
-    device = _clustering_device(plan.run)
+    device = _clustering_device(plan)
     folder = OutputFolder(out, overwrite=prepared.overwrite, resume=prepared.resume)
     with explained(out, RESUME), folder:
         journal = Journal(folder.staging, AGAIN)
-        identity = fingerprint(source, plan.options, device)
+        identity = fingerprint(source, plan.options, device, plan.family_facts)
         journal.open(identity, other_conversion)
         if MOVE not in journal.done:
+            source = source.unpack(folder.staging / UNPACKED, progress)
             run_remaining(
                 make_tasks(source, plan, folder.staging, device),
                 journal,
@@ -205,7 +209,7 @@ def _refuse_another(source: Source, out: Path, plan: Plan) -> None:
 
 def _fingerprint(source: Source, plan: Plan) -> dict:
     """What this conversion's bytes depend on, on this machine."""
-    return fingerprint(source, plan.options, _clustering_device(plan.run))
+    return fingerprint(source, plan.options, _clustering_device(plan), plan.family_facts)
 
 
 def _write_files(
@@ -223,17 +227,26 @@ def _write_files(
         theirs.append(INDEX)
     # What is written anew keeps the source's own under another name, for `undo`.
     copies = {name: KEPT[name] if name in texts or name == INDEX else name for name in theirs}
-    origins: dict[str, str | None] = dict.fromkeys([PERMUTATION, HASHES, INDEX, *texts])
+    ours = [*([PERMUTATION] if plan.ffn else []), HASHES, INDEX]
+    origins: dict[str, str | None] = dict.fromkeys([*ours, *texts])
     origins |= {target: name for name, target in copies.items()}
     origins |= {name: name for name in source.shards}
-    orders = [layer_result(journal.done[f"layer {layer}"]) for layer in range(plan.layers)]
-    folder.permutation(orders, origins, list(source.left_out))
+    if plan.ffn:
+        orders = {
+            group: order
+            for layer in range(plan.layers)
+            for group, order in layer_result(journal.done[f"layer {layer}"]).items()
+        }
+        folder.permutation(orders, origins, list(source.left_out))
     for name, target in copies.items():
         folder.copy(source.folder / name, target)
     for name, text in texts.items():
         folder.write(name, text)
     folder.index(source.tensors)
-    folder.record(_hashes(source, journal))
+    hashes = _hashes(source, journal)
+    if not plan.ffn:
+        hashes = hashes.model_copy(update={"written": origins, "left_out": list(source.left_out)})
+    folder.record(hashes)
     return list(origins)
 
 
@@ -254,14 +267,20 @@ def _config(source: Source, plan: Plan) -> dict:
     options = plan.options
     size, layers = plan.intermediate_size, plan.memory_layers
     pace = pace_object(plan.family, options, size, layers, plan.window, plan.recall)
+    if plan.family_facts is not None:
+        pace["family"] = plan.family_facts
     return expected_config(source.config, plan.family, pace, not options.no_memory)
 
 
-def _clustering_device(run: RunOptions) -> str:
-    """Where neurons are grouped. Of a cluster's machines only its workers know their GPUs.
+def _clustering_device(plan: Plan) -> str:
+    """Where neurons are grouped; where none are it does not matter. Of a cluster's machines only
+    its workers know their GPUs.
 
     Raises CallError for a GPU that is not there.
     """
+    run = plan.run
+    if not plan.ffn:
+        return "cpu"
     if run.executor == "ray":
         return "cpu" if run.device == "auto" else run.device
     return resolve_device(run.device)

@@ -48,19 +48,31 @@ def estimate_duration(source: Source, plan: Plan, out: Path) -> Duration:
     """A product of matrices, a read and a write are timed (a quarter of a second); the rest is
     proportion.
     """
+    copying = plan.weights_bytes * (_write_seconds(out) + _read_seconds(source)) / _SAMPLE_BYTES
+    if not plan.ffn:
+        return Duration(0.0, copying)
+    clustered = plan.ffn[0]
+    shape = source.tensors[clustered.name].part(clustered.index).shape
+    groups = len({tensor.group for tensor in plan.ffn})
+    neurons = shape[clustered.axis] // clustered.parts
+    one = _group_seconds(plan, neurons, shape[1 - clustered.axis])
+    return Duration(groups * one, copying)
+
+
+def _group_seconds(plan: Plan, neurons: int, hidden_size: int) -> float:
+    """Of one layer's clustering, or one expert's of a mixture."""
     options = plan.options
     # 1024 neurons and 64 experts, scaled up to all of them.
     rows = 1024
-    width = min(plan.hidden_size, 4096)
+    width = min(hidden_size, 4096)
     a = np.ones((rows, width), np.float32)
     b = np.ones((width, 64), np.float32)
     one = _seconds(lambda: a @ b)
-    product = one * plan.intermediate_size / rows * plan.hidden_size / width * options.experts / 64
-    products = _PRODUCTS[options.cluster_method] * (1 + _PAIRS * options.experts / plan.hidden_size)
+    product = one * neurons / rows * hidden_size / width * options.experts / 64
+    products = _PRODUCTS[options.cluster_method] * (1 + _PAIRS * options.experts / hidden_size)
     if options.exact_restarts:
         products = _PRODUCTS_A_RESTART * options.exact_restarts
-    copying = plan.weights_bytes * (_write_seconds(out) + _read_seconds(source)) / _SAMPLE_BYTES
-    return Duration(plan.layers * (products * product + _LAYER_SECONDS), copying)
+    return products * product + _LAYER_SECONDS
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -94,7 +106,7 @@ def _write_seconds(out: Path) -> float:
 
 def _read_seconds(source: Source) -> float:
     """Of _SAMPLE_BYTES of its first shard, or what there is of them."""
-    if source.hub is not None:  # its download is not estimated
+    if source.hub is not None or source.unpacking is not None:  # how it gets here is not estimated
         return 0.0
     with (source.folder / source.shards[0]).open("rb", buffering=0) as file:
         start = time.perf_counter()

@@ -10,7 +10,9 @@ from ..options import ConvertOptions, option_name
 from ..version import __version__
 
 
-def fingerprint(source: Source, options: ConvertOptions, device: str) -> dict:
+def fingerprint(
+    source: Source, options: ConvertOptions, device: str, family_facts: dict | None = None
+) -> dict:
     """What a conversion's bytes depend on: source, options, version and the kind of device that
     clusters. Not on a preset's name, for its parameters stand among the options.
 
@@ -24,6 +26,8 @@ def fingerprint(source: Source, options: ConvertOptions, device: str) -> dict:
             "device": device.partition(":")[0],
         },
         **({"include": list(source.include)} if source.include else {}),
+        **({"family": family_facts} if family_facts else {}),
+        **({"unpacked": source.unpacking.what} if source.unpacking else {}),
         "source": source.hub.commit
         if source.hub
         else {name: list(state) for name, state in source.states.items()},
@@ -55,6 +59,11 @@ def difference(before: Any, now: dict) -> str:
     if before.get("include") != now.get("include"):
         patterns = [" ".join(job.get("include") or ["nothing"]) for job in (before, now)]
         return f"--include was {patterns[0]} and is {patterns[1]}"
+    if before.get("family") != now.get("family"):
+        return "what --family-spec says has changed"
+    if before.get("unpacked") != now.get("unpacked"):
+        kinds = [job.get("unpacked") or "a plain checkpoint" for job in (before, now)]
+        return f"the source was {kinds[0]} and is {kinds[1]}"
     if not (isinstance(before.get("source"), dict) and isinstance(now["source"], dict)):
         return f"the source was at {before.get('source')} and is at {now['source']}"
     names = {**before["source"], **now["source"]}

@@ -59,7 +59,7 @@ def model_card(source: Source, plan: Plan) -> str:
     has_card = CARD in source.side_files
     theirs = _beginning(source.folder / CARD) if has_card else ""
     metadata = inherited_metadata(theirs)
-    name = source.name if source.hub else source.folder.resolve().name
+    name = source.title
     memory = plan.options.memory_config(plan.memory_layers, plan.window, plan.recall)
     text = render(
         "model_card.md.jinja",
@@ -72,7 +72,7 @@ def model_card(source: Source, plan: Plan) -> str:
         revision=source.hub.commit if source.hub else None,
         metadata=metadata,
         licence=_licence(metadata, source.side_files),
-        load=load_block(needs_code=not plan.options.no_memory),
+        load=load_block(not plan.options.no_memory, plan.family.auto_class),
         verification=verification_block(),
         source_card=SOURCE_CARD if has_card else None,
         left_out=list(source.left_out)[:MOST_NAMES],

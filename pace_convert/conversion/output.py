@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..checkpoint.checkpoint import CONFIG, INDEX
+from ..checkpoint.index import index_text
 from ..checkpoint.shards import TensorInfo
 from ..converted.format import (
     CARD,
@@ -99,7 +99,7 @@ class OutputFolder:
 
     def permutation(
         self,
-        orders: Sequence[ExpertOrder],
+        orders: Mapping[str, ExpertOrder],
         files: Mapping[str, str | None],
         left_out: Sequence[str],
     ) -> None:
@@ -206,13 +206,6 @@ class OutputFolder:
                 for folder in self.missing if not any(self.path.iterdir()) else ():
                     folder.rmdir()
         self.lock.release()
-
-
-def index_text(tensors: dict[str, TensorInfo]) -> str:
-    """The index of these tensors."""
-    weight_map = {name: info.shard for name, info in sorted(tensors.items())}
-    metadata = {"total_size": sum(info.nbytes for info in tensors.values())}
-    return json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n"
 
 
 @contextlib.contextmanager

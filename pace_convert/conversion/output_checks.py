@@ -190,7 +190,8 @@ def check_room(source: Source, out: Path) -> None:
     # Shards of an unfinished conversion have their full size from the start; what they take on the
     # disk is their blocks, of 512 bytes whatever the file system's own are.
     there = sum(path.stat().st_blocks * 512 for path in (out / UNFINISHED).glob("*.safetensors"))
-    missing = source.nbytes - there
+    copies = 2 if source.unpacking else 1  # plain weights, and what is made of them
+    missing = copies * source.nbytes - there
     free = shutil.disk_usage(parent).free
     if free < missing:
         raise CallError(

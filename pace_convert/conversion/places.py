@@ -57,8 +57,8 @@ class Shard:
 
 @dataclass(frozen=True)
 class Place:
-    """A tensor and the file it lies in; for one that is permuted, the axis over its `parts` sets of
-    neurons.
+    """A tensor, or an expert's part of one, and the file it lies in; for one that is permuted, the
+    axis over its `parts` sets of neurons, whether these are interleaved, and whose they are.
     """
 
     name: str
@@ -66,6 +66,8 @@ class Place:
     shard: Shard
     axis: int = 0
     parts: int = 1
+    interleaved: bool = False
+    group: str = ""
 
 
 @contextmanager

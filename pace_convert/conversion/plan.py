@@ -6,32 +6,48 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..checkpoint.checkpoint import Source, trained_length
-from ..checkpoint.ffn import check_ffn, count_layers, intermediate_size_of
+from ..checkpoint.dequantised import METHODS, quantisation_of
+from ..checkpoint.ffn import (
+    check_ffn,
+    check_layers,
+    count_layers,
+    intermediate_size_of,
+    layer_paths,
+    neurons_of,
+    text_config,
+)
 from ..checkpoint.own_code import DECIDING, own_model_code
 from ..errors import CallError, DamagedSourceError
-from ..families import FamilySpec, FfnTensor, find_family
-from ..options import ConvertOptions, RunOptions
-from .resources import jobs_that_fit, layer_task_bytes
+from ..families import FAMILIES, find_family
+from ..family_file import check_family, family_of, suggestion
+from ..family_spec import FamilySpec, FfnTensor
+from ..options import MEMORIES, ConvertOptions, RunOptions
+from ..unsupported import why_unsupported
+from .resources import copying_bytes, jobs_that_fit, layer_task_bytes
+
+# Those of transformers.integrations.awq.AWQ_SCALES_MAPPINGS.
+AWQ_SCALED = ("bloom", "falcon", "gpt_bigcode", "gpt_neox", "gptj", "mpt", "starcoder2")
 
 
 @dataclass(frozen=True)
 class Plan:
     """What a conversion will do. Sizes in bytes.
 
-    task_bytes: memory of one process while it converts a layer; jobs: how many of them work side by
-    side.
+    ffn: the tensors that are permuted, none without experts. family_facts: where the family is not
+    in the table. task_bytes: memory of one process while it converts a layer, or copies a shard;
+    jobs: how many of them work side by side.
     """
 
     family: FamilySpec
     options: ConvertOptions
     run: RunOptions
     layers: int
-    hidden_size: int
     intermediate_size: int
     memory_layers: tuple[int, ...]
     window: dict | None
     recall: dict | None
     ffn: tuple[FfnTensor, ...]
+    family_facts: dict | None
     weights_bytes: int
     task_bytes: int
     jobs: int
@@ -42,7 +58,7 @@ class Plan:
             "family": self.family.model_type,
             "layers": self.layers,
             "intermediate_size": self.intermediate_size,
-            "experts": self.options.experts,
+            "experts": None if self.options.no_experts else self.options.experts,
             "memory_layers": list(self.memory_layers),
             "window": self.window,
             "recall": self.recall,
@@ -56,48 +72,93 @@ class Plan:
         }
 
 
-def make_plan(source: Source, options: ConvertOptions, run: RunOptions | None = None) -> Plan:
-    """Check source and options. Raises CallError or DamagedSourceError."""
+def make_plan(
+    source: Source,
+    options: ConvertOptions,
+    run: RunOptions | None = None,
+    family_facts: dict | None = None,
+) -> Plan:
+    """Check source and options. Raises CallError or DamagedSourceError.
+
+    family_facts: of a family that is not in the table, as `read_family` gives them.
+    """
     config = source.config
     run = run or RunOptions()
     _refuse_converted(source)
-    _refuse_quantised(config)
+    if not options.no_experts:
+        _refuse_quantised(config)
     _check_type(config, "auto_map", dict)
-    family = find_family(config, _check_type(config, "architectures", list) or [])
+    family = _family(source, family_facts)
     _refuse_own_code(config, family)
+    _refuse_scaled(config, family)
     layers = count_layers(family, config)
-    intermediate_size = intermediate_size_of(family, config)
-    ffn = check_ffn(family, layers, intermediate_size, source.tensors)
-    _check_experts(options, intermediate_size)
-    infos = [source.tensors[tensor.name] for tensor in ffn]
-    exact = options.cluster_method == "exact"
-    task_bytes = layer_task_bytes(infos, intermediate_size, options.experts, exact)
+    intermediate_size = intermediate_size_of(family, config, source.tensors)
+    ffn = _permuted(source, options, family, layers, intermediate_size)
+    infos = [source.tensors[tensor.name].part(tensor.index) for tensor in ffn]
+    pieces, nbytes, task_bytes = len(source.shards), source.nbytes, copying_bytes(source.tensors)
+    if ffn:
+        exact = options.cluster_method == "exact"
+        pieces, nbytes = layers, sum(info.nbytes for info in infos)
+        task_bytes = layer_task_bytes(infos, intermediate_size, options.experts, exact)
     jobs = run.jobs
     if jobs is None and run.executor == "local":
-        jobs = jobs_that_fit(layers, sum(info.nbytes for info in infos), task_bytes)
+        jobs = jobs_that_fit(pieces, nbytes, task_bytes)
     return Plan(
         family=family,
         options=options,
         run=run,
         layers=layers,
-        hidden_size=infos[0].shape[1 - ffn[0].axis],
         intermediate_size=intermediate_size,
-        memory_layers=_fusion_layers(options, layers),
-        window=_window(options, layers, config),
-        recall=_recall(options, layers),
+        memory_layers=_fusion_layers(options, family, layers, source),
+        window=_window(options, family, layers, text_config(family, config)),
+        recall=_recall(options, family, layers),
         ffn=ffn,
+        family_facts=family_facts,
         weights_bytes=source.nbytes,
         task_bytes=task_bytes,
-        jobs=jobs or layers,
+        jobs=jobs or pieces,
     )
 
 
-def _check_experts(options: ConvertOptions, intermediate_size: int) -> None:
-    """Whether so many neurons can be grouped as asked. Raises CallError."""
-    if options.experts > intermediate_size:
+def _family(source: Source, facts: dict | None) -> FamilySpec:
+    """Of the table, or of its own facts. Raises CallError."""
+    config = source.config
+    architectures = _check_type(config, "architectures", list) or []
+    if facts is None:
+        known = config["model_type"] in FAMILIES or why_unsupported(config, FAMILIES)
+        hint = None if known else suggestion(config, source.tensors)
+        if hint:
+            raise CallError(f"model family {config['model_type']!r} is not supported", hint)
+        return find_family(config, architectures)
+    family = family_of(facts)
+    check_family(family, source)
+    return family
+
+
+def _permuted(
+    source: Source, options: ConvertOptions, family: FamilySpec, layers: int, intermediate_size: int
+) -> tuple[FfnTensor, ...]:
+    """The tensors that the experts permute; without experts they are only looked at.
+
+    Raises CallError, DamagedSourceError.
+    """
+    if options.no_experts and quantisation_of(source.config):
+        check_layers(family, layers, source.tensors)  # packed weights have shapes of their own
+        return ()
+    ffn = check_ffn(family, layers, intermediate_size, source.tensors)
+    if options.no_experts:
+        return ()
+    smallest = min(neurons_of(tensor, source.tensors) for tensor in ffn)
+    _check_experts(options, smallest, intermediate_size)
+    return ffn
+
+
+def _check_experts(options: ConvertOptions, smallest: int, intermediate_size: int) -> None:
+    """Whether so many neurons can be grouped as asked. smallest: of all FFNs. Raises CallError."""
+    if options.experts > smallest:
+        where = "per layer" if smallest == intermediate_size else "in an expert"
         raise CallError(
-            f"--experts {options.experts} is more than the model's {intermediate_size} neurons "
-            "per layer",
+            f"--experts {options.experts} is more than the model's {smallest} neurons {where}",
             "choose fewer experts",
         )
     if options.granularity == "expert" and intermediate_size % options.experts:
@@ -108,12 +169,53 @@ def _check_experts(options: ConvertOptions, intermediate_size: int) -> None:
         )
 
 
-def _fusion_layers(options: ConvertOptions, layers: int) -> tuple[int, ...]:
-    return resolve_layers(options.memory_layers, layers) if options.has("fusion") else ()
+def _gets(memory: str, options: ConvertOptions, family: FamilySpec) -> bool:
+    """Whether the model gets this memory. Raises CallError where the family can't have one that was
+    asked for.
+    """
+    why = family.refused.get(memory)
+    asked = options.memory != "auto" or (memory == "fusion" and options.memory_layers != "auto")
+    if why is not None and asked and options.has(memory):
+        others = [name for name in MEMORIES if name not in family.refused]
+        raise CallError(
+            f"a {family.model_type} can't have --memory {memory}: {why}",
+            f"give --memory {','.join(others)}" if others else "give --no-memory",
+        )
+    return why is None and options.has(memory)
 
 
-def _recall(options: ConvertOptions, layers: int) -> dict | None:
+def _fusion_layers(
+    options: ConvertOptions, family: FamilySpec, layers: int, source: Source
+) -> tuple[int, ...]:
+    """Raises CallError for a layer that has no FFN which all tokens pass."""
+    if not _gets("fusion", options, family):
+        return ()
+    chosen = resolve_layers(options.memory_layers, layers)
+    if family.mixture is None:
+        return chosen
+    paths = layer_paths(family, layers, source.tensors)
+    shared = family.projection.partition("{}")[2]
+    places = {name.rpartition(".")[0] for name in source.tensors}  # quantised ones have no `weight`
+    able = [n for n, path in enumerate(paths) if f"{path}{shared}" in places]
+    if not able:
+        raise CallError(
+            "no layer has an FFN that all tokens pass beside its experts",
+            "give --memory reread or recall",
+        )
+    if isinstance(options.memory_layers, str):
+        return tuple(sorted({min(able, key=lambda n: abs(n - layer)) for layer in chosen}))
+    for layer in set(chosen) - set(able):
+        raise CallError(
+            f"--memory-layers: layer {layer} has no FFN that all tokens pass beside its experts",
+            f"choose among {able[0]} to {able[-1]}",
+        )
+    return chosen
+
+
+def _recall(options: ConvertOptions, family: FamilySpec, layers: int) -> dict | None:
     """`pace.memory.recall`. Raises CallError for a layer that the model does not have."""
+    if not _gets("recall", options, family):
+        return None
     chosen = options.recall_layers
     if isinstance(chosen, tuple) and chosen[-1] >= layers:
         raise CallError(
@@ -123,8 +225,10 @@ def _recall(options: ConvertOptions, layers: int) -> dict | None:
     return options.recall_config(layers)
 
 
-def _window(options: ConvertOptions, layers: int, config: dict) -> dict | None:
+def _window(options: ConvertOptions, family: FamilySpec, layers: int, config: dict) -> dict | None:
     """`pace.memory.window`. Raises CallError for what can't be with this model."""
+    if not _gets("reread", options, family):
+        return None
     chosen = options.reread_layer
     if isinstance(chosen, int) and chosen >= layers:
         raise CallError(
@@ -179,13 +283,22 @@ def _refuse_converted(source: Source) -> None:
 
 def _refuse_quantised(config: dict) -> None:
     """Raises CallError. Before the shapes are looked at: packed weights have others."""
-    quantisation = config.get("quantization_config")
-    if quantisation:
-        stated = quantisation if isinstance(quantisation, dict) else {}
-        method = stated.get("quant_method", "unknown")
+    method = quantisation_of(config)
+    if method:
+        others = "--dequantise for plain ones" if method in METHODS else "the full-precision model"
         raise CallError(
             f"the source is quantised ({method}): its FFN rows can't be clustered",
-            "convert the full-precision model, then quantise",
+            f"give --no-experts to leave its weights as they are, or {others}",
+        )
+
+
+def _refuse_scaled(config: dict, family: FamilySpec) -> None:
+    """Raises CallError where transformers would not find activations' scales for a PaceLLM."""
+    if quantisation_of(config) == "awq" and family.model_type in AWQ_SCALED:
+        raise CallError(
+            f"AWQ scales the activations of a {family.model_type}, which transformers knows by "
+            "that model type alone",
+            "convert the full-precision model",
         )
 
 

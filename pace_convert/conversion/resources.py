@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ..checkpoint.shards import BLOCK_BYTES, TensorInfo
+from ..checkpoint.shards import BLOCK_BYTES, ITEM_SIZES, TensorInfo
 from ..device import core_count, free_memory
 
 PROCESS_BYTES = 400 << 20  # Python, torch and its buffers, before any tensor
@@ -35,6 +35,16 @@ def permuting_bytes(ffn: Sequence[TensorInfo]) -> int:
     return PROCESS_BYTES + max(info.nbytes for info in ffn) + 2 * BLOCK_BYTES
 
 
-def jobs_that_fit(layers: int, ffn_bytes: int, task_bytes: int) -> int:
-    """Processes worth starting for this many bytes, as far as cores and memory go."""
-    return max(1, min(layers, core_count(), free_memory() // task_bytes, ffn_bytes // JOB_BYTES))
+def copying_bytes(tensors: Mapping[str, TensorInfo]) -> int:
+    """Memory in bytes of a process that copies these tensors. Those of a type that is not known
+    are read whole.
+    """
+    unknown = (info.nbytes for info in tensors.values() if info.dtype not in ITEM_SIZES)
+    return PROCESS_BYTES + max([BLOCK_BYTES, *unknown])
+
+
+def jobs_that_fit(pieces: int, nbytes: int, task_bytes: int) -> int:
+    """Processes worth starting for so many layers or shards, and their bytes, as far as cores and
+    memory go.
+    """
+    return max(1, min(pieces, core_count(), free_memory() // task_bytes, nbytes // JOB_BYTES))

@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
@@ -30,12 +30,14 @@ from ..checkpoint.shards import (
 from ..converted.hashes import Hashes
 from ..errors import PaceError
 from ..experts.permute import ExpertOrder, canonical_permutation, repeat
-from ..families import FfnTensor
+from ..family_spec import FfnTensor
 from .places import Place, Shard, at_rest, check_hashes, not_as_written, refuse_non_finite
 from .plan import Plan
 
 if TYPE_CHECKING:
     import torch
+
+    from ..experts.cluster import Clustering
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,12 +75,10 @@ class _OfLayer(_Task):
 
 @dataclass(frozen=True, eq=False)
 class LayerTask(_OfLayer):
-    """Group one layer's neurons and write its FFN in the new order. The first of its tensors is the
-    one that is grouped.
+    """Group one layer's neurons and write its FFN, or each of its FFNs, in the new order. The first
+    of each group's tensors is the one whose rows are clustered.
     """
 
-    intermediate_size: int
-    transposed: bool
     experts: int
     seed: int
     method: Literal["fast", "exact"]
@@ -89,13 +89,10 @@ class LayerTask(_OfLayer):
         """Returns what `layer_result` reads. Raises DamagedSourceError, OSError."""
         import torch
 
-        from ..experts.cluster import cluster_neurons
-
+        firsts = {place.group: place for place in reversed(self.tensors)}
         with at_rest({place.shard for place in self.tensors}):
             try:
-                clustering = cluster_neurons(
-                    self._features(), self.experts, self.seed, self.method, self.restarts
-                )
+                clusterings = {group: self._cluster(firsts[group]) for group in reversed(firsts)}
             except torch.OutOfMemoryError as error:
                 raise PaceError(
                     f"the GPU has too little memory for {self.name}", "give --device cpu"
@@ -104,22 +101,33 @@ class LayerTask(_OfLayer):
                 if "can't allocate memory" in str(error) or "can't start new thread" in str(error):
                     raise MemoryError from error
                 raise
-            order = canonical_permutation(clustering.labels)
-            hashes = _write_permuted(self.tensors, order.permutation)
+            orders = {
+                group: canonical_permutation(found.labels) for group, found in clusterings.items()
+            }
+            permutations = {group: order.permutation for group, order in orders.items()}
+            hashes = _write_permuted(self.tensors, permutations)
+        changed = [found.changed for found in clusterings.values() if found.changed is not None]
         return {
             "hashes": hashes,
-            "permutation": _pack(order.permutation),
-            "sizes": _pack(order.sizes),
-            "changed": clustering.changed,
+            "orders": {
+                group: [_pack(order.permutation), _pack(order.sizes)]
+                for group, order in orders.items()
+            },
+            "changed": sum(changed) if changed else None,
         }
 
-    def _features(self) -> torch.Tensor:
+    def _cluster(self, place: Place) -> Clustering:
+        from ..experts.cluster import cluster_neurons
+
+        rows = self._features(place)
+        return cluster_neurons(rows, self.experts, self.seed, self.method, self.restarts)
+
+    def _features(self, place: Place) -> torch.Tensor:
         """One row per neuron [D, H]: of a fused tensor the gate's half, of a transposed one the
         columns.
         """
         import torch
 
-        place = self.tensors[0]
         bits = read(place.shard.source, place.info)
         refuse_non_finite(place, range(len(bits)), bits)
         dtypes = {
@@ -130,18 +138,20 @@ class LayerTask(_OfLayer):
         }
         # numpy has no bfloat16: the bits go over as integers.
         rows = torch.from_numpy(bits.view(f"i{bits.itemsize}")).view(dtypes[place.info.dtype])
-        return (rows.T if self.transposed else rows[: self.intermediate_size]).to(self.device)
+        rows = rows.T if place.axis else rows
+        gate = slice(0, None, place.parts) if place.interleaved else slice(len(rows) // place.parts)
+        return rows[gate].to(self.device)
 
 
 @dataclass(frozen=True, eq=False)
 class RestoreTask(_OfLayer):
     """Write one layer's FFN of a conversion in the order of its source.
 
-    inverse: the permutation that undoes the conversion's, [D] int32. expected: the hashes of each
-    tensor as it lies there and as the source had it; {} where they need not hold.
+    inverse: by group, the permutation that undoes the conversion's, [D] int32. expected: the hashes
+    of each tensor as it lies there and as the source had it; {} where they need not hold.
     """
 
-    inverse: np.ndarray
+    inverse: dict[str, np.ndarray]
     expected: dict[str, list[str]]
 
     def run(self) -> dict:
@@ -206,8 +216,6 @@ def make_tasks(source: Source, plan: Plan, out: Path, device: str) -> list[Task]
         return LayerTask(
             places,
             layer,
-            intermediate_size=plan.intermediate_size,
-            transposed=plan.family.ffn.transposed,
             experts=options.experts,
             seed=options.seed,
             method=options.cluster_method,
@@ -221,13 +229,13 @@ def make_tasks(source: Source, plan: Plan, out: Path, device: str) -> list[Task]
 def restore_tasks(
     converted: Source,
     ffn: Sequence[FfnTensor],
-    orders: Sequence[ExpertOrder],
+    orders: Mapping[str, ExpertOrder],
     out: Path,
     expected: Hashes | None,
 ) -> list[Task]:
     """All that makes a conversion's source again, in the folder `out`.
 
-    orders: by layer. expected: what must be read and written; None: whatever is there.
+    orders: by group. expected: what must be read and written; None: whatever is there.
     """
     pairs: dict[str, list[str]] = {}
     if expected:
@@ -238,7 +246,8 @@ def restore_tasks(
 
     def layer_task(layer: int, places: tuple[Place, ...]) -> Task:
         its = {place.name: pairs.get(place.name, ["", ""]) for place in places} if pairs else {}
-        return RestoreTask(places, layer, orders[layer].inverse(), its)
+        inverse = {group: orders[group].inverse() for group in {place.group for place in places}}
+        return RestoreTask(places, layer, inverse, its)
 
     return _all_tasks(converted, ffn, out, layer_task, pairs, expected.headers if expected else {})
 
@@ -265,8 +274,10 @@ def _all_tasks(
     places: dict[int, list[Place]] = {}
     for tensor in ffn:
         info = source.tensors[tensor.name]
+        part = info.part(tensor.index)
+        how = (tensor.axis, tensor.parts, tensor.interleaved, tensor.group)
         places.setdefault(tensor.layer, []).append(
-            Place(tensor.name, info, shards[info.shard], tensor.axis, tensor.parts)
+            Place(tensor.name, part, shards[info.shard], *how)
         )
     permuted = {tensor.name for tensor in ffn}
     for name, shard in shards.items():
@@ -285,9 +296,12 @@ def _all_tasks(
     return tasks
 
 
-def layer_result(record: dict) -> ExpertOrder:
-    """The order of a layer's neurons, of what a LayerTask returned."""
-    return ExpertOrder(_unpack(record["permutation"]), _unpack(record["sizes"]))
+def layer_result(record: dict) -> dict[str, ExpertOrder]:
+    """The order of each group's neurons, of what a LayerTask returned."""
+    return {
+        group: ExpertOrder(*(_unpack(text) for text in texts))
+        for group, texts in record["orders"].items()
+    }
 
 
 def _gaps(taken: list[tuple[int, int]], end: int) -> Iterator[tuple[int, int]]:
@@ -315,17 +329,20 @@ def _permuted(
         yield first, bits
 
 
-def _write_permuted(places: tuple[Place, ...], permutation: np.ndarray) -> dict[str, list[str]]:
-    """By name the SHA-256 of each tensor, as it was read and as it was written."""
-    hashes = {}
-    for place in places:
-        before = hashlib.sha256()
-        after = hashlib.sha256()
-        for first, bits in _permuted(place, repeat(permutation, place.parts), before.update):
+def _write_permuted(
+    places: tuple[Place, ...], permutations: Mapping[str, np.ndarray]
+) -> dict[str, list[str]]:
+    """By name the SHA-256 of each tensor, as it was read and as it was written. permutations: by
+    group.
+    """
+    digests: dict[str, tuple[Any, Any]] = {}
+    for place in places:  # parts of a tensor come in their order, and its hash goes on
+        before, after = digests.setdefault(place.name, (hashlib.sha256(), hashlib.sha256()))
+        order = repeat(permutations[place.group], place.parts, place.interleaved)
+        for first, bits in _permuted(place, order, before.update):
             after.update(bits.data)
             write(place.shard.target, place.info, first, bits)
-        hashes[place.name] = [before.hexdigest(), after.hexdigest()]
-    return hashes
+    return {name: [digest.hexdigest() for digest in pair] for name, pair in digests.items()}
 
 
 def _pack(numbers: np.ndarray) -> str:

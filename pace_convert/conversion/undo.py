@@ -35,7 +35,7 @@ from .as_written import Written, as_written, is_finished
 from .executors import run_remaining
 from .output import OutputFolder, explained
 from .output_checks import MOVE, check_places, check_room, files_in
-from .resources import jobs_that_fit, permuting_bytes
+from .resources import copying_bytes, jobs_that_fit, permuting_bytes
 from .tasks import restore_tasks
 
 GO_ON = "run the same command again to go on"
@@ -113,10 +113,13 @@ def undo(
         )
     _check_free(source, original, identity)
     check_room(source, original)
-    infos = [source.tensors[tensor.name] for tensor in ffn]
-    task_bytes = permuting_bytes(infos)
+    infos = [source.tensors[tensor.name].part(tensor.index) for tensor in ffn]
+    pieces, nbytes, task_bytes = len(source.shards), source.nbytes, copying_bytes(source.tensors)
+    if infos:
+        pieces, nbytes = converted.layers, sum(info.nbytes for info in infos)
+        task_bytes = permuting_bytes(infos)
     if jobs is None:
-        jobs = jobs_that_fit(converted.layers, sum(info.nbytes for info in infos), task_bytes)
+        jobs = jobs_that_fit(pieces, nbytes, task_bytes)
     with explained(original, GO_ON), OutputFolder(original, overwrite=False, resume=True) as folder:
         journal = Journal(folder.staging, ANEW)
         journal.open(identity, lambda *_: _other_job(original))
@@ -178,8 +181,10 @@ def _identity(source: Source, written: Written) -> dict:
     """What the restored bytes depend on; files are known by size and time of change, as a
     conversion's are.
     """
-    permutation = (source.folder / PERMUTATION).stat()
-    states = {**source.states, PERMUTATION: (permutation.st_size, permutation.st_mtime_ns)}
+    states = dict(source.states)
+    if (source.folder / PERMUTATION).is_file():
+        permutation = (source.folder / PERMUTATION).stat()
+        states[PERMUTATION] = (permutation.st_size, permutation.st_mtime_ns)
     return {
         "version": __version__,
         "proved": written.expected is not None,

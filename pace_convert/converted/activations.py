@@ -20,13 +20,18 @@ def listening(
     family = converted.family
     prefix = f"{family.stack}." if family.stack else ""
     hooks = []
-    for layer in range(converted.layers):
+    for layer in range(converted.layers if family.projection else 0):
         # `layer` as a default: the closure would see the loop's last one.
         def hook(module: nn.Module, args: tuple, layer: int = layer) -> None:
             take(layer, args[0].reshape(-1, args[0].shape[-1]))
 
         path = prefix + family.projection.format(layer)
-        hooks.append(model.get_submodule(path).register_forward_pre_hook(hook, prepend=True))
+        parent, _, name = path.rpartition(".")
+        try:
+            module = model.get_submodule(parent).get_submodule(name)
+        except AttributeError:  # a mixture's layer without an FFN that all tokens pass
+            continue
+        hooks.append(module.register_forward_pre_hook(hook, prepend=True))
     try:
         yield
     finally:

@@ -35,9 +35,10 @@ def is_untouched(card: bytes) -> bool:
     return seal is not None and seal[1] == _digest(text[: seal.start()])
 
 
-def load_block(needs_code: bool) -> str:
+def load_block(needs_code: bool, auto_class: str) -> str:
     """How to load the model from inside its folder. needs_code: it brings modeling files."""
-    return _block("load", _python("From inside this folder:", loading_snippet(".", needs_code)))
+    code = loading_snippet(".", needs_code, auto_class)
+    return _block("load", _python("From inside this folder:", code))
 
 
 def memory_block(pace: dict, layers: int) -> str:
@@ -59,7 +60,7 @@ def verification_block(text: str = UNVERIFIED) -> str:
 
 
 def published(
-    card: str, repo_id: str, commit: str, *, needs_code: bool, compared: str | None
+    card: str, repo_id: str, commit: str, *, needs_code: bool, auto_class: str, compared: str | None
 ) -> str:
     """A card as it goes to the Hub: loads by name at this commit, says what was compared; sealed if
     it was.
@@ -69,7 +70,7 @@ def published(
     why = "At a fixed commit:"
     if needs_code:
         why = "The commit is pinned, because loading runs this repository's Python files:"
-    load = _block("load", _python(why, loading_snippet(repo_id, needs_code, commit)))
+    load = _block("load", _python(why, loading_snippet(repo_id, needs_code, auto_class, commit)))
     text = _replace_block(card, "load", load)
     if compared is not None:
         text = _replace_block(text, "verification", verification_block(compared))
@@ -90,20 +91,26 @@ def pinned_commit(card: str) -> str | None:
     return found[1] if found else None
 
 
-def loading_snippet(name: str, needs_code: bool, revision: str | None = None) -> str:
-    """Python that loads a folder or a Hub repository. needs_code: it brings modeling files."""
+def loading_snippet(
+    name: str, needs_code: bool, auto_class: str, revision: str | None = None
+) -> str:
+    """Python that loads a folder or a Hub repository. needs_code: it brings modeling files.
+    auto_class: of transformers, which loads the model.
+    """
+    reads_images = auto_class == "AutoModelForImageTextToText"
+    reader = "AutoProcessor" if reads_images else "AutoTokenizer"
     arguments = ["name"]
     if revision:
         arguments.append("revision=revision")
     if needs_code:
         arguments.append("trust_remote_code=True")
     lines = [
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {auto_class}, {reader}",
         "",
         f"name = {json.dumps(name, ensure_ascii=False)}",
         *([f'revision = "{revision}"'] if revision else []),
-        f"model = AutoModelForCausalLM.from_pretrained({', '.join(arguments)})",
-        f"tokenizer = AutoTokenizer.from_pretrained({', '.join(arguments)})",
+        f"model = {auto_class}.from_pretrained({', '.join(arguments)})",
+        f"{reader[4:].lower()} = {reader}.from_pretrained({', '.join(arguments)})",
     ]
     return "\n".join(lines)
 

@@ -20,7 +20,7 @@ from ..checkpoint.files import check_file, check_names, is_inside, is_taken, par
 from ..checkpoint.tokenizer import CONFIG as TOKENIZER_CONFIG
 from ..errors import CallError, DamagedSourceError, one_line
 from ..experts.permute import ExpertOrder
-from ..families import FamilySpec
+from ..family_spec import FamilySpec
 from ..journal import NAME as JOURNAL
 from ..modeling.memory_settings import Bounds, MemorySettings
 from ..modeling.recall_settings import RecallSettings
@@ -124,20 +124,13 @@ def check_pace(pace: dict) -> None:
         )
     _settings(pace)
     try:
-        experts = dict(pace["experts"])
         memory = dict(pace["memory"])
         enabled = memory.pop("enabled")
         layers = tuple(memory.pop("layers"))
         memory.pop("window", None)
         memory.pop("recall", None)
-        given = {
-            "experts": experts.pop("count"),
-            "cluster_method": experts.pop("method"),
-            "seed": experts.pop("seed"),
-        }
-        if experts:  # written only where it was given
-            given["exact_restarts"] = experts.pop("restarts")
-        ConvertOptions.model_validate({**given, **experts, **memory, "memory_layers": layers})
+        given = _given_experts(pace["experts"])
+        ConvertOptions.model_validate({**given, **memory, "memory_layers": layers})
         for name in ("tuned", "tuned_recall"):
             if name in pace:
                 Tuned.model_validate(pace[name])
@@ -155,6 +148,18 @@ def check_pace(pace: dict) -> None:
         raise DamagedSourceError(
             "config.json: pace.memory.enabled is neither true nor false", "convert again"
         )
+
+
+def _given_experts(experts: dict | None) -> dict:
+    """The options that make this `pace.experts`. Raises KeyError where it is incomplete."""
+    if experts is None:
+        return {"no_experts": True}
+    others = dict(experts)
+    names = {"experts": "count", "cluster_method": "method", "seed": "seed"}
+    given = {option: others.pop(name) for option, name in names.items()}
+    if others:  # written only where it was given
+        given["exact_restarts"] = others.pop("restarts")
+    return {**given, **others}
 
 
 def check_memory(pace: dict, layers: int) -> None:
@@ -179,7 +184,9 @@ def check_memory(pace: dict, layers: int) -> None:
 
 def _settings(pace: dict) -> MemorySettings:
     """As a checkpoint's own files read them, in whose words it raises DamagedSourceError."""
-    if not all(isinstance(pace.get(name), dict) for name in ("experts", "memory")):
+    if not isinstance(pace.get("memory"), dict) or not isinstance(
+        pace.get("experts", ""), dict | None
+    ):
         raise DamagedSourceError(
             "config.json: pace.experts or pace.memory is incomplete", "convert again"
         )
@@ -202,43 +209,55 @@ def in_use(folder: Path) -> CallError:
 
 
 def permutation_file(
-    orders: Sequence[ExpertOrder], files: Mapping[str, str | None], left_out: Sequence[str] = ()
+    orders: Mapping[str, ExpertOrder], files: Mapping[str, str | None], left_out: Sequence[str] = ()
 ) -> bytes:
-    """PERMUTATION's bytes: each layer's order, all files of the folder, what of the source is not
+    """PERMUTATION's bytes: each group's order, all files of the folder, what of the source is not
     among them.
 
     files: name -> the name of the source's file that it is, shards apart from their order; None for
     ours.
     """
     tensors = {}
-    for layer, order in enumerate(orders):
-        tensors[f"layers.{layer}.permutation"] = order.permutation
-        tensors[f"layers.{layer}.expert_sizes"] = order.sizes
+    for group, order in orders.items():
+        tensors[f"{group}.permutation"] = order.permutation
+        tensors[f"{group}.expert_sizes"] = order.sizes
     # One entry: safetensors writes several in random order.
     record = {"files": dict(files), "left_out": list(left_out)} if left_out else dict(files)
     return save(tensors, metadata={"files": json.dumps(record)})
 
 
-def read_permutation(folder: Path) -> list[ExpertOrder]:
-    """Each layer's order. Raises DamagedSourceError for a file that can't be one."""
+def read_permutation(folder: Path) -> dict[str, ExpertOrder]:
+    """The order of each group of neurons, layer by layer: "layers.3", or in a mixture
+    "layers.3.experts.5" and "layers.3.shared".
+
+    Raises DamagedSourceError for a file that can't be one.
+    """
     try:
         with safe_open(check_file(folder, PERMUTATION), framework="numpy") as file:
             names = [name for name in file.keys() if name.endswith(".permutation")]  # noqa: SIM118
-            orders = [
-                ExpertOrder(
-                    file.get_tensor(f"layers.{layer}.permutation"),
-                    file.get_tensor(f"layers.{layer}.expert_sizes"),
+            groups = sorted((name.removesuffix(".permutation") for name in names), key=_by_number)
+            orders = {
+                group: ExpertOrder(
+                    file.get_tensor(f"{group}.permutation"),
+                    file.get_tensor(f"{group}.expert_sizes"),
                 )
-                for layer in range(len(names))
-            ]
+                for group in groups
+            }
     # TypeError: of a type that numpy does not have
     except (SafetensorError, OSError, TypeError) as error:
         raise DamagedSourceError(f"{PERMUTATION} is damaged ({error})", "convert again") from error
-    if any(array.dtype != np.int32 or array.ndim != 1 for order in orders for array in order):
+    arrays = (array for order in orders.values() for array in order)
+    if any(array.dtype != np.int32 or array.ndim != 1 for array in arrays):
         raise DamagedSourceError(
             f"{PERMUTATION} holds something else than rows of int32", "convert again"
         )
     return orders
+
+
+def _by_number(group: str) -> list[tuple[int, str]]:
+    """In the order of layers and experts."""
+    parts = group.split(".")
+    return [(int(part) if part.isascii() and part.isdigit() else -1, part) for part in parts]
 
 
 def written_files(folder: Path) -> dict[str, str | None]:
@@ -267,15 +286,23 @@ def check_written(folder: Path, shards: Sequence[str]) -> None:
     origins = [origin for origin in files.values() if origin is not None]
     wrong += [origin for origin, count in Counter(origins).items() if count > 1]
     if wrong:
-        raise not_written(wrong[0])
+        raise not_written(folder, wrong[0])
     check_names(files, "file")
     check_names({*origins, *shards}, "file")
 
 
-def not_written(name: str) -> DamagedSourceError:
+def record_name(folder: Path) -> str:
+    """The file that says what the conversion in this folder wrote: the one with the neurons'
+    order, or the hashes where no neuron was moved.
+    """
+    return PERMUTATION if (folder / PERMUTATION).is_file() else HASHES
+
+
+def not_written(folder: Path, name: str) -> DamagedSourceError:
     """What to say of a record that no conversion leaves."""
     return DamagedSourceError(
-        f"{PERMUTATION} names {name!r} as a file, which no conversion writes so", "convert again"
+        f"{record_name(folder)} names {name!r} as a file, which no conversion writes so",
+        "convert again",
     )
 
 
@@ -287,13 +314,16 @@ def left_out_of(folder: Path) -> tuple[str, ...]:
 
 
 def _record(folder: Path) -> tuple[Any, Any]:
-    """Files and what was left out, as PERMUTATION has them; of older versions files alone."""
+    """Files and what was left out, as `record_name`'s file has them; of older versions files
+    alone.
+    """
     try:
-        if not (folder / PERMUTATION).is_file():
-            return {}, []
+        if record_name(folder) == HASHES:
+            hashes: Any = parse_json((folder / HASHES).read_bytes())
+            return hashes["written"], hashes["left_out"]
         with safe_open(folder / PERMUTATION, framework="numpy") as file:
             record = parse_json((file.metadata() or {})["files"].encode())
-    except (SafetensorError, OSError, KeyError, ValueError, RecursionError):
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError):
         return {}, []
     if isinstance(record, dict) and isinstance(record.get("files"), dict):
         return record["files"], record.get("left_out")

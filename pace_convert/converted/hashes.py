@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..checkpoint.checkpoint import Source
 from ..checkpoint.files import check_file, read_json
-from ..checkpoint.shards import TensorInfo, header_bytes, reordered, row_blocks
+from ..checkpoint.shards import TensorInfo, Undo, header_bytes, restored
 from ..errors import DamagedSourceError
 from ..progress import Progress
 from .format import HASHES, to_json
@@ -26,7 +26,8 @@ class Hashes(BaseModel):
     tensors: each as it lies in OUT, over its bytes; source_tensors: each as it lay in the source.
     headers: of each shard, its length included, as it is in both. files: every other file but the
     model card and this one. saved: `save_pretrained` has written the weights since, so that they
-    may be others.
+    may be others. written, left_out: of a conversion without experts, which has no permutation
+    file: what else stands there.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -37,10 +38,12 @@ class Hashes(BaseModel):
     headers: dict[str, Sha256]
     files: dict[str, Sha256]
     saved: bool = False
+    written: dict[str, str | None] | None = None
+    left_out: list[str] | None = None
 
     def text(self) -> str:
         """HASHES' text."""
-        return to_json(self.model_dump())
+        return to_json(self.model_dump(exclude_none=True))
 
 
 def read_hashes(folder: Path) -> Hashes | None:
@@ -76,11 +79,12 @@ def hash_header(shard: Path) -> str:
     return hashlib.sha256(header_bytes(shard)).hexdigest()
 
 
-def hash_tensor(path: Path, info: TensorInfo, undo: tuple[int, np.ndarray] | None = None) -> str:
-    """SHA-256 of a tensor's bytes; undo: axis and order in which they are taken."""
+def hash_tensor(path: Path, info: TensorInfo, undo: Sequence[Undo] = ()) -> str:
+    """SHA-256 of a tensor's bytes; undo: parts, axis and order in which they are taken."""
     digest = hashlib.sha256()
-    for _, bits in reordered(path, info, *undo) if undo else row_blocks(path, info):
-        digest.update(bits.data)
+    for _, blocks in restored(path, info, undo):
+        for bits in blocks:
+            digest.update(bits.data)
     return digest.hexdigest()
 
 

@@ -13,10 +13,10 @@ from ..checkpoint.needed import check_needed
 from ..errors import DamagedSourceError, one_line
 from ..progress import Progress
 from .config_edits import config_edits
-from .format import KEPT, PERMUTATION, left_out_of, written_files
+from .format import KEPT, PERMUTATION, left_out_of, record_name, written_files
 from .hashes import Hashes, changed_files, changed_headers, changed_tensors, read_hashes
 from .load import edited_code
-from .opened import Converted
+from .opened import Converted, in_words
 from .shipped import auto_map as shipped_auto_map
 
 NOT_AS_WRITTEN = "is not as the conversion wrote it"
@@ -29,18 +29,19 @@ _FIXED = frozenset([PERMUTATION, *KEPT.values()])
 class Integrity:
     """What was found.
 
-    problems: in words. edited_files: Python files that are not what this version ships, and other
-    files that are not as the conversion wrote them. left_out: what of the source the conversion did
-    not take along. hashed: whether tensors were compared with their hashes. saved: whether
-    `save_pretrained` wrote the folder; changed: tensors that are then others than the conversion's,
-    as a training leaves them. loaded: whether the model was loaded and has run; not_loaded: why
-    that was not tried.
+    experts: whether it has any. problems: in words. edited_files: Python files that are not what
+    this version ships, and other files that are not as the conversion wrote them. left_out: what of
+    the source the conversion did not take along. hashed: whether tensors were compared with their
+    hashes. saved: whether `save_pretrained` wrote the folder; changed: tensors that are then others
+    than the conversion's, as a training leaves them. loaded: whether the model was loaded and has
+    run; not_loaded: why that was not tried.
     """
 
     tensors: int
     shards: int
     layers: int
     intermediate_size: int
+    experts: bool
     problems: tuple[str, ...]
     edited_files: tuple[str, ...]
     left_out: tuple[str, ...] = ()
@@ -80,6 +81,7 @@ def check_integrity(converted: Converted, progress: Progress | None = None) -> I
         shards=len(converted.files.shards),
         layers=converted.layers,
         intermediate_size=converted.intermediate_size,
+        experts=converted.has_experts,
         problems=tuple(problems),
         edited_files=tuple([*edited_code(converted), *_edited(converted, hashes)]),
         left_out=left_out_of(converted.files.folder),
@@ -132,7 +134,7 @@ def _files(converted: Converted, hashes: Hashes | None) -> list[str]:
     written = written_files(folder)
     problems = [f"{name} {NOT_AS_WRITTEN}" for name in changed if name in _FIXED]
     if CONFIG not in written:
-        problems.append(f"{PERMUTATION} does not say which files the conversion wrote")
+        problems.append(f"{record_name(folder)} does not say which files the conversion wrote")
     return problems + [
         f"{name}, which the conversion wrote, is gone"
         for name in written
@@ -176,15 +178,18 @@ def _index(converted: Converted, hashes: Hashes | None) -> list[str]:
 
 
 def _experts(converted: Converted) -> list[str]:
-    count = converted.pace["experts"]["count"]
+    if not converted.has_experts:
+        return []
+    count = converted.experts
     problems = []
-    for layer, order in enumerate(converted.orders):
+    for group, order in converted.orders.items():
+        where = in_words(group)
         if len(order.sizes) != count or order.sizes.max() - order.sizes.min() > 1:
             problems.append(
-                f"layer {layer} does not have {count} experts of equal size, to within one neuron"
+                f"{where} does not have {count} experts of equal size, to within one neuron"
             )
         elif not order.is_canonical():
-            problems.append(f"layer {layer}: its experts are not in their order")
+            problems.append(f"{where}: its experts are not in their order")
     return problems
 
 

@@ -5,17 +5,21 @@ this version ships.
 from __future__ import annotations
 
 import contextlib
+import copy
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.checkpoint import CONFIG, Source
+from ..checkpoint.dequantised import quantisation_of
 from ..checkpoint.files import read_json
 from ..checkpoint.own_code import own_model_code
 from ..checkpoint.selection import ADAPTER
 from ..device import DType, load_dtype
-from ..errors import CallError, DamagedSourceError, PaceError
+from ..errors import CallError, DamagedSourceError, PaceError, one_line
+from ..families import FAMILIES
+from ..family_spec import FamilySpec
 from .format import MODELING
 from .opened import Converted
 from .shipped import auto_map, modeling_files
@@ -112,11 +116,12 @@ def load_model(
     """The model of a folder that is on this machine, in eval mode, on a device that
     `resolve_device` has named.
 
-    dtype: as `load_dtype` has it. head: False for the decoder without its vocabulary head. layers:
-    of a conversion only so many, the first, without fusion and recall. No Python of a folder runs
-    but a conversion's modeling files, and those only as this version ships them, and, with
-    `trust_remote_code`, edited ones and the model code of a folder that is no conversion.
-    Raises CallError for both without it, PaceError where the model does not load.
+    dtype: as `load_dtype` has it; of quantised weights it is what their config.json says. head:
+    False for the decoder without its vocabulary head. layers: of a conversion only so many, the
+    first, without fusion and recall. No Python of a folder runs but a conversion's modeling files,
+    and those only as this version ships them, and, with `trust_remote_code`, edited ones and the
+    model code of a folder that is no conversion. Raises CallError for both without it, PaceError
+    where the model does not load.
     """
     source = files.files if isinstance(files, Converted) else files
     if isinstance(files, Converted):
@@ -126,15 +131,19 @@ def load_model(
         refuse_own_code(source, trust_remote_code)
     load_silently()
     with in_words(files, "load"):
+        packed = quantisation_of(source.config) is not None  # then layers have types of their own
         cls = model_class(files, head)
         shorter = {} if layers is None else {"config": _first_layers(cls, source.folder, layers)}
         model = cls.from_pretrained(
             source.folder,
-            dtype=load_dtype(source.nbytes, device, dtype),
+            dtype="auto" if packed else load_dtype(source.nbytes, device, dtype),
+            device_map=device if packed else None,
             local_files_only=True,
             trust_remote_code=own_code,
             **shorter,
         )
+        if packed:
+            return model.eval()
         return model.eval().to(device)
 
 
@@ -147,6 +156,22 @@ def _first_layers(cls: Any, folder: Path, layers: int) -> Any:
     memory = {**config.pace["memory"], "layers": [], "enabled": True, "recall": None}
     config.pace = {**config.pace, "memory": memory}
     return config
+
+
+def quantiser_problem(config: dict) -> str:
+    """Why quantised weights can't be loaded on this machine, in transformers' words; "" where they
+    can, or are plain.
+    """
+    if quantisation_of(config) is None:
+        return ""
+    from transformers.quantizers import AutoHfQuantizer
+
+    try:
+        stated = copy.deepcopy(config["quantization_config"])
+        AutoHfQuantizer.from_config(stated, pre_quantized=True).validate_environment()
+    except (ImportError, RuntimeError, ValueError) as error:
+        return one_line(" ".join(str(error).split())) or type(error).__name__
+    return ""
 
 
 @contextlib.contextmanager
@@ -210,14 +235,17 @@ def model_class(files: Source | Converted, head: bool = True) -> Any:
     """The class to load a model with: a conversion's own, or the Auto class of transformers."""
     if isinstance(files, Converted) and files.needs_code:
         return _shipped_class(files, head)
-    return _own_class(head)
+    config = files.files.config if isinstance(files, Converted) else files.config
+    return _own_class(FAMILIES.get(config["model_type"]), head)
 
 
-def _own_class(head: bool) -> Any:
+def _own_class(family: FamilySpec | None, head: bool) -> Any:
     """The Auto class of transformers, whose own classes are loaded."""
-    from transformers import AutoModel, AutoModelForCausalLM
+    import transformers
 
-    return AutoModelForCausalLM if head else AutoModel
+    if not head:
+        return transformers.AutoModel
+    return getattr(transformers, family.auto_class if family else "AutoModelForCausalLM")
 
 
 def _shipped_class(converted: Converted, head: bool) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..checkpoint.dequantised import quantisation_of
 from ..device import free_memory
 from ..errors import PaceError, one_line
 from ..units import size
@@ -17,6 +18,7 @@ from .load import (
     in_words,
     load_silently,
     model_class,
+    quantiser_problem,
     runs_own_code,
 )
 from .opened import Converted
@@ -40,7 +42,9 @@ def check_loads(
     generation = generation_problem(converted.files.folder)
     problems = [generation] if generation else []
     try:
-        problems = problems or _on_meta(converted) or _in_memory(converted)
+        packed = quantisation_of(converted.files.config) is not None  # in shapes of their own
+        shapes = [] if problems or packed else _on_meta(converted)
+        problems = problems or shapes or _in_memory(converted)
     except PaceError as error:
         problems.append(error.message)
     return replace(
@@ -54,6 +58,10 @@ def _why_not(converted: Converted, whole: Integrity, trust_remote_code: bool) ->
         return "it is not whole"
     if edited and not trust_remote_code:
         return f"{edited[0]} was edited; read it, then give --trust-remote-code"
+    # With experts the conversion's weights were plain: what config.json says then is looked at.
+    lacking = "" if converted.has_experts else quantiser_problem(converted.files.config)
+    if lacking:
+        return lacking
     if converted.files.nbytes > free_memory():
         return f"its {size(converted.files.nbytes)} are more than the memory that is free"
     return ""
@@ -116,8 +124,9 @@ def run(files: Any, model: Any, rows: int = 1) -> torch.Tensor:
     Raises PaceError where it does not run.
     """
     with in_words(files, "run"):
-        length = min(TOKENS, getattr(model.config, "max_position_embeddings", None) or TOKENS)
+        config = model.config.get_text_config()
+        length = min(TOKENS, getattr(config, "max_position_embeddings", None) or TOKENS)
         ids = torch.randint(
-            model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0)
+            config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0)
         )
         return model(ids).logits

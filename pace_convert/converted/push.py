@@ -22,6 +22,7 @@ from huggingface_hub.utils import (
     hf_raise_for_status,
     validate_repo_id,
 )
+from huggingface_hub.utils.sha import git_hash
 
 from ..checkpoint.checkpoint import Source
 from ..checkpoint.hub_errors import WRITING, hub_errors
@@ -31,7 +32,7 @@ from ..progress import Progress
 from ..version import __version__
 from ..writing import PART
 from .card import pinned_commit, published
-from .format import CARD, PERMUTATION
+from .format import CARD, PERMUTATION, record_name
 from .hashes import hash_file
 from .integrity import check_integrity
 from .opened import Converted
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 NOT_UPLOADED = (".*", "*/.*", f"*{PART}")
 # Deleted in the same commit: left from an earlier upload they would be loaded in place of ours.
-WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors")
+WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", PERMUTATION)
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class Pushed:
     files: int
     nbytes: int
     needs_code: bool
+    auto_class: str
     verification: Verification | None
 
     def as_dict(self) -> dict:
@@ -189,7 +191,7 @@ def push(
         done, commit = _upload_folder(target, folder)
         if card is not None:
             target.api.upload_file(
-                path_or_fileobj=_published(card, target, commit, needs_code, verification).encode(),
+                path_or_fileobj=_published(card, target, commit, converted, verification).encode(),
                 path_in_repo=CARD,
                 repo_id=target.repo_id,
                 revision=done.pr_revision or target.branch,
@@ -209,6 +211,7 @@ def push(
         files=len(sizes),
         nbytes=sum(sizes),
         needs_code=needs_code,
+        auto_class=converted.family.auto_class,
         verification=verification,
     )
 
@@ -237,22 +240,24 @@ def _upload_folder(target: Target, folder: Path) -> tuple[CommitInfo, str]:
 
 
 def _open_pull_request(target: Target, folder: Path) -> Discussion | None:
-    """The pull request of this user's that is open and holds this conversion: its permutation has
-    the same bytes. An upload that was interrupted may have left it without its card.
+    """The pull request of this user's that is open and holds this conversion: its record has the
+    same bytes. An upload that was interrupted may have left it without its card.
     """
     api = target.api
-    here = hash_file(folder / PERMUTATION)
+    record = record_name(folder)
+    # Of a large file the Hub gives the SHA-256, of another what Git calls it.
+    here = (hash_file(folder / record), git_hash((folder / record).read_bytes()))
     mine = api.get_repo_discussions(
         target.repo_id, author=api.whoami()["name"], discussion_type="pull_request"
     )
     for found in mine:
         if found.status in ("open", "draft"):
-            url = hf_hub_url(target.repo_id, PERMUTATION, revision=found.git_reference)
+            url = hf_hub_url(target.repo_id, record, revision=found.git_reference)
             try:
                 there = api.get_hf_file_metadata(url=url).etag
             except (EntryNotFoundError, RevisionNotFoundError):
                 continue
-            if there == here:  # of a large file the Hub gives the SHA-256
+            if there in here:
                 return found
     return None
 
@@ -322,10 +327,21 @@ def _check_whole(
 
 
 def _published(
-    card: str, target: Target, commit: str, needs_code: bool, verification: Verification | None
+    card: str,
+    target: Target,
+    commit: str,
+    converted: Converted,
+    verification: Verification | None,
 ) -> str:
     compared = None if verification is None else verification.sentence()
-    return published(card, target.repo_id, commit, needs_code=needs_code, compared=compared)
+    return published(
+        card,
+        target.repo_id,
+        commit,
+        needs_code=converted.needs_code,
+        auto_class=converted.family.auto_class,
+        compared=compared,
+    )
 
 
 def _read_card(folder: Path) -> str | None:

@@ -9,7 +9,7 @@ from importlib.resources import files
 from jinja2 import Environment, StrictUndefined
 
 from ..checkpoint.tokenizer import MODULE as TOKENIZATION
-from ..families import FamilySpec
+from ..family_spec import FamilySpec
 from . import markup
 from .format import HASHES, KEPT, MODELING, PERMUTATION
 
@@ -77,7 +77,7 @@ def auto_map(source: dict, family: FamilySpec) -> dict[str, str]:
         **(source.get("auto_map") or {}),
         "AutoConfig": f"{module}.Pace{family.config_class}",
         "AutoModel": f"{module}.Pace{family.model_class}",
-        "AutoModelForCausalLM": f"{module}.Pace{family.causal_lm_class}",
+        family.auto_class: f"{module}.Pace{family.causal_lm_class}",
         **dict.fromkeys(HEADS, f"{module}.PaceWithoutHead"),
     }
 

@@ -5,7 +5,7 @@ in itself?
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -13,17 +13,25 @@ import numpy as np
 import torch
 
 from ..checkpoint.checkpoint import CONFIG, Source
+from ..checkpoint.dequantised import quantisation_of
 from ..checkpoint.needed import check_needed
 from ..checkpoint.own_code import own_model_code
-from ..checkpoint.shards import reordered, row_blocks
+from ..checkpoint.shards import Undo, restored, row_blocks
 from ..checkpoint.tokenizer import FIX, read_with_tokenizer
 from ..errors import CallError, one_line
 from ..progress import Progress
 from .config_edits import config_edits
 from .format import left_out_of
-from .hashes import read_hashes
+from .hashes import hash_tensor, read_hashes
 from .integrity import structure_problems
-from .load import edited_code, generation_problem, load_model, refuse_edited, refuse_own_code
+from .load import (
+    edited_code,
+    generation_problem,
+    load_model,
+    quantiser_problem,
+    refuse_edited,
+    refuse_own_code,
+)
 from .loads import run
 from .opened import Converted
 
@@ -91,10 +99,10 @@ class Verification:
         tokens = (
             ", and its tokenizer reads a sample as the source's does" if self.same_tokens else ""
         )
+        undone = f", {self.permuted} of them after undoing the permutation" if self.permuted else ""
         return (
             f"Before the upload all {self.tensors} tensors ({self.nbytes:,} bytes) were compared "
-            f"with the source's: every one is the same bit for bit, {self.permuted} of them after "
-            f"undoing the permutation{tokens}."
+            f"with the source's: every one is the same bit for bit{undone}{tokens}."
         )
 
 
@@ -115,17 +123,18 @@ def verify(
     CallError for another model's source or for code that may not run, DamagedSourceError,
     PaceError.
     """
-    source = source.fetch()
+    source = source.fetch().unpack(progress=progress)
     if source.config["model_type"] != converted.family.model_type:
         raise CallError(
             f"{source.name} is a {source.config['model_type']}, "
             f"the conversion's base a {converted.family.model_type}",
             "give the source that was converted",
         )
+    packed = quantisation_of(source.config)
+    if packed and not quantisation_of(converted.files.config):
+        raise CallError(f"{source.name} is quantised, the conversion is not", "give --dequantise")
     check_needed(source.folder, [CONFIG, *source.side_files])
-    permutations = {
-        t.name: (t.axis, converted.orders[t.layer].inverse(t.parts)) for t in converted.ffn()
-    }
+    permutations = converted.undoing()
     left = read_hashes(converted.files.folder)
     problems = structure_problems(converted, left)
     saved = left is not None and left.saved
@@ -152,6 +161,9 @@ def verify(
     )
     if not logits or not result.passed:
         return result
+    lacking = quantiser_problem(converted.files.config)
+    if lacking:
+        raise CallError(f"{source.name} does not load here: {lacking}", f"install it, {NO_LOGITS}")
     refuse_edited(edited, trust_remote_code, NO_LOGITS)
     refuse_own_code(source, trust_remote_code, NO_LOGITS)
     return _with_logits(result, converted, source, trust_remote_code)
@@ -165,7 +177,7 @@ def _compare(
     hashes = {}
     with progress.step("comparing tensors", source.nbytes, "B") as bar:
         for name in sorted(source.tensors):
-            hashes[name], same = _compare_tensor(out, source, name, permutations.get(name))
+            hashes[name], same = _compare_tensor(out, source, name, permutations.get(name, ()))
             if not same:
                 different.append(name)
             bar.update(source.tensors[name].nbytes)
@@ -173,21 +185,22 @@ def _compare(
 
 
 def _compare_tensor(
-    out: Source, source: Source, name: str, undo: tuple[int, np.ndarray] | None
+    out: Source, source: Source, name: str, undo: Sequence[Undo]
 ) -> tuple[str, bool]:
     """The SHA-256 of the source's tensor, and whether OUT's is the same, block by block."""
     theirs = source.tensors[name]
     ours = out.tensors.get(name)
     same = ours is not None and (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
-    blocks: Iterator | None = None  # of OUT's, in the same pieces as the source's
-    if ours is not None and same:
-        path = out.path(name)
-        blocks = reordered(path, ours, *undo) if undo else row_blocks(path, ours)
     digest = hashlib.sha256()
-    # To the end also where they differ: the hash is of the whole tensor.
-    for _, original in row_blocks(source.path(name), theirs):
-        digest.update(original.data)
-        same = same and blocks is not None and np.array_equal(next(blocks)[1], original)
+    if ours is None or not same:
+        return hash_tensor(source.path(name), theirs), False
+    for part, blocks in restored(out.path(name), ours, undo):
+        here = replace(theirs, shape=part.shape, nbytes=part.nbytes)
+        here = replace(here, offset=theirs.offset + part.offset - ours.offset)
+        # To the end also where they differ: the hash is of the whole tensor.
+        for _, original in row_blocks(source.path(name), here):
+            digest.update(original.data)
+            same = same and np.array_equal(next(blocks), original)
     return digest.hexdigest(), same
 
 

@@ -60,10 +60,14 @@ class Subject:
 
     @property
     def weights(self) -> tuple[str, bool, DType]:
-        """What has to be loaded: the model, whether its neurons stay in the experts' order, and as
-        which type.
+        """What has to be loaded: the model, whether its neurons stay in the order that they have
+        there, and as which type.
         """
-        return self.model, ARMS[self.arm].clustered if self.arm in ARMS else True, self.dtype
+        ordered = self.arm not in ARMS or ARMS[self.arm].clustered
+        if not ordered:
+            opened = _open(self.model)
+            ordered = not (isinstance(opened, Converted) and opened.has_experts)
+        return self.model, ordered, self.dtype
 
     def key(self) -> str:
         """The same for what must score the same: the files' state, the arm and the parameters."""
@@ -127,6 +131,14 @@ def check_arm(subject: Subject) -> None:
             "give a folder that pace-convert wrote",
         )
     arm = ARMS[name]
+    if not opened.has_experts and (arm.clustered or arm.granularity == "expert"):
+        raise CallError(
+            f"{model} was converted without experts, so it has no arm {name}",
+            "give base or pa, or convert again",
+        )
+    if arm.granularity and "fusion" in opened.family.refused:
+        why = opened.family.refused["fusion"]
+        raise CallError(f"{model} has no arm {name}: {why}", "give base, reread or recall")
     if (arm.granularity or arm.finds or arm.recalls) and not memory_parameters(model):
         raise CallError(
             f"{model} was converted without memory, so it has no arm {name}",
@@ -296,7 +308,7 @@ def _load(
     model: str, clustered: bool, dtype: DType, device: str, trust_remote_code: bool
 ) -> Loaded:
     opened = _open(model)
-    files = opened if isinstance(opened, Converted) else opened.fetch()
+    files = opened if isinstance(opened, Converted) else opened.fetch().unpack()
     loaded = load_model(files, device=device, trust_remote_code=trust_remote_code, dtype=dtype)
     if isinstance(files, Converted) and not clustered:
         _restore_order(loaded, files)
@@ -308,8 +320,10 @@ def _restore_order(model: Any, converted: Converted) -> None:
     """The FFN's neurons in the source's order, as `pace undo` gives them back."""
     parameters = dict(model.named_parameters())
     for tensor in converted.family.ffn_tensors(converted.layers, parameters):
-        order = torch.from_numpy(converted.orders[tensor.layer].inverse(tensor.parts)).long()
+        inverse = converted.orders[tensor.group].inverse(tensor.parts, tensor.interleaved)
         parameter = parameters[tensor.name]
+        parameter = parameter if tensor.index is None else parameter[tensor.index]
+        order = torch.from_numpy(inverse).long()
         parameter.copy_(parameter.index_select(tensor.axis, order.to(parameter.device)))
 
 
@@ -318,7 +332,7 @@ def _open(model: str) -> Converted | Source:
     source = open_source(model)
     if not isinstance(source.config.get("pace"), dict):
         return source
-    if source.hub:
+    if source.hub and source.config["pace"].get("experts", "") is not None:
         hub = source.hub
         with hub_errors(
             hub.repo_id, READING

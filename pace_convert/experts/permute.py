@@ -22,9 +22,9 @@ class ExpertOrder(NamedTuple):
         """Neurons of the layer's FFN, D."""
         return len(self.permutation)
 
-    def inverse(self, parts: int = 1) -> np.ndarray:
+    def inverse(self, parts: int = 1, interleaved: bool = False) -> np.ndarray:
         """What brings `parts` sets of neurons back into the source's order. [parts * D] int32."""
-        return invert(repeat(self.permutation, parts))
+        return invert(repeat(self.permutation, parts, interleaved))
 
     def is_whole(self) -> bool:
         """Whether every neuron stands in one expert, and no expert is empty."""
@@ -63,11 +63,16 @@ def invert(permutation: np.ndarray) -> np.ndarray:
     return inverse
 
 
-def repeat(permutation: np.ndarray, parts: int) -> np.ndarray:
-    """The same permutation in each of `parts` sets of neurons, one behind the other.
+def repeat(permutation: np.ndarray, parts: int, interleaved: bool = False) -> np.ndarray:
+    """The same permutation in each of `parts` sets of neurons, one behind the other or,
+    interleaved, one neuron of each after the other.
 
     [parts * D], of the permutation's dtype.
     """
+    if interleaved:
+        return (
+            (parts * permutation[:, None] + np.arange(parts)).reshape(-1).astype(permutation.dtype)
+        )
     sets = [permutation + part * len(permutation) for part in range(parts)]
     return np.concatenate(sets, dtype=permutation.dtype)
 

@@ -24,10 +24,12 @@ def facts_of(
     """Family, sizes, expert sizes per layer and the memory's parameters; with them also the
     experts' quality, as `layers[i]["quality"]`, and what a text set off, as `"probe"`.
     """
-    layers = [
-        {"layer": i, "experts": len(sizes), "sizes": _sizes(sizes.tolist())}
-        for i, (_, sizes) in enumerate(converted.orders)
-    ]
+    layers: list[dict] = [{"layer": i} for i in range(converted.layers)]
+    for layer in layers:  # of a mixture's layer, all its FFNs' together
+        here = f"layers.{layer['layer']}."
+        orders = [order for name, order in converted.orders.items() if f"{name}.".startswith(here)]
+        sizes = [size for order in orders for size in order.sizes.tolist()]
+        layer |= {"experts": len(sizes), "sizes": _sizes(sizes)} if orders else {}
     for layer, found in zip(layers, quality or ()):
         layer["quality"] = asdict(found)
     facts = {

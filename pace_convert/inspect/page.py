@@ -55,11 +55,14 @@ def render(converted: Converted, facts: dict) -> str:
         name=converted.files.folder.resolve().name,
         generator=GENERATOR,
         version=__version__,
-        averages=_averages(facts["layers"]),
-        charts=_quality_charts(facts),
-        layers=[_layer(converted, facts, i) for i in range(len(facts["layers"]))],
+        averages=_averages(facts["layers"]) if converted.has_plain_experts else None,
+        charts=_quality_charts(facts) if converted.has_plain_experts else [],
+        layers=[
+            _layer(converted, facts, i)
+            for i in range(converted.layers if converted.has_plain_experts else 0)
+        ],
         probe=probe,
-        busy=_busy_chart(facts) if probe else None,
+        busy=_busy_chart(facts) if probe and converted.has_plain_experts else None,
         taken=_taken(probe) if probe else None,
         memories=[_memory(facts, memory) for memory in probe["memory"]] if probe else [],
         painted=PAINTED,
@@ -138,7 +141,7 @@ def _busy_chart(facts: dict) -> Chart:
 
 def _layer(converted: Converted, facts: dict, i: int) -> dict:
     """What the page shows of one layer."""
-    permutation, sizes = converted.orders[i]
+    permutation, sizes = converted.orders[f"layers.{i}"]
     quality = facts["layers"][i]["quality"]
     view = {
         **facts["layers"][i],

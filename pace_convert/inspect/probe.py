@@ -47,7 +47,8 @@ def probe(
     `trust_remote_code`. Raises CallError for edited ones, PaceError where the model does not load.
     """
     model = load_model(converted, head=False, trust_remote_code=trust_remote_code)
-    shares = _Shares([sizes for _, sizes in converted.orders], len(text.ids))
+    orders = converted.orders.values() if converted.has_plain_experts else ()
+    shares = _Shares([sizes for _, sizes in orders], len(text.ids))
     traces = _traces(converted)
     with in_words(converted, "run"):
         cache = _run(model, converted, text.ids, shares=shares, traces=traces, progress=progress)
@@ -106,7 +107,8 @@ def _run(
     first = 0
 
     def take(layer: int, h: Tensor) -> None:
-        shares.add(layer, h, first)
+        if converted.has_plain_experts:
+            shares.add(layer, h, first)
         if layer in traces:
             seen[layer] = h
 

@@ -54,7 +54,7 @@ def measure_quality(converted: Converted, progress: Progress, seed: int = 0) -> 
     """
     qualities = []
     with progress.step("measuring experts", converted.layers, "layer") as bar:
-        for layer, (_, sizes) in enumerate(converted.orders):
+        for layer, (_, sizes) in enumerate(converted.orders.values()):
             qualities.append(layer_quality(_features(converted, layer), sizes, seed))
             bar.update(1)
     return qualities

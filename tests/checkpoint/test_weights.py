@@ -58,7 +58,7 @@ def test_inverse_permutation_gives_the_source(make_source, tmp_path, row, dtype,
     convert_folder(source, tmp_path / "out")
     result = check(source, tmp_path / "out")
     assert result.tensors == len(tensors_of(source)) and result.nbytes > 0
-    for permutation, _ in read_permutation(tmp_path / "out"):
+    for permutation, _ in read_permutation(tmp_path / "out").values():
         assert not np.array_equal(permutation, np.arange(len(permutation)))
 
 
@@ -109,7 +109,7 @@ def test_tensors_of_each_layout(family_pairs, row):
     source, out = family_pairs(row)
     before, after = tensors_of(source), tensors_of(out)
     path, expected = REORDERED[row]
-    for layer, (permutation, _) in enumerate(read_permutation(out)):
+    for layer, (permutation, _) in enumerate(read_permutation(out).values()):
         p = torch.from_numpy(permutation).long()
         for name, reorder in expected.items():
             name = path.format(layer) + name
@@ -161,7 +161,7 @@ def test_activations_are_the_sources_reordered(family_pair):
             logits = model(ids).logits
         seen.append((inputs, logits))
     for before, after, (permutation, _) in zip(
-        seen[0][0], seen[1][0], read_permutation(out), strict=True
+        seen[0][0], seen[1][0], read_permutation(out).values(), strict=True
     ):
         torch.testing.assert_close(after, before[..., permutation], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(seen[1][1], seen[0][1], rtol=1e-9, atol=1e-9)
@@ -191,7 +191,7 @@ def test_experts_that_do_not_divide(make_source, tmp_path):
     source = make_source("qwen2")
     convert_folder(source, tmp_path / "out", experts=7)
     check(source, tmp_path / "out")
-    for _, sizes in read_permutation(tmp_path / "out"):
+    for _, sizes in read_permutation(tmp_path / "out").values():
         assert sorted(set(sizes.tolist())) == [10, 11] and sizes.sum() == 72
 
 
@@ -249,6 +249,6 @@ def test_expert_order_does_not_depend_on_the_dtype_of_storage(make_source, tmp_p
     permutations = []
     for name, folder in (("a", source), ("b", wide)):
         convert_folder(folder, tmp_path / name, experts=ACTIVE["experts"])
-        permutations.append(read_permutation(tmp_path / name))
+        permutations.append(read_permutation(tmp_path / name).values())
     for (a, _), (b, _) in zip(*permutations):
         assert np.array_equal(a, b)

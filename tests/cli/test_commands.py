@@ -142,7 +142,8 @@ def test_options_reach_the_config(make_source, tmp_path):
         "recall_bias": -3.0, "recall_slope": 2.5, "recall_growth": 0.25,
         "recall_theta_low": 0.125, "recall_key_size": 24,
     }  # fmt: skip
-    assert {*values, "match_norm"} == set(ConvertOptions.model_fields) - {"no_memory", "preset"}
+    others = {"no_memory", "no_experts", "preset"}
+    assert {*values, "match_norm"} == set(ConvertOptions.model_fields) - others
     arguments = [part for name, value in values.items() for part in (option_name(name), value)]
     assert pace_convert(source, tmp_path / "out", *arguments, "--no-match-norm").returncode == 0
     values["match_norm"] = False

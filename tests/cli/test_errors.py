@@ -83,11 +83,11 @@ def test_unknown_family_with_did_you_mean(source, tmp_path):
     ("changes", "words"),
     [
         (
-            {"model_type": "mixtral", "num_local_experts": 8},
-            ("mixtral is a mixture of experts", "dense model"),
+            {"model_type": "dbrx", "ffn_config": {"moe_num_experts": 8}},
+            ("dbrx is a mixture of experts", "pace families"),
         ),
         (
-            {"model_type": "mistral3", "text_config": {"model_type": "mistral"}},
+            {"model_type": "mllama", "text_config": {"model_type": "mistral"}},
             ("multimodal", "(mistral, which is supported)"),
         ),
         ({"model_type": "t5", "is_encoder_decoder": True}, ("encoder-decoder", "pace families")),

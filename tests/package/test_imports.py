@@ -17,9 +17,11 @@ FLOORS = (
     ("reference",),
     ("conversion",),
     ("converted",),
+    ("family_file",),
     ("checkpoint", "experts"),
     ("options", "journal", "jobs"),
     ("families", "modeling", "progress", "device", "writing", "yaml_options"),
+    ("family_spec", "unsupported"),
     ("errors", "units", "version"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

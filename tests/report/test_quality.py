@@ -98,7 +98,7 @@ def test_sizes_without_a_silhouette():
 def test_reads_the_rows_that_were_clustered(family_pairs, family, name):
     source, out = family_pairs(family)
     converted = open_converted(out)
-    permutation, sizes = converted.orders[2]
+    permutation, sizes = converted.orders["layers.2"]
     weight = load_file(source / "model.safetensors")[name]
     rows = (weight.T if family == "gpt2" else weight[: len(permutation)])[permutation]
     np.testing.assert_array_equal(_features(converted, 2), rows)

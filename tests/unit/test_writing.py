@@ -12,7 +12,11 @@ from pace_convert.writing import write_json, write_whole
 PACKAGE = Path(pace_convert.__file__).parent
 # Where a file is made in a folder of its own that is moved, flushed or thrown away as a whole; and
 # the kernel's.
-ELSEWHERE = {"conversion/output.py", "evaluation/cost/shapes.py", "evaluation/cost/walk.py"}
+# unpacked: the part that `write_whole` gives it
+ELSEWHERE = {
+    "checkpoint/unpacked.py", "conversion/output.py", "evaluation/cost/shapes.py",
+    "evaluation/cost/walk.py",
+}  # fmt: skip
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from transformers import CONFIG_MAPPING
 
+from ...checkpoint.shards import FLOAT_DTYPES
 from ...conversion.plan import resolve_layers
 from ...conversion.resources import PROCESS_BYTES
 from ...converted.load import edited_code, refuse_edited
@@ -136,7 +137,8 @@ def _folder_case(model: str, device: str, trust: bool) -> Case:
         )
     files, family = opened.files, opened.family
     config = CONFIG_MAPPING[family.model_type].from_dict(dict(files.config))
-    stored = files.tensors[opened.ffn()[0].name].dtype
+    floats = [info for info in files.tensors.values() if info.dtype in FLOAT_DTYPES]
+    stored = max(floats, key=lambda info: info.nbytes).dtype  # that activations have, too
     widened, heads = is_widened(files.nbytes, device), config.num_attention_heads
     d = Dimensions(
         hidden=config.hidden_size, neurons=opened.pace["intermediate_size"], layers=opened.layers,

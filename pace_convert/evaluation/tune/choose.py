@@ -46,6 +46,11 @@ def tune(options: TuneOptions, progress: Progress) -> dict:
     if options.tunes == "recall":
         check_data(options.on)
         return tune_recall(options, converted, progress)
+    if "fusion" in converted.family.refused:
+        why = converted.family.refused["fusion"]
+        raise CallError(
+            f"a {converted.family.model_type} has no fusion to tune: {why}", "give --tunes recall"
+        )
     window, lengths = _tokens(options.length), _tokens(options.lengths)
     check_data(options.on)
     now = memory_in_effect(converted.pace["memory"])
@@ -194,8 +199,9 @@ def _space(
             *(x for x in (now // 4, now // 2, 2 * now) if SHORTEST <= x < shortest // 2),
         )
         intervals = tuple(dict.fromkeys(choices))
-    count = converted.pace["experts"]["count"]
-    granularities = ("token",) if converted.intermediate_size % count else ("token", "expert")
+    count = converted.experts
+    by_expert = converted.has_experts and converted.intermediate_size % count == 0
+    granularities = ("token", "expert") if by_expert else ("token",)
     candidates = candidate_layers(layers, memory["layers"], MOST_LAYERS)
     return SearchSpace(memory, tuple(layers), tuple(candidates), intervals, granularities)
 

@@ -90,7 +90,7 @@ def similarities(
 
     storing = {**memory, "theta_high": 1.0, "theta_low": 1.0, "granularity": "token"}
     settings = MemorySettings.from_config({**converted.pace, "memory": storing})
-    by_expert = replace(settings, experts=converted.pace["experts"]["count"])
+    by_expert = replace(settings, experts=converted.experts)
     follow: dict[int, _Follower] = {}
     first = 0
 

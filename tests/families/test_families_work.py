@@ -1,0 +1,138 @@
+"""Every family that has no row in the other tests, on a tiny model of the real class: converted,
+verified, read with each memory on and off, saved and loaded again. These are the cells of the table
+of families in docs/compatibility.md.
+"""
+
+import pytest
+import torch
+from helpers import convert_folder, family_of, load, random_ids
+from more_families import MORE_CONFIGS
+from transformers import DynamicCache
+
+from pace_convert.checkpoint.checkpoint import open_source
+from pace_convert.converted.opened import open_converted
+from pace_convert.converted.verify import verify
+from pace_convert.options import MEMORIES
+from pace_convert.progress import Progress
+
+# A window that a short text leaves behind, and a gate that lets a lot through.
+WINDOW = {"window": 16, "span_width": 4, "spans": 2, "first_tokens": 4}
+CAPACITY = 4 + 2 * 2 * 4 + 2 * 16
+GATE = {
+    "recall_sharpness": 6.0, "recall_bias": -0.5, "recall_slope": 1.5, "recall_growth": 0.2,
+    "recall_theta_low": 0.1,
+}  # fmt: skip
+# Their attention overflows to NaN in float64.
+FP32 = (
+    "falcon_h1",
+    "mpt",
+    "granite_swa",
+    "vaultgemma",
+    "xglm",
+)
+
+
+@pytest.fixture(scope="module", params=MORE_CONFIGS)
+def family(request):
+    return family_of(request.param)
+
+
+@pytest.fixture(scope="module")
+def pair(family, make_source, tmp_path_factory):
+    """(source, converted), with every memory that the family can have."""
+    source, out = make_source(family.model_type), tmp_path_factory.mktemp("out") / "converted"
+    memories = [name for name in MEMORIES if name not in family.refused]
+    convert_folder(source, out, memory=",".join(memories), **WINDOW, **GATE)
+    return source, out
+
+
+@pytest.fixture(scope="module")
+def dtype(family):
+    return torch.float32 if family.model_type in FP32 else torch.float64
+
+
+@pytest.fixture(scope="module")
+def model(pair, dtype):
+    return load(pair[1], dtype)
+
+
+def close(got, expected):
+    tolerance = 1e-8 if expected.dtype == torch.float64 else 1e-3
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
+def text(rows, length, seed=0):
+    """Tokens of which each was there before, more than once."""
+    return random_ids(rows, length, seed, vocabulary=20)
+
+
+@torch.no_grad()
+def logits(model, *ids, **kwargs):
+    return model(*ids, **kwargs).logits
+
+
+def padded(prompts):
+    width = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :], mask[row, width - len(prompt) :] = prompt, 1
+    return ids, mask
+
+
+def same_as_alone(model, lengths, new=8):
+    """Answers in a batch that is padded on the left are those of each prompt by itself."""
+    options = {
+        "max_new_tokens": new, "do_sample": False, "pad_token_id": 0, "output_logits": True,
+        "return_dict_in_generate": True,
+    }  # fmt: skip
+    prompts = [text(1, length, seed=length)[0] for length in lengths]
+    ids, mask = padded(prompts)
+    together = model.generate(ids, attention_mask=mask, **options)
+    for row, prompt in enumerate(prompts):
+        alone = model.generate(prompt[None], **options)
+        for got, expected in zip(together.logits, alone.logits):
+            close(got[row], expected[0])
+        assert torch.equal(together.sequences[row, -new:], alone.sequences[0, -new:])
+
+
+def test_conversion_is_verified(pair):
+    result = verify(open_converted(pair[1]), open_source(str(pair[0])), Progress(quiet=True))
+    assert result.passed and result.logits_match and not result.edited_files
+
+
+def test_off_is_the_base_model(pair, model, dtype):
+    base = load(pair[0], dtype)
+    ids = text(2, 40)
+    with model.memory_disabled():
+        close(logits(model, ids), logits(base, ids))
+
+
+def test_memories_act_and_rows_do_not_meet(family, model):
+    ids, cache = text(1, 40, seed=3), DynamicCache(config=model.config)
+    together = logits(model, ids, past_key_values=cache)
+    summary, recall = model.memory_summary(cache), model.recall_settings
+    model.set_recall(False)
+    without_recall = logits(model, ids)
+    assert (without_recall - together).abs().max() > 1e-3
+    with model.memory_disabled():
+        fused = (without_recall - logits(model, ids)).abs().max() > 1e-3
+    assert fused == bool(summary) == ("fusion" not in family.refused)
+    assert all(max(layer["filled"]) > 0 for layer in summary.values())
+    model.set_recall(**vars(recall))
+    same_as_alone(model, (23, 40, 31))
+
+
+def test_long_texts_are_read_again(model):
+    prompt = text(1, 90, seed=5)
+    output = model.generate(
+        prompt, max_new_tokens=2, do_sample=False, pad_token_id=0, return_dict_in_generate=True
+    )
+    assert model.passages(output.past_key_values)[0]
+    same_as_alone(model, (70, CAPACITY + 1, 30))
+
+
+def test_saved_and_loaded_again(model, dtype, tmp_path):
+    model.save_pretrained(tmp_path)
+    ids = text(1, 80, seed=7)
+    assert torch.equal(logits(load(tmp_path, dtype), ids), logits(model, ids))

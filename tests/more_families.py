@@ -1,0 +1,143 @@
+"""Tiny shapes of the families that are tested by `tests/families` alone: once each, from the
+conversion to loading what was saved.
+"""
+
+from __future__ import annotations
+
+from helpers import GPT, HEAD, SMALL, WINDOW
+
+LATENT = {
+    "q_lora_rank": 16, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4,
+    "v_head_dim": 8, "num_key_value_heads": 4,
+}  # fmt: skip
+TEXT = {**HEAD, "vocab_size": 120}
+CLIP = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "image_size": 8, "patch_size": 4, "initializer_range": 0.3,
+}  # fmt: skip
+IMAGE_TOKEN = 119
+QWEN = {
+    "depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 4,
+    "intermediate_size": 24, "out_hidden_size": 32, "num_position_embeddings": 16,
+    "fullatt_block_indexes": [1], "deepstack_visual_indexes": [0], "mlp_ratio": 2,
+    "spatial_merge_size": 2, "temporal_patch_size": 1, "window_size": 16,
+}  # fmt: skip
+MROPE = {
+    "video_token_id": 118, "vision_start_token_id": 117,
+    "text": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0,
+        "mrope_section": [1, 1, 2], "mrope_interleaved": False}},
+}  # fmt: skip
+
+
+def mixed(decoder: str, vision: str, tower: dict = CLIP, **more) -> dict:
+    """A multimodal model's configuration. decoder, vision: the parts' model types; tower: the
+    latter's sizes; text: what is special of the former.
+    """
+    return {
+        "text_config": {"model_type": decoder, **TEXT, **more.pop("text", {})},
+        "vision_config": {"model_type": vision, **tower},
+        "image_token_id": IMAGE_TOKEN, "tie_word_embeddings": False, **more,
+    }  # fmt: skip
+
+
+EXPERTS = {
+    "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24,
+}  # fmt: skip
+ROUTED = {
+    "moe_intermediate_size": 24, "n_routed_experts": 4, "n_shared_experts": 2,
+    "num_experts_per_tok": 2, "first_k_dense_replace": 1,
+}  # fmt: skip
+MORE_CONFIGS: dict[str, dict] = {
+    "biogpt": SMALL,
+    "codegen": {**GPT, "rotary_dim": 4},
+    "cwm": {**HEAD, **WINDOW},
+    "diffllama": HEAD,
+    "ernie4_5": HEAD,
+    "gpt_bigcode": GPT,
+    "gpt_neo": {
+        **{name: SMALL[name] for name in SMALL if not name.startswith("num_")},
+        "num_layers": 4, "num_heads": 4, "window_size": 7,
+        "attention_types": [[["global", "local"], 2]],
+    },
+    "granite_swa": {**SMALL, "sliding_window": 7},
+    "hyperclovax": HEAD,
+    "jais2": HEAD,
+    "minicpm3": {**SMALL, **LATENT},
+    "ministral3": {**HEAD, "sliding_window": None},
+    "mpt": {
+        "vocab_size": 120, "d_model": 32, "n_heads": 4, "n_layers": 4, "max_seq_len": 512,
+        "initializer_range": 0.3, "use_cache": True,
+    },
+    "nanochat": SMALL,
+    "persimmon": SMALL,
+    "vaultgemma": {**HEAD, **WINDOW},
+    "xglm": {
+        "vocab_size": 120, "d_model": 32, "ffn_dim": 72, "num_layers": 4, "attention_heads": 4,
+        "max_position_embeddings": 512, "init_std": 0.3, "pad_token_id": 0, "eos_token_id": None,
+    },
+    "youtu": {**SMALL, **LATENT},
+    # Multimodal: a text decoder beside a vision tower.
+    "aya_vision": mixed("cohere2", "siglip_vision_model", text=WINDOW, downsample_factor=2),
+    "gemma3": mixed("gemma3_text", "siglip_vision_model", text=WINDOW, mm_tokens_per_image=4),
+    "idefics3": mixed("llama", "idefics3_vision", scale_factor=2),
+    "internvl": mixed(
+        "qwen2", "internvl_vision", {**CLIP, "image_size": [8, 8], "patch_size": [4, 4]}
+    ),
+    "llava": mixed("llama", "clip_vision_model"),
+    "llava_next": mixed("mistral", "clip_vision_model", image_grid_pinpoints=[[8, 8]]),
+    "mistral3": mixed("mistral", "pixtral", {**CLIP, "head_dim": 8}, spatial_merge_size=1),
+    "qwen2_vl": mixed("qwen2_vl_text", "qwen2_vl_vision", QWEN, **MROPE),
+    "qwen2_5_vl": mixed("qwen2_5_vl_text", "qwen2_5_vl_vision", QWEN, **MROPE),
+    "qwen3_vl": mixed("qwen3_vl_text", "qwen3_vl_vision", QWEN, **MROPE),
+    "smolvlm": mixed("llama", "smolvlm_vision", scale_factor=2),
+    # Recurrent and hybrid: layers with a state of fixed size.
+    "bamba": {
+        **SMALL, "attn_layer_indices": [1, 3], "mamba_n_heads": 4, "mamba_d_head": 16,
+        "mamba_d_state": 8, "mamba_chunk_size": 8, "mamba_n_groups": 1,
+    },
+    "falcon_h1": {
+        **HEAD, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8,
+        "mamba_n_groups": 1, "mamba_chunk_size": 8,
+    },
+    "lfm2": {
+        **SMALL, "layer_types": ["conv", "full_attention"] * 2, "block_multiple_of": 8,
+    },
+    "olmo_hybrid": {
+        **SMALL, "layer_types": ["linear_attention", "full_attention"] * 2,
+        "linear_num_key_heads": 4, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
+    "recurrent_gemma": {
+        **HEAD, "lru_width": 32, "attention_window_size": 16,
+        "block_types": ["recurrent", "attention"],
+    },
+    # Mixtures of experts.
+    "deepseek_v2": {**SMALL, **LATENT, **ROUTED, "topk_method": "greedy"},
+    "deepseek_v3": {**SMALL, **LATENT, **ROUTED, "n_group": 1, "topk_group": 1},
+    "dots1": {**HEAD, **ROUTED, "n_group": 1, "topk_group": 1},
+    "ernie4_5_moe": {
+        **SMALL, "moe_intermediate_size": 24, "moe_num_experts": 4, "moe_k": 2,
+        "moe_num_shared_experts": 2, "moe_layer_start_index": 1,
+    },
+    "flex_olmo": {**SMALL, **EXPERTS},
+    "glm4_moe": {**HEAD, **ROUTED, "n_group": 1, "topk_group": 1},
+    "gpt_oss": {**HEAD, **WINDOW, **EXPERTS},
+    "granitemoe": {**SMALL, **EXPERTS},
+    "jamba": {
+        **SMALL, **EXPERTS, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8,
+        "mamba_dt_rank": 4, "use_mamba_kernels": False,
+    },
+    "minimax_m2": {**HEAD, **EXPERTS, "rotary_dim": 8},
+    "mixtral": {**SMALL, **EXPERTS, "sliding_window": None},
+    "olmoe": {**SMALL, **EXPERTS},
+    "phimoe": {**SMALL, **EXPERTS},
+    "qwen2_moe": {
+        **SMALL, **EXPERTS, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40,
+    },
+    "qwen3_moe": {**HEAD, **EXPERTS, "moe_intermediate_size": 24},
+    "qwen3_next": {
+        **HEAD, **EXPERTS, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40,
+        "layer_types": ["linear_attention", "full_attention"] * 2, "linear_num_key_heads": 4,
+        "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    },
+}  # fmt: skip
