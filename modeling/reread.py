@@ -247,6 +247,16 @@ class Rereader:
             told(max(row.count for row in rows))
         self._noted(rows, ids.shape[1], real, cache, entry)
 
+    def prompt(self, row: Row, query: Tensor | None) -> tuple[Tensor, tuple[Passage, ...]]:
+        """The working context at the end of a prompt, ids [n], and what was found for it. query:
+        ids [Q] that ask.
+        """
+        queries = None if query is None else query[None]
+        row = with_prompts([row], [row.count], queries, self.settings)[0]
+        build = build_of(row.count - 1, row.ends, self.settings)
+        row = self._looked_up([row], [build])[0]
+        return context(row, build, row.count, self.settings), row.found
+
     def _noted(
         self,
         rows: list[Row],

@@ -12,7 +12,7 @@ are read in the same way. The pass is left where the key is; nothing behind it i
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,10 @@ from .reread_settings import RereadSettings
 
 STRIDE = 8  # blocks after which reading tells how far it is
 BATCH_TOKENS = 16384  # tokens of the blocks that are read together
+
+
+BlockReader = Callable[[list[Tensor]], list[Tensor]]
+KeySource = Callable[[list[Tensor], BlockReader], list[Tensor]]
 
 
 class _Left(Exception):
@@ -48,10 +52,12 @@ class KeyReader:
     """Reads keys with a decoder stack.
 
     ffn_input: path of the FFN's first linear layer below the stack, `{}` standing for the layer.
+    source: where keys of blocks come from instead, see `ReadingMixin.set_key_source`.
     """
 
     stack: nn.Module
     ffn_input: str
+    source: KeySource | None = None
     projections: dict[tuple, Tensor] = field(default_factory=dict)
 
     # In code that was compiled without it a hook does not run.
@@ -68,8 +74,10 @@ class KeyReader:
         module = self.stack.get_submodule(self.ffn_input.format(settings.layer))
         hook = module.register_forward_pre_hook(_leave)
         before, current.enabled = current.enabled, False
+        # A model without its head is the stack itself, and would re-read what it is given.
+        off = {"memory_enabled": False} if hasattr(self.stack, "set_memory_enabled") else {}
         try:
-            self.stack(input_ids=ids, use_cache=False)
+            self.stack(input_ids=ids, use_cache=False, **off)
         except _Left as left:
             x = left.x.reshape(*ids.shape, -1)
         finally:
@@ -97,10 +105,18 @@ class KeyReader:
             pieces = [
                 _piece(rows[i].ids, n * settings.block, settings.block, settings) for i, n in group
             ]
-            keys = self.keys(torch.stack(pieces).to(self.device), settings)
-            for (i, _), made in zip(group, keys[:, -settings.block :]):
-                rows[i] = rows[i].with_keys(made.clone(), settings)
+            for (i, _), made in zip(group, self._of_blocks(pieces, settings)):
+                rows[i] = rows[i].with_keys(made, settings)
         return rows
+
+    def _of_blocks(self, pieces: list[Tensor], settings: RereadSettings) -> list[Tensor]:
+        """Keys of a block, [U, R], for each of these `_piece`s, which are of one length."""
+
+        def read(some: list[Tensor]) -> list[Tensor]:
+            keys = self.keys(torch.stack(some).to(self.device), settings)
+            return [made.clone() for made in keys[:, -settings.block :]]
+
+        return read(pieces) if self.source is None else self.source(pieces, read)
 
     def read_all(self, rows: list[Row], settings: RereadSettings) -> Iterator[list[Row]]:
         """Rows with the keys of all their complete blocks, some more at a time. Rows that are the

@@ -17,7 +17,7 @@ from .reread import Rereader, passages
 from .reread_bank import Passage, Row
 from .reread_cache import find_reread, reread_entry
 from .reread_file import AnyPath, load_row, model_mark, save_row, tokenizer_mark
-from .reread_keys import KeyReader
+from .reread_keys import KeyReader, KeySource
 from .reread_settings import RereadSettings
 
 
@@ -88,6 +88,47 @@ class ReadingMixin:
         ids = input_ids.to(self.device)  # type: ignore[attr-defined]
         rereader.read(ids, attention_mask, cache, progress)
         return cache
+
+    @torch.no_grad()
+    def working_context(
+        self,
+        input_ids: Tensor,
+        query: Tensor | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> tuple[Tensor, list[Passage]]:
+        """The ordinary prompt that `generate` would answer this one in, for whatever else runs the
+        base model, and what was read again in it, in text order. Only the first layers are run.
+
+        input_ids: [1, L] or [L], whose end is the prompt's. query: ids [Q] that ask instead of it.
+        progress: as of `read`. Returns ids [n] and passages; the prompt itself and none where the
+        model holds it whole. Raises ValueError where re-reading is off.
+        """
+        ids = input_ids.reshape(1, -1).to(self.device)  # type: ignore[attr-defined]
+        settings = self._window if self._rereads(None) else None
+        if settings is not None and ids.shape[1] <= settings.capacity:
+            return ids[0], []
+        entry = find_reread(self.read(ids, progress=progress))
+        assert entry is not None
+        made, found = self._rereader().prompt(entry.settle()[0], query)
+        return made, sorted(found, key=lambda passage: passage.first)
+
+    def set_key_source(self, source: KeySource | None) -> None:
+        """Where reading has the keys of blocks from, for texts that are read from now on; None:
+        from this model alone.
+
+        source(pieces, read): keys [U, R] of a block for each piece. A piece, ids [n], is all that
+        its block's keys depend on. read: the same function of pieces, by this model.
+        """
+        self._reread_keys.source = source
+
+    @property
+    def key_mark(self) -> str:
+        """The same for weights, parameters and a dtype that make the same keys of a piece."""
+        settings = self._window
+        if settings is None:
+            raise ValueError("keys need a window: call set_window()")
+        sizes = settings.layer, settings.key_size, settings.block, settings.span_width
+        return " ".join(map(str, (self._mark(settings), *sizes, self.dtype)))  # type: ignore
 
     def save_bank(self, cache: Cache, path: AnyPath, row: int = 0, tokenizer: Any = None) -> None:
         """Write a text that was read, its ids and keys, as a safetensors file.

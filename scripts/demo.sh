@@ -5,7 +5,7 @@ set -euo pipefail
 here="$PWD"
 cd "$(dirname "$0")/.."
 source scripts/_venv.sh
-prepare_venv .venv constraints.txt -e ".[dev,ray,eval,ask]"
+prepare_venv .venv constraints.txt -e ".[dev,ray,eval,ask,serve]"
 venv="$PWD/.venv"
 cd "$here"
 "$venv/bin/pace" demo "$@"

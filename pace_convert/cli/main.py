@@ -25,6 +25,7 @@ from . import in_words
 from .ask import ask, read
 from .evaluate import evaluation
 from .options import model_options
+from .serve import serve
 from .shared import as_json_text, friendly, hub_options, output_options, unpacking_options
 from .tune import check_calibration, run_calibration, tune
 
@@ -194,6 +195,7 @@ def pace() -> None:
     pace verify ./out --source Qwen/Qwen2-7B            prove that no weight was changed
     pace inspect ./out --html report.html               look at its experts and its memory
     pace ask ./out --file book.txt "Who ...?"           ask about a text of any length
+    pace serve ./out                                    serve it, as OpenAI's API
     pace eval needle ./out --arms base,ce+pa            measure whether it helps
     pace push ./out your-name/Qwen2-7B-Pace             upload it
     pace undo ./out ./original                          the source again, bit for bit
@@ -203,6 +205,7 @@ def pace() -> None:
 pace.add_command(pace_convert, "convert")
 pace.add_command(ask)
 pace.add_command(read)
+pace.add_command(serve)
 
 
 @pace.command()

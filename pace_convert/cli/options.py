@@ -63,10 +63,7 @@ def _only_given(field: FieldInfo) -> dict[str, Any]:
 def _checked(field: FieldInfo) -> dict[str, Any]:
     """What click.option takes for an option whose default and bounds it shows and checks."""
     kind, extra = _kind(field.annotation), field.json_schema_extra
-    facts: dict[str, Any] = {
-        "help": field.description,
-        **(extra if isinstance(extra, dict) else {}),
-    }
+    facts: dict[str, Any] = {"help": field.description}
     if get_origin(kind) is tuple:
         kind = _kind(get_args(kind)[0])
         facts["multiple"] = True
@@ -81,7 +78,7 @@ def _checked(field: FieldInfo) -> dict[str, Any]:
         facts["required"] = True
     elif _shown(field):
         facts |= {"default": field.default, "show_default": True}
-    return facts
+    return facts | (extra if isinstance(extra, dict) else {})
 
 
 def _shown(field: FieldInfo) -> bool:

@@ -109,6 +109,7 @@ def load_model(
     *,
     device: str = "cpu",
     head: bool = True,
+    layers: int | None = None,
     trust_remote_code: bool = False,
     dtype: DType = "auto",
 ) -> Any:
@@ -116,10 +117,11 @@ def load_model(
     `resolve_device` has named.
 
     dtype: as `load_dtype` has it; of quantised weights it is what their config.json says. head:
-    False for the decoder without its vocabulary head. No Python of a folder runs but a conversion's
-    modeling files, and those only as this version ships them, and, with `trust_remote_code`, edited
-    ones and the model code of a folder that is no conversion. Raises CallError for both without it,
-    PaceError where the model does not load.
+    False for the decoder without its vocabulary head. layers: of a conversion only so many, the
+    first, without fusion and recall. No Python of a folder runs but a conversion's modeling files,
+    and those only as this version ships them, and, with `trust_remote_code`, edited ones and the
+    model code of a folder that is no conversion. Raises CallError for both without it, PaceError
+    where the model does not load.
     """
     source = files.files if isinstance(files, Converted) else files
     if isinstance(files, Converted):
@@ -130,16 +132,30 @@ def load_model(
     load_silently()
     with in_words(files, "load"):
         packed = quantisation_of(source.config) is not None  # then layers have types of their own
-        model = model_class(files, head).from_pretrained(
+        cls = model_class(files, head)
+        shorter = {} if layers is None else {"config": _first_layers(cls, source.folder, layers)}
+        model = cls.from_pretrained(
             source.folder,
             dtype="auto" if packed else load_dtype(source.nbytes, device, dtype),
             device_map=device if packed else None,
             local_files_only=True,
             trust_remote_code=own_code,
+            **shorter,
         )
         if packed:
             return model.eval()
         return model.eval().to(device)
+
+
+def _first_layers(cls: Any, folder: Path, layers: int) -> Any:
+    """The configuration of a conversion with its first layers alone."""
+    config = cls.config_class.from_pretrained(folder, local_files_only=True)
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    memory = {**config.pace["memory"], "layers": [], "enabled": True, "recall": None}
+    config.pace = {**config.pace, "memory": memory}
+    return config
 
 
 def quantiser_problem(config: dict) -> str:

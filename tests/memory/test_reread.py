@@ -183,6 +183,41 @@ def test_a_caller_can_name_what_asks(qwen):
         qwen.generate(ids, query=torch.rand(3, 2), max_new_tokens=1)
 
 
+def test_the_working_context_alone(qwen):
+    """The base model answers it as the PaceLLM answers the prompt; keys may come from elsewhere."""
+    ids = random_ids(1, 80, seed=9)
+    context, found = qwen.working_context(ids)
+    cache = DynamicCache(config=qwen.config)
+    made = qwen.generate(ids, past_key_values=cache, max_new_tokens=6, do_sample=False,
+        pad_token_id=0)  # fmt: skip
+    assert found == qwen.passages(cache)[0] and len(context) <= CAPACITY
+    with qwen.memory_disabled():
+        alone = qwen.generate(context[None], max_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert alone[0, len(context) :].tolist() == made[0, 80:].tolist()
+    short, nothing = qwen.working_context(ids[:, :CAPACITY])
+    assert short.tolist() == ids[0, :CAPACITY].tolist() and nothing == []
+    kept: dict[tuple, torch.Tensor] = {}
+    reads = []
+
+    def source(pieces, read):
+        unknown = [piece for piece in pieces if tuple(piece.tolist()) not in kept]
+        if unknown:
+            reads.append(len(unknown))
+            kept.update(zip((tuple(piece.tolist()) for piece in unknown), read(unknown)))
+        return [kept[tuple(piece.tolist())] for piece in pieces]
+
+    qwen.set_key_source(source)
+    try:
+        for _ in range(2):
+            again, passages = qwen.working_context(ids)
+            assert torch.equal(again, context) and passages == found
+            assert sum(reads) == 80 // qwen.window_settings.block  # and none a second time
+    finally:
+        qwen.set_key_source(None)
+    with qwen.memory_disabled(), pytest.raises(ValueError, match="set_window"):
+        qwen.working_context(ids)
+
+
 @pytest.mark.parametrize("how", ["chunked", "no cache", "static", "prompt lookup", "assistant",
     "beams", "several", "sampled"])  # fmt: skip
 def test_ways_to_generate(qwen, how):

@@ -13,7 +13,7 @@ FLOORS = (
     ("cli",),
     ("",),  # pace_convert itself
     ("api",),
-    ("evaluation", "inspect", "reading"),
+    ("evaluation", "inspect", "reading", "serving", "vllm_plugin"),
     ("reference",),
     ("conversion",),
     ("converted",),

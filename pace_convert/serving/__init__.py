@@ -1,0 +1,1 @@
+"""`pace serve`: a PaceLLM behind an OpenAI-compatible endpoint."""

@@ -1,0 +1,60 @@
+"""A converted folder as engines with model classes of their own take it: the base model's.
+
+Experts are a permutation, which changes no output, and tensors have the base model's names. So a
+folder of links to OUT's files with the base model's config.json is the base model.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..converted.opened import Converted
+from ..converted.shipped import base_config, modeling_files
+from ..errors import CallError
+
+READERS = {  # model_type -> vLLM's class of the base model, whose FFN is called `mlp` on its input
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+
+
+def base_view(converted: Converted, folder: Path) -> Path:
+    """Into a new folder, the base model. Returns the folder."""
+    return _view(converted, folder, base_config(converted.files.config, converted.family))
+
+
+def reader_view(converted: Converted, folder: Path, layer: int, key_size: int) -> Path:
+    """Into a new folder, what reads keys in vLLM: the layers up to `layer`, see `vllm_plugin`.
+
+    Raises CallError for a family that it does not know.
+    """
+    kind = converted.family.model_type
+    if kind not in READERS:
+        raise CallError(
+            f"vLLM does not read keys of {kind} models, only of {', '.join(READERS)}",
+            "leave out --reader vllm",
+        )
+    config = base_config(converted.files.config, converted.family)
+    config |= {
+        "architectures": [f"PaceReader{READERS[kind]}"],
+        "num_hidden_layers": layer + 1,
+        "tie_word_embeddings": True,  # it has no head
+        "pace_key_size": key_size,
+    }
+    if config.get("layer_types"):
+        config["layer_types"] = config["layer_types"][: layer + 1]
+    return _view(converted, folder, config)
+
+
+def _view(converted: Converted, folder: Path, config: dict[str, Any]) -> Path:
+    folder.mkdir(parents=True)
+    ours = {"config.json", *modeling_files(converted.family)}
+    for path in converted.files.folder.iterdir():
+        if path.name not in ours:
+            (folder / path.name).symlink_to(path.resolve())
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    return folder
