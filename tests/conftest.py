@@ -29,12 +29,14 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """By default every family has the tests that back a row of docs/compatibility.md, and the kinds
-    of families all the others too; with -m slow every family has those.
+    """By default the kinds of families have all tests and the others those of `every_family`; with
+    -m slow the others have all of them.
     """
     for item in items:
-        row = item.callspec.params.get("family_pair") if hasattr(item, "callspec") else None
-        if row is not None and row not in KINDS and not item.get_closest_marker("works"):
+        given = item.callspec.params if hasattr(item, "callspec") else {}
+        rows = [given[name] for name in ("family_pair", "family", "standing_row") if name in given]
+        others = [row for row in rows if row not in KINDS]
+        if others and not item.get_closest_marker("every_family"):
             item.add_marker(pytest.mark.slow)
 
 

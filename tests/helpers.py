@@ -133,10 +133,13 @@ FAMILY_CONFIGS = {
 }
 
 
-# Rows that differ in what a memory meets: where h is, norms, positions, windows, heads.
+# Rows that differ in what a memory meets: where h is, norms, positions, windows, heads; mixtures
+# with and without a shared FFN, images, recurrent layers.
 KINDS = (
     "qwen2", "llama-3", "mistral-window", "gemma3_text", "phi3", "olmo2", "gpt_neox", "gpt2",
     "bloom", "opt-350m", "falcon-new", "starcoder2", "cohere2",
+    "mixtral", "qwen2_moe", "gpt_oss", "deepseek_v3", "gemma3", "qwen2_5_vl", "llava",
+    "qwen3_next", "recurrent_gemma",
 )  # fmt: skip
 
 

@@ -99,7 +99,7 @@ def check_body(card: str, title: str | None = None) -> None:
     assert pinned_commit(card) is None and is_untouched(card.encode())
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, database=None,
+@settings(max_examples=60, deadline=None, derandomize=True, database=None,
           suppress_health_check=list(HealthCheck))  # fmt: skip
 @given(st.dictionaries(keys, values, max_size=4))
 def test_front_matter_reads_back_as_what_the_source_said(source, metadata):
@@ -112,7 +112,7 @@ def test_front_matter_reads_back_as_what_the_source_said(source, metadata):
     assert front_matter(pushed) == found and pinned_commit(pushed) == "2" * 40
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, database=None,
+@settings(max_examples=60, deadline=None, derandomize=True, database=None,
           suppress_health_check=list(HealthCheck))  # fmt: skip
 @given(texts, st.lists(texts, max_size=3))
 def test_names_of_folders_and_files_stay_names(source, tmp_path_factory, name, files):

@@ -48,12 +48,14 @@ def files(tmp_path_factory):
     "command",
     [
         ("ask", "--no-bank", "--file", "unknown.txt", "what is the code ?"),
-        ("ask", "--no-bank", "--file", "known.txt", "what is zzz ?"),
+        pytest.param(
+            ("ask", "--no-bank", "--file", "known.txt", "what is zzz ?"), marks=pytest.mark.slow
+        ),
         ("read", "--banks", "banks", "--file", "unknown.txt"),
-        ("inspect", "--probe", "unknown.txt"),
+        pytest.param(("inspect", "--probe", "unknown.txt"), marks=pytest.mark.slow),
         ("eval", "text", "--on", "known.txt", "--on", "unknown.txt", "--length", 64),
         ("eval", "qa", "--on", "qa.jsonl"),
-        ("tune", "--on", "pairs.jsonl", "--trials", 1),
+        pytest.param(("tune", "--on", "pairs.jsonl", "--trials", 1), marks=pytest.mark.slow),
     ],
     ids=lambda command: "-".join(map(str, command[:4])),
 )

@@ -63,6 +63,7 @@ def in_parts(model, ids, mask, cuts):
     return torch.cat(parts, 1), cache
 
 
+@pytest.mark.every_family
 @pytest.mark.works("memory acts")
 def test_memory_acts(pace):
     """Without this the other tests would prove nothing."""
@@ -122,6 +123,7 @@ def test_short_prompt_is_the_base_model(family_pair, pace):
     close(pace, off, logits(base, ids))
 
 
+@pytest.mark.every_family
 @pytest.mark.works("off is the base")
 def test_memory_off_is_the_base_model(family_pair, pace):
     base = AutoModelForCausalLM.from_pretrained(family_pair[0], dtype=pace.dtype).eval()
