@@ -24,6 +24,7 @@ from .memory_cache import Call, MemoryEntry
 from .memory_layer import Tape, write_fused
 from .memory_settings import MemorySettings
 
+READY = "ready"  # of a call whose tokens and cache are what the base model shall run
 MASK = "recall_mask"  # of a prepared call, whose attention mask may be 4D: the 2D one, or None
 
 

@@ -20,6 +20,7 @@ from transformers.utils.import_utils import is_jit_tracing
 from .memory_cache import Call, MemoryEntry, find_entry, memory_entry
 from .memory_session import (
     OFF,
+    READY,
     Replay,
     Session,
     current,
@@ -142,6 +143,8 @@ class StackMemory:
 
     def _open(self, stack: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         kwargs = {**dict(zip(self.names, args)), **kwargs}
+        if _rereads_itself(stack, kwargs):
+            return (), kwargs  # each of its contexts is a call of its own
         entry = find_entry(kwargs.get("past_key_values"))
         if not self.acts:
             if entry is not None:  # its cache goes on without it
@@ -240,6 +243,14 @@ class _Fuse:
         assert session.entry is not None and session.call is not None
         tape = None if session.tapes is None else session.tapes.setdefault(self.layer, [])
         return session.entry.fuse(self.layer, h, session.call, tape)
+
+
+def _rereads_itself(stack: nn.Module, kwargs: dict) -> bool:
+    """Whether this call of a model without its head is one that re-reading answers."""
+    rereads: Any = getattr(stack, "_rereads", None)
+    if rereads is None or kwargs.get("reread") == READY:
+        return False
+    return rereads(current.enabled) and not (stack.training and torch.is_grad_enabled())
 
 
 def refuse_tracing(tokens: object) -> None:

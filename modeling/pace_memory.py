@@ -17,7 +17,7 @@ from .memory_assisted import bounded_candidates, bounded_drafts
 from .memory_cache import MemoryEntry, MemorySummary, find_entry, memory_summary
 from .memory_clock import Rhythm
 from .memory_saving import SavingMixin
-from .memory_session import MASK, current
+from .memory_session import MASK, READY, current
 from .memory_settings import MemorySettings
 from .memory_stack import StackMemory, refuse_tracing
 from .recall import RecallMixin, recalling
@@ -27,8 +27,6 @@ from .reread_keys import KeyReader
 from .reread_texts import ReadingMixin
 
 __all__ = ["PaceMixin", "memory_summary", "rereading"]
-
-READY = "ready"  # of a step that `prepare_inputs_for_generation` has made ready
 
 
 def rereading(forward: Callable) -> Callable:
@@ -133,8 +131,10 @@ class PaceMixin(ReadingMixin, RecallMixin, SavingMixin):
     def _rereader(self) -> Rereader:
         assert self._window is not None
         forward: Any = type(self).forward  # type: ignore[attr-defined]
-        base, config = functools.partial(forward.base, self), self._stack_memory.stack.config
-        return Rereader(base, forward.names, config, self._window, self._reread_keys)
+        base, stack = functools.partial(forward.base, self), self._stack_memory.stack
+        if stack is self:  # without a head: each context is a call, which the stack's hooks are for
+            base = functools.partial(stack, reread=READY, memory_enabled=current.enabled)
+        return Rereader(base, forward.names, stack.config, self._window, self._reread_keys)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As in the base class. query: ids [B, Q] or [Q] of what asks; else a prompt's end does."""

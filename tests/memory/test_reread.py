@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 from slow_reread import SlowReread
-from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, StaticCache
+from transformers import AutoModel, AutoModelForCausalLM, CompileConfig, DynamicCache, StaticCache
 
 SMALL = {
     "window": 16, "first": 4, "spans": 2, "span_width": 4, "layer": 1, "key_size": 24,
@@ -415,6 +415,23 @@ def test_fusion_acts_on_the_working_context(qwen2_pair):
             expected = model(one, past_key_values=alone, look_up=True, logits_to_keep=1).logits
             close(model, got[row], expected[0])
             close(model, behind[row], model(one[:, :10], past_key_values=alone).logits[0])
+
+
+def test_without_a_head_fusion_acts_on_the_working_context_too(qwen2_pair):
+    whole = load(qwen2_pair[1])
+    model = AutoModel.from_pretrained(
+        qwen2_pair[1], dtype=torch.float64, trust_remote_code=True
+    ).eval()
+    ids = random_ids(2, 70, seed=81)
+    for some in (whole, model):
+        some.set_window(**SMALL)
+    with torch.no_grad():
+        for more in ({"memory_enabled": False}, {"memory_enabled": True}, {}):
+            states = model(ids, look_up=True, **more).last_hidden_state
+            close(model, whole.lm_head(states), whole(ids, look_up=True, **more).logits)
+        model.set_memory(layers=())
+        unfused = model(ids, look_up=True).last_hidden_state
+        assert (unfused - states).abs().max() > 1e-3
 
 
 def test_a_text_is_read_once_and_asked_often(qwen, tmp_path):
