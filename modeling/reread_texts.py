@@ -121,7 +121,6 @@ class ReadingMixin:
         """
         self._reread_keys.source = source
 
-    @property
     def key_mark(self) -> str:
         """The same for weights, parameters and a dtype that make the same keys of a piece."""
         settings = self._window

@@ -100,7 +100,7 @@ def load_served(
             model.set_window(window)
         except ValueError as error:
             raise CallError(f"--{error}", "give another --window") from error
-    kept = KeptKeys(_store(options), model.key_mark)
+    kept = KeptKeys(_store(options), model.key_mark())
     model.set_key_source(kept)
     return Served(folder.resolve().name, model, tokenizer, kept)
 
