@@ -363,6 +363,15 @@ def _not_here(left_out: Sequence[str]) -> str:
     return f"\nNot among them, because the conversion had left it out: {named(left_out)}"
 
 
+def yes_or_no(rows: list[dict]) -> list[dict[str, str]]:
+    """Rows with words for what is true or not."""
+    words = {True: "yes", False: "no"}
+    return [
+        {key: words[value] if isinstance(value, bool) else value for key, value in row.items()}
+        for row in rows
+    ]
+
+
 def table(rows: list[dict[str, str]]) -> str:
     """Rows under their keys, in columns."""
     lines = [dict(zip(rows[0], rows[0])), *rows]

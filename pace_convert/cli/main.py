@@ -224,7 +224,7 @@ def families(as_json: bool) -> None:
         }
         for spec in FAMILIES.values()
     ]
-    click.echo(as_json_text(rows) if as_json else in_words.table(rows))
+    click.echo(as_json_text(rows) if as_json else in_words.table(in_words.yes_or_no(rows)))
 
 
 @pace.command()
