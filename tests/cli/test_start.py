@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 PROJECT = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-ENTRIES = dict(re.findall(r'^(pace(?:-convert)?) = "(\S+:\S+)"$', PROJECT, re.MULTILINE))
+SCRIPTS = PROJECT.partition("[project.scripts]")[2].partition("\n[")[0]
+ENTRIES = dict(re.findall(r'^(pace(?:-convert)?) = "(\S+:\S+)"$', SCRIPTS, re.MULTILINE))
 
 # As a command's script begins; the signal comes while a module is looked for that all need.
 STOPPED_WHILE_IMPORTING = """

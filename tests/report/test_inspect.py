@@ -208,5 +208,5 @@ def test_a_tokenizer_of_another_model(make_source, tmp_path):
     source = make_source("qwen2")
     build_tokenizer(512).save_pretrained(source)
     convert_folder(source, tmp_path / "out")
-    with pytest.raises(PaceError, match="the model only 120"):
+    with pytest.raises(PaceError, match="vocabulary has 120"):
         job.inspect(open_converted(tmp_path / "out"), QUIET, text="the code of ada")
