@@ -23,6 +23,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ..modeling.reread_keys import BlockReader
+from ..writing import write_whole
 
 SUFFIX = ".keys"
 
@@ -89,13 +90,9 @@ class FolderStore:
         if keys.nbytes > self.most:
             return
         path = self._path(name)
-        part = path.with_suffix(f".{secrets.token_hex(4)}.part")
-        try:
-            part.write_bytes(save({"keys": keys.cpu().contiguous()}))
-            self.nbytes += part.stat().st_size
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        content = save({"keys": keys.cpu().contiguous()})
+        write_whole(path, content, part=path.with_suffix(f".{secrets.token_hex(4)}.part"))
+        self.nbytes += len(content)
         if self.nbytes > self.most:
             self._trim()
 

@@ -6,13 +6,13 @@ folder of links to OUT's files with the base model's config.json is the base mod
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from ..converted.opened import Converted
 from ..converted.shipped import base_config, modeling_files
 from ..errors import CallError
+from ..writing import write_json
 
 READERS = {  # model_type -> vLLM's class of the base model, whose FFN is called `mlp` on its input
     "llama": "LlamaForCausalLM",
@@ -56,5 +56,5 @@ def _view(converted: Converted, folder: Path, config: dict[str, Any]) -> Path:
     for path in converted.files.folder.iterdir():
         if path.name not in ours:
             (folder / path.name).symlink_to(path.resolve())
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    write_json(folder / "config.json", config)
     return folder
