@@ -219,6 +219,8 @@ def test_where_the_facts_are_is_known_in_tokens(reference, monkeypatch, kind, ch
 class Slow:
     """A reader of letters without offsets."""
 
+    vocabulary = None
+
     opening = (0,)
 
     def __init__(self, reader):

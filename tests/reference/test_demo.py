@@ -3,9 +3,12 @@
 import subprocess
 import sys
 
+import pytest
+
 from pace_convert.converted.opened import open_converted
 
 
+@pytest.mark.slow
 def test_demo(tmp_path):
     code = "from pace_convert.cli.main import pace; pace()"
     out = tmp_path / "demo"
