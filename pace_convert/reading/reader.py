@@ -13,11 +13,8 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.tokenizer import encode, load_tokenizer, padding_id
-from ..converted.load import load_model
-from ..converted.opened import open_converted
-from ..device import resolve_device
-from ..errors import CallError, PaceError
+from ..checkpoint.tokenizer import encode, padding_id
+from ..converted.rereading import load_rereading
 from ..progress import Progress
 from .documents import Document
 
@@ -96,25 +93,9 @@ class DocumentReader:
 
         Raises CallError for a folder without re-reading, PaceError where it does not load.
         """
-        converted = open_converted(folder)
-        if not converted.needs_code:
-            raise CallError(
-                f"{folder} was converted with --no-memory, so it can't re-read", "convert it again"
-            )
-        if not converted.pace["memory"].get("window") and window is None:
-            raise CallError(
-                f"{folder} has no window, so it can't re-read", "give --window, like 1k"
-            )
-        model = load_model(
-            converted, device=resolve_device(device), trust_remote_code=trust_remote_code
+        model, tokenizer = load_rereading(
+            folder, device=device, window=window, trust_remote_code=trust_remote_code
         )
-        tokenizer = load_tokenizer(folder)
-        if tokenizer is None or not tokenizer.is_fast:
-            raise PaceError(f"{folder} has no fast tokenizer", "copy the source's tokenizer.json")
-        try:
-            model.set_window(window or model.window_settings.window)
-        except ValueError as error:
-            raise CallError(f"--{error}", "give another --window") from error
         return cls(model, tokenizer)
 
     def _template(self) -> tuple[str, str, str]:

@@ -10,12 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint.tokenizer import load_tokenizer
-from ..converted.load import load_model
-from ..converted.opened import Converted, open_converted
-from ..device import resolve_device
-from ..errors import CallError, PaceError
-from ..modeling.reread_settings import RereadSettings
+from ..converted.rereading import load_rereading
 from .answers import Recalled
 from .blocks import FolderStore, KeptKeys, MemoryStore
 from .options import ServeOptions
@@ -71,44 +66,17 @@ def load_served(
     generates: bool = True,
     trust_remote_code: bool = False,
 ) -> Served:
-    """The model of a folder that pace-convert wrote. window: other than the checkpoint's.
-    generates: False for one that reads alone, with no layers behind those of the keys.
-
-    Raises CallError for a folder without re-reading, PaceError where it does not load.
-    """
-    converted = open_converted(folder)
-    if not converted.needs_code:
-        raise CallError(
-            f"{folder} was converted with --no-memory, so it can't re-read", "convert it again"
-        )
-    if not converted.pace["memory"].get("window") and window is None:
-        raise CallError(f"{folder} has no window, so it can't re-read", "give --window, like 1k")
-    tokenizer = load_tokenizer(folder)
-    if tokenizer is None or not tokenizer.is_fast:
-        raise PaceError(f"{folder} has no fast tokenizer", "copy the source's tokenizer.json")
-    device = resolve_device(options.device)
-    layers = None if generates else _key_layers(converted)
-    model = load_model(
-        converted,
-        device=device,
-        head=generates,
-        layers=layers,
+    """The model of a folder that pace-convert wrote, see `load_rereading`."""
+    model, tokenizer = load_rereading(
+        folder,
+        device=options.device,
+        window=window,
+        generates=generates,
         trust_remote_code=trust_remote_code,
     )
-    if window is not None:
-        try:
-            model.set_window(window)
-        except ValueError as error:
-            raise CallError(f"--{error}", "give another --window") from error
     kept = KeptKeys(_store(options), model.key_mark())
     model.set_key_source(kept)
     return Served(folder.resolve().name, model, tokenizer, kept)
-
-
-def _key_layers(converted: Converted) -> int:
-    """Layers that reading needs."""
-    window = converted.pace["memory"].get("window") or {}
-    return RereadSettings.from_config(window).layer + 1
 
 
 def _store(options: ServeOptions) -> MemoryStore | FolderStore:
