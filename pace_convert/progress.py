@@ -104,7 +104,8 @@ class Progress:
             yield report
         if not sys.stderr.isatty():
             took = time.monotonic() - started
-            self.say(f"{words[1]} {layers} layers, {total / 1e6:.1f} MB in {took:.1f} s")
+            counted = f"{layers} layers, " if layers else ""
+            self.say(f"{words[1]} {counted}{total / 1e6:.1f} MB in {took:.1f} s")
 
     def say(self, text: str) -> None:
         """One line on stderr, unless quiet."""

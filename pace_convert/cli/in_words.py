@@ -43,8 +43,12 @@ def plan_text(source: str, out: Path, plan: Plan, expected: Duration) -> str:
         f"  bytes      {size(plan.weights_bytes)} to read and to write, "
         + (f"{len(plan.ffn)} tensors permuted" if plan.ffn else "as they are"),
         f"  needs      about {size(plan.task_bytes)} of memory in {processes}",
-        f"  time       about {duration(expected.total)}, by a short measurement: "
-        f"grouping {duration(expected.clustering)}, copying {duration(expected.copying)}",
+        f"  time       about {duration(expected.total)}, by a short measurement"
+        + (
+            f": grouping {duration(expected.clustering)}, copying {duration(expected.copying)}"
+            if plan.ffn
+            else ""
+        ),
     ]
     return "\n".join(lines)
 
