@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from earned import chosen, gains
 
-from pace_convert.evaluation.benchmarks.needle import found
+from pace_convert.evaluation.benchmarks.needle import ANSWER_TOKENS, SEVERAL_TOKENS, found
 from pace_convert.evaluation.benchmarks.needle_kinds import ANSWER, COUNTS, WHAT, names, values_of
 from pace_convert.evaluation.benchmarks.needle_text import Needles, Prompt, split_sentences
 from pace_convert.evaluation.subjects import Subject, load
@@ -40,7 +40,6 @@ from pace_convert.modeling.reread_bank import Row
 from pace_convert.modeling.reread_lookup import Asking, look_up, query_weights, scored
 from pace_convert.modeling.reread_schedule import Build, window_start
 
-ANSWER_TOKENS = 24
 MARK = "\u0001"
 OWN = ("asks", "earn", "of", "order")  # of a rule, what is no parameter of the model's
 
@@ -207,7 +206,7 @@ def ask(lab: Lab, kind: str, seed: int, rule: dict, answer: bool) -> dict:
         "held": float(np.mean(held)), "spans": len(passages), "context": len(read),
     }  # fmt: skip
     if answer:
-        made["answer"] = said = answered(lab, row, ranges)
+        made["answer"] = said = answered(lab, row, ranges, needle.asked)
         made["right"] = float(found(said, needle.prompt))
         made["value"] = needle.prompt.wanted
     return made
@@ -233,12 +232,13 @@ def standing(
     return {"first": share <= 1.0, "inside": all(inside), "share": share, "top": top}
 
 
-def answered(lab: Lab, row: Row, ranges: list[tuple[int, int]]) -> str:
-    """What the base says behind these tokens."""
+def answered(lab: Lab, row: Row, ranges: list[tuple[int, int]], asked: int) -> str:
+    """What the base says behind these tokens, with room for as many values as are asked for."""
+    room = ANSWER_TOKENS if asked == 1 else SEVERAL_TOKENS
     inside = list(dict.fromkeys(t for a, b in ranges for t in range(a, b)))
     with lab.model.memory_disabled():
         made = lab.model.generate(
-            row.ids[inside].long()[None], max_new_tokens=ANSWER_TOKENS, do_sample=False
+            row.ids[inside].long()[None], max_new_tokens=room, do_sample=False
         )
     return lab.reader.decode(made[0, len(inside) :].tolist())
 
@@ -292,7 +292,7 @@ def main() -> None:
 
 def show(kind: str, rule: str, made: list[dict], seconds: float) -> None:
     """A line."""
-    shares = [one["share"] for one in made if not one["inside"]]
+    shares = [one["share"] for one in made if not one["inside"]] or [0.0]  # all in the window
     right = f" right {sum(one['right'] for one in made):g}" if "right" in made[0] else ""
     print(
         f"{kind} [{rule}]: first {sum(one['first'] for one in made)} of {len(made)}, best other "

@@ -171,7 +171,14 @@ def test_no_network(run, tmp_path):
 OFFLINE = [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}]
 
 
-@pytest.mark.parametrize("away", [*OFFLINE, "broken"], ids=["offline", "no network", "broken"])
+@pytest.mark.parametrize(
+    "away",
+    [
+        pytest.param(OFFLINE[0], id="offline", marks=pytest.mark.slow),
+        pytest.param(OFFLINE[1], id="no network"),
+        pytest.param("broken", id="broken", marks=pytest.mark.slow),
+    ],
+)
 def test_a_source_that_is_whole_in_the_cache_needs_no_hub(hub, run, tmp_path, away):
     online, out = tmp_path / "online", tmp_path / "out"
     assert run("convert", REPO, online, "--experts", 8).returncode == 0
@@ -207,6 +214,7 @@ def test_what_the_cache_lacks_is_said(hub, run, tmp_path):
     assert done.returncode == 0 and "from its cache, without README.md" in done.stderr
 
 
+@pytest.mark.slow
 def test_what_is_asked_for_is_taken_from_the_cache_or_missed(hub, run, tmp_path):
     online, out = tmp_path / "online", tmp_path / "out"
     arguments = ("--experts", 8, "--include", "pytorch_*", "--include", ".env")

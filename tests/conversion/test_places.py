@@ -56,11 +56,16 @@ def killed(source, out, at: int, *options) -> int:
 
 
 def killed_in_the_move(source, out) -> None:
-    """Some files are up, config.json is not."""
-    for at in range(100, 300, 4):
-        assert killed(source, out, at) == -9
-        if f'"task": "{MOVE}"' in journal(out) and list(out.glob("*.safetensors")):
+    """Some files are up, config.json is not: the moment is searched for between start and end."""
+    early, late = 60, 500
+    while early + 1 < late:
+        at = (early + late) // 2
+        if killed(source, out, at) == 0 or (out / "config.json").exists():
+            late = at
+        elif f'"task": "{MOVE}"' in journal(out) and list(out.glob("*.safetensors")):
             return
+        else:
+            early = at
         shutil.rmtree(out)
     raise AssertionError("never in the move")
 

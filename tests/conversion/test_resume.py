@@ -71,7 +71,7 @@ def kill_again_and_again(source, tmp_path, expected, kills: int, draw) -> None:
     assert hashes(out) == expected
 
 
-@pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [10, pytest.param(200, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(source, undisturbed, tmp_path, kills):
     expected, seconds = undisturbed
     moment = random.Random(kills)
@@ -80,7 +80,7 @@ def test_killed_at_random_moments(source, undisturbed, tmp_path, kills):
     )
 
 
-@pytest.mark.parametrize("every", [31, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [53, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_before_each_change_of_a_file(source, undisturbed, tmp_path, every):
     """From the first file that is opened for writing to the last that is removed, each from a fresh
     start.
@@ -100,7 +100,8 @@ def test_killed_before_each_change_of_a_file(source, undisturbed, tmp_path, ever
     assert at > 150
 
 
-def test_killed_while_overwriting(source, undisturbed, tmp_path):
+@pytest.mark.parametrize("every", [67, pytest.param(13, marks=pytest.mark.slow)])
+def test_killed_while_overwriting(source, undisturbed, tmp_path, every):
     """An earlier conversion stays whole until the new one is made; then --resume finishes the
     exchange.
     """
@@ -118,7 +119,7 @@ def test_killed_while_overwriting(source, undisturbed, tmp_path):
         assert code == 0 or run(source, out, tmp_path / "log", "--overwrite", "--resume") == 0
         assert hashes(out) == undisturbed[0]
         shutil.rmtree(out)
-        at += 39
+        at += every
     assert whole and mixed
 
 

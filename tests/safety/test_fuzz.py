@@ -400,7 +400,7 @@ def quick_disk(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
-@pytest.mark.parametrize("cases", [200, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cases", [100, pytest.param(2000, marks=pytest.mark.slow)])
 def test_sources_damaged_at_random(bases, cases):
     fuzz(bases, cases, try_source)
 

@@ -4,6 +4,7 @@ command, and what they take loads.
 
 import json
 import shutil
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -57,27 +58,27 @@ def change(out: Path, place: tuple[str, ...], value: object) -> None:
     edit_json(out / "config.json", edit)
 
 
-def test_what_is_opened_loads_and_is_shown(whole, out, tmp_path):
-    """Every value of `pace`, replaced by what no conversion writes."""
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_what_is_opened_loads_and_is_shown(whole, out, tmp_path, every):
+    """Every value of `pace`, replaced by what no conversion writes; or of these pairs each n-th."""
     taken = 0
     before = (out / "config.json").read_text()
-    for place in places(whole):
-        for value in VALUES:
-            (out / "config.json").write_text(before)
-            change(out, place, value)
-            try:
-                converted = open_converted(out)
-            except PaceError as error:
-                where = error.message
-                known = ("config.json: pace", "is not a PaceLLM", PERMUTATION, "model_type")
-                assert any(words in where for words in known), (place, value, where)
-                continue
-            taken += 1
-            facts = inspect(converted, Progress(quiet=True), page=tmp_path / "page.html")
-            assert facts["memory"]["slots"] <= 65536
-            if place[0] == "memory":
-                assert load_model(converted) is not None, (place, value)
-    assert taken > 20
+    for place, value in list(product(places(whole), VALUES))[::every]:
+        (out / "config.json").write_text(before)
+        change(out, place, value)
+        try:
+            converted = open_converted(out)
+        except PaceError as error:
+            where = error.message
+            known = ("config.json: pace", "is not a PaceLLM", PERMUTATION, "model_type")
+            assert any(words in where for words in known), (place, value, where)
+            continue
+        taken += 1
+        facts = inspect(converted, Progress(quiet=True), page=tmp_path / "page.html")
+        assert facts["memory"]["slots"] <= 65536
+        if place[0] == "memory":
+            assert load_model(converted) is not None, (place, value)
+    assert taken > 50 // every
 
 
 @pytest.mark.parametrize(
