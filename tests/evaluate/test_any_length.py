@@ -59,7 +59,14 @@ def test_needles_beyond_what_the_base_was_made_for(reference, tmp_path):
     assert len(lines) == 1 + 7 + 6, "another window is asked anew, the base is not"
 
 
-@pytest.mark.parametrize("kind", ["alike", "several", "keyvalue", "words"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "several",
+        "keyvalue",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("alike", "words")),
+    ],
+)
 def test_every_kind_of_needle_end_to_end(reference, tmp_path, kind):
     arms = ("--window", 128, "--arms", "reread,bm25", "--out", tmp_path / "n", "-q")
     task = ("--kind", kind, "--lengths", "1k", "--depths", "50", "--seeds", 1)

@@ -255,6 +255,7 @@ def test_wrong_calls(reference, tmp_path):
     refuse(empty, 1, "trec.jsonl is empty")
 
 
+@pytest.mark.slow  # the harness makes its haystacks for half a minute
 def test_ruler_is_made_and_scored_by_the_harness(reader):
     pytest.importorskip("wonderwords")
     test = Ruler(("niah_single_1",), (512,), limit=3)

@@ -67,7 +67,9 @@ def test_other_models_stand_beside(reference, tmp_path):
     assert base["mean"] == 1 and pace["against"]["subject"] == "model"
 
 
-@pytest.mark.parametrize("kill_at", [4, 9, 12])
+@pytest.mark.parametrize(
+    "kill_at", [9, *(pytest.param(at, marks=pytest.mark.slow) for at in (4, 12))]
+)
 def test_a_killed_evaluation_goes_on(reference, tmp_path, kill_at):
     whole = needle(reference, "--out", tmp_path / "whole", "--json")
     assert whole.returncode == 0, whole.stderr

@@ -9,11 +9,13 @@ import sys
 import zipfile
 
 import official
+import pytest
 from hub_server import Hub, Repository
 
 from pace_convert.evaluation.benchmarks.longbench import HUB
 
 
+@pytest.mark.slow
 def test_model_and_questions_come_from_the_hub(reference, tmp_path):
     files = official.longbench_files(tmp_path / "files", count=2)
     (tmp_path / "data").mkdir()

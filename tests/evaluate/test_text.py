@@ -155,7 +155,9 @@ def test_a_model_alone_has_no_gain(reference, files, tmp_path):
     assert "one cell to resample" in done.stdout
 
 
-@pytest.mark.parametrize("kill_at", [4, 6, 9])
+@pytest.mark.parametrize(
+    "kill_at", [6, *(pytest.param(at, marks=pytest.mark.slow) for at in (4, 9))]
+)
 def test_a_killed_run_goes_on_and_more_documents_reuse_it(reference, files, tmp_path, kill_at):
     def arguments(out, *more):
         return [
@@ -187,6 +189,7 @@ def test_a_killed_run_goes_on_and_more_documents_reuse_it(reference, files, tmp_
     assert "has 4 of 8 cells already" in more.stderr
 
 
+@pytest.mark.slow
 def test_processes_change_nothing(reference, files, tmp_path):
     arguments = (reference, "--on", files / "books", "--length", 200, "--json")
     one, two = (

@@ -104,7 +104,7 @@ def test_compiled_model_in_a_plain_loop(pace):
 
 
 @pytest.mark.works("torch.compile(model, dynamic=True), without a cache, and in training")
-@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("trains", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_compiled_model_without_a_cache(pace, trains):
     """Each layer runs its own code: once one without a memory was taken for all."""
     model = copy.deepcopy(pace).train(trains)

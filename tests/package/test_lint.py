@@ -42,6 +42,7 @@ def findings(tmp_path_factory):
     return [found.get(i) for i in range(first, first + len(wrong) + 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "named"), [(0, "layerz"), (1, "emptee"), (2, "slotz"), (3, "experts")]
 )
