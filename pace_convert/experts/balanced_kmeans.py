@@ -19,7 +19,7 @@ from .transport import Each, balanced_labels, fairer_prices, smooth_prices
 ANNEALED, EXACT = 20, 10  # rounds, at most
 # The first annealed rounds find where the clusters are, roughly, and so many neurons a cluster tell
 # that: of more they look at every second, third, ... alone.
-COARSE, ENOUGH = 12, 64
+COARSE, ENOUGH = 12, 128
 # How soft the choices are that prices are found for, in standard deviations of the scores: in
 # annealed and in exact rounds.
 SOFTNESS = 0.1, 0.01
