@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -44,17 +45,27 @@ def start(
     stderr: Path,
     cwd: Path | None = None,
     kill_at: int | None = None,
+    fork_workers: bool = False,
 ) -> ForkServerProcess:
-    """`pace ARGUMENTS`, its output in files; it kills itself at its kill_at-th change of a file."""
+    """`pace ARGUMENTS`, its output in files; it kills itself at its kill_at-th change of a file.
+
+    fork_workers: its workers come from the same process as it does, and start at once as well.
+    """
+    words = [str(part) for part in arguments]
     process = _context.Process(
-        target=_run, args=([str(part) for part in arguments], stdout, stderr, cwd, kill_at)
+        target=_run, args=(words, stdout, stderr, cwd, kill_at, fork_workers)
     )
     process.start()
     return process
 
 
 def _run(
-    arguments: list[str], stdout: Path, stderr: Path, cwd: Path | None, kill_at: int | None
+    arguments: list[str],
+    stdout: Path,
+    stderr: Path,
+    cwd: Path | None,
+    kill_at: int | None,
+    fork_workers: bool,
 ) -> None:
     import torch
     import transformers.dynamic_module_utils as dynamic
@@ -76,6 +87,10 @@ def _run(
         sys.argv[0] = "pace"
         if kill_at is not None:
             _kill_self_at(kill_at)
+        if fork_workers:
+            multiprocessing.get_context = lambda method=None: _context
+            # The one that this process came from, of which it knows the address, not the number.
+            forkserver._forkserver.ensure_running = lambda: None
         pace(arguments)
 
 

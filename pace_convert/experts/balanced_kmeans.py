@@ -1,5 +1,5 @@
-"""Fast balanced k-means on the directions of rows: annealed rounds in bf16, then exact rounds in
-fp32. Pure.
+"""Fast balanced k-means on the directions of rows: annealed rounds in bf16, the first of them on a
+part of the rows where there are many, then exact rounds in fp32. Pure.
 """
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import copy
 
 import numpy as np
 import torch
@@ -16,11 +17,15 @@ from .flow import among_candidates, balanced_by_candidates
 from .transport import Each, balanced_labels, fairer_prices, smooth_prices
 
 ANNEALED, EXACT = 20, 10  # rounds, at most
+# The first annealed rounds find where the clusters are, roughly, and so many neurons a cluster tell
+# that: of more they look at every second, third, ... alone.
+COARSE, ENOUGH = 12, 128
 # How soft the choices are that prices are found for, in standard deviations of the scores: in
 # annealed and in exact rounds.
 SOFTNESS = 0.1, 0.01
-# Share of neurons: when an exact round moves no more, the next ones aren't worth their time.
-SETTLED = 0.002
+# Share of neurons: when an exact round moves no more, the next ones aren't worth their time. With
+# few clusters they take 0.004 % off the inertia at most.
+SETTLED, MANY_SETTLED = 0.02, 0.002
 # Beyond so many clusters each round tries a few candidates a neuron, at rough prices: Newton's
 # steps take K^2 N products each, and a repair K^2 a move. Clusters are small then, and all rounds
 # exactly balanced: one that lost all its neurons would have no mean to find others by.
@@ -31,6 +36,7 @@ MANY = 128
 REPULSION, MANY_REPULSION = (2.0, 3.0), (1.0, 0.0)
 # Rows multiplied, rows of scores compared, clusters summed at once by one thread.
 BLOCK, CHOICES, BAGS = 512, 2048, 8
+WIDE = 128  # rows made fp32 at once: few enough to stay in the cache
 SAFE = 50  # squares of numbers from 2^-50 to 2^50 can be summed in fp32
 
 
@@ -48,6 +54,7 @@ def balanced_kmeans(rows: torch.Tensor, experts: int, seed: int) -> np.ndarray:
     with one_thread_per_block(rows.device) as each:
         directions = Directions(rows.detach(), each)
         labels, prices = _annealed(directions, experts, seed)
+        settled = MANY_SETTLED if experts > MANY else SETTLED
         scores = torch.empty(len(rows), experts, device=rows.device)
         changed = torch.arange(experts, device=rows.device)
         for _ in range(EXACT):
@@ -58,7 +65,7 @@ def balanced_kmeans(rows: torch.Tensor, experts: int, seed: int) -> np.ndarray:
             before = labels
             labels = torch.from_numpy(assigned).to(rows.device)
             moved = before != labels
-            if moved.sum() <= SETTLED * len(rows):
+            if moved.sum() <= settled * len(rows):
                 break
             changed = torch.cat((before[moved], labels[moved])).unique()
     return labels.to("cpu", torch.int32).numpy()
@@ -77,24 +84,50 @@ def _assigned(
 
 def _annealed(directions: Directions, experts: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Labels [D] int64, balanced or nearly so, and the prices [K] float64 they were chosen at."""
-    many = experts > MANY
+    pushes = torch.linspace(1, 0, ANNEALED).tolist()
+    prices = torch.zeros(experts, dtype=torch.float64, device=directions.rows.device)
+    step = 1 if experts > MANY else max(1, len(directions.rows) // (ENOUGH * experts))
+    if step == 1:
+        return _rounds(directions, directions.some(experts, seed), prices, pushes)
+    part = directions.every(step)
+    labels, prices = _rounds(part, part.some(experts, seed), prices, pushes[:COARSE])
+    return _rounds(directions, part.rough_means(labels, experts), prices, pushes[COARSE:])
+
+
+def _rounds(
+    directions: Directions, means: torch.Tensor, prices: torch.Tensor, pushes: list[float]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Labels [D] int64 and prices [K] after annealed rounds that start from means [K, H]; pushes:
+    one number a round, how much of the full push neurons get out of the clusters they are in.
+    """
+    many = len(means) > MANY
     assign = _balanced if many else _nearly_balanced
-    of_share, of_deviation = MANY_REPULSION if many else REPULSION
-    scores = directions.scores(directions.some(experts, seed), torch.bfloat16)
-    free = torch.zeros(experts, dtype=torch.float64, device=scores.device)
-    labels, prices = assign(directions, scores, free, scores.std())
-    for remaining in torch.linspace(1, 0, ANNEALED).tolist()[1:]:
-        scores = directions.scores(directions.rough_means(labels, experts), torch.bfloat16)
+    scores = directions.scores(means, torch.bfloat16)
+    labels, prices = assign(directions, scores, prices, scores.std())
+    for push in pushes[1:]:  # at first they are in none
+        scores = directions.scores(directions.rough_means(labels, len(means)), torch.bfloat16)
         deviation = scores.std()
-        share = 1 / torch.bincount(labels, minlength=experts)[labels]
-        repulsion = remaining * torch.maximum(of_share * share, of_deviation * deviation)
-        repulsion = repulsion * (directions.scale > 0)  # a zero row is no part of its mean
-        scores.scatter_add_(1, labels[:, None], -repulsion[:, None])
+        _push_out(directions, scores, labels, deviation, push)
         before = labels
         labels, prices = assign(directions, scores, prices, deviation)
-        if remaining < 0.5 and torch.equal(labels, before):
+        if push < 0.5 and torch.equal(labels, before):
             break
     return labels, prices
+
+
+def _push_out(
+    directions: Directions,
+    scores: torch.Tensor,
+    labels: torch.Tensor,
+    deviation: torch.Tensor,
+    push: float,
+) -> None:
+    """Make scores [D, K] smaller, each neuron's of the cluster it is in."""
+    of_share, of_deviation = MANY_REPULSION if scores.shape[1] > MANY else REPULSION
+    share = 1 / torch.bincount(labels, minlength=scores.shape[1])[labels]
+    repulsion = push * torch.maximum(of_share * share, of_deviation * deviation)
+    repulsion = repulsion * (directions.scale > 0)  # a zero row is no part of its mean
+    scores.scatter_add_(1, labels[:, None], -repulsion[:, None])
 
 
 def _nearly_balanced(
@@ -159,10 +192,13 @@ class Directions:
         # A power of two: dividing by it loses no digit.
         power = torch.where(wild, largest / (2 * torch.frexp(largest).mantissa), 1)
         if rows.dtype is not torch.bfloat16 or not rows.is_contiguous() or wild.any():
-            copy = torch.empty(rows.shape, dtype=torch.bfloat16, device=rows.device)
-            each(lambda part: part[0].copy_(part[1] / part[2][:, None]), _blocks(copy, rows, power))
-            rows = copy
-        self.rows = rows
+            narrow = torch.empty(rows.shape, dtype=torch.bfloat16, device=rows.device)
+            each(
+                lambda part: part[0].copy_(part[1] / part[2][:, None]), _blocks(narrow, rows, power)
+            )
+            rows = narrow
+        self.rows = self.whole = rows
+        self.step = 1  # of the whole rows, every step-th is one of `rows`
         self.scale = torch.empty(len(rows), device=rows.device)
         # Filled in place: blocks that gave back tensors of their own would leave gaps between their
         # temporary ones, and memory would grow by all of them.
@@ -171,6 +207,13 @@ class Directions:
             _blocks(self.scale, rows),
         )
         self.scale = torch.where(self.scale > 0, 1 / self.scale, 0)
+
+    def every(self, step: int) -> Directions:
+        """Each step-th row, not copied."""
+        part = copy(self)
+        part.whole, part.step = self.rows, step
+        part.rows, part.scale = self.rows[::step], self.scale[::step]
+        return part
 
     def some(self, count: int, seed: int) -> torch.Tensor:
         """[count, H] float32: directions to start from as means, zero rows only where there are no
@@ -195,8 +238,8 @@ class Directions:
             sizes, ends = part
             members = slice(int(ends[0] - sizes[0]), int(ends[-1]))
             totals = embedding_bag(
-                order[members],
-                self.rows,
+                order[members] * self.step,
+                self.whole,  # of a part this function would make a copy
                 ends - sizes - members.start,
                 mode="sum",
                 per_sample_weights=weights[members],
@@ -215,7 +258,10 @@ class Directions:
 
         def mean(cluster: int) -> torch.Tensor:
             members = order[int(ends[cluster - 1]) if cluster else 0 : int(ends[cluster])]
-            return self.scale[members] @ self.rows[members].float() / max(1, len(members))
+            total = torch.zeros(self.rows.shape[1], device=self.rows.device)
+            for some in members.split(WIDE):
+                total += self.scale[some] @ self.rows.index_select(0, some).float()
+            return total / max(1, len(members))
 
         return torch.stack(self.each(mean, clusters.tolist()))
 
@@ -232,12 +278,19 @@ class Directions:
 
         def block(part: tuple[torch.Tensor, ...]) -> None:
             scores, rows, scale = part
-            torch.addcmul(
-                offset, linear(rows.to(dtype), centred).float(), scale[:, None], out=scores
-            )
+            products = linear(rows, centred) if dtype is rows.dtype else _wide(rows, centred)
+            torch.addcmul(offset, products.float(), scale[:, None], out=scores)
 
         self.each(block, _blocks(scores, self.rows, self.scale))
         return scores
+
+
+def _wide(rows: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
+    """[N, K] float32: bf16 rows [N, H] times fp32 means [K, H]."""
+    # One place for all of them: new memory is zeroed by the system, at the price of the product.
+    place = torch.empty(min(WIDE, len(rows)), rows.shape[1], device=rows.device)
+    parts = rows.split(WIDE)
+    return torch.cat([linear(place[: len(part)].copy_(part), means) for part in parts])
 
 
 def _blocks(*tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:

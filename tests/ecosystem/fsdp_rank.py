@@ -1,9 +1,12 @@
 """One rank of `test_fsdp.py`: trains a step's gradients in each way, and rank 0 saves them."""
 
+import os
 import sys
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, DistributedType, PartialState
 from helpers import load, random_ids
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
@@ -56,6 +59,34 @@ def with_fsdp1(model, how: str):
     return checkpointed(wrapped, how)
 
 
+def with_accelerate(model, how: str):
+    """By accelerate's plugin, of FSDP `how[4]`; it wants an optimiser beside the model."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # there is one for a process
+    # Accelerate asks for FSDP on GPUs only; what it does then is the same on the CPU.
+    state = PartialState(cpu=True)
+    state.distributed_type, state.device = DistributedType.MULTI_GPU, torch.device("cpu")
+    accelerator = Accelerator(
+        cpu=True,
+        fsdp_plugin=FullyShardedDataParallelPlugin(
+            fsdp_version=int(how[4]),
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["Qwen2DecoderLayer"],
+            activation_checkpointing=True,
+            activation_checkpointing_offload="offload" in how,
+            use_orig_params=True if how[4] == "1" else None,
+            cpu_ram_efficient_loading=False,
+        ),
+    )
+    return accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))[0]
+
+
+WAYS = {
+    with_fsdp1: ("none", "re", "no_re"),  # transformers names its own for FSDP 2
+    with_fsdp2: ("none", "re", "no_re", "transformers"),
+    with_accelerate: ("fsdp1", "fsdp2", "fsdp2 offloaded"),
+}
+
+
 def gradients_of(model) -> dict[str, torch.Tensor]:
     """Whole, by the names that parameters have without wrappers."""
     if isinstance(model, FullyShardedDataParallel):
@@ -71,16 +102,23 @@ def plain(name: str) -> str:
 
 
 def main(folder: str, port: str, rank: int, out: str) -> None:
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    # What accelerate reads, as `accelerate launch` sets it.
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    dist.init_process_group("gloo", rank=rank, world_size=2)
     found = {}
-    for name, wrap in (("fsdp1", with_fsdp1), ("fsdp2", with_fsdp2)):
-        for how in ("none", "re", "no_re", "transformers"):
-            if (name, how) == ("fsdp1", "transformers"):
-                continue  # transformers names it for FSDP 2
+    for wrap, ways in WAYS.items():
+        for how in ways:
             model = wrap(load(folder).train(), how)
             loss = loss_of(model, rank)
             loss.backward()
-            found[f"{name} {how}"] = {"loss": loss.detach(), **gradients_of(model)}
+            found[f"{wrap.__name__} {how}"] = {"loss": loss.detach(), **gradients_of(model)}
     if rank == 0:
         torch.save(found, out)
     dist.destroy_process_group()

@@ -16,6 +16,7 @@ from pace_convert.checkpoint.checkpoint import open_source
 from pace_convert.conversion.plan import make_plan
 from pace_convert.conversion.undo import undo
 from pace_convert.converted.format import read_permutation
+from pace_convert.converted.integrity import check_integrity
 from pace_convert.converted.opened import open_converted
 from pace_convert.converted.verify import verify
 from pace_convert.errors import CallError, DamagedSourceError
@@ -132,3 +133,21 @@ def test_who_asks_for_fusion_is_told_why_there_is_none(pair):
         load(pair[1]).set_memory(layers=(1,))
     with pytest.raises(CallError, match=r"has no arm ce\+pa: .* no FFN sees all of them"):
         check_arm(Subject(str(pair[1]), "ce+pa"))
+
+
+@pytest.mark.parametrize("pair", [("mixtral", False), ("granitemoe", False)], indirect=True)
+@torch.no_grad()
+def test_saved_under_transformers_own_names(pair, tmp_path):
+    """`save_original_format=False`: it loads, it verifies, and the way back is the source's
+    weights, bit for bit.
+    """
+    model = load(pair[1], torch.float32)
+    model.save_pretrained(tmp_path / "saved", save_original_format=False)
+    saved, ids = load(tmp_path / "saved", torch.float32), random_ids(2, 30)
+    assert torch.equal(saved(ids).logits, model(ids).logits)
+    assert check_integrity(open_converted(tmp_path / "saved"), QUIET).passed
+    undo(open_converted(tmp_path / "saved"), tmp_path / "original", QUIET)
+    expected = load(pair[0], torch.float32).state_dict()
+    got = load(tmp_path / "original", torch.float32).state_dict()
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())

@@ -136,17 +136,19 @@ def test_finds_planted_clusters_whatever_the_norms(method):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("method", ["fast", "exact"])
-def test_degenerate_rows_are_still_balanced(dtype, method):
-    rows = random_rows(90, 8)
+@pytest.mark.parametrize(("neurons", "experts"), [(90, 7), (540, 2)])
+def test_degenerate_rows_are_still_balanced(dtype, method, neurons, experts):
+    rows = random_rows(neurons, 8)
     cases = {
-        "zeros": torch.zeros(90, 8),
-        "ones": torch.ones(90, 8),
-        "twins": rows[:9].repeat(10, 1),
+        "zeros": torch.zeros(neurons, 8),
+        "ones": torch.ones(neurons, 8),
+        "twins": rows[:9].repeat(neurons // 9, 1),
         "half": rows.clone(),
     }
-    cases["half"][::2] = 0
+    cases["half"][::2] = 0  # of 540 for 2 experts the first rounds see these alone
     for values in cases.values():
-        assert_balanced(cluster_neurons(values.to(dtype), 7, method=method).labels, 90, 7)
+        labels = cluster_neurons(values.to(dtype), experts, method=method).labels
+        assert_balanced(labels, neurons, experts)
 
 
 @pytest.mark.parametrize("size", [1e4, 1e30, 1e-30, 1e-44])
@@ -167,9 +169,10 @@ def test_rows_that_are_not_finite_are_refused(bad, method):
         cluster_neurons(rows, 4, method=method)
 
 
-def test_equal_values_give_equal_labels_however_they_are_stored():
+@pytest.mark.parametrize("experts", [4, 16])
+def test_equal_values_give_equal_labels_however_they_are_stored(experts):
     rows = random_rows(1100, 48, planted=30).bfloat16()
-    expected = cluster_neurons(rows, 16).labels
+    expected = cluster_neurons(rows, experts).labels
     unaligned = torch.empty(rows.numel() + 1, dtype=torch.bfloat16)[1:].view_as(rows).copy_(rows)
     for stored in (
         rows.float(),
@@ -178,7 +181,7 @@ def test_equal_values_give_equal_labels_however_they_are_stored():
         unaligned,
         torch.nn.Parameter(rows),
     ):
-        assert np.array_equal(cluster_neurons(stored, 16).labels, expected)
+        assert np.array_equal(cluster_neurons(stored, experts).labels, expected)
 
 
 def test_a_seed_decides_and_its_labels_do_not_depend_on_what_came_before():
@@ -194,7 +197,7 @@ import hashlib, sys, torch
 from pace_convert.experts.cluster import cluster_neurons
 torch.set_num_threads(int(sys.argv[1]))
 rows = torch.randn(3000, 256, generator=torch.Generator().manual_seed(0)) + 0.3
-labels = b"".join(cluster_neurons(rows.bfloat16(), k).labels.tobytes() for k in (24, 200))
+labels = b"".join(cluster_neurons(rows.bfloat16(), k).labels.tobytes() for k in (8, 24, 200))
 print(hashlib.sha256(labels).hexdigest(), torch.get_num_threads())
 """
 
@@ -211,7 +214,8 @@ def test_labels_do_not_depend_on_the_number_of_threads():
 
 
 @pytest.mark.parametrize(
-    ("neurons", "planted", "experts"), [(1200, 0, 16), (1200, 40, 16), (600, 40, 130)]
+    ("neurons", "planted", "experts"),
+    [(1200, 0, 16), (1200, 40, 16), (1200, 40, 4), (600, 40, 130)],
 )
 def test_as_good_as_the_library(neurons, planted, experts):
     """Sum of squared distances at most 1.002 times that of k-means-constrained's best of three, for
