@@ -26,6 +26,7 @@ from pace_convert.serving.errors import ApiError
 from pace_convert.serving.views import engine_view, reader_view
 from pace_convert.serving.vllm_keys import VllmKeys
 from pace_convert.serving.vllm_process import VllmProcess, vllm_arguments
+from pace_convert.vllm_plugin import check_version
 from pace_convert.vllm_plugin.settings import recall_settings
 
 
@@ -80,6 +81,15 @@ def test_what_vllm_alone_would_leave_out_is_refused(memory, said):
     with pytest.raises(ValueError, match=said):
         recall_settings(SimpleNamespace(pace={"memory": {"recall": None, **memory}}))
     assert recall_settings(SimpleNamespace(pace={"memory": {**memory, "enabled": False}})) is None
+
+
+@pytest.mark.parametrize("version", ["0.31.0", "0.33.0", "0.320.0", "dev"])
+def test_versions_of_vllm_that_were_not_tried(monkeypatch, version):
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__=version))
+    with pytest.raises(RuntimeError, match=f"not tried with vLLM {version}, only with 0.32"):
+        check_version()
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__="0.32.1+cpu"))
+    check_version()
 
 
 def test_families_that_vllm_does_not_read(family_pairs, tmp_path):
