@@ -21,10 +21,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),  # vLLM's
 ]
 
-NEW = 12
+NEW = 8
 LOGPROBS = 1e-3  # fp32, other kernels
 FELT = 0.02  # recall moves log-probabilities by more
-LENGTHS = (7, 33, 64, 150, 96, 210, 31, 120)
+LENGTHS = (7, 33, 64, 150, 96, 30)
 THINGS = ["mill", "river", "king", "servant", "house", "field", "well", "gate", "ship", "tower"]
 HERE = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -53,11 +53,11 @@ def llm(smol, tmp_path_factory):
     with started(
         view,
         enforce_eager=True,
-        max_model_len=256,
+        max_model_len=192,
         max_num_seqs=8,
         max_num_batched_tokens=64,
         block_size=32,
-        num_gpu_blocks_override=16,
+        num_gpu_blocks_override=10,
         enable_prefix_caching=True,
     ) as made:
         yield made
@@ -120,10 +120,10 @@ def metric(llm, name):
 
 
 def test_alone(llm, model, prompts, expected):
+    longest = LENGTHS.index(max(LENGTHS))
     with model.model.memory_disabled():
-        base = [answered(model.model, ids)[1] for ids in prompts]
-    moved = [abs(a - b) for (_, one), other in zip(expected, base) for a, b in zip(one, other)]
-    assert max(moved) > FELT
+        base = answered(model.model, prompts[longest])[1]
+    assert max(abs(a - b) for a, b in zip(expected[longest][1], base)) > FELT
     for ids, answer in zip(prompts, expected):
         compare(generate(llm, [ids])[0], answer)
 
@@ -171,7 +171,7 @@ def test_log_probabilities_of_prompts(llm, model, prompts):
 def test_choices_and_seeds(llm, model, prompts):
     """Each choice recalls from what it said itself."""
     ids = prompts[4]
-    drawn = {"n": 3, "seed": 7, "temperature": 1.5, "max_tokens": 2 * NEW}
+    drawn = {"n": 3, "seed": 7, "temperature": 1.5, "max_tokens": NEW}
     first, again = (generate(llm, [ids], **drawn)[0] for _ in range(2))
     answers = [list(choice.token_ids) for choice in first.outputs]
     assert answers == [list(choice.token_ids) for choice in again.outputs]
