@@ -4,9 +4,9 @@ in front of the same engine, round by round in turn, in one run.
 usage: python scripts/bench/bench_load.py ENGINE_URL PACE_URL --tokenizer OUT [--rounds 8]
     [--requests 25] [--input 64] [--output 8] [--at-once 16] [--pid PACE_PID]
 
-Needs vLLM, as `bash scripts/test.sh -m vllm` installs it. Prompts are random tokens, in each round
-others, so nothing is in any cache. `pace` as ENGINE_URL's place-holder: `none`, where the engine
-can't hold the prompts. Prints rows of docs/serving.md's table and the ratio of throughputs.
+Needs vLLM, as `bash scripts/test.sh -m vllm` installs it. ENGINE_URL is `none` where the engine
+can't hold the prompts. Prompts are random tokens, in each round others, so nothing is in any cache.
+Prints rows of docs/serving.md's table and the ratio of throughputs.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class Soak:
         self.answers: dict[int, str] = {}
         self.errors: collections.Counter[str] = collections.Counter()
         self.megabytes: list[tuple[int, int]] = []
-        self.killed, self.away, self.waits = False, 0.0, 0.0
+        self.killed = self.failed = 0.0  # when: the engine, and the latest request
 
     async def run(self) -> None:
         """All requests."""
@@ -68,9 +68,8 @@ class Soak:
             except openai.APIError as error:
                 self.errors[type(error).__name__] += 1
             else:
-                if self.waits and not self.away:
-                    self.away = time.monotonic() - self.waits
                 return made.choices[0].text
+            self.failed = time.monotonic()
             await asyncio.sleep(STEP)
 
     def note(self) -> None:
@@ -80,10 +79,9 @@ class Soak:
             self.megabytes.append((done, self.process.memory_info().rss >> 20))
             print(f"{done} answered, {self.megabytes[-1][1]} MB", flush=True)
         if self.given.kill and not self.killed and done >= self.given.requests // 2:
-            self.killed = True
+            self.killed = time.monotonic()
             for child in self.process.children():
                 os.kill(child.pid, signal.SIGKILL)
-            self.waits = time.monotonic()
 
     def wrong(self) -> list[tuple[str, str, str]]:
         """Of a sample: prompt, answer, and what transformers says where it is another."""
@@ -118,7 +116,8 @@ def main() -> None:
     print(f"memory of pace serve: {soak.megabytes[0][1]} to {soak.megabytes[-1][1]} MB")
     print(f"errors that clients saw: {dict(soak.errors) or 'none'}")
     if soak.killed:
-        print(f"killed, and {soak.away:.0f} s later it answered again")
+        away = max(0.0, soak.failed - soak.killed)
+        print(f"{away:.0f} s after the engine was killed the last request failed")
     wrong = soak.wrong()
     print(f"of {SAMPLED} sampled answers {len(wrong)} are not transformers'")
     for row in wrong:
