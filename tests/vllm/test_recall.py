@@ -169,9 +169,11 @@ def test_log_probabilities_of_prompts(llm, model, prompts):
 
 @torch.no_grad()
 def test_choices_and_seeds(llm, model, prompts):
-    """Each choice recalls from what it said itself."""
-    ids = prompts[4]
-    drawn = {"n": 3, "seed": 7, "temperature": 1.5, "max_tokens": NEW}
+    """Each choice recalls from what it said itself. The prompt is short: where one with a seed comes
+    in chunks, vLLM 0.32 fails on CPUs, whose generators can't be set back.
+    """
+    ids = prompts[0]
+    drawn = {"n": 3, "seed": 7, "temperature": 1.5, "max_tokens": 3 * NEW}
     first, again = (generate(llm, [ids], **drawn)[0] for _ in range(2))
     answers = [list(choice.token_ids) for choice in first.outputs]
     assert answers == [list(choice.token_ids) for choice in again.outputs]
