@@ -169,8 +169,8 @@ def test_log_probabilities_of_prompts(llm, model, prompts):
 
 @torch.no_grad()
 def test_choices_and_seeds(llm, model, prompts):
-    """Each choice recalls from what it said itself. The prompt is short: where one with a seed comes
-    in chunks, vLLM 0.32 fails on CPUs, whose generators can't be set back.
+    """Each choice recalls from what it said itself. The prompt is short: where one with a seed
+    comes in chunks, vLLM 0.32 fails on CPUs, whose generators can't be set back.
     """
     ids = prompts[0]
     drawn = {"n": 3, "seed": 7, "temperature": 1.5, "max_tokens": 3 * NEW}
