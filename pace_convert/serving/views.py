@@ -14,7 +14,7 @@ from ..converted.shipped import base_config, modeling_files
 from ..errors import CallError
 from ..writing import write_json
 
-READERS = {  # model_type -> vLLM's class of the base model, whose FFN is called `mlp` on its input
+CLASSES = {  # model_type -> vLLM's class of the base model, whose FFN is called `mlp` on its input
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
@@ -22,9 +22,24 @@ READERS = {  # model_type -> vLLM's class of the base model, whose FFN is called
 }
 
 
-def base_view(converted: Converted, folder: Path) -> Path:
-    """Into a new folder, the base model. Returns the folder."""
-    return _view(converted, folder, base_config(converted.files.config, converted.family))
+def engine_view(converted: Converted, folder: Path) -> Path:
+    """Into a new folder, the base model with recall alone, see `vllm_plugin`; the base model where
+    OUT has no recall. Returns the folder.
+
+    Raises CallError for a family that it does not know.
+    """
+    config = base_config(converted.files.config, converted.family)
+    memory = converted.files.config["pace"].get("memory") or {}
+    if memory.get("enabled", True) and memory.get("recall"):
+        kind = converted.family.model_type
+        if kind not in CLASSES:
+            raise CallError(
+                f"vLLM does not recall with {kind} models, only with {', '.join(CLASSES)}",
+                "leave out --engine vllm, or give --engine-url of a vLLM that serves the source",
+            )
+        only = {"enabled": True, "recall": memory["recall"]}
+        config |= {"architectures": [f"Pace{CLASSES[kind]}"], "pace": {"memory": only}}
+    return _view(converted, folder, config)
 
 
 def reader_view(converted: Converted, folder: Path, layer: int, key_size: int) -> Path:
@@ -33,14 +48,14 @@ def reader_view(converted: Converted, folder: Path, layer: int, key_size: int) -
     Raises CallError for a family that it does not know.
     """
     kind = converted.family.model_type
-    if kind not in READERS:
+    if kind not in CLASSES:
         raise CallError(
-            f"vLLM does not read keys of {kind} models, only of {', '.join(READERS)}",
+            f"vLLM does not read keys of {kind} models, only of {', '.join(CLASSES)}",
             "leave out --reader vllm",
         )
     config = base_config(converted.files.config, converted.family)
     config |= {
-        "architectures": [f"PaceReader{READERS[kind]}"],
+        "architectures": [f"PaceReader{CLASSES[kind]}"],
         "num_hidden_layers": layer + 1,
         "tie_word_embeddings": True,  # it has no head
         "pace_key_size": key_size,

