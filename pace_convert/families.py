@@ -15,6 +15,7 @@ FEED_FORWARD = Ffn(("feed_forward.gate_proj", "feed_forward.up_proj"), "feed_for
 W1_W3_W2 = Ffn(("feed_forward.w1", "feed_forward.w3"), "feed_forward.w2")
 MLP_BLOCK = Ffn(("mlp_block.gate_proj", "mlp_block.up_proj"), "mlp_block.down_proj")
 NO_SHARED = "its tokens pass experts of their own, and no FFN sees all of them"
+NO_FFN = "its layers have no FFN"
 SIZE = ("intermediate_size",)
 ROUTED_SIZES = ("moe_intermediate_size", "n_shared_experts")
 LINEARS = ("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight")
@@ -56,6 +57,14 @@ def _mixture(
     )
     refused = {} if shared else {"fusion": NO_SHARED}
     return FamilySpec(model_type, name, models, ffn, mixture=mixture, refused=refused)
+
+
+def _states(model_type: str, name: str, models: str) -> FamilySpec:
+    """Layers that are a state-space mixer and nothing else."""
+    return FamilySpec(
+        model_type, name, models, Ffn(("mixer.in_proj",), "mixer.out_proj"), base="backbone",
+        size_keys=(), entrances=("mixer.in_proj",), refused={"experts": NO_FFN, "fusion": NO_FFN},
+    )  # fmt: skip
 
 
 def _gated(path: str) -> Ffn:
@@ -108,6 +117,7 @@ FAMILIES = {
             layer_keys=("num_hidden_layers", "n_layer"), size_keys=("ffn_hidden_size",),
             width_keys=("hidden_size",),
         ),
+        _states("falcon_mamba", "FalconMamba", "Falcon Mamba"),
         FamilySpec("falcon_h1", "FalconH1", "Falcon-H1", FEED_FORWARD),
         _mixture("flex_olmo", "FlexOlmo", "FlexOlmo", SIZE),
         FamilySpec("gemma", "Gemma", "Gemma"),
@@ -148,6 +158,8 @@ FAMILIES = {
         FamilySpec("llama", "Llama", "Llama 1 to 3.3, TinyLlama, Yi, SmolLM2"),
         _pictures("llava", "Llava", "LLaVA 1.5, Pixtral", older=INNER),
         _pictures("llava_next", "LlavaNext", "LLaVA-NeXT", older=INNER),
+        _states("mamba", "Mamba", "Mamba"),
+        _states("mamba2", "Mamba2", "Mamba 2, Codestral Mamba"),
         FamilySpec("minicpm3", "MiniCPM3", "MiniCPM3"),
         _mixture("minimax_m2", "MiniMaxM2", "MiniMax-M2", SIZE, stored="block_sparse_moe"),
         FamilySpec("ministral", "Ministral", "Ministral", fixable_tokenizer=True),

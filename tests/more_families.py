@@ -43,6 +43,10 @@ def mixed(decoder: str, vision: str, tower: dict = CLIP, **more) -> dict:
 EXPERTS = {
     "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24,
 }  # fmt: skip
+MAMBA = {
+    **{name: SMALL[name] for name in SMALL if name not in ("intermediate_size",)},
+    "state_size": 8, "time_step_rank": 4, "expand": 2,
+}  # fmt: skip
 ROUTED = {
     "moe_intermediate_size": 24, "n_routed_experts": 4, "n_shared_experts": 2,
     "num_experts_per_tok": 2, "first_k_dense_replace": 1,
@@ -99,6 +103,9 @@ MORE_CONFIGS: dict[str, dict] = {
         **HEAD, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8,
         "mamba_n_groups": 1, "mamba_chunk_size": 8,
     },
+    "falcon_mamba": MAMBA,
+    "mamba": MAMBA,
+    "mamba2": {**MAMBA, "num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 8},
     "lfm2": {
         **SMALL, "layer_types": ["conv", "full_attention"] * 2, "block_multiple_of": 8,
     },

@@ -4,6 +4,7 @@ them.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 
@@ -72,15 +73,19 @@ def check_layers(family: FamilySpec, layers: int, tensors: dict[str, TensorInfo]
     _check_count(layers, tensors)
     mixture = family.mixture
     parts = (mixture.block, mixture.stored) if mixture else (family.ffn.output,)
+    parts = (*(family.entrances or parts), *parts)
     paths = layer_paths(family, layers, tensors)
-    depth = f"{paths[0]}.{parts[0]}".count(".") + 1
-    inside = {".".join(name.split(".")[:depth]) for name in tensors}
+    inside = {path for name in tensors for path in itertools.accumulate(name.split("."), _below)}
     for path in paths:
         if not {f"{path}.{part}" for part in parts if part} & inside:
             raise DamagedSourceError(
                 f"the source lacks the weights of {path}.{parts[0]}",
                 "check that all its shards are there",
             )
+
+
+def _below(path: str, name: str) -> str:
+    return f"{path}.{name}"
 
 
 def layer_paths(family: FamilySpec, layers: int, tensors: Mapping[str, TensorInfo]) -> list[str]:

@@ -42,7 +42,8 @@ def pair(family, make_source, tmp_path_factory):
     """(source, converted), with every memory that the family can have."""
     source, out = make_source(family.model_type), tmp_path_factory.mktemp("out") / "converted"
     memories = [name for name in MEMORIES if name not in family.refused]
-    convert_folder(source, out, memory=",".join(memories), **WINDOW, **GATE)
+    without = {"no_experts": True} if "experts" in family.refused else {}
+    convert_folder(source, out, memory=",".join(memories), **without, **WINDOW, **GATE)
     return source, out
 
 
