@@ -160,7 +160,8 @@ class FamilySpec:
     in config.json, of a multimodal model. older: where older checkpoints have the list of layers.
     mixture: what layers have that are a mixture of experts; ffn is then the others'. entrances:
     where the tokens of a layer are heard, the first path below it that is there; without any, where
-    they enter its FFN. refused: experts, or memories, that a model of the family can't have, and why.
+    they enter its FFN. stored: (a, b) where a checkpoint says b for a name a of the model's.
+    refused: experts, or memories, that a model of the family can't have, and why.
     """
 
     model_type: str
@@ -179,6 +180,7 @@ class FamilySpec:
     older: tuple[str, ...] = ()
     mixture: Mixture | None = None
     entrances: tuple[str, ...] = ()
+    stored: tuple[tuple[str, str], ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -235,6 +237,8 @@ class FamilySpec:
         exist. Of each group's, the first is the one whose neurons are clustered.
         """
         made: list[FfnTensor] = []
+        names = self.model_names(tensors)
+        tensors = {name: tensors[stored] for name, stored in names.items()}
         paths = self.layers_path(tensors)
         for layer in range(layers):
             path, group = f"{paths}.{layer}", f"layers.{layer}"
@@ -243,7 +247,16 @@ class FamilySpec:
                 made += self.mixture.tensors(path, layer, group, tensors)
             else:
                 made += self.ffn.tensors(path, layer, group, tensors)
-        return made
+        return [replace(tensor, name=names.get(tensor.name, tensor.name)) for tensor in made]
+
+    def model_names(self, names: Iterable[str]) -> dict[str, str]:
+        """The model's name of each tensor of a checkpoint -> the checkpoint's."""
+        return {self._model_name(name): name for name in names}
+
+    def _model_name(self, name: str) -> str:
+        for own, stored in self.stored:
+            name = name.replace(f".{stored}.", f".{own}.")
+        return name
 
     def layers_path(self, names: Iterable[str]) -> str:
         """Path of the list of layers in `names`, which may or may not begin with `base`."""

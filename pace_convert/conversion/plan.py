@@ -212,7 +212,8 @@ def _fusion_layers(
         return chosen
     paths = layer_paths(family, layers, source.tensors)
     shared = family.projection.partition("{}")[2]
-    places = {name.rpartition(".")[0] for name in source.tensors}  # quantised ones have no `weight`
+    # Quantised ones have no `weight`.
+    places = {name.rpartition(".")[0] for name in family.model_names(source.tensors)}
     able = [n for n, path in enumerate(paths) if f"{path}{shared}" in places]
     if not able:
         raise CallError(
