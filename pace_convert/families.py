@@ -20,7 +20,6 @@ ONE_FFN = "its layers have no FFN of their own"
 IN_TURN = "its layers are attention, states or FFN in turn, and not each has an FFN"
 NORM_INSIDE = "a norm inside its FFNs weighs each neuron"
 ONE_MATRIX = "the weights of its experts are one matrix"
-LATENT_SHARED = "its shared experts are of a kind that is not known here"
 NO_FFN = "its layers have no FFN"
 SIZE = ("intermediate_size",)
 ROUTED_SIZES = ("moe_intermediate_size", "n_shared_experts")
@@ -120,8 +119,8 @@ FAMILIES = {
         FamilySpec("apertus", "Apertus", "Apertus", UP_DOWN),
         FamilySpec("arcee", "Arcee", "AFM-4.5B", UP_DOWN),
         _mixture(
-            "aria_text", "AriaText", "Aria, text only", ("intermediate_size", "moe_num_shared_experts"),
-            "mlp.shared_experts", transposed=True,
+            "aria_text", "AriaText", "Aria, text only",
+            ("intermediate_size", "moe_num_shared_experts"), "mlp.shared_experts", transposed=True,
             packed=(("mlp.experts.fc1.weight", "mlp.experts.fc2.weight"),),
         ),
         _mixture("axk1", "AXK1", "A.X K1", ROUTED_SIZES, "mlp.shared_experts"),
@@ -157,10 +156,8 @@ FAMILIES = {
             "deepseek_v3", "DeepseekV3", "DeepSeek-V3, DeepSeek-R1, Moonlight", ROUTED_SIZES,
             "mlp.shared_experts",
         ),
-        _mixture("deepseek_v32", "DeepseekV32", "DeepSeek-V3.2", ROUTED_SIZES, "mlp.shared_experts"),
         _mixture(
-            "deepseek_v4", "DeepseekV4", "DeepSeek-V4", ("moe_intermediate_size",),
-            "mlp.shared_experts",
+            "deepseek_v32", "DeepseekV32", "DeepSeek-V3.2", ROUTED_SIZES, "mlp.shared_experts"
         ),
         FamilySpec("doge", "Doge", "Doge, dense"),
         FamilySpec("diffllama", "DiffLlama", "DiffLlama"),
@@ -199,7 +196,9 @@ FAMILIES = {
         FamilySpec("glm", "Glm", "GLM-4 9B, GLM-Edge", FUSED),
         FamilySpec("glm4", "Glm4", "GLM-4-0414, GLM-Z1", FUSED),
         _mixture("glm4_moe", "Glm4Moe", "GLM-4.5, GLM-4.6", ROUTED_SIZES, "mlp.shared_experts"),
-        _mixture("glm4_moe_lite", "Glm4MoeLite", "GLM-4.7-Flash", ROUTED_SIZES, "mlp.shared_experts"),
+        _mixture(
+            "glm4_moe_lite", "Glm4MoeLite", "GLM-4.7-Flash", ROUTED_SIZES, "mlp.shared_experts"
+        ),
         _mixture("glm_moe_dsa", "GlmMoeDsa", "GLM-5", ROUTED_SIZES, "mlp.shared_experts"),
         _gpt(
             "gpt2", "GPT2", "GPT-2, Cerebras-GPT",
@@ -281,7 +280,6 @@ FAMILIES = {
         _states("mamba2", "Mamba2", "Mamba 2, Codestral Mamba"),
         _mixture("mellum", "Mellum", "Mellum, mixtures", ("moe_intermediate_size",)),
         _mixture("mimo_v2_flash", "MiMoV2Flash", "MiMo-V2-Flash", ("moe_intermediate_size",)),
-        _mixture("minimax", "MiniMax", "MiniMax-01, MiniMax-M1", SIZE, stored="block_sparse_moe"),
         FamilySpec("minicpm3", "MiniCPM3", "MiniCPM3"),
         _mixture("minimax_m2", "MiniMaxM2", "MiniMax-M2", SIZE, stored="block_sparse_moe"),
         FamilySpec("ministral", "Ministral", "Ministral", fixable_tokenizer=True),

@@ -207,7 +207,9 @@ class FamilySpec:
     @property
     def can(self) -> dict[str, bool]:
         """Whether a model of the family can have experts, and each memory."""
-        return {name: name not in self.refused for name in ("experts", "fusion", "reread", "recall")}
+        return {
+            name: name not in self.refused for name in ("experts", "fusion", "reread", "recall")
+        }
 
     @property
     def projection(self) -> str:

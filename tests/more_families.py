@@ -178,7 +178,8 @@ MORE_CONFIGS: dict[str, dict] = {
     "cohere2_moe": {**SMALL, **EXPERTS, **WINDOW},
     "dbrx": {
         "vocab_size": 120, "d_model": 32, "n_heads": 4, "n_layers": 4, "max_seq_len": 512,
-        "initializer_range": 0.3, "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "initializer_range": 0.3,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2,
             "hidden_size": 32},
     },
@@ -218,17 +219,12 @@ MORE_CONFIGS: dict[str, dict] = {
     },
     "mellum": {**HEAD, **EXPERTS, "moe_intermediate_size": 24},
     "mimo_v2_flash": {**HEAD, **ROUTED, "n_group": 1, "topk_group": 1},
-    "minimax": {
-        **HEAD, **EXPERTS, "layer_types": ["linear_attention", "full_attention"] * 2,
-        "block_size": 8,
-    },
     "qwen3_5_moe_text": {
         **HEAD, **EXPERTS, **LINEAR, "moe_intermediate_size": 24,
         "shared_expert_intermediate_size": 40,
     },
     "solar_open": {**HEAD, **ROUTED, "n_group": 1, "topk_group": 1},
-    "zaya": {**HEAD, **EXPERTS, "moe_intermediate_size": 24},
-    "deepseek_v4": {**HEAD, **ROUTED, **INDEXED},
+    "zaya": {**HEAD, **EXPERTS, "moe_intermediate_size": 24, "num_experts_per_tok": 1},
     "deepseek_v2": {**SMALL, **LATENT, **ROUTED, "topk_method": "greedy"},
     "deepseek_v3": {**SMALL, **LATENT, **ROUTED, "n_group": 1, "topk_group": 1},
     "dots1": {**HEAD, **ROUTED, "n_group": 1, "topk_group": 1},

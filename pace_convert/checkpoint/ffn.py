@@ -37,7 +37,9 @@ def count_layers(family: FamilySpec, config: dict) -> int:
     CallError.
     """
     stated = text_config(family, config)
-    listed = {key: len(stated[key]) for key in family.layer_keys if isinstance(stated.get(key), list)}
+    listed = {
+        key: len(stated[key]) for key in family.layer_keys if isinstance(stated.get(key), list)
+    }
     return _positive({**stated, **listed}, family.layer_keys)
 
 
