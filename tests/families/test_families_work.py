@@ -28,6 +28,7 @@ FP32 = (
     "nemotron_h",
     "mpt",
     "granite_swa",
+    "granitemoe_swa",
     "vaultgemma",
     "xglm",
 )
