@@ -112,6 +112,7 @@ def llama(tmp_path_factory):
     return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny-llama.gguf", "llama")
 
 
+@pytest.mark.slow
 def test_a_file_of_a_hub_repository(llama, tmp_path):
     environment = {
         "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_TOKEN_PATH": str(tmp_path / "none"),
