@@ -18,9 +18,10 @@ from .memory_bank import Bank
 from .memory_clock import Clock, RowSpan
 from .memory_layer import LayerMemory, Tape
 from .memory_settings import MemorySettings
+from .recurrent_cache import count_columns
 
 Entry = TypeVar("Entry")
-KINDS = 3  # entries that a cache may have behind its KV layers: fusion, re-reading, recall
+KINDS = 4  # entries that a cache may have behind its KV layers: count, fusion, re-reading, recall
 
 # A cache layer without keys and values; transformers has it since 5.23 and needs none before.
 _EmptyLayer: type = getattr(cache_utils, "DummyLayer", object)
@@ -320,11 +321,12 @@ def entry_of(cache: object, kind: type[Entry]) -> Entry | None:
 
 def fill_lazy(cache: Cache, num_hidden_layers: int) -> None:
     """All layers of a cache that makes them when they are needed: or it would append its own
-    behind ours.
+    behind ours. And a count of columns, where they have none.
     """
     if cache.layer_class_to_replicate is not None:
         while len(cache.layers) < num_hidden_layers:
             cache.layers.append(cache.layer_class_to_replicate())
+    count_columns(cache)
 
 
 def memory_summary(cache: object) -> MemorySummary:

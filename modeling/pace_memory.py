@@ -21,6 +21,7 @@ from .memory_session import MASK, READY, current
 from .memory_settings import MemorySettings
 from .memory_stack import StackMemory, refuse_tracing
 from .recall import RecallMixin, recalling
+from .recurrent_cache import USUAL, by_usual_name, cache_name
 from .reread import Asked, Rereader
 from .reread_cache import find_reread
 from .reread_keys import KeyReader
@@ -31,17 +32,22 @@ __all__ = ["PaceMixin", "memory_summary", "rereading"]
 
 def rereading(forward: Callable) -> Callable:
     """The forward of a base class, with recall and re-reading; it keeps its signature."""
-    base = recalling(forward)
+    base = recalling(by_usual_name(forward))
+    own = cache_name(forward)
 
     @functools.wraps(forward)
     def wrapped(self: PaceMixin, *args: Any, **kwargs: Any) -> Any:
+        if own != USUAL:
+            kwargs = {**dict(zip(wrapped.names, args)), **kwargs}  # type: ignore[attr-defined]
+            args, kwargs[USUAL] = (), kwargs.pop(own, kwargs.get(USUAL))
         if kwargs.get("reread") == READY:
             del kwargs["reread"]
             return base(self, *args, **kwargs)
         return self._forward(args, kwargs)
 
     wrapped.base = base  # type: ignore[attr-defined]
-    wrapped.names = tuple(inspect.signature(forward).parameters)[1:]  # type: ignore[attr-defined]
+    wrapped.names = tuple(inspect.signature(base).parameters)[1:]  # type: ignore[attr-defined]
+    wrapped.cache = own  # type: ignore[attr-defined]
     return wrapped
 
 
@@ -142,7 +148,7 @@ class PaceMixin(ReadingMixin, RecallMixin, SavingMixin):
         before = current.prompt, current.cache
         current.prompt = (_prompt_columns(args, kwargs), kwargs.pop("query", None))
         current.cache, self._generated = None, MemorySummary()
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(type(self).forward.cache)  # type: ignore[attr-defined]
         try:
             _close(cache)
             made = super().generate(*args, **kwargs)  # type: ignore[misc]
@@ -182,6 +188,8 @@ class PaceMixin(ReadingMixin, RecallMixin, SavingMixin):
 
         That happens here because here is the host, and the attention mask is still 2D.
         """
+        named: str = type(self).forward.cache  # type: ignore[attr-defined]
+        past_key_values = kwargs.pop(named, past_key_values)
         current.cache = past_key_values
         enabled = self.memory_enabled if memory_enabled is None else memory_enabled
         generated = next_sequence_length == 1 and not is_first_iteration  # its own, not padding
@@ -202,7 +210,7 @@ class PaceMixin(ReadingMixin, RecallMixin, SavingMixin):
         inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
+            **{named: past_key_values},
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,

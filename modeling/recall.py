@@ -21,7 +21,7 @@ from .memory_stack import StackMemory, real_columns, refuse_tracing
 from .recall_bank import mix
 from .recall_cache import ALONE, ROOM, RecallEntry, find_recall, is_static, recall_entry
 from .recall_settings import RecallSettings
-from .reread_keys import KeyReader
+from .reread_keys import KeyReader, entrance
 
 _binding = threading.Lock()
 # Attributes of a config: ids that stand where an image or a video is read.
@@ -119,7 +119,7 @@ class Recaller:
                 f"recall's keys are of layer {layers[-1]}, which this model does not have (any "
                 "more); choose others with model.set_recall(layers=...)"
             )
-        modules = [stack.get_submodule(self.keys.ffn_input.format(layer)) for layer in layers]
+        modules = [entrance(stack, self.keys.ffn_input, layer) for layer in layers]
         with _binding:  # threads may make a model's first call together
             if [module for module, _ in self.bound] != modules:
                 self.release()

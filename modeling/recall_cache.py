@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 
 from .memory_cache import _EmptyLayer, entry_of, fill_lazy
 from .recall_settings import RecallSettings
+from .recurrent_cache import columns_seen
 
 NOTHING = -1  # padding, or a column that is not filled
 ALONE = -2  # a token with none before it, or one whose id is not known
@@ -174,7 +175,7 @@ def recall_entry(cache: Cache, settings: RecallSettings, num_hidden_layers: int)
     settings.
     """
     entry = find_recall(cache)
-    seen = cache.get_seq_length()
+    seen = columns_seen(cache)
     if entry is None:
         fill_lazy(cache, num_hidden_layers)
         entry = RecallEntry(settings)

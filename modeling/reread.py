@@ -23,6 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .memory_session import MASK
 from .memory_stack import real_columns
+from .recurrent_cache import OF_STATES, USUAL
 from .reread_bank import Passage, Row
 from .reread_cache import Contexts, RereadEntry, held_length, reread_entry
 from .reread_context import (
@@ -402,7 +403,7 @@ class Rereader:
             main = main[:, kept]
         output = _replaced(output, main)
         if cache is not None:
-            output["past_key_values"] = cache
+            output[OF_STATES if hasattr(output, OF_STATES) else USUAL] = cache
         return output if kwargs.get("return_dict") is not False else output.to_tuple()
 
 

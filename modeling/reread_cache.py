@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .memory_cache import entry_of, fill_lazy
+from .recurrent_cache import columns_seen
 from .reread_bank import Row
 from .reread_schedule import Build
 from .reread_settings import RereadSettings
@@ -331,7 +332,7 @@ def reread_entry(cache: Cache, settings: RereadSettings, num_hidden_layers: int)
     """
     entry = find_reread(cache)
     if entry is None:
-        seen = int(cache.get_seq_length())
+        seen = int(columns_seen(cache))
         fill_lazy(cache, num_hidden_layers)
         entry = RereadEntry(settings)
         if seen:

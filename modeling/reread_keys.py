@@ -51,7 +51,7 @@ def signs(width: int, size: int) -> Tensor:
 class KeyReader:
     """Reads keys with a decoder stack.
 
-    ffn_input: path of the FFN's first linear layer below the stack, `{}` standing for the layer.
+    ffn_input: path of the FFN's first linear layer below the stack, see `entrance`.
     source: where keys of blocks come from instead, see `ReadingMixin.set_key_source`.
     """
 
@@ -71,7 +71,7 @@ class KeyReader:
                 f"re-reading takes its keys from layer {settings.layer}, which this model does not "
                 "have (any more); choose another with model.set_window(window, layer=...)"
             )
-        module = self.stack.get_submodule(self.ffn_input.format(settings.layer))
+        module = entrance(self.stack, self.ffn_input, settings.layer)
         hook = module.register_forward_pre_hook(_leave)
         before, current.enabled = current.enabled, False
         # A model without its head is the stack itself, and would re-read what it is given.
@@ -173,6 +173,19 @@ class KeyReader:
         if name not in self.projections:
             self.projections[name] = signs(x.shape[-1], size).to(x)
         return self.projections[name]
+
+
+def entrance(stack: nn.Module, paths: str, layer: int) -> nn.Module:
+    """Where the tokens of a layer are heard. paths: below the stack, `{}` standing for the layer;
+    where layers differ, several with `|` between them, of which the first counts that is there.
+    """
+    *others, last = (path.format(layer) for path in paths.split("|"))
+    for path in others:
+        try:
+            return stack.get_submodule(path)
+        except AttributeError:
+            continue
+    return stack.get_submodule(last)
 
 
 def _leave(module: nn.Module, args: tuple) -> None:

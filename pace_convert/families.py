@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import replace
 
 from .errors import CallError
 from .family_spec import GATED, FamilySpec, Ffn, Mixture
@@ -15,6 +16,11 @@ FEED_FORWARD = Ffn(("feed_forward.gate_proj", "feed_forward.up_proj"), "feed_for
 W1_W3_W2 = Ffn(("feed_forward.w1", "feed_forward.w3"), "feed_forward.w2")
 MLP_BLOCK = Ffn(("mlp_block.gate_proj", "mlp_block.up_proj"), "mlp_block.down_proj")
 NO_SHARED = "its tokens pass experts of their own, and no FFN sees all of them"
+ONE_FFN = "its layers have no FFN of their own"
+IN_TURN = "its layers are attention, states or FFN in turn, and not each has an FFN"
+NORM_INSIDE = "a norm inside its FFNs weighs each neuron"
+ONE_MATRIX = "the weights of its experts are one matrix"
+NO_FFN = "its layers have no FFN"
 SIZE = ("intermediate_size",)
 ROUTED_SIZES = ("moe_intermediate_size", "n_shared_experts")
 LINEARS = ("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight")
@@ -38,11 +44,12 @@ def _pictures(
 def _mixture(
     model_type: str, name: str, models: str, sizes: tuple[str, ...], shared: str = "", *,
     block: str = "mlp", stored: str = "", packed: tuple[tuple[str, str], ...] = (),
-    interleaved: bool = False, ffn: Ffn = GATED,
+    interleaved: bool = False, transposed: bool = False, ffn: Ffn = GATED, causal_lm: str = "",
+    names: tuple[tuple[str, str], ...] = (),
 ) -> FamilySpec:  # fmt: skip
     """A mixture of experts. shared: path of the FFN that all tokens pass beside their experts.
     stored: checkpoints call the block so, and its experts' layers w1, w3 and w2. ffn: of layers
-    that are no mixture.
+    that are no mixture. names: see `FamilySpec.stored`.
     """
     one = f"{stored or block}.experts.{{}}"
     mixture = Mixture(
@@ -53,9 +60,40 @@ def _mixture(
         shared=_gated(shared) if shared else None,
         stored=stored,
         interleaved=interleaved,
+        transposed=transposed,
     )
     refused = {} if shared else {"fusion": NO_SHARED}
-    return FamilySpec(model_type, name, models, ffn, mixture=mixture, refused=refused)
+    return FamilySpec(
+        model_type, name, models, ffn, causal_lm, mixture=mixture, stored=names, refused=refused
+    )
+
+
+def _granite(model_type: str, name: str, models: str) -> FamilySpec:
+    """Experts beside an FFN that all tokens pass; where there are none, that FFN alone."""
+    shared = Ffn(("shared_mlp.input_linear",), "shared_mlp.output_linear", fused=True)
+    plain = _mixture(model_type, name, models, ("shared_intermediate_size",),
+        block="block_sparse_moe", packed=(LINEARS,), ffn=shared)  # fmt: skip
+    assert plain.mixture is not None
+    return replace(
+        plain, mixture=replace(plain.mixture, shared=shared), entrances=shared.inputs, refused={}
+    )
+
+
+def _zamba(model_type: str, name: str, models: str) -> FamilySpec:
+    """State-space layers, and one FFN that some of them share."""
+    return FamilySpec(
+        model_type, name, models, Ffn(("mamba.in_proj",), "mamba.out_proj"), size_keys=(),
+        entrances=("mamba.in_proj", "mamba_decoder.mamba.in_proj"),
+        refused={"experts": ONE_FFN, "fusion": ONE_FFN},
+    )  # fmt: skip
+
+
+def _states(model_type: str, name: str, models: str) -> FamilySpec:
+    """Layers that are a state-space mixer and nothing else."""
+    return FamilySpec(
+        model_type, name, models, Ffn(("mixer.in_proj",), "mixer.out_proj"), base="backbone",
+        size_keys=(), entrances=("mixer.in_proj",), refused={"experts": NO_FFN, "fusion": NO_FFN},
+    )  # fmt: skip
 
 
 def _gated(path: str) -> Ffn:
@@ -74,10 +112,26 @@ def _gpt(model_type: str, name: str, models: str, ffn: Ffn, causal_lm: str = "")
 FAMILIES = {
     spec.model_type: spec
     for spec in (
+        _mixture(
+            "afmoe", "Afmoe", "Trinity", ("moe_intermediate_size", "num_shared_experts"),
+            "mlp.shared_experts",
+        ),
         FamilySpec("apertus", "Apertus", "Apertus", UP_DOWN),
         FamilySpec("arcee", "Arcee", "AFM-4.5B", UP_DOWN),
+        _mixture(
+            "aria_text", "AriaText", "Aria, text only",
+            ("intermediate_size", "moe_num_shared_experts"), "mlp.shared_experts", transposed=True,
+            packed=(("mlp.experts.fc1.weight", "mlp.experts.fc2.weight"),),
+        ),
+        _mixture("axk1", "AXK1", "A.X K1", ROUTED_SIZES, "mlp.shared_experts"),
+        _mixture("axk2", "AXK2", "A.X K2", ROUTED_SIZES, "mlp.shared_experts"),
         _pictures("aya_vision", "AyaVision", "Aya Vision", older=INNER),
+        FamilySpec("bitnet", "BitNet", "BitNet b1.58", refused={"experts": NORM_INSIDE}),
         FamilySpec("bamba", "Bamba", "Bamba", FEED_FORWARD),
+        _mixture(
+            "bailing_hybrid", "BailingHybrid", "Ling 2.5, Ring 2.5",
+            ("moe_intermediate_size", "num_shared_experts"), "mlp.shared_experts",
+        ),
         FamilySpec("biogpt", "BioGpt", "BioGPT", FC1_FC2, base="biogpt"),
         FamilySpec(
             "bloom", "Bloom", "BLOOM, BLOOMZ", FOUR_H, base="transformer", blocks="h",
@@ -87,7 +141,14 @@ FAMILIES = {
         _gpt("codegen", "CodeGen", "CodeGen", FC_IN_OUT),
         FamilySpec("cohere", "Cohere", "Command R, Aya"),
         FamilySpec("cohere2", "Cohere2", "Command R7B, Command A"),
+        _mixture("cohere2_moe", "Cohere2Moe", "Command, mixtures", SIZE),
         FamilySpec("cwm", "Cwm", "Code World Model"),
+        FamilySpec(
+            "dbrx", "Dbrx", "DBRX", base="transformer", blocks="blocks",
+            layer_keys=("n_layers", "num_hidden_layers"),
+            mixture=Mixture("ffn", ("ffn_config.ffn_hidden_size",), GATED, ()),
+            refused={"experts": ONE_MATRIX, "fusion": NO_SHARED},
+        ),
         _mixture(
             "deepseek_v2", "DeepseekV2", "DeepSeek-V2", ROUTED_SIZES, "mlp.shared_experts"
         ),
@@ -95,6 +156,10 @@ FAMILIES = {
             "deepseek_v3", "DeepseekV3", "DeepSeek-V3, DeepSeek-R1, Moonlight", ROUTED_SIZES,
             "mlp.shared_experts",
         ),
+        _mixture(
+            "deepseek_v32", "DeepseekV32", "DeepSeek-V3.2", ROUTED_SIZES, "mlp.shared_experts"
+        ),
+        FamilySpec("doge", "Doge", "Doge, dense"),
         FamilySpec("diffllama", "DiffLlama", "DiffLlama"),
         _mixture("dots1", "Dots1", "dots.llm1", ROUTED_SIZES, "mlp.shared_experts"),
         FamilySpec("ernie4_5", "Ernie4_5", "ERNIE 4.5, dense"),
@@ -102,12 +167,17 @@ FAMILIES = {
             "ernie4_5_moe", "Ernie4_5_Moe", "ERNIE 4.5",
             ("moe_intermediate_size", "moe_num_shared_experts"), "mlp.shared_experts",
         ),
+        _mixture(
+            "exaone_moe", "ExaoneMoe", "K-EXAONE", ("moe_intermediate_size", "num_shared_experts"),
+            "mlp.shared_experts",
+        ),
         FamilySpec("exaone4", "Exaone4", "EXAONE 4"),
         FamilySpec(
             "falcon", "Falcon", "Falcon", FOUR_H, base="transformer", blocks="h",
             layer_keys=("num_hidden_layers", "n_layer"), size_keys=("ffn_hidden_size",),
             width_keys=("hidden_size",),
         ),
+        _states("falcon_mamba", "FalconMamba", "Falcon Mamba"),
         FamilySpec("falcon_h1", "FalconH1", "Falcon-H1", FEED_FORWARD),
         _mixture("flex_olmo", "FlexOlmo", "FlexOlmo", SIZE),
         FamilySpec("gemma", "Gemma", "Gemma"),
@@ -116,9 +186,20 @@ FAMILIES = {
         FamilySpec(
             "gemma3_text", "Gemma3Text", "Gemma 3, text only", causal_lm="Gemma3ForCausalLM"
         ),
+        FamilySpec(
+            "gemma4_text", "Gemma4Text", "Gemma 4, text only", causal_lm="Gemma4ForCausalLM"
+        ),
+        FamilySpec(
+            "gemma4_unified_text", "Gemma4UnifiedText", "Gemma 4 unified, text only",
+            causal_lm="Gemma4UnifiedForCausalLM",
+        ),
         FamilySpec("glm", "Glm", "GLM-4 9B, GLM-Edge", FUSED),
         FamilySpec("glm4", "Glm4", "GLM-4-0414, GLM-Z1", FUSED),
         _mixture("glm4_moe", "Glm4Moe", "GLM-4.5, GLM-4.6", ROUTED_SIZES, "mlp.shared_experts"),
+        _mixture(
+            "glm4_moe_lite", "Glm4MoeLite", "GLM-4.7-Flash", ROUTED_SIZES, "mlp.shared_experts"
+        ),
+        _mixture("glm_moe_dsa", "GlmMoeDsa", "GLM-5", ROUTED_SIZES, "mlp.shared_experts"),
         _gpt(
             "gpt2", "GPT2", "GPT-2, Cerebras-GPT",
             Ffn(("mlp.c_fc",), "mlp.c_proj", transposed=True), "GPT2LMHeadModel",
@@ -129,6 +210,10 @@ FAMILIES = {
             layer_keys=("num_layers", "num_hidden_layers"), width_keys=("hidden_size",),
         ),
         FamilySpec("gpt_neox", "GPTNeoX", "GPT-NeoX, Pythia", FOUR_H, base="gpt_neox"),
+        FamilySpec(
+            "gpt_neox_japanese", "GPTNeoXJapanese", "GPT-NeoX Japanese", FOUR_H,
+            base="gpt_neox_japanese", size_keys=(),
+        ),
         _mixture("gpt_oss", "GptOss", "gpt-oss", SIZE, interleaved=True),
         _gpt("gptj", "GPTJ", "GPT-J", FC_IN_OUT),
         FamilySpec("granite", "Granite", "Granite 3"),
@@ -137,17 +222,64 @@ FAMILIES = {
             "granitemoe", "GraniteMoe", "Granite 3 MoE", SIZE, block="block_sparse_moe",
             packed=(LINEARS,),
         ),
+        _mixture(
+            "granitemoe_swa", "GraniteMoeSWA", "Granite MoE with sliding windows", SIZE,
+            block="block_sparse_moe", packed=(LINEARS,),
+        ),
+        _granite("granitemoehybrid", "GraniteMoeHybrid", "Granite 4"),
+        _granite("granitemoeshared", "GraniteMoeShared", "Granite MoE with a shared FFN"),
         FamilySpec("helium", "Helium", "Helium"),
         FamilySpec("hunyuan_v1_dense", "HunYuanDenseV1", "Hunyuan dense"),
+        _mixture(
+            "hunyuan_v1_moe", "HunYuanMoEV1", "Hunyuan-A13B", SIZE, "mlp.shared_mlp"
+        ),
+        _mixture(
+            "hy_v3", "HYV3", "Hy3", ("moe_intermediate_size", "num_shared_experts"),
+            "mlp.shared_experts", names=(("shared_experts", "shared_mlp"),),
+        ),
+        _mixture(
+            "hy_v4", "HYV4", "Hy4", ROUTED_SIZES, "mlp.shared_experts",
+            names=(("gate_proj", "linear_gate"),),
+        ),
         FamilySpec("hyperclovax", "HyperCLOVAX", "HyperCLOVA X SEED"),
         _pictures("idefics3", "Idefics3", "Idefics 3", stack="text_model"),
         _pictures("internvl", "InternVL", "InternVL 3", older=INNER),
         FamilySpec("jais2", "Jais2", "Jais 2", UP_DOWN),
         _mixture("jamba", "Jamba", "Jamba", SIZE, block="feed_forward", ffn=FEED_FORWARD),
+        _mixture(
+            "jetmoe", "JetMoe", "JetMoE", SIZE,
+            packed=(("mlp.input_linear.weight", "mlp.output_linear.weight"),),
+        ),
+        _mixture(
+            "kimi_linear", "KimiLinear", "Kimi Linear",
+            ("moe_intermediate_size", "num_shared_experts"), "mlp.shared_experts", stored="mlp",
+            names=(("mlp", "block_sparse_moe"),),
+        ),
+        _mixture(
+            "kolibri1", "Kolibri1", "Kolibri", ("shared_expert_intermediate_size",),
+            "mlp.shared_experts",
+        ),
+        _mixture(
+            "laguna", "Laguna", "Laguna", ("shared_expert_intermediate_size",),
+            "mlp.shared_experts", names=(("shared_experts", "shared_expert"),),
+        ),
         FamilySpec("lfm2", "Lfm2", "LFM2", W1_W3_W2, size_keys=()),
+        _mixture(
+            "lfm2_moe", "Lfm2Moe", "LFM2-8B-A1B", ("moe_intermediate_size",),
+            block="feed_forward", stored="feed_forward", ffn=W1_W3_W2,
+        ),
+        FamilySpec("lfm3", "Lfm3", "LFM3", W1_W3_W2, size_keys=()),
         FamilySpec("llama", "Llama", "Llama 1 to 3.3, TinyLlama, Yi, SmolLM2"),
+        _mixture(
+            "llama4_text", "Llama4Text", "Llama 4, text only", SIZE, "feed_forward.shared_expert",
+            block="feed_forward", transposed=True, ffn=FEED_FORWARD, causal_lm="Llama4ForCausalLM",
+        ),
         _pictures("llava", "Llava", "LLaVA 1.5, Pixtral", older=INNER),
         _pictures("llava_next", "LlavaNext", "LLaVA-NeXT", older=INNER),
+        _states("mamba", "Mamba", "Mamba"),
+        _states("mamba2", "Mamba2", "Mamba 2, Codestral Mamba"),
+        _mixture("mellum", "Mellum", "Mellum, mixtures", ("moe_intermediate_size",)),
+        _mixture("mimo_v2_flash", "MiMoV2Flash", "MiMo-V2-Flash", ("moe_intermediate_size",)),
         FamilySpec("minicpm3", "MiniCPM3", "MiniCPM3"),
         _mixture("minimax_m2", "MiniMaxM2", "MiniMax-M2", SIZE, stored="block_sparse_moe"),
         FamilySpec("ministral", "Ministral", "Ministral", fixable_tokenizer=True),
@@ -156,10 +288,20 @@ FAMILIES = {
         _pictures("mistral3", "Mistral3", "Mistral Small 3.1", older=INNER),
         _mixture("mixtral", "Mixtral", "Mixtral", SIZE, stored="block_sparse_moe"),
         FamilySpec(
+            "modernbert-decoder", "ModernBertDecoder", "ModernBERT decoder, Ettin",
+            Ffn(("mlp.Wi",), "mlp.Wo", fused=True),
+        ),
+        FamilySpec(
             "mpt", "Mpt", "MPT", Ffn(("ffn.up_proj",), "ffn.down_proj"), base="transformer",
             blocks="blocks", layer_keys=("n_layers",), size_keys=(), width_keys=("d_model",),
         ),
         FamilySpec("nanochat", "NanoChat", "nanochat", MLP_FC1_FC2),
+        FamilySpec(
+            "nemotron_h", "NemotronH", "Nemotron-H, Nemotron 3", Ffn(("mixer",), "mixer"),
+            layer_keys=("num_hidden_layers", "layers_block_type"), older=("backbone.layers",),
+            entrances=("mixer.in_proj", "mixer.q_proj", "mixer.up_proj", "mixer.gate"),
+            refused={"experts": IN_TURN, "fusion": IN_TURN},
+        ),
         FamilySpec("nemotron", "Nemotron", "Nemotron-4, Minitron", UP_DOWN),
         FamilySpec("olmo", "Olmo", "OLMo"),
         FamilySpec("olmo2", "Olmo2", "OLMo 2"),
@@ -186,11 +328,20 @@ FAMILIES = {
             "qwen3_next", "Qwen3Next", "Qwen3-Next", ("shared_expert_intermediate_size",),
             "mlp.shared_expert",
         ),
+        FamilySpec(
+            "qwen3_5_text", "Qwen3_5Text", "Qwen3.5, text only", causal_lm="Qwen3_5ForCausalLM"
+        ),
+        _mixture(
+            "qwen3_5_moe_text", "Qwen3_5MoeText", "Qwen3.5 MoE, text only",
+            ("shared_expert_intermediate_size",), "mlp.shared_expert",
+            causal_lm="Qwen3_5MoeForCausalLM",
+        ),
         _pictures("qwen3_vl", "Qwen3VL", "Qwen3-VL"),
         FamilySpec("recurrent_gemma", "RecurrentGemma", "RecurrentGemma", MLP_BLOCK, size_keys=()),
         FamilySpec("seed_oss", "SeedOss", "Seed-OSS"),
         FamilySpec("smollm3", "SmolLM3", "SmolLM3"),
         _pictures("smolvlm", "SmolVLM", "SmolVLM, SmolVLM2", stack="text_model"),
+        _mixture("solar_open", "SolarOpen", "Solar Open", ROUTED_SIZES, "mlp.shared_experts"),
         FamilySpec("stablelm", "StableLm", "StableLM"),
         FamilySpec("starcoder2", "Starcoder2", "StarCoder2", FC),
         FamilySpec("vaultgemma", "VaultGemma", "VaultGemma"),
@@ -198,6 +349,9 @@ FAMILIES = {
             "xglm", "XGLM", "XGLM", FC1_FC2, layer_keys=("num_layers",), size_keys=("ffn_dim",)
         ),
         FamilySpec("youtu", "Youtu", "Youtu-LLM"),
+        _zamba("zamba", "Zamba", "Zamba"),
+        _zamba("zamba2", "Zamba2", "Zamba2"),
+        _mixture("zaya", "Zaya", "ZAYA1", ("moe_intermediate_size",)),
     )
 }  # fmt: skip
 

@@ -93,8 +93,8 @@ class Mixture:
     something else. sizes: keys in config.json whose product is the number of neurons of the FFN
     that all tokens pass, or else of an expert. shared: that FFN, beside the experts. expert: one
     of them, `{}` standing for its number. packed: pairs of tensors that hold all experts', gate and
-    up [E, 2 D, H], and down [E, H, D]. interleaved: these are [E, H, 2 D], gate's and up's neurons
-    in turn, and [E, D, H].
+    up [E, 2 D, H], and down [E, H, D]. transposed: these are [E, H, 2 D] and [E, D, H];
+    interleaved: and gate's and up's neurons come in turn.
     """
 
     block: str
@@ -104,6 +104,12 @@ class Mixture:
     shared: Ffn | None = None
     stored: str = ""
     interleaved: bool = False
+    transposed: bool = False
+
+    def here(self, path: str, names: Container[str]) -> bool:
+        """Whether the layer at `path` has experts."""
+        first = (self.expert.numbered(0).inputs[0] + ".weight", *(pair[0] for pair in self.packed))
+        return any(f"{path}.{name}" in names for name in first)
 
     def tensors(
         self, path: str, layer: int, group: str, tensors: Mapping[str, Shaped]
@@ -130,7 +136,7 @@ class Mixture:
     def _packed(
         self, inputs: str, output: str, layer: int, group: str, tensors: Mapping[str, Shaped]
     ) -> Iterator[FfnTensor]:
-        axis = int(self.interleaved)
+        axis = int(self.interleaved or self.transposed)
         for number in range(tensors[inputs].shape[0] if tensors[inputs].shape else 0):
             of = (f"{group}.experts.{number}", 2, number, self.interleaved)
             yield FfnTensor(inputs, layer, axis, *of)
@@ -152,8 +158,10 @@ class FamilySpec:
     hidden size, given as one of width_keys; without any key the weights say it. fixable_tokenizer:
     transformers' `fix_mistral_regex` is for this model_type. text: key of the text decoder's part
     in config.json, of a multimodal model. older: where older checkpoints have the list of layers.
-    mixture: what layers have that are a mixture of experts; ffn is then the others'. refused:
-    memories that a model of the family can't have, and why.
+    mixture: what layers have that are a mixture of experts; ffn is then the others'. entrances:
+    where the tokens of a layer are heard, the first path below it that is there; without any, where
+    they enter its FFN. stored: (a, b) where a checkpoint says b for a name a of the model's.
+    refused: experts, or memories, that a model of the family can't have, and why.
     """
 
     model_type: str
@@ -171,6 +179,8 @@ class FamilySpec:
     text: str = ""
     older: tuple[str, ...] = ()
     mixture: Mixture | None = None
+    entrances: tuple[str, ...] = ()
+    stored: tuple[tuple[str, str], ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -197,8 +207,9 @@ class FamilySpec:
     @property
     def can(self) -> dict[str, bool]:
         """Whether a model of the family can have experts, and each memory."""
-        memories = {name: name not in self.refused for name in ("fusion", "reread", "recall")}
-        return {"experts": True, **memories}
+        return {
+            name: name not in self.refused for name in ("experts", "fusion", "reread", "recall")
+        }
 
     @property
     def projection(self) -> str:
@@ -206,21 +217,21 @@ class FamilySpec:
         that all tokens pass; "" where there is none.
         """
         ffn = self.ffn if self.mixture is None else self.mixture.shared
-        return "" if ffn is None else f"{self.blocks}.{{}}.{ffn.output}"
+        return "" if ffn is None or "fusion" in self.refused else f"{self.blocks}.{{}}.{ffn.output}"
 
     @property
     def ffn_input(self) -> str:
         """Path below the stack, `{}` standing for the layer, of what all tokens enter first in the
-        FFN: a linear layer, or the mixture.
+        FFN: a linear layer, or the mixture. Where layers differ, paths with `|` between them.
         """
         first = self.ffn.inputs[0] if self.mixture is None else self.mixture.block
-        return f"{self.blocks}.{{}}.{first}"
+        return "|".join(f"{self.blocks}.{{}}.{path}" for path in self.entrances or (first,))
 
     @property
     def ffn_kind(self) -> str:
         """What the FFN is called in tables."""
         if self.mixture is None:
-            return self.ffn.kind
+            return "none" if self.entrances and "experts" in self.refused else self.ffn.kind
         return "mixture, shared FFN" if self.mixture.shared else "mixture"
 
     def ffn_tensors(self, layers: int, tensors: Mapping[str, Shaped]) -> list[FfnTensor]:
@@ -228,14 +239,26 @@ class FamilySpec:
         exist. Of each group's, the first is the one whose neurons are clustered.
         """
         made: list[FfnTensor] = []
+        names = self.model_names(tensors)
+        tensors = {name: tensors[stored] for name, stored in names.items()}
         paths = self.layers_path(tensors)
         for layer in range(layers):
             path, group = f"{paths}.{layer}", f"layers.{layer}"
-            if self.mixture and f"{path}.{self.ffn.inputs[0]}.weight" not in tensors:
+            apart = f"{path}.{self.ffn.inputs[0]}.weight" not in tensors
+            if self.mixture and (apart or self.mixture.here(path, tensors)):
                 made += self.mixture.tensors(path, layer, group, tensors)
             else:
                 made += self.ffn.tensors(path, layer, group, tensors)
-        return made
+        return [replace(tensor, name=names.get(tensor.name, tensor.name)) for tensor in made]
+
+    def model_names(self, names: Iterable[str]) -> dict[str, str]:
+        """The model's name of each tensor of a checkpoint -> the checkpoint's."""
+        return {self._model_name(name): name for name in names}
+
+    def _model_name(self, name: str) -> str:
+        for own, stored in self.stored:
+            name = name.replace(f".{stored}.", f".{own}.")
+        return name
 
     def layers_path(self, names: Iterable[str]) -> str:
         """Path of the list of layers in `names`, which may or may not begin with `base`."""

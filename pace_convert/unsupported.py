@@ -24,11 +24,54 @@ EXPERT_KEYS = (
 EXPERT_NAMES = ("moe", "mixtral", "gpt_oss", "dbrx", "deepseek_v2", "deepseek_v3", "llama4")
 
 
+# By model type, what can't be, in the words of a refusal.
+OWN_STATE = (
+    "keeps what it has read in a class of its own, and the memory lives in transformers' Cache"
+)
+AN_ENCODER = (
+    "is an encoder that may read from the left; only models made as decoders can be converted"
+)
+NOT_TRIED = "has layers of a kind that was not tried here"
+KNOWN = {
+    **dict.fromkeys(
+        ("rwkv", "xlstm", "minimax", "xlnet", "reformer"), OWN_STATE
+    ),
+    **dict.fromkeys(("openai-gpt", "xlm"), "has no KV cache, in which the memory lives"),
+    **dict.fromkeys(
+        ("internlm3", "iquestcoder"),
+        "is transformers' Llama with a configuration of its own, and has no base model by its name",
+    ),
+    **dict.fromkeys(("moshi", "trocr"), "is a decoder that reads another model's output"),
+    **dict.fromkeys(
+        ("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie",
+            "megatron-bert", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer",
+            "xlm-roberta", "xlm-roberta-xl", "xmod"),
+        AN_ENCODER,
+    ),
+    **dict.fromkeys(("cpmant", "ctrl"), "knows no padding, so rows of a batch would meet"),
+    **dict.fromkeys(
+        ("gemma4_assistant", "gemma4_unified_assistant"),
+        "drafts for another model, whose cache it reads",
+    ),
+    "blt": "reads bytes in patches of its own, and no layer sees every token",
+    "hrm_text": "runs the same layers several times for a token",
+    "longcat_flash": "has two FFNs and two attentions in a layer",
+    "deepseek_v4": "keeps compressed keys in cache layers of its own, which was not tried here",
+    **dict.fromkeys(
+        ("beam", "cohere_compass_text", "dots3_note_text", "flint", "gemma3n_text", "inkling2_text",
+            "inkling_text", "minimax_m3_vl_text", "phi4_multimodal", "qwen4_exp_text"),
+        NOT_TRIED,
+    ),
+}  # fmt: skip
+
+
 def why_unsupported(config: dict, families: Container[str]) -> tuple[str, str] | None:
     """(what the model is, what to do) for a known kind of model that can't be converted; else None.
 
     families: the model types that can be.
     """
+    if config["model_type"] in KNOWN:
+        return KNOWN[config["model_type"]], _OTHERS
     if any(isinstance(config.get(part), dict) for part in PARTS):
         what = "is made of several models (multimodal or encoder-decoder)"
         return what, _what_of_parts(config, families)

@@ -144,7 +144,7 @@ KINDS = (
 
 
 def family_of(row: str) -> FamilySpec:
-    return FAMILIES[row.partition("-")[0]]
+    return FAMILIES[row if row in FAMILIES else row.partition("-")[0]]
 
 
 # Blocks of a few tokens and wide thresholds: a memory that reuses, mixes and keeps within a short

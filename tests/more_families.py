@@ -43,11 +43,39 @@ def mixed(decoder: str, vision: str, tower: dict = CLIP, **more) -> dict:
 EXPERTS = {
     "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24,
 }  # fmt: skip
+MAMBA = {
+    **{name: SMALL[name] for name in SMALL if name not in ("intermediate_size",)},
+    "state_size": 8, "time_step_rank": 4, "expand": 2,
+}  # fmt: skip
 ROUTED = {
     "moe_intermediate_size": 24, "n_routed_experts": 4, "n_shared_experts": 2,
     "num_experts_per_tok": 2, "first_k_dense_replace": 1,
 }  # fmt: skip
+SHARED = {
+    **EXPERTS, "moe_intermediate_size": 24, "num_shared_experts": 2, "n_group": 1, "topk_group": 1,
+    "first_k_dense_replace": 1,
+}  # fmt: skip
+LINEAR = {
+    "layer_types": ["linear_attention", "full_attention"] * 2, "linear_num_key_heads": 4,
+    "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+}  # fmt: skip
+INDEXED = {"index_n_heads": 2, "index_head_dim": 8, "index_topk": 512}
+ZAMBA = {
+    **{name: SMALL[name] for name in SMALL if name != "num_key_value_heads"},
+    "num_key_value_heads": 4, "use_mamba_kernels": False, "mamba_d_state": 8,
+}  # fmt: skip
 MORE_CONFIGS: dict[str, dict] = {
+    "bitnet": SMALL,
+    "doge": {**SMALL, "head_dim": 8},
+    "gemma4_text": {
+        **HEAD, **WINDOW, "global_head_dim": 8, "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 120,
+    },
+    "gemma4_unified_text": {**HEAD, **WINDOW, "global_head_dim": 8},
+    "gpt_neox_japanese": SMALL,
+    "modernbert-decoder": {
+        **SMALL, "layer_types": ["sliding_attention", "full_attention"] * 2, "local_attention": 14,
+    },
     "biogpt": SMALL,
     "codegen": {**GPT, "rotary_dim": 4},
     "cwm": {**HEAD, **WINDOW},
@@ -99,6 +127,34 @@ MORE_CONFIGS: dict[str, dict] = {
         **HEAD, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8,
         "mamba_n_groups": 1, "mamba_chunk_size": 8,
     },
+    "bailing_hybrid": {
+        **SMALL, **LATENT, **SHARED, "layer_types": ["linear_attention", "full_attention"] * 2,
+    },
+    "kimi_linear": {
+        **SMALL, **LATENT, **SHARED, "linear_head_dim": 8, "linear_num_heads": 4,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+    },
+    "lfm3": {
+        **HEAD, "layer_types": ["conv", "full_attention"] * 2, "block_multiple_of": 8,
+    },
+    "qwen3_5_text": {**HEAD, **LINEAR},
+    "nemotron_h": {
+        **{name: HEAD[name] for name in HEAD if name != "num_hidden_layers"},
+        "layers_block_type": ["mamba", "attention", "mlp", "moe"], "mamba_num_heads": 4,
+        "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1, "chunk_size": 8,
+        "use_mamba_kernels": False, "n_routed_experts": 4, "moe_intermediate_size": 24,
+        "moe_shared_expert_intermediate_size": 40,
+    },
+    "zamba": {
+        **ZAMBA, "mamba_dt_rank": 4, "layers_block_type": ["mamba", "hybrid"] * 2,
+    },
+    "zamba2": {
+        **ZAMBA, "n_mamba_heads": 4, "chunk_size": 8, "num_mem_blocks": 1,
+        "layers_block_type": ["mamba", "mamba", "hybrid", "mamba"],
+    },
+    "falcon_mamba": MAMBA,
+    "mamba": MAMBA,
+    "mamba2": {**MAMBA, "num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 8},
     "lfm2": {
         **SMALL, "layer_types": ["conv", "full_attention"] * 2, "block_multiple_of": 8,
     },
@@ -112,6 +168,63 @@ MORE_CONFIGS: dict[str, dict] = {
         "block_types": ["recurrent", "attention"],
     },
     # Mixtures of experts.
+    "afmoe": {**HEAD, **SHARED, "num_dense_layers": 1, "intermediate_size": 72},
+    "aria_text": {
+        **SMALL, "intermediate_size": 24, "moe_num_experts": 4, "moe_topk": 2,
+        "moe_num_shared_experts": 2,
+    },
+    "axk1": {**SMALL, **LATENT, **ROUTED, "n_group": 1, "topk_group": 1},
+    "axk2": {**HEAD, **ROUTED, **LATENT, "n_group": 1, "topk_group": 1},
+    "cohere2_moe": {**SMALL, **EXPERTS, **WINDOW},
+    "dbrx": {
+        "vocab_size": 120, "d_model": 32, "n_heads": 4, "n_layers": 4, "max_seq_len": 512,
+        "initializer_range": 0.3,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2,
+            "hidden_size": 32},
+    },
+    "deepseek_v32": {**SMALL, **LATENT, **ROUTED, **INDEXED, "n_group": 1, "topk_group": 1},
+    "exaone_moe": {**HEAD, **SHARED, **WINDOW, "num_shared_experts": 1},
+    "glm4_moe_lite": {**SMALL, **LATENT, **ROUTED, "n_group": 1, "topk_group": 1},
+    "glm_moe_dsa": {**SMALL, **LATENT, **ROUTED, **INDEXED, "n_group": 1, "topk_group": 1},
+    "granitemoe_swa": {**SMALL, **EXPERTS, "sliding_window": 7},
+    "granitemoehybrid": {
+        **SMALL, **EXPERTS, "shared_intermediate_size": 40, "mamba_n_heads": 4, "mamba_d_head": 16,
+        "mamba_d_state": 8, "mamba_chunk_size": 8, "mamba_n_groups": 1,
+        "layer_types": ["mamba", "attention"] * 2,
+    },
+    "granitemoehybrid-dense": {
+        **SMALL, "num_local_experts": 0, "num_experts_per_tok": 0, "shared_intermediate_size": 40,
+        "layer_types": ["mamba", "attention"] * 2, "mamba_n_heads": 4, "mamba_d_head": 16,
+        "mamba_d_state": 8, "mamba_chunk_size": 8, "mamba_n_groups": 1,
+    },
+    "granitemoeshared": {**SMALL, **EXPERTS, "shared_intermediate_size": 40},
+    "hunyuan_v1_moe": {**HEAD, **EXPERTS, "moe_topk": 2},
+    "hy_v3": {**HEAD, **SHARED, "num_shared_experts": 1},
+    "hy_v4": {**HEAD, **LATENT, **ROUTED, **INDEXED, "num_key_value_heads": 4},
+    "jetmoe": {**SMALL, **EXPERTS, "kv_channels": 8, "num_key_value_heads": 2},
+    "kolibri1": {
+        **HEAD, **EXPERTS, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40,
+    },
+    "laguna": {
+        **HEAD, **EXPERTS, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40,
+    },
+    "lfm2_moe": {
+        **SMALL, **EXPERTS, "moe_intermediate_size": 24, "num_dense_layers": 1,
+        "layer_types": ["conv", "full_attention"] * 2,
+    },
+    "llama4_text": {
+        **HEAD, **EXPERTS, "intermediate_size_mlp": 40, "interleave_moe_layer_step": 2,
+        "attention_chunk_size": 512,
+    },
+    "mellum": {**HEAD, **EXPERTS, "moe_intermediate_size": 24},
+    "mimo_v2_flash": {**HEAD, **ROUTED, "n_group": 1, "topk_group": 1},
+    "qwen3_5_moe_text": {
+        **HEAD, **EXPERTS, **LINEAR, "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+    },
+    "solar_open": {**HEAD, **ROUTED, "n_group": 1, "topk_group": 1},
+    "zaya": {**HEAD, **EXPERTS, "moe_intermediate_size": 24, "num_experts_per_tok": 1},
     "deepseek_v2": {**SMALL, **LATENT, **ROUTED, "topk_method": "greedy"},
     "deepseek_v3": {**SMALL, **LATENT, **ROUTED, "n_group": 1, "topk_group": 1},
     "dots1": {**HEAD, **ROUTED, "n_group": 1, "topk_group": 1},
@@ -136,8 +249,7 @@ MORE_CONFIGS: dict[str, dict] = {
     },
     "qwen3_moe": {**HEAD, **EXPERTS, "moe_intermediate_size": 24},
     "qwen3_next": {
-        **HEAD, **EXPERTS, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40,
-        "layer_types": ["linear_attention", "full_attention"] * 2, "linear_num_key_heads": 4,
-        "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+        **HEAD, **EXPERTS, **LINEAR, "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
     },
 }  # fmt: skip

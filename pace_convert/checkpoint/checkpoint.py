@@ -19,7 +19,11 @@ from huggingface_hub import (
     hf_hub_download,
     snapshot_download,
 )
-from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    CachedRepoTreeNotFoundError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+)
 
 from ..errors import CallError, DamagedSourceError, PaceError
 from ..progress import Progress
@@ -204,9 +208,14 @@ def _open_gguf(
     elif gguf_file is not None:
         with hub_errors(name, READING):
             commit = HfApi(token=token).model_info(name, revision=revision).sha or "main"
-            found = hf_hub_download(
-                name, gguf_file, revision=commit, token=token, cache_dir=cache_dir
-            )
+            try:
+                found = hf_hub_download(
+                    name, gguf_file, revision=commit, token=token, cache_dir=cache_dir
+                )
+            except RemoteEntryNotFoundError as error:
+                raise CallError(
+                    f"{name} has no {gguf_file}", "check the name of the file"
+                ) from error
         path, hub = Path(found), HubAddress(name, commit, token, cache_dir)
     elif revision or cache_dir:
         option = "--revision" if revision else "--cache-dir"

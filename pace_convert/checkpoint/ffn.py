@@ -4,6 +4,7 @@ them.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 
@@ -32,8 +33,14 @@ def text_config(family: FamilySpec, config: dict) -> dict:
 
 
 def count_layers(family: FamilySpec, config: dict) -> int:
-    """Decoder layers, as config.json states them. Raises CallError."""
-    return _positive(text_config(family, config), family.layer_keys)
+    """Decoder layers, as config.json states them: a number, or a list of their kinds. Raises
+    CallError.
+    """
+    stated = text_config(family, config)
+    listed = {
+        key: len(stated[key]) for key in family.layer_keys if isinstance(stated.get(key), list)
+    }
+    return _positive({**stated, **listed}, family.layer_keys)
 
 
 def intermediate_size_of(
@@ -57,7 +64,9 @@ def intermediate_size_of(
 def _positive(config: dict, keys: tuple[str, ...]) -> int:
     """The first of these keys that is set. Raises CallError where that is no positive number."""
     key = next((key for key in keys if config.get(key) is not None), keys[0])
-    value = config.get(key)
+    value: object = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
     if type(value) is not int or value < 1:
         raise CallError(
             f"config.json: {key} is {value!r}", "give a checkpoint whose config states it"
@@ -72,15 +81,20 @@ def check_layers(family: FamilySpec, layers: int, tensors: dict[str, TensorInfo]
     _check_count(layers, tensors)
     mixture = family.mixture
     parts = (mixture.block, mixture.stored) if mixture else (family.ffn.output,)
+    parts = (*(family.entrances or parts), *parts)
     paths = layer_paths(family, layers, tensors)
-    depth = f"{paths[0]}.{parts[0]}".count(".") + 1
-    inside = {".".join(name.split(".")[:depth]) for name in tensors}
+    names = family.model_names(tensors)
+    inside = {path for name in names for path in itertools.accumulate(name.split("."), _below)}
     for path in paths:
         if not {f"{path}.{part}" for part in parts if part} & inside:
             raise DamagedSourceError(
                 f"the source lacks the weights of {path}.{parts[0]}",
                 "check that all its shards are there",
             )
+
+
+def _below(path: str, name: str) -> str:
+    return f"{path}.{name}"
 
 
 def layer_paths(family: FamilySpec, layers: int, tensors: Mapping[str, TensorInfo]) -> list[str]:

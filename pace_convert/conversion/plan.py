@@ -21,7 +21,7 @@ from ..errors import CallError, DamagedSourceError
 from ..families import FAMILIES, find_family
 from ..family_file import check_family, family_of, suggestion
 from ..family_spec import FamilySpec, FfnTensor
-from ..options import MEMORIES, ConvertOptions, RunOptions
+from ..options import EXPERT_OPTIONS, MEMORIES, ConvertOptions, RunOptions, option_name
 from ..unsupported import why_unsupported
 from .resources import copying_bytes, jobs_that_fit, layer_task_bytes
 
@@ -85,10 +85,12 @@ def make_plan(
     config = source.config
     run = run or RunOptions()
     _refuse_converted(source)
-    if not options.no_experts:
-        _refuse_quantised(config)
     _check_type(config, "auto_map", dict)
     family = _family(source, family_facts)
+    if "experts" in family.refused:
+        options = _without_experts(options, family)
+    elif not options.no_experts:
+        _refuse_quantised(config)
     _refuse_own_code(config, family)
     _refuse_scaled(config, family)
     layers = count_layers(family, config)
@@ -142,7 +144,7 @@ def _permuted(
 
     Raises CallError, DamagedSourceError.
     """
-    if options.no_experts and quantisation_of(source.config):
+    if options.no_experts and (quantisation_of(source.config) or "experts" in family.refused):
         check_layers(family, layers, source.tensors)  # packed weights have shapes of their own
         return ()
     ffn = check_ffn(family, layers, intermediate_size, source.tensors)
@@ -151,6 +153,21 @@ def _permuted(
     smallest = min(neurons_of(tensor, source.tensors) for tensor in ffn)
     _check_experts(options, smallest, intermediate_size)
     return ffn
+
+
+def _without_experts(options: ConvertOptions, family: FamilySpec) -> ConvertOptions:
+    """The same for a family whose models can have none. Raises CallError where they were asked for,
+    or nothing would be left to add.
+    """
+    given = options.model_fields_set & {*EXPERT_OPTIONS} - {"no_experts"}
+    if given or options.no_memory:
+        asked = option_name(min(given)) if given else "--no-memory"
+        raise CallError(
+            f"a {family.model_type} can't have {asked}: {family.refused['experts']}",
+            "leave it out",
+        )
+    values = {name: getattr(options, name) for name in options.model_fields_set}
+    return ConvertOptions(**{**values, "no_experts": True})
 
 
 def _check_experts(options: ConvertOptions, smallest: int, intermediate_size: int) -> None:
@@ -195,7 +212,8 @@ def _fusion_layers(
         return chosen
     paths = layer_paths(family, layers, source.tensors)
     shared = family.projection.partition("{}")[2]
-    places = {name.rpartition(".")[0] for name in source.tensors}  # quantised ones have no `weight`
+    # Quantised ones have no `weight`.
+    places = {name.rpartition(".")[0] for name in family.model_names(source.tensors)}
     able = [n for n, path in enumerate(paths) if f"{path}{shared}" in places]
     if not able:
         raise CallError(

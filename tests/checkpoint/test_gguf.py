@@ -1,13 +1,17 @@
 """A GGUF file as a source gives what transformers' own dequantised load gives, bit for bit."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import gguf
 import numpy as np
 import pytest
 import torch
 from helpers import ACTIVE, hashes, pace_convert, random_ids, refuse
+from hub_server import Hub, Repository
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -106,6 +110,38 @@ def write_gguf(path, architecture, quantised="Q8_0", leave_out=()):
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny-llama.gguf", "llama")
+
+
+@pytest.mark.slow
+def test_a_file_of_a_hub_repository(llama, tmp_path):
+    environment = {
+        "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_TOKEN_PATH": str(tmp_path / "none"),
+        "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0",
+    }  # fmt: skip
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+
+    def run(url, *args):
+        command = [sys.executable, "-c", "from pace_convert.cli.main import pace; pace()"]
+        return subprocess.run(
+            [*command, *map(str, args)], capture_output=True, text=True,
+            env={**kept, **environment, "HF_ENDPOINT": url},
+        )  # fmt: skip
+
+    out = tmp_path / "out"
+    with Hub({"acme/tiny-gguf": Repository(llama.parent)}) as hub:
+        source = ("acme/tiny-gguf", out, "--no-experts")
+        refuse(
+            run(hub.url, "convert", *source, "--gguf-file", "none.gguf"), 2, "none.gguf", out=out
+        )
+        done = run(hub.url, "convert", *source, "--gguf-file", llama.name)
+        assert done.returncode == 0, done.stderr
+        assert hub.downloaded() == {llama.name}
+        verified = run(
+            hub.url, "verify", out, "--source", source[0], "--gguf-file", llama.name, "--json"
+        )
+        assert verified.returncode == 0, verified.stderr
+    assert json.loads(verified.stdout)["different"] == []
+    assert 'base_model: "acme/tiny-gguf"' in (out / "README.md").read_text()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -37,6 +37,7 @@ SHIPPED = [
     "recall_bank.py",
     "recall_cache.py",
     "recall_settings.py",
+    "recurrent_cache.py",
     "reread.py",
     "reread_bank.py",
     "reread_cache.py",

@@ -13,7 +13,10 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 PIXELS = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 # Tokens that an image of 8 x 8 pixels takes, and the arguments that bring it.
-TOKENS = {"gemma3": 4, "llava": 4, "mistral3": 4, "qwen2_vl": 1, "qwen2_5_vl": 1, "smolvlm": 1}
+TOKENS = {
+    "aya_vision": 1, "gemma3": 4, "idefics3": 1, "internvl": 1, "llava": 4, "llava_next": 10,
+    "mistral3": 4, "qwen2_vl": 1, "qwen2_5_vl": 1, "qwen3_vl": 1, "smolvlm": 1,
+}  # fmt: skip
 
 
 def images(row, which):
@@ -23,9 +26,12 @@ def images(row, which):
         patches = pixels.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5)
         grid = torch.tensor([[1, 2, 2]] * len(pixels))
         return {"pixel_values": patches.reshape(-1, 48), "image_grid_thw": grid}
-    if row == "smolvlm":
+    if row in ("smolvlm", "idefics3"):
         return {"pixel_values": pixels[:, None]}
-    sizes = {"image_sizes": torch.tensor([[8, 8]] * len(pixels))} if row == "mistral3" else {}
+    if row == "llava_next":  # the whole image, and its only part
+        pixels = torch.stack([pixels, pixels], 1)
+    named = row in ("mistral3", "llava_next")
+    sizes = {"image_sizes": torch.tensor([[8, 8]] * len(pixels))} if named else {}
     return {"pixel_values": pixels, **sizes}
 
 
@@ -37,8 +43,8 @@ def inputs(row, prompts, which):
     for i, prompt in enumerate(prompts):
         ids[i, width - len(prompt) :], mask[i, width - len(prompt) :] = prompt, 1
     types = (ids == IMAGE_TOKEN).long()
-    named = {"gemma3": "token_type_ids", "qwen2_vl": "mm_token_type_ids"}
-    kind = named.get(row.replace("2_5", "2"))
+    kind = "token_type_ids" if row == "gemma3" else "mm_token_type_ids"
+    kind = kind if row == "gemma3" or row.startswith("qwen") else ""
     more = {kind: types} if kind else {}
     return {"input_ids": ids, "attention_mask": mask, **more, **images(row, which)}
 

@@ -84,6 +84,19 @@ def test_it_computes_what_the_source_does(pair):
     torch.testing.assert_close(made[1], made[0], rtol=1e-8, atol=1e-8)
 
 
+def test_the_loss_that_balances_a_router_is_the_sources(pair):
+    ids, made = random_ids(2, 30), []
+    for folder in pair:
+        model = load(folder).train()
+        if "output_router_logits" not in model.config.to_dict():
+            pytest.skip("its class has no such loss")
+        output = model(ids, labels=ids, output_router_logits=True)
+        output.loss.backward()
+        made.append([output.aux_loss, output.loss])
+    for got, expected in zip(made[1], made[0]):
+        torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-8)
+
+
 def test_undo_gives_the_source(pair, tmp_path):
     restored = undo(open_converted(pair[1]), tmp_path / "original", QUIET)
     assert restored.proved and not restored.changed

@@ -136,7 +136,8 @@ def _read(
     """One pass over each item, all layers that may be chosen listened to."""
     family, last = converted.family, converted.layers - 1
     layers = sorted({round(depth * last) for depth in DEPTHS})
-    path = ".".join(part for part in (family.base, family.stack, family.ffn_input) if part)
+    stack = "".join(f"{part}." for part in (family.base, family.stack) if part)
+    path = "|".join(f"{stack}{path}" for path in family.ffn_input.split("|"))
     made = []
     with progress.step(f"reading {name} texts", len(items), "text") as bar:
         for item in items:

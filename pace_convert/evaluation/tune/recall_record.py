@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from ...modeling.reread_keys import signs
+from ...modeling.reread_keys import entrance, signs
 
 LOGIT_VALUES = 2**24  # numbers of the logits that are made at once
 MOST = 512  # tokens of a call
@@ -47,7 +47,7 @@ def record(
     """One pass over ids [n], in calls of some hundred tokens.
 
     model: a causal LM whose memory is off. path: of the FFN's first linear layer below the model,
-    `{}` standing for the layer. size: R. window: how many tokens attention sees beside the first
+    see `entrance`. size: R. window: how many tokens attention sees beside the first
     four; 0: all. cache: of what stands before ids; it goes on.
     """
     cache = DynamicCache(config=model.config) if cache is None else cache
@@ -87,7 +87,7 @@ def _listening(
             projected = x @ signs(x.shape[-1], size).to(x)
             heard[layer].append(nn.functional.normalize(projected, dim=-1).half())
 
-        return model.get_submodule(path.format(layer)).register_forward_pre_hook(note)
+        return entrance(model, path, layer).register_forward_pre_hook(note)
 
     hooks = [listen(layer) for layer in heard]
     try:
