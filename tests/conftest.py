@@ -34,7 +34,11 @@ def pytest_collection_modifyitems(items):
     """
     for item in items:
         given = item.callspec.params if hasattr(item, "callspec") else {}
-        rows = [given[name] for name in ("family_pair", "family", "standing_row") if name in given]
+        rows = [
+            given[name]
+            for name in ("family_pair", "family", "standing_row", "row")
+            if name in given
+        ]
         others = [row for row in rows if row not in KINDS]
         if others and not item.get_closest_marker("every_family"):
             item.add_marker(pytest.mark.slow)
