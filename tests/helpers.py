@@ -139,7 +139,7 @@ KINDS = (
     "qwen2", "llama-3", "mistral-window", "gemma3_text", "phi3", "olmo2", "gpt_neox", "gpt2",
     "bloom", "opt-350m", "falcon-new", "starcoder2", "cohere2",
     "mixtral", "qwen2_moe", "gpt_oss", "deepseek_v3", "gemma3", "qwen2_5_vl", "llava",
-    "qwen3_next", "recurrent_gemma",
+    "qwen3_next", "recurrent_gemma", "mamba2",
 )  # fmt: skip
 
 

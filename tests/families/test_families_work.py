@@ -104,7 +104,6 @@ def same_as_alone(model, lengths, new=8):
         assert torch.equal(together.sequences[row, -new:], alone.sequences[0, -new:])
 
 
-@pytest.mark.every_family
 def test_conversion_is_verified(pair):
     result = verify(open_converted(pair[1]), open_source(str(pair[0])), Progress(quiet=True))
     assert result.passed and result.logits_match and not result.edited_files
