@@ -54,7 +54,13 @@ IN_SAVING = {
     *("uses .push_to_hub", "uses .save_pretrained", "uses bytes"),
 }
 MORE = {FILE: OF_FILE, "tokenization_pace.py": OF_TOKENIZER}
-BEYOND = {"memory_saving.py": IN_SAVING, "tokenization_pace.py": IN_TOKENIZER}
+# A forward that takes a cache by the usual name says so, to whoever asks for its parameters.
+IN_RECURRENT = {"uses .__signature__"}
+BEYOND = {
+    "memory_saving.py": IN_SAVING,
+    "tokenization_pace.py": IN_TOKENIZER,
+    "recurrent_cache.py": IN_RECURRENT,
+}
 BUILTINS = {
     "AttributeError", "BaseException", "Exception", "NotImplementedError", "OSError",
     "RuntimeError", "TypeError", "ValueError", "abs", "all", "any", "bool", "bytearray",
