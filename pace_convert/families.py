@@ -126,13 +126,13 @@ FAMILIES = {
         _mixture("axk1", "AXK1", "A.X K1", ROUTED_SIZES, "mlp.shared_experts"),
         _mixture("axk2", "AXK2", "A.X K2", ROUTED_SIZES, "mlp.shared_experts"),
         _pictures("aya_vision", "AyaVision", "Aya Vision", older=INNER),
-        FamilySpec("bitnet", "BitNet", "BitNet b1.58", refused={"experts": NORM_INSIDE}),
-        FamilySpec("bamba", "Bamba", "Bamba", FEED_FORWARD),
         _mixture(
             "bailing_hybrid", "BailingHybrid", "Ling 2.5, Ring 2.5",
             ("moe_intermediate_size", "num_shared_experts"), "mlp.shared_experts",
         ),
+        FamilySpec("bamba", "Bamba", "Bamba", FEED_FORWARD),
         FamilySpec("biogpt", "BioGpt", "BioGPT", FC1_FC2, base="biogpt"),
+        FamilySpec("bitnet", "BitNet", "BitNet b1.58", refused={"experts": NORM_INSIDE}),
         FamilySpec(
             "bloom", "Bloom", "BLOOM, BLOOMZ", FOUR_H, base="transformer", blocks="h",
             layer_keys=("n_layer", "num_hidden_layers"), size_keys=(),
@@ -159,26 +159,26 @@ FAMILIES = {
         _mixture(
             "deepseek_v32", "DeepseekV32", "DeepSeek-V3.2", ROUTED_SIZES, "mlp.shared_experts"
         ),
-        FamilySpec("doge", "Doge", "Doge, dense"),
         FamilySpec("diffllama", "DiffLlama", "DiffLlama"),
+        FamilySpec("doge", "Doge", "Doge, dense"),
         _mixture("dots1", "Dots1", "dots.llm1", ROUTED_SIZES, "mlp.shared_experts"),
         FamilySpec("ernie4_5", "Ernie4_5", "ERNIE 4.5, dense"),
         _mixture(
             "ernie4_5_moe", "Ernie4_5_Moe", "ERNIE 4.5",
             ("moe_intermediate_size", "moe_num_shared_experts"), "mlp.shared_experts",
         ),
+        FamilySpec("exaone4", "Exaone4", "EXAONE 4"),
         _mixture(
             "exaone_moe", "ExaoneMoe", "K-EXAONE", ("moe_intermediate_size", "num_shared_experts"),
             "mlp.shared_experts",
         ),
-        FamilySpec("exaone4", "Exaone4", "EXAONE 4"),
         FamilySpec(
             "falcon", "Falcon", "Falcon", FOUR_H, base="transformer", blocks="h",
             layer_keys=("num_hidden_layers", "n_layer"), size_keys=("ffn_hidden_size",),
             width_keys=("hidden_size",),
         ),
-        _states("falcon_mamba", "FalconMamba", "Falcon Mamba"),
         FamilySpec("falcon_h1", "FalconH1", "Falcon-H1", FEED_FORWARD),
+        _states("falcon_mamba", "FalconMamba", "Falcon Mamba"),
         _mixture("flex_olmo", "FlexOlmo", "FlexOlmo", SIZE),
         FamilySpec("gemma", "Gemma", "Gemma"),
         FamilySpec("gemma2", "Gemma2", "Gemma 2"),
@@ -296,13 +296,13 @@ FAMILIES = {
             blocks="blocks", layer_keys=("n_layers",), size_keys=(), width_keys=("d_model",),
         ),
         FamilySpec("nanochat", "NanoChat", "nanochat", MLP_FC1_FC2),
+        FamilySpec("nemotron", "Nemotron", "Nemotron-4, Minitron", UP_DOWN),
         FamilySpec(
             "nemotron_h", "NemotronH", "Nemotron-H, Nemotron 3", Ffn(("mixer",), "mixer"),
             layer_keys=("num_hidden_layers", "layers_block_type"), older=("backbone.layers",),
             entrances=("mixer.in_proj", "mixer.q_proj", "mixer.up_proj", "mixer.gate"),
             refused={"experts": IN_TURN, "fusion": IN_TURN},
         ),
-        FamilySpec("nemotron", "Nemotron", "Nemotron-4, Minitron", UP_DOWN),
         FamilySpec("olmo", "Olmo", "OLMo"),
         FamilySpec("olmo2", "Olmo2", "OLMo 2"),
         FamilySpec("olmo3", "Olmo3", "OLMo 3"),
@@ -322,19 +322,19 @@ FAMILIES = {
         _pictures("qwen2_vl", "Qwen2VL", "Qwen2-VL", older="model.layers"),
         FamilySpec("qwen3", "Qwen3", "Qwen3"),
         _mixture(
-            "qwen3_moe", "Qwen3Moe", "Qwen3-30B-A3B, Qwen3-235B-A22B", ("moe_intermediate_size",)
-        ),
-        _mixture(
-            "qwen3_next", "Qwen3Next", "Qwen3-Next", ("shared_expert_intermediate_size",),
-            "mlp.shared_expert",
+            "qwen3_5_moe_text", "Qwen3_5MoeText", "Qwen3.5 MoE, text only",
+            ("shared_expert_intermediate_size",), "mlp.shared_expert",
+            causal_lm="Qwen3_5MoeForCausalLM",
         ),
         FamilySpec(
             "qwen3_5_text", "Qwen3_5Text", "Qwen3.5, text only", causal_lm="Qwen3_5ForCausalLM"
         ),
         _mixture(
-            "qwen3_5_moe_text", "Qwen3_5MoeText", "Qwen3.5 MoE, text only",
-            ("shared_expert_intermediate_size",), "mlp.shared_expert",
-            causal_lm="Qwen3_5MoeForCausalLM",
+            "qwen3_moe", "Qwen3Moe", "Qwen3-30B-A3B, Qwen3-235B-A22B", ("moe_intermediate_size",)
+        ),
+        _mixture(
+            "qwen3_next", "Qwen3Next", "Qwen3-Next", ("shared_expert_intermediate_size",),
+            "mlp.shared_expert",
         ),
         _pictures("qwen3_vl", "Qwen3VL", "Qwen3-VL"),
         FamilySpec("recurrent_gemma", "RecurrentGemma", "RecurrentGemma", MLP_BLOCK, size_keys=()),

@@ -83,15 +83,15 @@ def test_unknown_family_with_did_you_mean(source, tmp_path):
     ("changes", "words"),
     [
         (
-            {"model_type": "dbrx", "ffn_config": {"moe_num_experts": 8}},
-            ("dbrx is a mixture of experts", "pace families"),
+            {"model_type": "another_moe", "num_experts": 8},
+            ("another_moe is a mixture of experts", "pace families"),
         ),
         (
             {"model_type": "mllama", "text_config": {"model_type": "mistral"}},
             ("multimodal", "(mistral, which is supported)"),
         ),
         ({"model_type": "t5", "is_encoder_decoder": True}, ("encoder-decoder", "pace families")),
-        ({"model_type": "mamba", "state_size": 16}, ("state-space", "pace families")),
+        ({"model_type": "another_ssm", "state_size": 16}, ("state-space", "pace families")),
     ],
 )
 def test_kinds_of_models_that_can_not_be_converted(source, tmp_path, changes, words):

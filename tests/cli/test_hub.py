@@ -195,6 +195,7 @@ def test_a_source_that_is_whole_in_the_cache_needs_no_hub(hub, run, tmp_path, aw
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_what_the_cache_lacks_is_said(hub, run, tmp_path):
     out = tmp_path / "out"
     refuse(run("convert", REPO, out, **OFFLINE[0]), 1, f"its cache has no {REPO}", out=out)

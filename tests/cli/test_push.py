@@ -281,6 +281,7 @@ def test_killed_in_the_middle_it_goes_on(hub, command, run, made):
     }
 
 
+@pytest.mark.slow
 def test_a_server_out_of_order_for_a_moment_and_for_longer(hub, run, made):
     """A 5xx answer to a large file is retried; one to the commit ends the upload, and the next run
     goes on.
@@ -408,6 +409,7 @@ def test_branch_and_pull_request_leave_main_alone(hub, run, made):
         assert repository.branches[branch][1] in repository.files(branch)["README.md"].decode()
 
 
+@pytest.mark.slow
 def test_a_second_pull_request_is_opened_only_for_another_conversion(
     hub, run_many, source, made, tmp_path
 ):

@@ -101,7 +101,8 @@ def test_stopped_again_and_again_and_resumed(source, alone, tmp_path):
     def stopped(layers: int, stop) -> tuple[int, str]:
         """Exit code and words, where something is stopped once so many layers are done."""
         process = start(source, out, "-j", "2", "-q", "--resume", before=SPAWNING)
-        wait_for(lambda: layers_done(out) >= layers, process)
+        # With workers Python has imported everything, and the command answers signals.
+        wait_for(lambda: layers_done(out) >= layers and workers_of(process), process)
         workers = workers_of(process)
         stop(process, workers)
         stdout, stderr = process.communicate()

@@ -93,6 +93,7 @@ def test_more_cells_and_models_reuse_what_is_there(reference, tmp_path):
     assert both.startswith(first) and len(both.splitlines()) == 1 + 8
 
 
+@pytest.mark.slow
 def test_processes_change_nothing(reference, tmp_path):
     one = needle(reference, "--out", tmp_path / "one", "--json")
     two = needle(reference, "--out", tmp_path / "two", "--json", "-j", 2)

@@ -174,7 +174,7 @@ def test_pace_assistant(pace, folders, batch):
 
 
 @pytest.mark.works("drafts of any length (num_assistant_tokens, prompt_lookup_num_tokens)")
-@pytest.mark.parametrize("tokens", [20, 60])
+@pytest.mark.parametrize("tokens", [60, pytest.param(20, marks=pytest.mark.slow)])
 def test_drafts_longer_than_can_be_taken_back(pace, base, folders, batch, tokens):
     """A draft is cut to what can be, 12 tokens here; an assistant with a memory drafts no more."""
     kwargs = {"max_new_tokens": 90, "do_sample": False}

@@ -126,6 +126,7 @@ def test_short_prompt_is_the_base_model(converted):
     torch.testing.assert_close(load(converted)(ids).logits, base(ids).logits, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_stands_alone(converted, tmp_path):
     ids = ids_of(prompts(1, 200)[0]).tolist()
     first = load_alone(

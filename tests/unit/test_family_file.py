@@ -54,7 +54,14 @@ def made(request, tmp_path):
     return source, file
 
 
-@pytest.mark.parametrize("made", SPECS, indirect=True)
+@pytest.mark.parametrize(
+    "made",
+    [
+        "diffllama",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in SPECS if name != "diffllama"),
+    ],
+    indirect=True,
+)
 def test_converts_verifies_loads_and_undoes_without_the_file(made, tmp_path):
     source, file = made
     out, ids = tmp_path / "out", random_ids(1, 30)
