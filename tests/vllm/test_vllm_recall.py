@@ -185,8 +185,11 @@ def test_choices_and_seeds(llm, model, prompts):
         assert said(choice) == pytest.approx(right[:, 0].tolist(), abs=LOGPROBS)
 
 
-def test_compiled(make_source, tmp_path):
-    """A converted folder as it is, with two layers' keys, and vLLM's graph around the one op."""
+@pytest.mark.parametrize(
+    "how", [{}, {"tensor_parallel_size": 2, "enforce_eager": True}], ids=["compiled", "two workers"]
+)
+def test_a_folder_as_it_is(make_source, tmp_path, how):
+    """With two layers' keys: vLLM's graph around the one op, and weights on two workers."""
     options = ConvertOptions(
         memory=("recall",), recall_layers=(1, 3), recall_bias=-5.0, recall_theta_low=0.0,
         experts=None,
@@ -196,6 +199,7 @@ def test_compiled(make_source, tmp_path):
     prompts = [random_ids(1, length, length)[0].tolist() for length in (5, 40, 90)]
     prompts = [ids + ids for ids in prompts]
     arguments = {"max_model_len": 256, "max_num_seqs": 4, "block_size": 32}
-    with started(out, trust_remote_code=True, skip_tokenizer_init=True, **arguments) as llm:
+    arguments |= {"trust_remote_code": True, "skip_tokenizer_init": True, **how}
+    with started(out, **arguments) as llm:
         for output, ids in zip(generate(llm, prompts, detokenize=False), prompts):
             compare(output, answered(model, ids))
