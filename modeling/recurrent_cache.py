@@ -1,5 +1,5 @@
-"""Caches of models that have a state in place of attention (Mamba): their layers count no columns,
-and their forward knows the cache by another name.
+"""Columns that a cache has seen; and caches of models that have a state in place of attention
+(Mamba): their layers count none, and their forward knows the cache by another name.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ USUAL = "past_key_values"
 OF_STATES = "cache_params"
 
 
-class ColumnCount(CacheLayerMixin):
-    """How many columns a cache has seen none of whose layers says so; an entry behind them."""
+class Columns(CacheLayerMixin):
+    """An entry of a cache that holds no keys and values, and knows how many columns were read."""
 
-    # A number of the host's, which a compiled step would not change.
-    is_compileable = False
+    is_compileable = True
     is_croppable = True
     supports_early_init = False
     is_sliding = False
@@ -28,7 +27,7 @@ class ColumnCount(CacheLayerMixin):
     def __init__(self) -> None:
         super().__init__()
         self.is_initialized = True
-        self.columns = 0
+        self.columns = 0  # that the caller has seen
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """There is nothing to initialise."""
@@ -38,7 +37,7 @@ class ColumnCount(CacheLayerMixin):
         raise NotImplementedError("this entry of a cache holds no keys and values")
 
     def get_seq_length(self) -> int:
-        """Columns that were read with this cache."""
+        """Columns that the caller has seen."""
         return self.columns
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -50,10 +49,17 @@ class ColumnCount(CacheLayerMixin):
         return -1
 
     def offload(self) -> None:
-        """It is a number."""
+        """It stays on its device."""
 
     def prefetch(self) -> None:
-        """It is a number."""
+        """It stays on its device."""
+
+
+class ColumnCount(Columns):
+    """The count of a cache none of whose layers has one; an entry behind them."""
+
+    # A number of the host's, which a compiled step would not change.
+    is_compileable = False
 
     def reset(self) -> None:
         """Nothing was read."""

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from .memory_cache import entry_of, fill_lazy
-from .recurrent_cache import columns_seen
+from .recurrent_cache import Columns, columns_seen
 from .reread_bank import Row
 from .reread_schedule import Build
 from .reread_settings import RereadSettings
@@ -70,26 +70,19 @@ class Contexts:
         return torch.cat([before.to(device), now], 1)
 
 
-class RereadEntry(CacheLayerMixin):
+class RereadEntry(Columns):
     """The rows of a cache, and what its KV layers hold of them.
 
     contexts: None where rows are held whole, as the base model would, or where what the layers
     hold is of no use any more: `whole` tells which.
     """
 
-    is_compileable = True
-    is_croppable = True
-    supports_early_init = False
-    is_sliding = False
-
     def __init__(self, settings: RereadSettings) -> None:
         super().__init__()
-        self.is_initialized = True
         self.settings = settings
         self.rows: list[Row] = []
         self.counts: list[int] = []
         self.ends: list[tuple[int, ...]] = []
-        self.columns = 0  # that the caller has seen
         self.shown: list[tuple[int, Tensor | None]] = []
         self.steps: list[Tensor] = []  # ids [B, 1] that rows do not have yet
         self.source: Tensor | None = None  # which of `rows` each row continues; None: its own
@@ -200,33 +193,12 @@ class RereadEntry(CacheLayerMixin):
 
     # What a cache asks of its layers.
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """There is nothing to initialise."""
-
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Refused: the KV layers are held until the model is called with the memory on."""
         raise ValueError(
             "this cache holds a text that is longer than the model's window, so it goes on with "
             "the memory on only; start with a new cache"
         )
-
-    def get_seq_length(self) -> int:
-        """Columns that the caller has seen."""
-        return self.columns
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """As of a layer that holds all of them."""
-        return self.columns + query_length, 0
-
-    def get_max_length(self) -> int:
-        """No limit."""
-        return -1
-
-    def offload(self) -> None:
-        """It stays on its device."""
-
-    def prefetch(self) -> None:
-        """It stays on its device."""
 
     def reset(self) -> None:
         """Forget every sequence."""

@@ -24,7 +24,6 @@ EXPERT_KEYS = (
 EXPERT_NAMES = ("moe", "mixtral", "gpt_oss", "dbrx", "deepseek_v2", "deepseek_v3", "llama4")
 
 
-# By model type, what can't be, in the words of a refusal.
 OWN_STATE = (
     "keeps what it has read in a class of its own, and the memory lives in transformers' Cache"
 )
@@ -32,10 +31,8 @@ AN_ENCODER = (
     "is an encoder that may read from the left; only models made as decoders can be converted"
 )
 NOT_TRIED = "has layers of a kind that was not tried here"
-KNOWN = {
-    **dict.fromkeys(
-        ("rwkv", "xlstm", "minimax", "xlnet", "reformer"), OWN_STATE
-    ),
+KNOWN = {  # by model type, what can't be converted, in the words of a refusal
+    **dict.fromkeys(("rwkv", "xlstm", "minimax", "xlnet", "reformer"), OWN_STATE),
     **dict.fromkeys(("openai-gpt", "xlm"), "has no KV cache, in which the memory lives"),
     **dict.fromkeys(
         ("internlm3", "iquestcoder"),

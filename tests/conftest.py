@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(items):
         given = item.callspec.params if hasattr(item, "callspec") else {}
         rows = [
             given[name]
-            for name in ("family_pair", "family", "standing_row", "row")
+            for name in ("family_pair", "family", "standing_row", "family_row")
             if name in given
         ]
         others = [row for row in rows if row not in KINDS]

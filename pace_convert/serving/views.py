@@ -12,14 +12,8 @@ from typing import Any
 from ..converted.opened import Converted
 from ..converted.shipped import base_config, modeling_files
 from ..errors import CallError
+from ..vllm_plugin import BASES
 from ..writing import write_json
-
-CLASSES = {  # model_type -> vLLM's class of the base model, whose FFN is called `mlp` on its input
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
 
 
 def engine_view(converted: Converted, folder: Path) -> Path:
@@ -32,13 +26,13 @@ def engine_view(converted: Converted, folder: Path) -> Path:
     memory = converted.files.config["pace"].get("memory") or {}
     if memory.get("enabled", True) and memory.get("recall"):
         kind = converted.family.model_type
-        if kind not in CLASSES:
+        if kind not in BASES:
             raise CallError(
-                f"vLLM does not recall with {kind} models, only with {', '.join(CLASSES)}",
+                f"vLLM does not recall with {kind} models, only with {', '.join(BASES)}",
                 "leave out --engine vllm, or give --engine-url of a vLLM that serves the source",
             )
         only = {"enabled": True, "recall": memory["recall"]}
-        config |= {"architectures": [f"Pace{CLASSES[kind]}"], "pace": {"memory": only}}
+        config |= {"architectures": [f"Pace{BASES[kind]}"], "pace": {"memory": only}}
     return _view(converted, folder, config)
 
 
@@ -48,14 +42,14 @@ def reader_view(converted: Converted, folder: Path, layer: int, key_size: int) -
     Raises CallError for a family that it does not know.
     """
     kind = converted.family.model_type
-    if kind not in CLASSES:
+    if kind not in BASES:
         raise CallError(
-            f"vLLM does not read keys of {kind} models, only of {', '.join(CLASSES)}",
+            f"vLLM does not read keys of {kind} models, only of {', '.join(BASES)}",
             "leave out --reader vllm",
         )
     config = base_config(converted.files.config, converted.family)
     config |= {
-        "architectures": [f"PaceReader{CLASSES[kind]}"],
+        "architectures": [f"PaceReader{BASES[kind]}"],
         "num_hidden_layers": layer + 1,
         "tie_word_embeddings": True,  # it has no head
         "pace_key_size": key_size,

@@ -4,7 +4,12 @@ point `vllm.general_plugins`.
 
 from __future__ import annotations
 
-BASES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+BASES = {  # model_type -> vLLM's class of the base model, whose FFN is called `mlp` on its input
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 TRIED = ("0.32",)  # versions of vLLM
 
 
@@ -12,9 +17,20 @@ def register() -> None:
     """Tell vLLM the models' names; they are imported when one is loaded."""
     from vllm import ModelRegistry  # type: ignore[import-not-found,unused-ignore]
 
-    for base in BASES:
+    for base in BASES.values():
         for name, module in ((f"PaceReader{base}", "reader"), (f"Pace{base}", "recall")):
             ModelRegistry.register_model(name, f"pace_convert.vllm_plugin.{module}:{name}")
+
+
+def base_class(name: str, prefix: str) -> type:
+    """vLLM's class that a model of this name stands on. Raises AttributeError for no such model."""
+    from vllm import ModelRegistry  # type: ignore[import-not-found,unused-ignore]
+
+    base = name.removeprefix(prefix)
+    if base == name or base not in BASES.values():
+        raise AttributeError(name)
+    found: type = ModelRegistry.models[base].load_model_cls()
+    return found
 
 
 def check_version() -> None:

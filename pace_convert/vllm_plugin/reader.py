@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.pooler import DispatchPooler
 from vllm.model_executor.layers.pooler.tokwise import pooler_for_token_embed
-from vllm.model_executor.models.registry import ModelRegistry
 
 from ..modeling.reread_keys import signs
-from . import BASES, check_version
+from . import base_class, check_version
 
 
 class FfnInput(nn.Module):
@@ -88,9 +87,5 @@ def reader_class(base: type[nn.Module]) -> type[nn.Module]:
 
 def __getattr__(name: str) -> Any:
     """The reading models by name, as vLLM asks for them."""
-    base = name.removeprefix("PaceReader")
-    if base not in BASES or base == name:
-        raise AttributeError(name)
-    found = ModelRegistry.models[base].load_model_cls()
-    made = globals()[name] = reader_class(found)
+    made = globals()[name] = reader_class(base_class(name, "PaceReader"))
     return made

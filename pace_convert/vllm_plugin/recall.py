@@ -20,7 +20,6 @@ from torch.nn.functional import normalize
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.model_executor.models.registry import ModelRegistry
 from vllm.model_executor.models.utils import maybe_prefix
 from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backend import (
@@ -33,7 +32,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec, MLAAttentionSpec
 from ..modeling.recall_bank import mix
 from ..modeling.recall_settings import RecallSettings
 from ..modeling.reread_keys import signs
-from . import BASES, check_version
+from . import base_class, check_version
 from .settings import recall_settings
 
 DIGITS = 3  # of a number in base 256, which bf16 and fp16 hold: 16 million tokens, or ids
@@ -295,9 +294,5 @@ def recall_class(base: type[nn.Module]) -> type[nn.Module]:
 
 def __getattr__(name: str) -> Any:
     """The PaceLLMs by name, as vLLM asks for them."""
-    base = name.removeprefix("Pace")
-    if base not in BASES or base == name:
-        raise AttributeError(name)
-    found = ModelRegistry.models[base].load_model_cls()
-    made = globals()[name] = recall_class(found)
+    made = globals()[name] = recall_class(base_class(name, "Pace"))
     return made

@@ -57,40 +57,40 @@ def prompt(row, before, behind):
 
 
 @pytest.fixture(scope="module", params=TOKENS)
-def row(request):
+def family_row(request):
     return request.param
 
 
 @pytest.fixture(scope="module")
-def model(row, make_source, tmp_path_factory):
-    source, out = make_source(row), tmp_path_factory.mktemp("out") / "converted"
+def model(family_row, make_source, tmp_path_factory):
+    source, out = make_source(family_row), tmp_path_factory.mktemp("out") / "converted"
     convert_folder(source, out, memory="fusion,reread,recall", **WINDOW, **GATE)
     made = load(out)
-    if row == "gemma3":  # its projection begins as zeros
+    if family_row == "gemma3":  # its projection begins as zeros
         torch.nn.init.normal_(made.model.multi_modal_projector.mm_input_projection_weight)
     return made
 
 
-def test_a_batch_of_different_lengths_is_read_as_alone(row, model):
-    prompts = [prompt(row, 7, 20), prompt(row, 12, 9)]
+def test_a_batch_of_different_lengths_is_read_as_alone(family_row, model):
+    prompts = [prompt(family_row, 7, 20), prompt(family_row, 12, 9)]
     options = {
         "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "output_logits": True,
         "return_dict_in_generate": True,
     }  # fmt: skip
-    together = model.generate(**inputs(row, prompts, [0, 1]), **options)
+    together = model.generate(**inputs(family_row, prompts, [0, 1]), **options)
     for i, one in enumerate(prompts):
-        alone = model.generate(**inputs(row, [one], [i]), **options)
+        alone = model.generate(**inputs(family_row, [one], [i]), **options)
         for got, expected in zip(together.logits, alone.logits):
             close(got[i], expected[0])
-    other = model.generate(**inputs(row, [prompts[0]], [1]), **options)
+    other = model.generate(**inputs(family_row, [prompts[0]], [1]), **options)
     assert (other.logits[0][0] - together.logits[0][0]).abs().max() > 1e-6  # the image is seen
     with model.memory_disabled():
-        base = model.generate(**inputs(row, [prompts[0]], [0]), **options)
+        base = model.generate(**inputs(family_row, [prompts[0]], [0]), **options)
     assert (base.logits[0][0] - together.logits[0][0]).abs().max() > 1e-3
 
 
-def test_no_id_of_an_image_is_recalled(row, model):
-    one = inputs(row, [prompt(row, 7, 7)], [0])
+def test_no_id_of_an_image_is_recalled(family_row, model):
+    one = inputs(family_row, [prompt(family_row, 7, 7)], [0])
     settings = model.memory_settings
     model.set_memory(layers=())  # fusion changes predictions of everything
     mixed = logits(model, **one).log_softmax(-1)
@@ -101,10 +101,12 @@ def test_no_id_of_an_image_is_recalled(row, model):
     assert (mixed - base)[..., IMAGE_TOKEN].max() < 1e-9
 
 
-def test_beyond_the_window_an_image_is_refused(row, model):
+def test_beyond_the_window_an_image_is_refused(family_row, model):
     with pytest.raises(ValueError, match="a part is an image or a video"):
         model.generate(
-            **inputs(row, [prompt(row, 7, CAPACITY)], [0]), max_new_tokens=2, pad_token_id=0
+            **inputs(family_row, [prompt(family_row, 7, CAPACITY)], [0]),
+            max_new_tokens=2,
+            pad_token_id=0,
         )
 
 

@@ -76,7 +76,7 @@ def split(draw, length):
     return list(zip(edges, edges[1:]))
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_one_sequence_however_split(data):
     config = data.draw(memory_settings())
@@ -99,7 +99,7 @@ def test_one_sequence_however_split(data):
     assert summary["hits"][0] == memory.hits
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_padded_batch_however_split(data):
     """Rows of different lengths with padding anywhere (NaN in it), split anywhere, one token at a
@@ -168,7 +168,7 @@ def test_crop_inside_a_block_takes_tokens_back():
     torch.testing.assert_close(torch.cat([first, run(entry, h[:, 25:])], 1), whole)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_tokens_can_be_taken_back(data):
     """Any order of calls and crops leaves what the tokens that stayed would have made; too deep a

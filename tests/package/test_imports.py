@@ -13,8 +13,8 @@ FLOORS = (
     ("cli",),
     ("",),  # pace_convert itself
     ("api",),
-    ("evaluation", "inspect", "reading", "serving", "vllm_plugin"),
-    ("reference",),
+    ("evaluation", "inspect", "reading", "serving"),
+    ("reference", "vllm_plugin"),
     ("conversion",),
     ("converted",),
     ("family_file",),
