@@ -242,19 +242,20 @@ def run_alone(code: str, *args: object, modules: Path) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-# Takes JSON jobs {folder, ids, save_to?}: one process, because starting one takes longer than all
+# Takes JSON jobs {folder, ids, save_to?, auto?, dtype?}: one process, because starting one takes longer than all
 # its jobs.
 LOAD = """
-import gc, json, torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, logging
+import gc, json, torch, transformers
+from transformers import AutoConfig, AutoModel, logging
 logging.set_verbosity_error()
 torch.set_num_threads(1)
 done = []
 for job in json.loads(sys.argv[1]):
     folder, ids = job["folder"], torch.tensor(job["ids"])
     print(folder, file=sys.stderr)
-    options = {"trust_remote_code": True, "dtype": torch.float64}
-    model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+    dtype, auto = job.get("dtype", "float64"), job.get("auto", "AutoModelForCausalLM")
+    options = {"trust_remote_code": True, "dtype": getattr(torch, dtype)}
+    model = getattr(transformers, auto).from_pretrained(folder, **options).eval()
     inner = AutoModel.from_pretrained(folder, **options).eval()
     with torch.no_grad():
         logits = model(ids).logits

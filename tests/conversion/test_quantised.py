@@ -27,6 +27,7 @@ SHAPE = {**SMALL, "hidden_size": 128, "intermediate_size": 256, "num_key_value_h
 MEMORY = {"memory": "fusion,reread,recall", "window": 16, "spans": 1, "span_width": 4,
           "first_tokens": 2, "update_interval": 5, "theta_low": 0.1, "theta_high": 0.3,
           "fusion_weight": 0.5}  # fmt: skip
+GROUP = 32  # weights that share a scale, of GPTQ and AWQ
 BLOCK = 48  # does not divide 128, as some models' blocks do not divide their sizes
 
 
@@ -127,6 +128,38 @@ def compressed(plain, folder, scheme="W4A16"):
     return folder
 
 
+def packed(plain, folder, method):
+    """As GPTQ's and AWQ's libraries have it: eight weights of four bits in a number, drawn at
+    random, as any numbers are weights; scales and zero points of groups.
+    """
+    shutil.copytree(plain, folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if "proj" in name]:
+        rows, columns = tensors.pop(name).shape
+        path, groups = name.removesuffix("weight"), columns // GROUP
+        shape = (columns // 8, rows) if method == "gptq" else (columns, rows // 8)
+        tensors[path + "qweight"] = torch.randint(-(2**31), 2**31, shape).to(torch.int32)
+        tensors[path + "qzeros"] = torch.full((groups, rows // 8), 0x77777777, dtype=torch.int32)
+        tensors[path + "scales"] = (torch.rand(groups, rows) * 2e-2 + 1e-3).half()
+        if method == "gptq":
+            tensors[path + "g_idx"] = torch.arange(columns, dtype=torch.int32) // GROUP
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    stated = {"sym": True, "desc_act": False} if method == "gptq" else {"zero_point": True}
+    config["quantization_config"] = {
+        "quant_method": method,
+        "bits": 4,
+        "group_size": GROUP,
+    } | stated
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
+    return folder
+
+
+def gptqmodel(plain, folder, method):
+    pytest.importorskip("gptqmodel", exc_type=ImportError)
+    return packed(plain, folder, method)
+
+
 ALONE = """
 import json, torch
 from transformers import AutoModelForCausalLM
@@ -142,9 +175,12 @@ KINDS = {
     "bitsandbytes, 8 bit": bnb_8bit,
     "bitsandbytes, 4 bit": bnb_4bit,
     "compressed-tensors": compressed,
+    "gptq": lambda plain, folder: gptqmodel(plain, folder, "gptq"),
+    "awq": lambda plain, folder: gptqmodel(plain, folder, "awq"),
 }
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning")  # optimum's look
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_experts_it_runs_as_it_is(kind, plain, tmp_path):
     source = KINDS[kind](plain, tmp_path / "source")
@@ -207,22 +243,7 @@ def test_packed_weights_go_along_where_their_library_is_not(method, plain, tmp_p
     """GPTQModel is not among the tests' packages: names, bytes and the words are what is tested."""
     if find_spec("gptqmodel"):
         pytest.skip("GPTQModel is here")
-    source, out = tmp_path / "source", tmp_path / "out"
-    shutil.copytree(plain, source)
-    tensors = load_file(source / "model.safetensors")
-    for name in [name for name in tensors if "proj" in name]:
-        rows, columns = tensors.pop(name).shape
-        path = name.removesuffix("weight")
-        packed = (columns // 8, rows) if method == "gptq" else (columns, rows // 8)
-        tensors[path + "qweight"] = torch.randint(0, 9**9, packed, dtype=torch.int32)
-        tensors[path + "qzeros"] = torch.zeros(1, rows // 8, dtype=torch.int32)
-        tensors[path + "scales"] = torch.ones(1, rows, dtype=torch.float16)
-        if method == "gptq":
-            tensors[path + "g_idx"] = torch.zeros(columns, dtype=torch.int32)
-    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((source / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": method, "bits": 4, "group_size": -1}
-    (source / "config.json").write_text(json.dumps(config))
+    source, out = packed(plain, tmp_path / "source", method), tmp_path / "out"
     refuse(pace_convert(source, tmp_path / "x", "--dequantise"), 2, f"the source is {method}")
     pace.convert(source, out, pace.ConvertOptions(no_experts=True))
     assert pace.verify(out, source, logits=False).passed

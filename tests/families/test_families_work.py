@@ -5,7 +5,7 @@ of families in docs/compatibility.md.
 
 import pytest
 import torch
-from helpers import convert_folder, family_of, load, random_ids
+from helpers import convert_folder, family_of, load, load_alone, random_ids
 from more_families import MORE_CONFIGS
 from transformers import DynamicCache
 
@@ -161,6 +161,17 @@ def test_a_state_is_right_however_a_text_is_split(model):
     whole = split([0, 2 * CAPACITY])
     for edges in ([0, CAPACITY // 2, CAPACITY + 3, 2 * CAPACITY], range(2 * CAPACITY + 1)):
         torch.testing.assert_close(split(edges), whole, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow  # a process each
+def test_stands_alone(pair, family, model, dtype, tmp_path):
+    """In a fresh process in which the package cannot be imported."""
+    ids = text(1, 40, seed=9)
+    job = {"folder": pair[1], "ids": ids.tolist(), "auto": family.auto_class,
+           "dtype": str(dtype).partition(".")[2]}  # fmt: skip
+    (alone,) = load_alone([job], modules=tmp_path)
+    assert alone["class"] == f"Pace{family.causal_lm_class}" and alone["same"]
+    assert alone["sum"] == pytest.approx(logits(model, ids).sum().item(), rel=1e-4)
 
 
 def test_saved_and_loaded_again(model, dtype, tmp_path):
