@@ -242,8 +242,8 @@ def run_alone(code: str, *args: object, modules: Path) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-# Takes JSON jobs {folder, ids, save_to?, auto?, dtype?}: one process, because starting one takes longer than all
-# its jobs.
+# Takes JSON jobs {folder, ids, save_to?, auto?, dtype?}: one process, because starting one takes
+# longer than all its jobs.
 LOAD = """
 import gc, json, torch, transformers
 from transformers import AutoConfig, AutoModel, logging

@@ -27,7 +27,7 @@ from huggingface_hub.errors import (
 
 from ..errors import CallError, DamagedSourceError, PaceError
 from ..progress import Progress
-from .dequantised import unpack_fp8
+from .dequantised import unpack_quantised
 from .files import check_file, check_names, is_passed_over, list_files, read_json
 from .gguf_file import open_gguf
 from .hub_errors import READING, hub_errors, is_out_of_reach
@@ -227,7 +227,7 @@ def _open_gguf(
 
 def _dequantised(packed: Source) -> Source:
     """A quantised source as a plain one."""
-    made = _unpackable(packed.name, packed.hub, *unpack_fp8(packed))
+    made = _unpackable(packed.name, packed.hub, *unpack_quantised(packed))
     return replace(made, left_out=packed.left_out, include=packed.include)
 
 

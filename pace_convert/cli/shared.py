@@ -30,7 +30,7 @@ def hub_options(command: Callable) -> Callable:
 def unpacking_options(command: Callable) -> Callable:
     """What is made of a source without plain weights."""
     command = click.option(
-        "--dequantise", is_flag=True, help="Take SOURCE's weights, in FP8, as plain ones."
+        "--dequantise", is_flag=True, help="Take SOURCE's weights, in FP8 or MXFP4, as plain ones."
     )(command)
     return click.option(
         "--gguf-file", metavar="NAME", help="Take this GGUF file of SOURCE, a folder or Hub id."

@@ -12,8 +12,11 @@ from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     FineGrainedFP8Config,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Mxfp4Config,
     TorchAoConfig,
 )
 from transformers.integrations import fbgemm_fp8
@@ -24,9 +27,10 @@ from pace_convert.errors import CallError, DamagedSourceError
 
 SHAPE = {**SMALL, "hidden_size": 128, "intermediate_size": 256, "num_key_value_heads": 4,
          "initializer_range": 0.1}  # fmt: skip
-MEMORY = {"memory": "fusion,reread,recall", "window": 16, "spans": 1, "span_width": 4,
-          "first_tokens": 2, "update_interval": 5, "theta_low": 0.1, "theta_high": 0.3,
-          "fusion_weight": 0.5}  # fmt: skip
+MIXTURES = {"memory": "reread,recall", "window": 16, "spans": 1, "span_width": 4,
+            "first_tokens": 2, "recall_theta_low": 0.1}  # fmt: skip
+MEMORY = {**MIXTURES, "memory": "fusion,reread,recall", "update_interval": 5, "theta_low": 0.1,
+          "theta_high": 0.3, "fusion_weight": 0.5}  # fmt: skip
 GROUP = 32  # weights that share a scale, of GPTQ and AWQ
 BLOCK = 48  # does not divide 128, as some models' blocks do not divide their sizes
 
@@ -155,6 +159,26 @@ def packed(plain, folder, method):
     return folder
 
 
+def mxfp4(folder):
+    """As OpenAI ships gpt-oss: experts' weights of four bits, 32 of which share an exponent."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_local_experts": 3}
+    config = GptOssConfig(**{**SMALL, **sizes, "num_experts_per_tok": 2, "sliding_window": 16})
+    GptOssForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, columns, rows = tensors.pop(name).shape
+        blocks = (experts, rows, columns // 32, 16)
+        tensors[name + "_blocks"] = torch.randint(0, 256, blocks).to(torch.uint8)
+        tensors[name + "_scales"] = torch.randint(118, 124, blocks[:3]).to(torch.uint8)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    left = ["self_attn", "mlp.router", "embed_tokens", "lm_head"]
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": left}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 def gptqmodel(plain, folder, method):
     pytest.importorskip("gptqmodel", exc_type=ImportError)
     return packed(plain, folder, method)
@@ -175,6 +199,7 @@ KINDS = {
     "bitsandbytes, 8 bit": bnb_8bit,
     "bitsandbytes, 4 bit": bnb_4bit,
     "compressed-tensors": compressed,
+    "mxfp4": lambda plain, folder: mxfp4(folder),
     "gptq": lambda plain, folder: gptqmodel(plain, folder, "gptq"),
     "awq": lambda plain, folder: gptqmodel(plain, folder, "awq"),
 }
@@ -186,7 +211,8 @@ def test_without_experts_it_runs_as_it_is(kind, plain, tmp_path):
     source = KINDS[kind](plain, tmp_path / "source")
     out, ids = tmp_path / "out", random_ids(1, 60)
     refuse(pace_convert(source, tmp_path / "x"), 2, "--no-experts", out=tmp_path / "x")
-    pace.convert(source, out, pace.ConvertOptions(no_experts=True, **MEMORY))
+    memory = MIXTURES if kind == "mxfp4" else MEMORY
+    pace.convert(source, out, pace.ConvertOptions(no_experts=True, **memory))
     stated = [json.loads((folder / "config.json").read_text()) for folder in (source, out)]
     assert stated[0]["quantization_config"] == stated[1]["quantization_config"]
     weights = "model.safetensors"
@@ -271,6 +297,24 @@ def test_dequantised_equals_the_load_of_transformers(plain, tmp_path):
         pace.verify(out, source)
 
 
+def test_dequantised_mixture_equals_the_load_of_transformers(tmp_path):
+    source, out = mxfp4(tmp_path / "source"), tmp_path / "out"
+    pace.convert(source, out, pace.ConvertOptions(experts=8), dequantise=True)
+    stated = Mxfp4Config(dequantize=True)
+    theirs = AutoModelForCausalLM.from_pretrained(source, quantization_config=stated).state_dict()
+    pace.undo(out, tmp_path / "back")
+    ours = load_file(tmp_path / "back" / "model.safetensors")
+    assert set(ours) == set(theirs)
+    assert all(torch.equal(theirs[name], value) for name, value in ours.items())
+    assert pace.verify(out, source, dequantise=True).passed
+    tensors = load_file(source / "model.safetensors")
+    name = "model.layers.1.mlp.experts.down_proj_scales"
+    tensors[name] = tensors[name][:, 1:].contiguous()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DamagedSourceError, match="down_proj_blocks is U8"):
+        pace.convert(source, tmp_path / "x", dequantise=True)
+
+
 @pytest.mark.parametrize(("method", "block"), [("fp8", BLOCK), ("fbgemm_fp8", None)])
 def test_dequantised_blocks_at_the_edge_and_rows(method, block, plain, tmp_path):
     source = fp8(plain, tmp_path / "source", method, block or 64)
@@ -291,7 +335,11 @@ def test_dequantised_blocks_at_the_edge_and_rows(method, block, plain, tmp_path)
 
 def test_what_cannot_be_dequantised_is_refused(plain, tmp_path):
     source = torchao(plain, tmp_path / "torchao")
-    refuse(pace_convert(source, tmp_path / "x", "--dequantise"), 2, "--dequantise is for fp8")
+    refuse(
+        pace_convert(source, tmp_path / "x", "--dequantise"),
+        2,
+        "--dequantise is for fp8, fbgemm_fp8, mxfp4",
+    )
     refuse(pace_convert(plain, tmp_path / "x", "--dequantise"), 2, "the source is not quantised")
     lacking = fp8(plain, tmp_path / "fp8", "fp8")
     tensors = load_file(lacking / "model.safetensors")
