@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from copy import deepcopy
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,8 @@ class Text:
         if arm.get("find") == "all":
             if self.whole is None:
                 self.whole = self.model(torch.tensor([self.ids]), logits_to_keep=1).past_key_values
-            made = self._scores(prompt, prompt.ids[common:], self.whole)
-            self.whole.crop(common - self.whole.get_seq_length())
+            # A copy, since what slides can't be cropped.
+            made = self._scores(prompt, prompt.ids[common:], deepcopy(self.whole))
             return {**made, "tokens": len(prompt.ids)}
         start, passages = self.found(arm, prompt, question)
         settings = settings_of(self.model, arm)
@@ -149,14 +150,14 @@ class Text:
         cache = out.past_key_values
         logits = out.logits[0].float().log_softmax(-1)
         own = logits[range(len(logits) - 1 - asked, len(logits) - 1), ids[len(ids) - asked :]]
-        held, nats = cache.get_seq_length(), []
+        nats = []
         for answer in prompt.answers:
             chosen = [logits[-1, answer[0]]]
             if len(answer) > 1:
-                more = self.model(torch.tensor([answer[:-1]]), past_key_values=cache).logits[0]
+                behind = deepcopy(cache) if len(prompt.answers) > 1 else cache
+                more = self.model(torch.tensor([answer[:-1]]), past_key_values=behind).logits[0]
                 more = more.float().log_softmax(-1)
                 chosen += list(more[range(len(answer) - 1), answer[1:]])
-                cache.crop(held - cache.get_seq_length())
             nats.append(torch.stack(chosen).mean().item())
         return {"nats": max(nats), "asked": own.mean().item()}
 
