@@ -50,9 +50,9 @@ def convert(
     Hub. overwrite: replace an earlier conversion; resume: go on with an unfinished one.
     push_to_hub: then upload it to this repository, a new one private if asked. include: patterns of
     files that go along beside those that a model is known to have. gguf_file: of the folder or
-    repository this file alone. dequantise: write weights in FP8 or MXFP4 as plain ones. progress: called
-    with an `Update` before and after each piece of work. Raises CallError for a call that can't be
-    carried out, and PaceError for what fails; what is done by then is kept for `resume`.
+    repository this file alone. dequantise: write weights in FP8 or MXFP4 as plain ones. progress:
+    called with an `Update` before and after each piece of work. Raises CallError for a call that
+    can't be carried out, and PaceError for what fails; what is done by then is kept for `resume`.
     """
     shown = as_progress(progress)
     prepared = prepare(

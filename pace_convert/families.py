@@ -3,130 +3,55 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import replace
 
 from .errors import CallError
+from .family_kinds import (
+    FC,
+    FC1_FC2,
+    FC_IN_OUT,
+    FEED_FORWARD,
+    FOUR_H,
+    FUSED,
+    IN_TURN,
+    INNER,
+    LINEARS,
+    MLP_BLOCK,
+    MLP_FC1_FC2,
+    NO_SHARED,
+    NORM_INSIDE,
+    ONE_MATRIX,
+    ROUTED_SIZES,
+    SIZE,
+    UP_DOWN,
+    W1_W3_W2,
+    gpt,
+    granite,
+    mixture,
+    pictures,
+    states,
+    zamba,
+)
 from .family_spec import GATED, FamilySpec, Ffn, Mixture
 from .unsupported import why_unsupported
-
-FUSED = Ffn(("mlp.gate_up_proj",), "mlp.down_proj", fused=True)
-UP_DOWN = Ffn(("mlp.up_proj",), "mlp.down_proj")
-FC = Ffn(("mlp.c_fc",), "mlp.c_proj")
-FEED_FORWARD = Ffn(("feed_forward.gate_proj", "feed_forward.up_proj"), "feed_forward.down_proj")
-W1_W3_W2 = Ffn(("feed_forward.w1", "feed_forward.w3"), "feed_forward.w2")
-MLP_BLOCK = Ffn(("mlp_block.gate_proj", "mlp_block.up_proj"), "mlp_block.down_proj")
-NO_SHARED = "its tokens pass experts of their own, and no FFN sees all of them"
-ONE_FFN = "its layers have no FFN of their own"
-IN_TURN = "its layers are attention, states or FFN in turn, and not each has an FFN"
-NORM_INSIDE = "a norm inside its FFNs weighs each neuron"
-ONE_MATRIX = "the weights of its experts are one matrix"
-NO_FFN = "its layers have no FFN"
-SIZE = ("intermediate_size",)
-ROUTED_SIZES = ("moe_intermediate_size", "n_shared_experts")
-LINEARS = ("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight")
-INNER = "language_model.model.layers"  # where many older multimodal checkpoints have the layers
-FC1_FC2 = Ffn(("fc1",), "fc2")
-MLP_FC1_FC2 = Ffn(("mlp.fc1",), "mlp.fc2")
-FC_IN_OUT = Ffn(("mlp.fc_in",), "mlp.fc_out")
-FOUR_H = Ffn(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h")
-
-
-def _pictures(
-    model_type: str, name: str, models: str, stack: str = "language_model", older: str = ""
-) -> FamilySpec:
-    """A text decoder beside a vision tower, which stays as it is."""
-    return FamilySpec(
-        model_type, name, models, stack=stack, text="text_config",
-        older=(older,) if older else (),
-    )  # fmt: skip
-
-
-def _mixture(
-    model_type: str, name: str, models: str, sizes: tuple[str, ...], shared: str = "", *,
-    block: str = "mlp", stored: str = "", packed: tuple[tuple[str, str], ...] = (),
-    interleaved: bool = False, transposed: bool = False, ffn: Ffn = GATED, causal_lm: str = "",
-    names: tuple[tuple[str, str], ...] = (),
-) -> FamilySpec:  # fmt: skip
-    """A mixture of experts. shared: path of the FFN that all tokens pass beside their experts.
-    stored: checkpoints call the block so, and its experts' layers w1, w3 and w2. ffn: of layers
-    that are no mixture. names: see `FamilySpec.stored`.
-    """
-    one = f"{stored or block}.experts.{{}}"
-    mixture = Mixture(
-        block,
-        sizes,
-        expert=Ffn((f"{one}.w1", f"{one}.w3"), f"{one}.w2") if stored else _gated(one),
-        packed=(*packed, (f"{block}.experts.gate_up_proj", f"{block}.experts.down_proj")),
-        shared=_gated(shared) if shared else None,
-        stored=stored,
-        interleaved=interleaved,
-        transposed=transposed,
-    )
-    refused = {} if shared else {"fusion": NO_SHARED}
-    return FamilySpec(
-        model_type, name, models, ffn, causal_lm, mixture=mixture, stored=names, refused=refused
-    )
-
-
-def _granite(model_type: str, name: str, models: str) -> FamilySpec:
-    """Experts beside an FFN that all tokens pass; where there are none, that FFN alone."""
-    shared = Ffn(("shared_mlp.input_linear",), "shared_mlp.output_linear", fused=True)
-    plain = _mixture(model_type, name, models, ("shared_intermediate_size",),
-        block="block_sparse_moe", packed=(LINEARS,), ffn=shared)  # fmt: skip
-    assert plain.mixture is not None
-    return replace(
-        plain, mixture=replace(plain.mixture, shared=shared), entrances=shared.inputs, refused={}
-    )
-
-
-def _zamba(model_type: str, name: str, models: str) -> FamilySpec:
-    """State-space layers, and one FFN that some of them share."""
-    return FamilySpec(
-        model_type, name, models, Ffn(("mamba.in_proj",), "mamba.out_proj"), size_keys=(),
-        entrances=("mamba.in_proj", "mamba_decoder.mamba.in_proj"),
-        refused={"experts": ONE_FFN, "fusion": ONE_FFN},
-    )  # fmt: skip
-
-
-def _states(model_type: str, name: str, models: str) -> FamilySpec:
-    """Layers that are a state-space mixer and nothing else."""
-    return FamilySpec(
-        model_type, name, models, Ffn(("mixer.in_proj",), "mixer.out_proj"), base="backbone",
-        size_keys=(), entrances=("mixer.in_proj",), refused={"experts": NO_FFN, "fusion": NO_FFN},
-    )  # fmt: skip
-
-
-def _gated(path: str) -> Ffn:
-    return Ffn((f"{path}.gate_proj", f"{path}.up_proj"), f"{path}.down_proj")
-
-
-def _gpt(model_type: str, name: str, models: str, ffn: Ffn, causal_lm: str = "") -> FamilySpec:
-    """GPT-2 and what took over its names."""
-    return FamilySpec(
-        model_type, name, models, ffn, causal_lm, base="transformer", blocks="h",
-        layer_keys=("n_layer", "num_hidden_layers"), size_keys=("n_inner",),
-        width_keys=("n_embd", "hidden_size"),
-    )  # fmt: skip
-
 
 FAMILIES = {
     spec.model_type: spec
     for spec in (
-        _mixture(
+        mixture(
             "afmoe", "Afmoe", "Trinity", ("moe_intermediate_size", "num_shared_experts"),
             "mlp.shared_experts",
         ),
         FamilySpec("apertus", "Apertus", "Apertus", UP_DOWN),
         FamilySpec("arcee", "Arcee", "AFM-4.5B", UP_DOWN),
-        _mixture(
+        mixture(
             "aria_text", "AriaText", "Aria, text only",
             ("intermediate_size", "moe_num_shared_experts"), "mlp.shared_experts", transposed=True,
             packed=(("mlp.experts.fc1.weight", "mlp.experts.fc2.weight"),),
         ),
-        _mixture("axk1", "AXK1", "A.X K1", ROUTED_SIZES, "mlp.shared_experts"),
-        _mixture("axk2", "AXK2", "A.X K2", ROUTED_SIZES, "mlp.shared_experts"),
-        _pictures("aya_vision", "AyaVision", "Aya Vision", older=INNER),
-        _mixture(
+        mixture("axk1", "AXK1", "A.X K1", ROUTED_SIZES, "mlp.shared_experts"),
+        mixture("axk2", "AXK2", "A.X K2", ROUTED_SIZES, "mlp.shared_experts"),
+        pictures("aya_vision", "AyaVision", "Aya Vision", older=INNER),
+        mixture(
             "bailing_hybrid", "BailingHybrid", "Ling 2.5, Ring 2.5",
             ("moe_intermediate_size", "num_shared_experts"), "mlp.shared_experts",
         ),
@@ -138,10 +63,10 @@ FAMILIES = {
             layer_keys=("n_layer", "num_hidden_layers"), size_keys=(),
             width_keys=("n_embed", "hidden_size"),
         ),
-        _gpt("codegen", "CodeGen", "CodeGen", FC_IN_OUT),
+        gpt("codegen", "CodeGen", "CodeGen", FC_IN_OUT),
         FamilySpec("cohere", "Cohere", "Command R, Aya"),
         FamilySpec("cohere2", "Cohere2", "Command R7B, Command A"),
-        _mixture("cohere2_moe", "Cohere2Moe", "Command, mixtures", SIZE),
+        mixture("cohere2_moe", "Cohere2Moe", "Command, mixtures", SIZE),
         FamilySpec("cwm", "Cwm", "Code World Model"),
         FamilySpec(
             "dbrx", "Dbrx", "DBRX", base="transformer", blocks="blocks",
@@ -149,26 +74,26 @@ FAMILIES = {
             mixture=Mixture("ffn", ("ffn_config.ffn_hidden_size",), GATED, ()),
             refused={"experts": ONE_MATRIX, "fusion": NO_SHARED},
         ),
-        _mixture(
+        mixture(
             "deepseek_v2", "DeepseekV2", "DeepSeek-V2", ROUTED_SIZES, "mlp.shared_experts"
         ),
-        _mixture(
+        mixture(
             "deepseek_v3", "DeepseekV3", "DeepSeek-V3, DeepSeek-R1, Moonlight", ROUTED_SIZES,
             "mlp.shared_experts",
         ),
-        _mixture(
+        mixture(
             "deepseek_v32", "DeepseekV32", "DeepSeek-V3.2", ROUTED_SIZES, "mlp.shared_experts"
         ),
         FamilySpec("diffllama", "DiffLlama", "DiffLlama"),
         FamilySpec("doge", "Doge", "Doge, dense"),
-        _mixture("dots1", "Dots1", "dots.llm1", ROUTED_SIZES, "mlp.shared_experts"),
+        mixture("dots1", "Dots1", "dots.llm1", ROUTED_SIZES, "mlp.shared_experts"),
         FamilySpec("ernie4_5", "Ernie4_5", "ERNIE 4.5, dense"),
-        _mixture(
+        mixture(
             "ernie4_5_moe", "Ernie4_5_Moe", "ERNIE 4.5",
             ("moe_intermediate_size", "moe_num_shared_experts"), "mlp.shared_experts",
         ),
         FamilySpec("exaone4", "Exaone4", "EXAONE 4"),
-        _mixture(
+        mixture(
             "exaone_moe", "ExaoneMoe", "K-EXAONE", ("moe_intermediate_size", "num_shared_experts"),
             "mlp.shared_experts",
         ),
@@ -178,11 +103,11 @@ FAMILIES = {
             width_keys=("hidden_size",),
         ),
         FamilySpec("falcon_h1", "FalconH1", "Falcon-H1", FEED_FORWARD),
-        _states("falcon_mamba", "FalconMamba", "Falcon Mamba"),
-        _mixture("flex_olmo", "FlexOlmo", "FlexOlmo", SIZE),
+        states("falcon_mamba", "FalconMamba", "Falcon Mamba"),
+        mixture("flex_olmo", "FlexOlmo", "FlexOlmo", SIZE),
         FamilySpec("gemma", "Gemma", "Gemma"),
         FamilySpec("gemma2", "Gemma2", "Gemma 2"),
-        _pictures("gemma3", "Gemma3", "Gemma 3", older=INNER),
+        pictures("gemma3", "Gemma3", "Gemma 3", older=INNER),
         FamilySpec(
             "gemma3_text", "Gemma3Text", "Gemma 3, text only", causal_lm="Gemma3ForCausalLM"
         ),
@@ -195,16 +120,16 @@ FAMILIES = {
         ),
         FamilySpec("glm", "Glm", "GLM-4 9B, GLM-Edge", FUSED),
         FamilySpec("glm4", "Glm4", "GLM-4-0414, GLM-Z1", FUSED),
-        _mixture("glm4_moe", "Glm4Moe", "GLM-4.5, GLM-4.6", ROUTED_SIZES, "mlp.shared_experts"),
-        _mixture(
+        mixture("glm4_moe", "Glm4Moe", "GLM-4.5, GLM-4.6", ROUTED_SIZES, "mlp.shared_experts"),
+        mixture(
             "glm4_moe_lite", "Glm4MoeLite", "GLM-4.7-Flash", ROUTED_SIZES, "mlp.shared_experts"
         ),
-        _mixture("glm_moe_dsa", "GlmMoeDsa", "GLM-5", ROUTED_SIZES, "mlp.shared_experts"),
-        _gpt(
+        mixture("glm_moe_dsa", "GlmMoeDsa", "GLM-5", ROUTED_SIZES, "mlp.shared_experts"),
+        gpt(
             "gpt2", "GPT2", "GPT-2, Cerebras-GPT",
             Ffn(("mlp.c_fc",), "mlp.c_proj", transposed=True), "GPT2LMHeadModel",
         ),
-        _gpt("gpt_bigcode", "GPTBigCode", "StarCoder, SantaCoder", FC),
+        gpt("gpt_bigcode", "GPTBigCode", "StarCoder, SantaCoder", FC),
         FamilySpec(
             "gpt_neo", "GPTNeo", "GPT-Neo", FC, base="transformer", blocks="h",
             layer_keys=("num_layers", "num_hidden_layers"), width_keys=("hidden_size",),
@@ -214,79 +139,79 @@ FAMILIES = {
             "gpt_neox_japanese", "GPTNeoXJapanese", "GPT-NeoX Japanese", FOUR_H,
             base="gpt_neox_japanese", size_keys=(),
         ),
-        _mixture("gpt_oss", "GptOss", "gpt-oss", SIZE, interleaved=True),
-        _gpt("gptj", "GPTJ", "GPT-J", FC_IN_OUT),
+        mixture("gpt_oss", "GptOss", "gpt-oss", SIZE, interleaved=True),
+        gpt("gptj", "GPTJ", "GPT-J", FC_IN_OUT),
         FamilySpec("granite", "Granite", "Granite 3"),
         FamilySpec("granite_swa", "GraniteSWA", "Granite with sliding windows"),
-        _mixture(
+        mixture(
             "granitemoe", "GraniteMoe", "Granite 3 MoE", SIZE, block="block_sparse_moe",
             packed=(LINEARS,),
         ),
-        _mixture(
+        mixture(
             "granitemoe_swa", "GraniteMoeSWA", "Granite MoE with sliding windows", SIZE,
             block="block_sparse_moe", packed=(LINEARS,),
         ),
-        _granite("granitemoehybrid", "GraniteMoeHybrid", "Granite 4"),
-        _granite("granitemoeshared", "GraniteMoeShared", "Granite MoE with a shared FFN"),
+        granite("granitemoehybrid", "GraniteMoeHybrid", "Granite 4"),
+        granite("granitemoeshared", "GraniteMoeShared", "Granite MoE with a shared FFN"),
         FamilySpec("helium", "Helium", "Helium"),
         FamilySpec("hunyuan_v1_dense", "HunYuanDenseV1", "Hunyuan dense"),
-        _mixture(
+        mixture(
             "hunyuan_v1_moe", "HunYuanMoEV1", "Hunyuan-A13B", SIZE, "mlp.shared_mlp"
         ),
-        _mixture(
+        mixture(
             "hy_v3", "HYV3", "Hy3", ("moe_intermediate_size", "num_shared_experts"),
             "mlp.shared_experts", names=(("shared_experts", "shared_mlp"),),
         ),
-        _mixture(
+        mixture(
             "hy_v4", "HYV4", "Hy4", ROUTED_SIZES, "mlp.shared_experts",
             names=(("gate_proj", "linear_gate"),),
         ),
         FamilySpec("hyperclovax", "HyperCLOVAX", "HyperCLOVA X SEED"),
-        _pictures("idefics3", "Idefics3", "Idefics 3", stack="text_model"),
-        _pictures("internvl", "InternVL", "InternVL 3", older=INNER),
+        pictures("idefics3", "Idefics3", "Idefics 3", stack="text_model"),
+        pictures("internvl", "InternVL", "InternVL 3", older=INNER),
         FamilySpec("jais2", "Jais2", "Jais 2", UP_DOWN),
-        _mixture("jamba", "Jamba", "Jamba", SIZE, block="feed_forward", ffn=FEED_FORWARD),
-        _mixture(
+        mixture("jamba", "Jamba", "Jamba", SIZE, block="feed_forward", ffn=FEED_FORWARD),
+        mixture(
             "jetmoe", "JetMoe", "JetMoE", SIZE,
             packed=(("mlp.input_linear.weight", "mlp.output_linear.weight"),),
         ),
-        _mixture(
+        mixture(
             "kimi_linear", "KimiLinear", "Kimi Linear",
             ("moe_intermediate_size", "num_shared_experts"), "mlp.shared_experts", stored="mlp",
             names=(("mlp", "block_sparse_moe"),),
         ),
-        _mixture(
+        mixture(
             "kolibri1", "Kolibri1", "Kolibri", ("shared_expert_intermediate_size",),
             "mlp.shared_experts",
         ),
-        _mixture(
+        mixture(
             "laguna", "Laguna", "Laguna", ("shared_expert_intermediate_size",),
             "mlp.shared_experts", names=(("shared_experts", "shared_expert"),),
         ),
         FamilySpec("lfm2", "Lfm2", "LFM2", W1_W3_W2, size_keys=()),
-        _mixture(
+        mixture(
             "lfm2_moe", "Lfm2Moe", "LFM2-8B-A1B", ("moe_intermediate_size",),
             block="feed_forward", stored="feed_forward", ffn=W1_W3_W2,
         ),
         FamilySpec("lfm3", "Lfm3", "LFM3", W1_W3_W2, size_keys=()),
         FamilySpec("llama", "Llama", "Llama 1 to 3.3, TinyLlama, Yi, SmolLM2"),
-        _mixture(
+        mixture(
             "llama4_text", "Llama4Text", "Llama 4, text only", SIZE, "feed_forward.shared_expert",
             block="feed_forward", transposed=True, ffn=FEED_FORWARD, causal_lm="Llama4ForCausalLM",
         ),
-        _pictures("llava", "Llava", "LLaVA 1.5, Pixtral", older=INNER),
-        _pictures("llava_next", "LlavaNext", "LLaVA-NeXT", older=INNER),
-        _states("mamba", "Mamba", "Mamba"),
-        _states("mamba2", "Mamba2", "Mamba 2, Codestral Mamba"),
-        _mixture("mellum", "Mellum", "Mellum, mixtures", ("moe_intermediate_size",)),
-        _mixture("mimo_v2_flash", "MiMoV2Flash", "MiMo-V2-Flash", ("moe_intermediate_size",)),
+        pictures("llava", "Llava", "LLaVA 1.5, Pixtral", older=INNER),
+        pictures("llava_next", "LlavaNext", "LLaVA-NeXT", older=INNER),
+        states("mamba", "Mamba", "Mamba"),
+        states("mamba2", "Mamba2", "Mamba 2, Codestral Mamba"),
+        mixture("mellum", "Mellum", "Mellum, mixtures", ("moe_intermediate_size",)),
+        mixture("mimo_v2_flash", "MiMoV2Flash", "MiMo-V2-Flash", ("moe_intermediate_size",)),
         FamilySpec("minicpm3", "MiniCPM3", "MiniCPM3"),
-        _mixture("minimax_m2", "MiniMaxM2", "MiniMax-M2", SIZE, stored="block_sparse_moe"),
+        mixture("minimax_m2", "MiniMaxM2", "MiniMax-M2", SIZE, stored="block_sparse_moe"),
         FamilySpec("ministral", "Ministral", "Ministral", fixable_tokenizer=True),
         FamilySpec("ministral3", "Ministral3", "Ministral 3, text only"),
         FamilySpec("mistral", "Mistral", "Mistral", fixable_tokenizer=True),
-        _pictures("mistral3", "Mistral3", "Mistral Small 3.1", older=INNER),
-        _mixture("mixtral", "Mixtral", "Mixtral", SIZE, stored="block_sparse_moe"),
+        pictures("mistral3", "Mistral3", "Mistral Small 3.1", older=INNER),
+        mixture("mixtral", "Mixtral", "Mixtral", SIZE, stored="block_sparse_moe"),
         FamilySpec(
             "modernbert-decoder", "ModernBertDecoder", "ModernBERT decoder, Ettin",
             Ffn(("mlp.Wi",), "mlp.Wo", fused=True),
@@ -307,21 +232,21 @@ FAMILIES = {
         FamilySpec("olmo2", "Olmo2", "OLMo 2"),
         FamilySpec("olmo3", "Olmo3", "OLMo 3"),
         FamilySpec("olmo_hybrid", "OlmoHybrid", "OLMo Hybrid"),
-        _mixture("olmoe", "Olmoe", "OLMoE", SIZE),
+        mixture("olmoe", "Olmoe", "OLMoE", SIZE),
         FamilySpec("opt", "OPT", "OPT", FC1_FC2, stack="decoder", size_keys=("ffn_dim",)),
         FamilySpec("persimmon", "Persimmon", "Persimmon", FOUR_H),
         FamilySpec("phi", "Phi", "Phi-1, Phi-1.5, Phi-2", MLP_FC1_FC2),
         FamilySpec("phi3", "Phi3", "Phi-3, Phi-3.5 mini, Phi-4", FUSED),
-        _mixture("phimoe", "Phimoe", "Phi-3.5-MoE", SIZE, stored="block_sparse_moe"),
+        mixture("phimoe", "Phimoe", "Phi-3.5-MoE", SIZE, stored="block_sparse_moe"),
         FamilySpec("qwen2", "Qwen2", "Qwen1.5, Qwen2, Qwen2.5, QwQ"),
-        _pictures("qwen2_5_vl", "Qwen2_5_VL", "Qwen2.5-VL", older="model.layers"),
-        _mixture(
+        pictures("qwen2_5_vl", "Qwen2_5_VL", "Qwen2.5-VL", older="model.layers"),
+        mixture(
             "qwen2_moe", "Qwen2Moe", "Qwen1.5-MoE, Qwen2-57B-A14B",
             ("shared_expert_intermediate_size",), "mlp.shared_expert",
         ),
-        _pictures("qwen2_vl", "Qwen2VL", "Qwen2-VL", older="model.layers"),
+        pictures("qwen2_vl", "Qwen2VL", "Qwen2-VL", older="model.layers"),
         FamilySpec("qwen3", "Qwen3", "Qwen3"),
-        _mixture(
+        mixture(
             "qwen3_5_moe_text", "Qwen3_5MoeText", "Qwen3.5 MoE, text only",
             ("shared_expert_intermediate_size",), "mlp.shared_expert",
             causal_lm="Qwen3_5MoeForCausalLM",
@@ -329,19 +254,19 @@ FAMILIES = {
         FamilySpec(
             "qwen3_5_text", "Qwen3_5Text", "Qwen3.5, text only", causal_lm="Qwen3_5ForCausalLM"
         ),
-        _mixture(
+        mixture(
             "qwen3_moe", "Qwen3Moe", "Qwen3-30B-A3B, Qwen3-235B-A22B", ("moe_intermediate_size",)
         ),
-        _mixture(
+        mixture(
             "qwen3_next", "Qwen3Next", "Qwen3-Next", ("shared_expert_intermediate_size",),
             "mlp.shared_expert",
         ),
-        _pictures("qwen3_vl", "Qwen3VL", "Qwen3-VL"),
+        pictures("qwen3_vl", "Qwen3VL", "Qwen3-VL"),
         FamilySpec("recurrent_gemma", "RecurrentGemma", "RecurrentGemma", MLP_BLOCK, size_keys=()),
         FamilySpec("seed_oss", "SeedOss", "Seed-OSS"),
         FamilySpec("smollm3", "SmolLM3", "SmolLM3"),
-        _pictures("smolvlm", "SmolVLM", "SmolVLM, SmolVLM2", stack="text_model"),
-        _mixture("solar_open", "SolarOpen", "Solar Open", ROUTED_SIZES, "mlp.shared_experts"),
+        pictures("smolvlm", "SmolVLM", "SmolVLM, SmolVLM2", stack="text_model"),
+        mixture("solar_open", "SolarOpen", "Solar Open", ROUTED_SIZES, "mlp.shared_experts"),
         FamilySpec("stablelm", "StableLm", "StableLM"),
         FamilySpec("starcoder2", "Starcoder2", "StarCoder2", FC),
         FamilySpec("vaultgemma", "VaultGemma", "VaultGemma"),
@@ -349,9 +274,9 @@ FAMILIES = {
             "xglm", "XGLM", "XGLM", FC1_FC2, layer_keys=("num_layers",), size_keys=("ffn_dim",)
         ),
         FamilySpec("youtu", "Youtu", "Youtu-LLM"),
-        _zamba("zamba", "Zamba", "Zamba"),
-        _zamba("zamba2", "Zamba2", "Zamba2"),
-        _mixture("zaya", "Zaya", "ZAYA1", ("moe_intermediate_size",)),
+        zamba("zamba", "Zamba", "Zamba"),
+        zamba("zamba2", "Zamba2", "Zamba2"),
+        mixture("zaya", "Zaya", "ZAYA1", ("moe_intermediate_size",)),
     )
 }  # fmt: skip
 

@@ -30,7 +30,7 @@ class Mxfp4:
 
     def shapes(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """dtype and shape of each tensor of the plain model. Raises DamagedSourceError."""
-        found = {}
+        found: dict[str, tuple[str, tuple[int, ...]]] = {}
         for name, info in self.source.tensors.items():
             blocks = self.source.tensors.get(name.removesuffix(SCALES) + BLOCKS)
             if name.endswith(SCALES) and blocks is not None:

@@ -55,8 +55,8 @@ def render(converted: Converted, facts: dict) -> str:
         name=converted.files.folder.resolve().name,
         generator=GENERATOR,
         version=__version__,
-        averages=_averages(facts["layers"]) if converted.has_plain_experts else None,
-        charts=_quality_charts(facts) if converted.has_plain_experts else [],
+        averages=_averages(facts["layers"]) if converted.has_experts else None,
+        charts=_quality_charts(facts) if converted.has_experts else [],
         layers=[
             _layer(converted, facts, i)
             for i in range(converted.layers if converted.has_plain_experts else 0)

@@ -4,13 +4,13 @@ noise.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 from safetensors import safe_open
 
 from ..converted.opened import Converted
-from ..errors import DamagedSourceError
+from ..family_spec import FfnTensor
 from ..progress import Progress
 
 _ROWS = 4096  # neurons compared at once
@@ -39,7 +39,8 @@ class Quality:
     / (D - 1). noise: the same clustering of noise with the same mean and spread in every column. A
     grouping that was fitted stands above a random one where there is nothing to find, the more so
     the fewer columns and the more clusters there are; what the experts stand above the noise is
-    theirs. by_expert: [K], the mean silhouette of each expert; None where there is none.
+    theirs. by_expert: [K], the mean silhouette of each expert; None where there is none, and of a
+    mixture.
     """
 
     experts: Grouping
@@ -49,15 +50,36 @@ class Quality:
 
 
 def measure_quality(converted: Converted, progress: Progress, seed: int = 0) -> list[Quality]:
-    """The quality of every layer; memory for one layer's rows in fp32. Raises
-    DamagedSourceError.
+    """The quality of every layer, of a mixture the mean over its FFNs; memory for one FFN's rows in
+    fp32. Raises DamagedSourceError.
     """
-    qualities = []
-    with progress.step("measuring experts", converted.layers, "layer") as bar:
-        for layer, (_, sizes) in enumerate(converted.orders.values()):
-            qualities.append(layer_quality(_features(converted, layer), sizes, seed))
+    clustered = {tensor.group: tensor for tensor in reversed(converted.ffn())}  # each group's first
+    found: list[list[Quality]] = [[] for _ in range(converted.layers)]
+    with progress.step("measuring experts", len(clustered), "FFN") as bar:
+        for group, (_, sizes) in converted.orders.items():
+            tensor = clustered[group]
+            rows = _features(converted, tensor)
+            found[tensor.layer].append(layer_quality(rows, sizes, seed))
             bar.update(1)
-    return qualities
+    return [_together(ffns) for ffns in found]
+
+
+def _together(found: list[Quality]) -> Quality:
+    """The mean over FFNs, of as many experts each."""
+    if len(found) == 1:
+        return found[0]
+
+    def mean(groupings: list[Grouping]) -> Grouping:
+        explained, silhouette, placed = zip(*(astuple(grouping) for grouping in groupings))
+        known = [None if None in some else float(np.mean(some)) for some in (silhouette, placed)]
+        return Grouping(float(np.mean(explained)), *known)
+
+    return Quality(
+        mean([one.experts for one in found]),
+        mean([one.random for one in found]),
+        mean([one.noise for one in found]),
+        None,
+    )
 
 
 def layer_quality(rows: np.ndarray, sizes: np.ndarray, seed: int = 0) -> Quality:
@@ -162,21 +184,16 @@ def _explained(rows: np.ndarray, labels: np.ndarray) -> float:
     return float(np.clip(between / total, 0, 1)) if total > 1e-9 else 0.0
 
 
-def _features(converted: Converted, layer: int) -> np.ndarray:
-    """The rows that were clustered, [D, H] float32, in OUT's order."""
+def _features(converted: Converted, tensor: FfnTensor) -> np.ndarray:
+    """The rows that were clustered, [D, H] float32, in OUT's order: of a tensor of gate and up the
+    gate's.
+    """
     import torch
 
-    files = converted.files
-    neurons = converted.intermediate_size
-    tensors = converted.family.ffn_tensors(converted.layers, files.tensors)
-    # Each layer's first is the gate or fc1; of a fused tensor the gate's neurons come first.
-    clustered = next(tensor for tensor in tensors if tensor.layer == layer)
-    info = files.tensors.get(clustered.name)
-    if info is None or len(info.shape) != 2 or info.shape[clustered.axis] < neurons:
-        raise DamagedSourceError(
-            f"{clustered.name} is missing or has the wrong shape", "convert again"
-        )
-    with safe_open(files.path(clustered.name), framework="pt") as shard:
-        part = shard.get_slice(clustered.name)
-        rows = part[:, :neurons].T if clustered.axis else part[:neurons]
+    with safe_open(converted.files.path(tensor.name), framework="pt") as shard:
+        part = shard.get_slice(tensor.name)
+        rows = part[:] if tensor.index is None else part[tensor.index]
+    rows = rows.T if tensor.axis else rows
+    gate = slice(0, None, 2) if tensor.interleaved else slice(len(rows) // tensor.parts)
+    rows = rows[gate]
     return rows.to(torch.float32, copy=True, memory_format=torch.contiguous_format).numpy()

@@ -35,19 +35,13 @@ def inspect(
             f"{converted.files.folder} was converted without experts, so they have no quality",
             "leave --quality out",
         )
-    if quality and not converted.has_plain_experts:
-        raise CallError(
-            "quality is measured of layers with one FFN each, and a "
-            f"{converted.family.model_type} is a mixture",
-            "leave --quality out",
-        )
     tokens = None if text is None else tokenise(converted, *read_text(text))
     measured = probed = None
     if tokens is not None:
         from .probe import probe
 
         probed = probe(converted, tokens, progress, trust_remote_code)
-    if converted.has_plain_experts and (quality or page is not None):
+    if converted.has_experts and (quality or page is not None):
         from .quality import measure_quality
 
         measured = measure_quality(converted, progress)

@@ -21,6 +21,7 @@ from pace_convert.converted.opened import open_converted
 from pace_convert.converted.verify import verify
 from pace_convert.errors import CallError, DamagedSourceError
 from pace_convert.evaluation.subjects import Subject, check_arm
+from pace_convert.inspect.quality import layer_quality
 from pace_convert.inspect.report import inspect
 from pace_convert.options import ConvertOptions
 from pace_convert.progress import Progress
@@ -60,6 +61,29 @@ def test_every_expert_has_an_order_of_its_own(pair):
         assert not np.array_equal(orders[one].permutation, np.arange(24))
     assert not np.array_equal(orders[last[0]].permutation, orders[last[1]].permutation)
     assert len(inspect(open_converted(pair[1]), QUIET)["layers"]) == 4
+
+
+def test_quality_is_of_all_its_experts_together(pair, tmp_path):
+    """The mean over a layer's FFNs, of the rows that were clustered; and the page of it."""
+    converted, page = open_converted(pair[1]), tmp_path / "page.html"
+    facts = inspect(converted, QUIET, quality=True, page=page)
+    before = tensors(pair[0])
+    first = {tensor.group: tensor for tensor in reversed(converted.ffn())}
+    explained = []
+    for group, order in converted.orders.items():
+        tensor = first[group]
+        if tensor.layer == 1:
+            rows = (
+                before[tensor.name] if tensor.index is None else before[tensor.name][tensor.index]
+            )
+            rows = rows.T if tensor.axis else rows
+            half = slice(0, None, 2) if tensor.interleaved else slice(len(rows) // tensor.parts)
+            rows = rows[half].float().numpy()[order.permutation].copy()
+            explained.append(layer_quality(rows, order.sizes).experts.explained)
+    found = facts["layers"][1]["quality"]
+    assert found["experts"]["explained"] == pytest.approx(np.mean(explained), abs=1e-6)
+    assert found["by_expert"] is None or len(explained) == 1
+    assert "Variance explained" in page.read_text()
 
 
 def test_what_routes_is_left_alone(pair):

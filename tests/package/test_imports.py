@@ -21,6 +21,7 @@ FLOORS = (
     ("checkpoint", "experts"),
     ("options", "journal", "jobs"),
     ("families", "modeling", "progress", "device", "writing", "yaml_options"),
+    ("family_kinds",),
     ("family_spec", "unsupported"),
     ("errors", "units", "version"),
 )

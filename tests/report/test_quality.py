@@ -101,5 +101,6 @@ def test_reads_the_rows_that_were_clustered(family_pairs, family, name):
     permutation, sizes = converted.orders["layers.2"]
     weight = load_file(source / "model.safetensors")[name]
     rows = (weight.T if family == "gpt2" else weight[: len(permutation)])[permutation]
-    np.testing.assert_array_equal(_features(converted, 2), rows)
+    tensor = next(tensor for tensor in converted.ffn() if tensor.layer == 2)
+    np.testing.assert_array_equal(_features(converted, tensor), rows)
     assert measure_quality(converted, Progress(quiet=True))[2] == layer_quality(rows.copy(), sizes)
