@@ -166,7 +166,7 @@ def facts_text(facts: dict) -> str:
         f"  weights    {facts['tensors']} tensors, {size(facts['bytes'])}",
         "  experts    "
         + (
-            f"{experts['count']} a layer over {facts['intermediate_size']} neurons "
+            f"{experts['count']} {_over(facts)} "
             f"({experts['method']}, seed {experts['seed']})"
             if experts
             else f"none; {facts['intermediate_size']} neurons a layer, in the source's order"
@@ -195,6 +195,13 @@ def facts_text(facts: dict) -> str:
     if "probe" in facts:
         lines += _probe_lines(facts["probe"], memory)
     return "\n".join(lines)
+
+
+def _over(facts: dict) -> str:
+    """Of what the neurons were grouped; a mixture's layer has several FFNs."""
+    if any(row["experts"] > facts["experts"]["count"] for row in facts["layers"]):
+        return "in each FFN"
+    return f"a layer over {facts['intermediate_size']} neurons"
 
 
 def _layer_row(facts: dict, row: dict) -> dict[str, str]:
