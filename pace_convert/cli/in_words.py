@@ -166,8 +166,7 @@ def facts_text(facts: dict) -> str:
         f"  weights    {facts['tensors']} tensors, {size(facts['bytes'])}",
         "  experts    "
         + (
-            f"{experts['count']} {_over(facts)} "
-            f"({experts['method']}, seed {experts['seed']})"
+            f"{experts['count']} {_over(facts)} ({experts['method']}, seed {experts['seed']})"
             if experts
             else f"none; {facts['intermediate_size']} neurons a layer, in the source's order"
         ),
