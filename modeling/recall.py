@@ -214,7 +214,9 @@ class RecallMixin:
         if self._recaller is not None:
             self._recaller.release()
         self._recaller = None
-        if settings is not None and "labels" in names:
+        # Gemma 3's base model takes labels too.
+        has_head = "logits_to_keep" in names or self.base_model is not self
+        if settings is not None and "labels" in names and has_head:
             self._recaller = Recaller(self._reread_keys, settings, names)
 
     def _recall_settings(self, recall: dict | None) -> RecallSettings | None:

@@ -12,7 +12,6 @@ import bad_inputs
 import forked
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
 
 from pace_convert.checkpoint.checkpoint import open_source
 from pace_convert.conversion.convert import carry_out, prepare
@@ -176,11 +175,11 @@ def convert_folder(source: Path, out: Path, **options) -> None:
     carry_out(prepare(opened, out, ConvertOptions(**chosen)), Progress(quiet=True))
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float64, **kwargs):
+def load(folder: Path, dtype: torch.dtype = torch.float64, auto: str = "", **kwargs):
     """A model in float64, where no rounding can flip a threshold."""
     config = json.loads((Path(folder) / "config.json").read_text())
     family = FAMILIES.get(config["model_type"].removeprefix("pace_"))
-    kind = getattr(transformers, family.auto_class) if family else AutoModelForCausalLM
+    kind = getattr(transformers, auto or (family.auto_class if family else "AutoModelForCausalLM"))
     if family and family.mixture:  # grouped matrix products know no float64
         kwargs["experts_implementation"] = "eager"
     return kind.from_pretrained(folder, dtype=dtype, trust_remote_code=True, **kwargs).eval()
@@ -260,7 +259,8 @@ for job in json.loads(sys.argv[1]):
     with torch.no_grad():
         logits = model(ids).logits
         tokens = model.generate(ids, max_new_tokens=6, do_sample=False)
-        same = torch.equal(model.base_model(ids).last_hidden_state, inner(ids).last_hidden_state)
+        base = model.base_model if model.base_model is not model else model.model  # of Llama 4
+        same = torch.equal(base(ids).last_hidden_state, inner(ids).last_hidden_state)
     if "save_to" in job:
         model.save_pretrained(job["save_to"])
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)

@@ -163,6 +163,14 @@ def test_a_state_is_right_however_a_text_is_split(model):
         torch.testing.assert_close(split(edges), whole, rtol=1e-3, atol=1e-3)
 
 
+@torch.no_grad()
+def test_without_a_head(pair, model, dtype):
+    """`AutoModel`: nothing is predicted, so nothing is recalled."""
+    inner, ids = load(pair[1], dtype, auto="AutoModel"), text(1, 40, seed=9)
+    head = model.base_model if model.base_model is not model else model.model  # of Llama 4
+    torch.testing.assert_close(inner(ids).last_hidden_state, head(ids).last_hidden_state)
+
+
 @pytest.mark.slow  # a process each
 def test_stands_alone(pair, family, model, dtype, tmp_path):
     """In a fresh process in which the package cannot be imported."""
