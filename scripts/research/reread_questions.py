@@ -18,6 +18,8 @@ a span on either side, the best one last (`order=text`: in the text's order). Fi
 and window are read by the base model as an ordinary prompt, which is what re-reading does. Written
 down for each question: the log-likelihood of the likeliest right answer and of the question itself,
 nats a token, and tokens in view. A text is read once for all its questions. Goes on where it was.
+With --among 30k each text stands, at a place of its own, among others of its file, 30K tokens
+together.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from typing import Any
 
 import torch
 from earned import chosen, gains
-from reread_needles import rule_of, use_dtype
+from reread_needles import rule_of, tokens, use_dtype
 
 from pace_convert.evaluation.benchmarks.qa import PROMPT, Prompt, official_prompt, read_contexts
 from pace_convert.evaluation.bm25 import best_spans
@@ -170,6 +172,19 @@ def settings_of(model: Any, arm: dict) -> RereadSettings:
     return replace(model.window_settings, **{k: v for k, v in arm.items() if k in PARAMETERS})
 
 
+def among(reader: Reader, contexts: list, number: int, tokens: int) -> Any:
+    """A context whose text stands among those that follow it in the file, about so many tokens
+    together; what share of them stands before it differs from text to text.
+    """
+    own = contexts[number]
+    others = "\n\n".join(one.text for one in [*contexts[number + 1 :], *contexts[:number]])
+    room = max(0, tokens - len(reader.encode(own.text, special=False)))
+    ids = reader.encode(others, special=False)[:room]
+    before = int(len(ids) * (0.618 * (number + 1) % 1))
+    parts = [reader.decode(ids[:before]), own.text, reader.decode(ids[before:])]
+    return replace(own, text="\n\n".join(filter(None, parts)))
+
+
 def arm_of(text: str) -> dict:
     """'layer=4,spans=16' as parameters, or what is short for it."""
     return rule_of(SHORT.get(text, text))
@@ -219,6 +234,7 @@ def main() -> None:
     parser.add_argument("--window", default="window=512,stand_out=0.15", help="of every arm")
     parser.add_argument("--part", default="0/1", help="every n-th context, from the k-th on")
     parser.add_argument("--questions", type=int, default=99, help="of each context, at most")
+    parser.add_argument("--among", help="tokens of a text and others around it, like 30k")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=1)
     asked = parser.parse_args()
@@ -236,7 +252,10 @@ def main() -> None:
     for number in range(at, max(map(len, contexts.values())), every):
         for name in FILES:
             if number < len(contexts[name]):
-                ask_context(reader, contexts[name][number], asked, (name, number), done)
+                context = contexts[name][number]
+                if asked.among:
+                    context = among(reader, contexts[name], number, tokens(asked.among))
+                ask_context(reader, context, asked, (name, number), done)
 
 
 if __name__ == "__main__":
