@@ -19,6 +19,7 @@ from transformers import (
     Mxfp4Config,
     TorchAoConfig,
 )
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.integrations import fbgemm_fp8
 from transformers.quantizers import AutoHfQuantizer
 
@@ -248,8 +249,6 @@ def test_what_no_cpu_runs_has_the_names_and_shapes_of_its_quantiser(plain, tmp_p
     with pytest.raises(CallError, match="requires a GPU"):
         pace.verify(out, source)
     assert pace.verify(out, source, logits=False).passed
-    from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
     cls = get_class_from_dynamic_module("modeling_pace.PaceLlamaForCausalLM", out)
     config = cls.config_class.from_pretrained(out)
     quantiser = AutoHfQuantizer.from_config(config.quantization_config, pre_quantized=True)
@@ -262,6 +261,27 @@ def test_what_no_cpu_runs_has_the_names_and_shapes_of_its_quantiser(plain, tmp_p
     stored = {name: tuple(v.shape) for name, v in load_file(out / "model.safetensors").items()}
     assert stored == {name: shape for name, shape in made.items() if name in stored}
     assert set(made) - set(stored) <= {name for name in made if name.endswith("input_scale_ub")}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # of BitNet's layers
+@pytest.mark.parametrize("method", ["bitnet", "mxfp8", "metal", "gemma", "aqlm"])
+def test_quantisers_make_of_it_what_they_make_of_the_source(method, plain, tmp_path):
+    """On the meta device: layers of the same names, shapes and types, whatever the class's name."""
+    if method == "aqlm":
+        pytest.importorskip("aqlm")
+    pace.convert(plain, tmp_path / "out", pace.ConvertOptions(no_experts=True))
+    cls = get_class_from_dynamic_module("modeling_pace.PaceLlamaForCausalLM", tmp_path / "out")
+    made = []
+    for kind, folder in ((LlamaForCausalLM, plain), (cls, tmp_path / "out")):
+        stated = {"quant_method": method, "modules_to_not_convert": ["lm_head"]}
+        quantiser = AutoHfQuantizer.from_config(stated, pre_quantized=True)
+        with torch.device("meta"):
+            model = kind(kind.config_class.from_pretrained(folder))
+        quantiser.preprocess_model(model, device_map={"": "cpu"})
+        assert type(model.model.layers[0].mlp.up_proj) is not torch.nn.Linear
+        tensors = model.state_dict().items()
+        made.append({name: (tuple(value.shape), value.dtype) for name, value in tensors})
+    assert made[0] == made[1]
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
