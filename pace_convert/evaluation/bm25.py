@@ -3,8 +3,8 @@ model as an ordinary prompt. BM25 (Robertson et al. 1994) is rank_bm25's.
 
 First tokens, window, width of the spans, their number, the passage around each and the order of
 passages are those of re-reading; only what finds them differs. Where the benchmark says what the
-question is, its words alone are looked for, which is a courtesy: re-reading has to make do with the
-prompt's latest tokens.
+question is, its words alone are looked for; of `pace eval qa` re-reading is told it too, of others
+it has to make do with the prompt's latest tokens.
 """
 
 from __future__ import annotations

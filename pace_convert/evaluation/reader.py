@@ -186,12 +186,10 @@ class Reader:
                 return self.answered(prompts, max_new_tokens, stop, questions)
             prefix = self.read_common(prompts)
         answers: list[Answer] = []
-        for row in prompts:
-            ids = torch.tensor([row])
-            cache = deepcopy(prefix.cache)
-            answers += self._generate(
-                ids, torch.ones_like(ids), max_new_tokens, stop, past_key_values=cache
-            )
+        for row, question in zip(prompts, questions or [""] * len(prompts)):
+            ids, more = torch.tensor([row]), self._asking(question)
+            more["past_key_values"] = deepcopy(prefix.cache)
+            answers += self._generate(ids, torch.ones_like(ids), max_new_tokens, stop, **more)
         return answers
 
     @torch.no_grad()
@@ -319,6 +317,10 @@ class Reader:
 
     def _said(self, prompt_ends: bool) -> dict[str, Any]:
         """What a call of the model is told beyond its tokens."""
+        return {}
+
+    def _asking(self, question: str) -> dict[str, Any]:
+        """What the model is told of a question, empty where none is known."""
         return {}
 
     def _at_once(self, rows: int) -> int:

@@ -51,13 +51,13 @@ class RereadingReader(Reader):
     ) -> list[float]:
         """Neighbours that are the same prompt are looked up once, and what was read is copied."""
         found: list[float] = []
-        pairs = zip(prompts, continuations, strict=True)
-        for prompt, group in groupby(pairs, key=lambda pair: pair[0]):
-            behind = [continuation for _, continuation in group]
+        rows = zip(prompts, questions or [""] * len(prompts), continuations, strict=True)
+        for (prompt, question), group in groupby(rows, key=lambda row: row[:2]):
+            behind = [continuation for _, _, continuation in group]
             if len(prompt) <= self.settings.capacity:
                 found += super().log_likelihood_each([prompt] * len(behind), behind, prefix)
                 continue
-            first, cache = self._asked(prompt, prefix)
+            first, cache = self._asked(prompt, prefix, question)
             read = Prefix(len(prompt), cache)
             for continuation in behind:
                 rest = self._log_probs(torch.tensor([prompt + continuation]), len(prompt), read)
@@ -65,14 +65,19 @@ class RereadingReader(Reader):
         return found
 
     @torch.no_grad()
-    def _asked(self, prompt: list[int], prefix: Prefix) -> tuple[torch.Tensor, Any]:
+    def _asked(self, prompt: list[int], prefix: Prefix, question: str) -> tuple[torch.Tensor, Any]:
         """Natural logs of the probabilities of what may follow the prompt, [V] in float64, and the
         cache.
         """
-        cache = deepcopy(prefix.cache)
+        cache, more = deepcopy(prefix.cache), self._asking(question)
         ids = torch.tensor([prompt[prefix.length :]], device=self.device)
-        output = self.model(ids, past_key_values=cache, look_up=True, logits_to_keep=1)
+        output = self.model(ids, past_key_values=cache, look_up=True, logits_to_keep=1, **more)
         return output.logits[0, -1].float().log_softmax(-1).double(), cache
+
+    def _asking(self, question: str) -> dict[str, Any]:
+        """The question asks, and not the prompt's end, which a template may have put there."""
+        ids = self.encode(f" {question}", special=False) if question else []
+        return {"query": torch.tensor(ids, device=self.device)} if ids else {}
 
     def _generate(
         self,

@@ -75,6 +75,24 @@ def test_answers_are_those_of_generate_and_say_what_was_recalled(reader, logits,
         assert passages and answer.inside == ((0, 16), *passages, (start, len(prompt)))
 
 
+def test_a_question_that_is_known_asks(reader):
+    """Of a text that was read once: likelihoods and answers are those of `query`."""
+    prompts, question = [ids(700, seed=1), ids(700, seed=1)[:-5]], "the code of the hill"
+    query = torch.tensor(reader.encode(f" {question}", special=False))
+    prefix, model = reader.read_common(prompts), reader.model
+    (got,) = reader.answered_each(prompts[:1], 6, (), prefix, [question])
+    made = model.generate(torch.tensor(prompts[:1]), max_new_tokens=6, do_sample=False, query=query)
+    assert got.text == reader.decode(made[0, 700:].tolist())
+    (end,) = reader.answered_each(prompts[:1], 6, (), prefix)
+    assert got.inside != end.inside
+    cache = DynamicCache(config=model.config)
+    rows = torch.tensor(prompts[:1])
+    out = model(rows, past_key_values=cache, look_up=True, logits_to_keep=1, query=query)
+    expected = out.logits[0, -1].log_softmax(-1)[7].item()
+    (nats,) = reader.log_likelihood_each(prompts[:1], [[7]], prefix, [question])
+    assert nats == pytest.approx(expected, rel=1e-4)
+
+
 def test_what_is_inside():
     settings = RereadSettings(window=64, first=16, spans=2, span_width=16)
     assert inside(CAPACITY, [], settings) is None
