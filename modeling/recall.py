@@ -203,6 +203,7 @@ class RecallMixin:
     """Of every PaceLLM model class; those without a head have no logits to mix anything into."""
 
     config: Any
+    base_model: Any
     _stack_memory: StackMemory
     _reread_keys: KeyReader
     _refused: ClassVar[Mapping[str, str]]
