@@ -1,10 +1,8 @@
-"""What others have published for the same: peers of re-reading, for comparison alone.
+"""What others have published for the same, for comparison alone: REFORM (Song et al., NeurIPS 2025,
+arXiv 2506.01215) finds tokens by the states of some attention heads.
 
-    REFORM   Song et al., NeurIPS 2025, arXiv 2506.01215: finds tokens by the states of some heads
-    InfLLM   Xiao et al. 2024, arXiv 2402.04617: keeps the KV cache of all, attends to some blocks
-
-Both are our reading: REFORM has no public code; InfLLM follows github.com/thunlp/InfLLM. For Llama
-and Gemma 3. Q tokens ask or are read, n are the text; H heads of width d, G of keys and values.
+It has no public code; this is our reading of what is said of it. For Llama and Gemma 3. Q tokens
+ask, n are the text; H heads of width d.
 """
 
 from __future__ import annotations
@@ -17,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import max_pool1d, normalize
-from transformers import AttentionInterface, DynamicCache
 
 from pace_convert.evaluation.benchmarks.needle_kinds import kind_prompts
 from pace_convert.evaluation.benchmarks.needle_text import PROSE, Needles, prose_prompts
@@ -31,9 +28,6 @@ BLOCK, OVERLAP = 1024, 256  # REFORM: tokens that are read together, and before 
 SMOOTH = 129  # tokens over which the best similarity is taken
 KEPT = 2  # heads of each task
 SYNTHETIC, SEEDS = 1024, 4  # tokens of a synthetic text, and how many there are of each task
-UNIT = 128  # InfLLM: tokens of a block of the cache
-BEST = 4  # of these, that represent it
-CHUNK = 128  # tokens that are read together, and choose together
 
 
 def read_states(model: Any, ids: Sequence[int], heads: Sequence[Head] | None = None) -> dict:
@@ -168,132 +162,3 @@ class Reform:
         best.scatter_reduce_(0, number, total, "amax")
         count = min(settings.spans, int(best.isfinite().sum()))
         return best.argsort(descending=True, stable=True)[:count].tolist()
-
-
-class InfLLM:
-    """A text with its whole KV cache, of which every layer attends to what it chooses.
-
-    A query attends to the first S tokens, to `spans` blocks of UNIT tokens, to the latest 2 W, and
-    to what is neither in these nor yet in a block (fewer than UNIT + CHUNK tokens, and the
-    question's). The latest have their true distance; all others the same, 2 W: for that, the model
-    is told that all positions are 0, which leaves keys and queries as they are before RoPE, and the
-    attention function turns them. So it can be used at any length.
-
-    A block becomes one when all of it is behind the local window. It is represented, for each head,
-    by the mean key of the BEST tokens that got most attention inside the window. Blocks are chosen
-    by the product of these with queries, summed over heads and over the queries that choose
-    together: a chunk of the text; the question; the last token of the prompt, and every token of
-    the answer, alone. Layers that have a sliding window of their own (Gemma 3) keep it and choose
-    nothing.
-    """
-
-    def __init__(self, model: Any, ids: list[int], settings: RereadSettings) -> None:
-        self.model, self.stack = model, model._reread_keys.stack
-        self.first, self.spans, self.local = settings.first, settings.spans, 2 * settings.window
-        self.cache = DynamicCache()  # of no config: layers with windows keep everything too
-        self.keys: dict[int, Tensor] = {}  # of blocks, [B, H, d] for each layer
-        self.seen: dict[int, Tensor] = {}  # attention that tokens got in the local window, [H, n]
-        self.alone = len(ids)  # tokens from this one on choose alone
-        self.tokens, self.reading = 0, True
-        for first in range(0, len(ids), CHUNK):
-            self(torch.tensor([ids[first : first + CHUNK]]), self.cache, logits_to_keep=1)
-        self.reading = False
-
-    def __call__(self, ids: Tensor, past_key_values: Any = None, **more: Any) -> Any:
-        """As the model, on this cache. ids: [1, Q]."""
-        before = self.model.config._attn_implementation
-        AttentionInterface.register("infllm", self.attend)
-        self.model.set_attn_implementation("infllm")
-        try:
-            return self.model(
-                ids, past_key_values=past_key_values, position_ids=torch.zeros_like(ids), **more
-            )
-        finally:
-            self.model.set_attn_implementation(before)
-
-    def attend(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None, **more: Any
-    ) -> tuple[Tensor, None]:
-        """For transformers. query: [1, H, Q, d]; key, value: [1, G, n, d] -> [1, Q, H, d]."""
-        count, length = key.shape[2], query.shape[2]
-        own = getattr(module, "sliding_window", None)
-        local, row = own or self.local, torch.arange(count - length, count)[:, None]
-        begin = max(0, count - length - local + 1)
-        near, turn = torch.arange(begin, count), self._rotary(module, count - begin)
-        turned = self._rotary(module, local + 1, alike=True)(query[0])
-        far, inside = near[:0], near[None, :0].bool()
-        if not own:
-            far, inside = self._far(module.layer_idx, turned, count)
-        masks = [(near <= row) & (near > row - local), inside & (far <= row - local)]
-        allowed, columns = torch.cat(masks, 1), torch.cat([near, far])
-        heads, keys = query.shape[1], (turn(key[0, :, begin:]), key[0, :, far])
-        scores = [q @ _heads(k, heads).mT for q, k in zip((turn(query[0]), turned), keys)]
-        logits = _wide(torch.cat(scores, 2)) * module.scaling
-        shares = logits.masked_fill(~allowed, -torch.inf).softmax(-1)
-        output = shares.to(value.dtype) @ _heads(value[0, :, columns], heads)
-        if not own:
-            self.tokens = int(allowed[-1].sum())
-            if self.reading:
-                self._store(module.layer_idx, shares[..., : len(near)].sum(1), key[0], begin)
-        return output.transpose(0, 1)[None].contiguous(), None
-
-    def _far(self, layer: int, query: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Tokens beyond the local window that any of the queries may see, and which see which,
-        [Q, tokens]. query: [H, Q, d].
-        """
-        keys = self.keys.get(layer, query.new_zeros(0))
-        length, blocks = query.shape[1], len(keys)
-        group = (torch.arange(count - length, count) - self.alone + 1).clamp_min(0)
-        group = group - group[0]
-        every = torch.ones(int(group[-1]) + 1, blocks, dtype=torch.bool)
-        if blocks > self.spans:
-            each = _wide(query).transpose(0, 1)
-            together = each.new_zeros(len(every), *each.shape[1:]).index_add(0, group, each)
-            fit = together.flatten(1) @ _wide(keys).flatten(1).T
-            every = torch.zeros_like(every).scatter_(1, fit.topk(self.spans).indices, True)
-        used = every.any(0).nonzero()[:, 0]
-        held = self.first + used[:, None] * UNIT + torch.arange(UNIT)
-        behind = self.first + blocks * UNIT
-        rest = torch.arange(behind, max(behind, count - self.local))
-        first = torch.arange(min(self.first, count))
-        chosen = every[:, used].repeat_interleave(UNIT, 1)[group]
-        sees = [torch.ones(length, len(first)).bool(), chosen, torch.ones(length, len(rest)).bool()]
-        return torch.cat([first, held.flatten(), rest]), torch.cat(sees, 1)
-
-    def _store(self, layer: int, got: Tensor, keys: Tensor, begin: int) -> None:
-        """Attention that the tokens from `begin` on got, [H, tokens], and the blocks that are
-        complete. keys: [G, n, d].
-        """
-        count, heads = keys.shape[1], len(got)
-        seen = self.seen.get(layer, got[:, :0])
-        seen = torch.cat([seen, got.new_zeros(heads, count - seen.shape[1])], 1)
-        seen[:, begin:] += got
-        self.seen[layer], made = seen, list(self.keys.get(layer, []))
-        while (stop := self.first + (len(made) + 1) * UNIT) <= count - self.local:
-            best = seen[:, stop - UNIT : stop].topk(BEST).indices[..., None]
-            block = _heads(keys[:, stop - UNIT : stop], heads)
-            made.append(block.gather(1, best.expand(-1, -1, block.shape[-1])).mean(1))
-        if made:
-            self.keys[layer] = torch.stack(made)
-
-    def _rotary(self, module: Any, count: int, alike: bool = False) -> Any:
-        """What turns states as the last of so many tokens; alike: all of them as the last one."""
-        kind = {"layer_type": module.layer_type} if hasattr(module, "layer_type") else {}
-        position = torch.tensor([count - 1]) if alike else torch.arange(count)
-        cos, sin = self.stack.rotary_emb(torch.zeros(1), position[None], **kind)
-
-        def turn(x: Tensor) -> Tensor:
-            c, s = cos[0, -x.shape[1] :], sin[0, -x.shape[1] :]
-            first, second = _wide(x).chunk(2, -1)
-            return (_wide(x) * c + torch.cat([-second, first], -1) * s).to(x.dtype)
-
-        return turn
-
-
-def _heads(x: Tensor, heads: int) -> Tensor:
-    """[G, n, d] -> [H, n, d], for each head of the queries."""
-    return x.repeat_interleave(heads // len(x), 0)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -12,16 +12,14 @@ tokens; `asks=question`, the question's own, all alike), and what finds:
     find=embeddings  cosine of a span's mean input embedding to the question's
     find=reform      states of attention heads, as REFORM finds tokens, of the same spans;
                      `smooth=1`: without its maximum over 129 neighbouring tokens
-    find=infllm      as many blocks of the KV cache as spans, chosen by every layer, as InfLLM does
     find=nothing     the same window alone; `window` for short
     find=all         the whole text, in a cache that is made once for it; `base` for short
 
-What is found of a text is one passage for each span, the same for all that find but InfLLM, see
-`peers`: the span and half a span on either side, the best one last (`order=text`: in the text's
-order). First tokens, passages and window are read by the base model as an ordinary prompt, which is
-what re-reading does. Written down for each question: the log-likelihood of the likeliest right
-answer and of the question itself, nats a token, and tokens in view. A text is read once for all its
-questions. Goes on where it was.
+What is found of a text is one passage for each span, the same for all that find: the span and half
+a span on either side, the best one last (`order=text`: in the text's order). First tokens, passages
+and window are read by the base model as an ordinary prompt, which is what re-reading does. Written
+down for each question: the log-likelihood of the likeliest right answer and of the question itself,
+nats a token, and tokens in view. A text is read once for all its questions. Goes on where it was.
 With --among 30k each text stands, at a place of its own, among others of its file, 30K tokens
 together.
 """
@@ -38,7 +36,7 @@ from typing import Any
 
 import torch
 from earned import chosen, gains
-from peers import SMOOTH, InfLLM, Reform
+from peers import SMOOTH, Reform
 from reread_needles import rule_of, tokens, use_dtype
 
 from pace_convert.evaluation.benchmarks.qa import PROMPT, Prompt, official_prompt, read_contexts
@@ -63,7 +61,6 @@ class Text:
         self.rows: dict[tuple, Row] = {}
         self.whole: Any = None
         self.reform: Reform | None = None
-        self.infllm: dict[RereadSettings, InfLLM] = {}
 
     def row(self, settings: RereadSettings) -> Row:
         """The text with its keys."""
@@ -85,8 +82,6 @@ class Text:
             made = self._scores(prompt, prompt.ids[common:], deepcopy(self.whole))
             return {**made, "tokens": len(prompt.ids)}
         settings = settings_of(self.model, arm)
-        if arm.get("find") == "infllm":
-            return self._by_blocks(prompt, settings)
         start, passages = self.found(arm, prompt, question)
         if arm.get("order") == "text":
             passages = tuple(sorted(passages, key=lambda passage: passage.first))
@@ -146,15 +141,6 @@ class Text:
         gained = gains(self.model, row, passages, asked, torch.ones(len(asked)))
         return tuple(chosen(passages, gained, settings.spans, arm["earn"]))
 
-    def _by_blocks(self, prompt: Prompt, settings: RereadSettings) -> dict:
-        if settings not in self.infllm:
-            self.infllm[settings] = InfLLM(self.model, self.ids, settings)
-        peer, common = self.infllm[settings], len(self.ids)
-        peer.alone = len(prompt.ids) - 1
-        made = self._scores(prompt, prompt.ids[common:], peer.cache, peer)
-        peer.cache.crop(common - peer.cache.get_seq_length())
-        return {**made, "tokens": peer.tokens}
-
     def _alike(self, texts: list[list[int]], question: list[int]) -> list[int]:
         embed = self.model.get_input_embeddings()
         means = torch.stack([embed(torch.tensor(ids)).float().mean(0) for ids in texts])
@@ -166,13 +152,10 @@ class Text:
             .tolist()
         )
 
-    def _scores(self, prompt: Prompt, ids: list[int], cache: Any, reads: Any = None) -> dict:
-        """Of the right answers, the likeliest; and of the question: the last of these ids. reads:
-        instead of the model.
-        """
-        reads = reads or self.model
+    def _scores(self, prompt: Prompt, ids: list[int], cache: Any) -> dict:
+        """Of the right answers, the likeliest; and of the question: the last of these ids."""
         asked = min(len(ids) - 1, len(prompt.ids) - len(self.ids))
-        out = reads(
+        out = self.model(
             torch.tensor([ids]), past_key_values=cache, use_cache=True, logits_to_keep=asked + 1
         )
         cache = out.past_key_values
@@ -183,7 +166,7 @@ class Text:
             chosen = [logits[-1, answer[0]]]
             if len(answer) > 1:
                 behind = deepcopy(cache) if len(prompt.answers) > 1 else cache
-                more = reads(torch.tensor([answer[:-1]]), past_key_values=behind).logits[0]
+                more = self.model(torch.tensor([answer[:-1]]), past_key_values=behind).logits[0]
                 more = more.float().log_softmax(-1)
                 chosen += list(more[range(len(answer) - 1), answer[1:]])
             nats.append(torch.stack(chosen).mean().item())
@@ -264,7 +247,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=1)
     asked = parser.parse_args()
-    torch.set_num_threads(asked.threads)
+    torch.set_num_thself.model(asked.threads)
     reader = load(Subject(asked.model), "cpu")
     reader.model.set_memory_enabled(False)
     use_dtype(reader.model, asked.dtype)
