@@ -247,7 +247,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=1)
     asked = parser.parse_args()
-    torch.set_num_thself.model(asked.threads)
+    torch.set_num_threads(asked.threads)
     reader = load(Subject(asked.model), "cpu")
     reader.model.set_memory_enabled(False)
     use_dtype(reader.model, asked.dtype)
