@@ -1,7 +1,7 @@
 """Which rules of the look-up make right answers likely: the tables of docs/reread.md.
 
     python scripts/research/reread_questions.py OUT --data DIR --out RESULTS.jsonl \\
-        [--arm NAME=VALUE,... ...] [--window NAME=VALUE,...] [--part 0/4]
+        [--arm NAME=VALUE,... ...] [--window NAME=VALUE,...] [--recall NAME=VALUE,...] [--part 0/4]
 
 OUT is a converted model, DIR holds multidoc_qa.jsonl and scientific_qa.jsonl in LongBench's format.
 An arm is parameters of re-reading (`layer=4,spans=16`), what asks (`asks=end`, the prompt's latest
@@ -14,6 +14,8 @@ tokens; `asks=question`, the question's own, all alike), and what finds:
                      `smooth=1`: without its maximum over 129 neighbouring tokens
     find=nothing     the same window alone; `window` for short
     find=all         the whole text, in a cache that is made once for it; `base` for short
+
+With `recall=1` what follows in view is mixed into the prediction, by the parameters of --recall.
 
 What is found of a text is one passage for each span, the same for all that find: the span and half
 a span on either side, the best one last (`order=text`: in the text's order). First tokens, passages
@@ -29,6 +31,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import fields, replace
 from pathlib import Path
@@ -59,7 +63,7 @@ class Text:
     def __init__(self, reader: Reader, ids: list[int]) -> None:
         self.reader, self.model, self.ids = reader, reader.model, ids
         self.rows: dict[tuple, Row] = {}
-        self.whole: Any = None
+        self.wholes: dict[bool, Any] = {}
         self.reform: Reform | None = None
 
     def row(self, settings: RereadSettings) -> Row:
@@ -74,13 +78,15 @@ class Text:
 
     def likelihood(self, arm: dict, prompt: Prompt, question: list[int]) -> dict:
         """Of a prompt that begins with the text."""
-        common = len(self.ids)
+        common, recalls = len(self.ids), bool(arm.get("recall"))
         if arm.get("find") == "all":
-            if self.whole is None:
-                self.whole = self.model(torch.tensor([self.ids]), logits_to_keep=1).past_key_values
-            # A copy, since what slides can't be cropped.
-            made = self._scores(prompt, prompt.ids[common:], deepcopy(self.whole))
-            return {**made, "tokens": len(prompt.ids)}
+            with recalling(self.model, recalls):
+                if recalls not in self.wholes:
+                    made = self.model(torch.tensor([self.ids]), logits_to_keep=1)
+                    self.wholes[recalls] = made.past_key_values
+                # A copy, since what slides can't be cropped.
+                scores = self._scores(prompt, prompt.ids[common:], deepcopy(self.wholes[recalls]))
+            return {**scores, "tokens": len(prompt.ids)}
         settings = settings_of(self.model, arm)
         start, passages = self.found(arm, prompt, question)
         if arm.get("order") == "text":
@@ -89,8 +95,9 @@ class Text:
         ranges.append((start, len(prompt.ids)))
         inside = dict.fromkeys(t for a, b in ranges for t in range(a, b))
         context = [prompt.ids[t] for t in inside]
-        made = self._scores(prompt, context, None)
-        return {**made, "tokens": len(context)}
+        with recalling(self.model, recalls):
+            scores = self._scores(prompt, context, None)
+        return {**scores, "tokens": len(context)}
 
     def found(
         self, arm: dict, prompt: Prompt, question: list[int]
@@ -176,6 +183,16 @@ class Text:
         return [word.strip(".,:;?!()'\"") for word in self.reader.decode(ids).lower().split()]
 
 
+@contextmanager
+def recalling(model: Any, on: bool) -> Iterator[None]:
+    """With recall, if it is on, and nothing else of the memory: what is read is held whole."""
+    model.set_memory_enabled(on)
+    try:
+        yield
+    finally:
+        model.set_memory_enabled(False)
+
+
 def settings_of(model: Any, arm: dict) -> RereadSettings:
     """The model's own, with what the arm changes."""
     return replace(model.window_settings, **{k: v for k, v in arm.items() if k in PARAMETERS})
@@ -241,6 +258,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--arm", action="append", default=[])
     parser.add_argument("--window", default="window=512,stand_out=0.15", help="of every arm")
+    parser.add_argument("--recall", help="layer=24,sharpness=25.0,...: of arms with recall=1")
     parser.add_argument("--part", default="0/1", help="every n-th context, from the k-th on")
     parser.add_argument("--questions", type=int, default=99, help="of each context, at most")
     parser.add_argument("--among", help="tokens of a text and others around it, like 30k")
@@ -249,6 +267,10 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     reader = load(Subject(asked.model), "cpu")
+    reader.model.set_memory(layers=())
+    if asked.recall:
+        given = rule_of(asked.recall)
+        reader.model.set_recall(layers=(given.pop("layer"),), **given)
     reader.model.set_memory_enabled(False)
     use_dtype(reader.model, asked.dtype)
     at, every = map(int, asked.part.split("/"))
