@@ -9,6 +9,7 @@ tokens; `asks=question`, the question's own, all alike), and what finds:
 
     find=keys        the look-up of re-reading
     find=bm25        BM25 over words of the question (rank_bm25), of the same spans
+    find=answer      the same with the words of the right answers: what the best finder could do
     find=embeddings  cosine of a span's mean input embedding to the question's
     find=reform      states of attention heads, as REFORM finds tokens, of the same spans;
                      `smooth=1`: without its maximum over 129 neighbouring tokens
@@ -116,6 +117,9 @@ class Text:
         texts = [prompt.ids[s * width : min((s + 1) * width, start)] for s in spans]
         if find == "bm25":
             best = best_spans(list(map(self._words, texts)), self._words(question), settings.spans)
+        elif find == "answer":
+            wanted = [word for ids in prompt.answers for word in self._words(ids)]
+            best = best_spans(list(map(self._words, texts)), wanted, settings.spans)
         elif find == "embeddings":
             best = self._alike(texts, question)[: settings.spans]
         elif find == "reform":
