@@ -5,7 +5,8 @@
 
 OUT is a converted model, DIR holds multidoc_qa.jsonl and scientific_qa.jsonl in LongBench's format.
 An arm is parameters of re-reading (`layer=4,spans=16`), what asks (`asks=end`, the prompt's latest
-tokens; `asks=question`, the question's own, all alike), and what finds:
+tokens; `asks=question`, the question's own, all alike), which words are the same (`fold=1`: also
+those that differ in case and blanks alone), and what finds:
 
     find=keys        the look-up of re-reading
     find=bm25        BM25 over words of the question (rank_bm25), of the same spans
@@ -36,6 +37,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +145,9 @@ class Text:
         weights = query_weights(len(query), settings)
         weights = weights if own is None else torch.ones_like(weights)
         ids = row.ids[row.count - len(query) :] if own is None else own
+        if arm.get("fold"):
+            fold = folded(self.reader.tokenizer)
+            row, ids = replace(row, ids=fold[row.ids.long()]), fold[ids.long()]
         asking = Asking(ids, query, weights)
         if "earn" not in arm:
             return look_up(row, asking, start, settings)
@@ -195,6 +200,17 @@ def recalling(model: Any, on: bool) -> Iterator[None]:
         yield
     finally:
         model.set_memory_enabled(False)
+
+
+@lru_cache(maxsize=1)
+def folded(tokenizer: Any) -> torch.Tensor:
+    """For each id the first one that is the same word but for case and blanks, [V] int32."""
+    first: dict[str, int] = {}
+    made = []
+    for i in range(len(tokenizer)):
+        word = tokenizer.decode([i]).strip().lower() or f"\0{i}"
+        made.append(first.setdefault(word, i))
+    return torch.tensor(made, dtype=torch.int32)
 
 
 def settings_of(model: Any, arm: dict) -> RereadSettings:
