@@ -21,6 +21,7 @@ from typing import Any
 
 import click
 import torch
+from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from pace_convert.evaluation.intervals import mean_of
@@ -65,21 +66,27 @@ def main(threads: int) -> None:
 @click.option("--length", default=4096, show_default=True)
 @click.option("--dtype", default="float32", show_default=True)
 @click.option("--window", default=0, show_default=True, help="Attention sees so many; 0: all.")
+@click.option("--layers", help="Like 24, 25.  [default: those that docs/recall.md compares]")
+@click.option("--also", type=click.Path(path_type=Path), help="Folder of .txt files, too.")
 def record_texts(
-    data: Path, name: str, models: Path, out: Path, length: int, dtype: str, window: int
-) -> None:
+    data: Path, name: str, models: Path, out: Path, length: int, dtype: str, window: int,
+    layers: str | None, also: Path | None,
+) -> None:  # fmt: skip
     """One pass over each document."""
     model = AutoModelForCausalLM.from_pretrained(models / name, dtype=getattr(torch, dtype)).eval()
     tokenizer = AutoTokenizer.from_pretrained(models / name)
     folder = out / (f"{name}-{length}" + (f"-window{window}" if window else ""))
     folder.mkdir(parents=True, exist_ok=True)
-    for number, (kind, text) in enumerate(documents(data)):
+    more = [(path.stem, path.read_text(encoding="utf-8")) for path in sorted(also.glob("*.txt"))] \
+        if also else []  # fmt: skip
+    chosen = tuple(map(int, layers.split(","))) if layers else LAYERS[name]
+    for number, (kind, text) in enumerate(documents(data) + more):
         path = folder / f"{number:02d}-{kind}.pt"
         ids = tokenizer(text, verbose=False)["input_ids"][:length]
         if path.exists() or len(ids) < length:
             continue
         start = time.perf_counter()
-        made = record(model, PATH, torch.tensor(ids), LAYERS[name], window=window)
+        made = record(model, PATH, torch.tensor(ids), chosen, window=window)
         torch.save(asdict(made) | {"kind": kind}, path)
         print(f"{path.name}: {len(ids)} tokens, loss {-made.log_probs.mean():.4f}, "
               f"{time.perf_counter() - start:.1f} s", flush=True)  # fmt: skip
@@ -126,6 +133,74 @@ def fit_gates(
                     ]
                     print(f"    first {EARLY}: mean {sum(early) / len(early):+.4f} "
                           f"worst {min(early):+.4f}", flush=True)  # fmt: skip
+
+
+@main.command("careful")
+@click.option("--recorded", type=click.Path(path_type=Path), required=True, multiple=True)
+@click.option("--sharpness", default=30.0, show_default=True)
+@click.option("--margin", default=0.0, show_default=True, help="What each text has to gain.")
+@click.option("--price", default=10.0, show_default=True, help="Of what it lacks of that.")
+@click.option("--theta-low", default=0.6, show_default=True)
+@click.option("--gate", help="a,b,c to judge, and none is fitted.")
+def careful_gate(
+    recorded: tuple[Path, ...], sharpness: float, margin: float, price: float, theta_low: float,
+    gate: str | None,
+) -> None:  # fmt: skip
+    """One gate for several models: it gains most in the mean, and has to gain on each text, early
+    in it and over all of it. Judged on models, and on texts, that it was not fitted to.
+    """
+    texts = {
+        folder.name: [
+            recalled(made, tuple(made.keys), sharpness)
+            for made in map(_recording, sorted(folder.glob("*.pt")))
+        ]
+        for folder in recorded
+    }
+    named = [(name, text) for name, some in texts.items() for text in some]
+    if gate:
+        _judge("given", Gate(*map(float, gate.split(",")), theta_low), texts, recorded)
+        return
+    for name in texts if len(texts) > 1 else ():
+        fitted = _careful([t for n, t in named if n != name], margin, price, theta_low)
+        _judge(f"without {name}", fitted, {name: texts[name]}, recorded)
+    for half in (0, 1):
+        fitted = _careful([t for _, t in named[half::2]], margin, price, theta_low)
+        others = {name: some[1 - half :: 2] for name, some in texts.items()}
+        _judge(f"half {half}, others", fitted, others, recorded)
+    _judge("all", _careful([t for _, t in named], margin, price, theta_low), texts, recorded)
+
+
+def _careful(texts: list, margin: float, price: float, theta_low: float) -> Gate:
+    z = torch.tensor([-20.9, 15.9, 0.44], requires_grad=True)
+    solver = torch.optim.LBFGS([z], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        solver.zero_grad()
+        total = torch.zeros(())
+        for text in texts:
+            x = z[0] + z[1] * text.best.clamp_min(-1) + z[2] * text.count.log()
+            gained = logsigmoid(x) + text.log_q - text.log_p
+            gained = torch.logaddexp(logsigmoid(-x), gained)
+            gained = torch.where(text.best > theta_low, gained, 0.0)
+            parts = [gained[:n].mean() for n in (EARLY // 4, EARLY, None)]
+            lacking = sum(((margin - part) / 0.001).clamp_min(0) ** 2 for part in parts) * 0.001
+            total = total + (price * lacking - parts[-1]) / len(texts)
+        total.backward()
+        return total
+
+    solver.step(loss)
+    return Gate(*z.detach().tolist(), theta_low)
+
+
+def _judge(what: str, gate: Gate, texts: dict, recorded: tuple[Path, ...]) -> None:
+    print(f"{what}: a {gate.bias:.2f} b {gate.slope:.2f} c {gate.growth:.3f}")
+    for name, some in texts.items():
+        gains = [gate.gains(text) for text in some]
+        for early in (EARLY // 4, EARLY, None):
+            each = [gain[:early].mean().item() for gain in gains]
+            print(f"  {name} {f'first {early}' if early else 'all':10s} mean "
+                  f"{sum(each) / len(each):+.4f} worst "
+                  f"{' '.join(f'{x:+.4f}' for x in sorted(each)[:4])}", flush=True)  # fmt: skip
 
 
 @main.command("questions")

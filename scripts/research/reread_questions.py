@@ -94,7 +94,9 @@ class Text:
         start, passages = self.found(arm, prompt, question)
         if arm.get("order") == "text":
             passages = tuple(sorted(passages, key=lambda passage: passage.first))
-        ranges = [(0, settings.first), *((p.first, p.stop) for p in passages)]
+        wide = arm.get("wide", 0)
+        ranges = [(0, settings.first)]
+        ranges += [(max(0, p.first - wide), min(p.stop + wide, start)) for p in passages]
         ranges.append((start, len(prompt.ids)))
         inside = dict.fromkeys(t for a, b in ranges for t in range(a, b))
         context = [prompt.ids[t] for t in inside]
