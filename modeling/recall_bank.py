@@ -5,12 +5,16 @@ by a fixed matrix of signs (`reread_keys.signs`) and normed, one behind the othe
 that row is worth v_s, the id of token s + 1, which is known when t is read. With z the model's
 logits for the token behind t:
 
-    w = softmax(beta cos(k_t, k_s)) over all s < t        p(v) = sum of the w_s whose v_s is v
-    lambda = sigmoid(a + b max_s cos(k_t, k_s) + c ln n)  n: tokens s that there are
-             0 where the largest cosine is at most theta_low
-    result = log((1 - lambda) exp(z) + lambda p Z)        Z = sum of exp(z), so the sum stays Z
+    r_s = (cos(k_t, k_s) - m) / (1 - m)             m: the mean cosine over all s < t
+    w = softmax(beta r) over all s < t              p(v) = sum of the w_s whose v_s is v
+    lambda = sigmoid(a + b max_s r_s + c ln n)      n: tokens s that there are
+             0 where the largest r is at most theta_low
+    result = log((1 - lambda) exp(z) + lambda p Z)  Z = sum of exp(z), so the sum stays Z
 
-so a token loses no more than -log(1 - lambda), and where lambda is 0 the logits stay what they are,
+r, the similarity, is 0 for a token like all others and 1 for the same key: what all keys of a model
+have in common, which differs from model to model, does not count. Nothing is lost in a gate for one
+model, and one for several is safer by it.
+So a token loses no more than -log(1 - lambda), and where lambda is 0 the logits stay what they are,
 bit for bit. (A cache of what followed: Grave et al. 2017, arXiv 1612.04426; Khandelwal et al. 2020,
 arXiv 1911.00172. There the last layer's output is the key and lambda is one number.)
 """
@@ -23,6 +27,7 @@ from torch.nn.functional import logsigmoid
 
 from .recall_settings import RecallSettings
 
+LEAST = 0.02  # of 1 - m
 VALUES = 1 << 21  # numbers of a block's largest matrix: what a cache holds is four times as fast
 
 
@@ -57,7 +62,7 @@ def _mixed(
 ) -> Tensor:
     wide = z.double() if z.dtype == torch.float64 else z.float()
     ids, share, best, count = _recalled(wide, queries.detach(), at, keys, codes, settings)
-    gate = settings.gate_bias + settings.gate_slope * best.clamp_min(-1.0)
+    gate = settings.gate_bias + settings.gate_slope * best.clamp_min(0.0)
     gate = gate + settings.gate_growth * count.log()
     stay = logsigmoid(-gate)[..., None]
     moved = (logsigmoid(gate) + wide.logsumexp(-1))[..., None] + share.log()
@@ -75,8 +80,8 @@ def _recalled(
     codes: Tensor,
     settings: RecallSettings,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """By column its id [B, l, T], p of that id [B, l, T]; the largest cosine, and n, at least 1,
-    [B, l].
+    """By column its id [B, l, T], p of that id [B, l, T]; the largest similarity, -inf where there
+    is none, and n, at least 1, [B, l].
     """
     if queries.shape[1] == 1:  # on CPUs ten times as fast in bf16 as the other way round
         cosines = (keys @ queries.transpose(1, 2)).transpose(1, 2).to(wide)
@@ -84,12 +89,16 @@ def _recalled(
         cosines = (queries @ keys.transpose(1, 2)).to(wide)
     columns = torch.arange(keys.shape[1], device=at.device)
     seen = (codes >= 0)[:, None] & (columns <= at[:, None])
-    cosines = cosines.masked_fill(~seen.to(wide.device), -torch.inf)
+    seen = seen.to(wide.device)
+    count = seen.sum(-1).clamp_min(1).to(wide)
+    mean = torch.where(seen, cosines, 0).sum(-1) / count
+    room = (1 - mean).clamp_min(LEAST)
+    cosines = cosines.masked_fill(~seen, -torch.inf)
     best = cosines.amax(-1)
     # Where nothing is seen all weights are 0, not NaN.
-    weights = (settings.sharpness * (cosines - best.clamp_min(-1.0)[..., None])).exp()
+    sharpness = (settings.sharpness / room)[..., None]
+    weights = (sharpness * (cosines - best.clamp_min(-1.0)[..., None])).exp()
     weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(wide.dtype).tiny)
     ids = codes.clamp_min(0).long().to(wide.device)[:, None].expand(cosines.shape)
     share = torch.zeros_like(wide).scatter_add_(-1, ids, weights).gather(-1, ids)
-    count = seen.sum(-1).clamp_min(1).to(wide)
-    return ids, share, best, count
+    return ids, share, (best - mean) / room, count

@@ -24,11 +24,11 @@ class RecallSettings:
     """
 
     layers: tuple[int, ...] = (0,)
-    sharpness: float = real(30.0, low=0, high=1000)
-    gate_bias: float = real(-20.9)
-    gate_slope: float = real(15.9)
-    gate_growth: float = real(0.44)
-    theta_low: float = real(0.6, low=-1, high=1)
+    sharpness: float = real(18.0, low=0, high=1000)
+    gate_bias: float = real(-15.6)
+    gate_slope: float = real(6.6)
+    gate_growth: float = real(0.8)
+    theta_low: float = real(0.4, low=-1, high=1)
     key_size: int = whole(192, low=1, high=MOST_SLOTS)
 
     def __post_init__(self) -> None:

@@ -42,7 +42,6 @@ RECALL_OPTIONS = {
     "recall_theta_low": "theta_low", "recall_key_size": "key_size",
 }  # fmt: skip
 MEMORIES = ("fusion", "reread", "recall")
-BY_DEFAULT = ("fusion", "reread")  # of MEMORIES: what helps or changes nothing
 SMALLEST_CONTEXT = 512  # tokens that a model must have been trained to, for a window by default
 
 
@@ -174,7 +173,7 @@ class ConvertOptions(BaseModel):
     ] = Field(
         "auto",
         description="What the model gets beside its experts: any of fusion, reread, recall, as "
-        f"fusion,recall; auto: {' and '.join(BY_DEFAULT)}; none: as --no-memory.",
+        "fusion,recall; auto: all that the model can have; none: as --no-memory.",
     )
     memory_layers: Annotated[
         Literal["auto", "none", "all", "second"] | tuple[Layer, ...], BeforeValidator(_parse_layers)
@@ -249,9 +248,7 @@ class ConvertOptions(BaseModel):
     recall_growth: float = _recall(
         "recall_growth", "Slope of the gate over the log of the tokens recalled from, c."
     )
-    recall_theta_low: float = _recall(
-        "recall_theta_low", "Recall nothing up to this cosine similarity."
-    )
+    recall_theta_low: float = _recall("recall_theta_low", "Recall nothing up to this similarity.")
     recall_key_size: int = _recall("recall_key_size", "Numbers of a token's key, of each layer.")
     no_memory: bool = Field(
         False, description="Only cluster the weights; keep the original architecture."
@@ -297,8 +294,7 @@ class ConvertOptions(BaseModel):
 
     def has(self, memory: str) -> bool:
         """Whether the model gets this one of MEMORIES, as far as the options say."""
-        chosen = BY_DEFAULT if self.memory == "auto" else self.memory
-        return not self.no_memory and memory in chosen
+        return not self.no_memory and (self.memory == "auto" or memory in self.memory)
 
     def experts_config(self) -> dict | None:
         """The `pace.experts` object of config.json; None: no experts."""

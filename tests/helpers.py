@@ -164,9 +164,16 @@ def active_thresholds(row: str) -> dict:
 
 
 def convert_folder(source: Path, out: Path, **options) -> None:
-    """Convert with an active memory unless `options` say otherwise."""
+    """Convert with an active memory unless `options` say otherwise, and without recall, which acts
+    on short texts too.
+    """
     opened = open_source(str(source))
-    memory = {} if options.get("no_memory") else ACTIVE
+    family = FAMILIES.get(opened.config.get("model_type"))
+    off = {*(family.refused if family else ())}
+    off |= {"fusion"} if options.get("memory_layers") == "none" else set()
+    off |= {"reread"} if options.get("window") == "none" else set()
+    kinds = tuple(name for name in ("fusion", "reread") if name not in off) or ("recall",)
+    memory = {} if options.get("no_memory") else {"memory": kinds, **ACTIVE}
     chosen = {"experts": ACTIVE["experts"], **memory, **options}
     if chosen.get("no_experts"):
         del chosen["experts"]

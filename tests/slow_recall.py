@@ -1,7 +1,8 @@
 """Recall once more, token by token and as plainly as possible: what the tests compare with.
 
-For every token of one row: its key, the cosines with those of all tokens before it, the softmax of
-them, and the probabilities of what followed. No cache, no batch, no padding.
+For every token of one row: its key, the cosines with those of all tokens before it, how far these
+are above their mean, the softmax of that, and the probabilities of what followed. No cache, no
+batch, no padding.
 """
 
 from __future__ import annotations
@@ -44,13 +45,15 @@ def signs(width: int, size: int) -> Tensor:
 
 def _mixed(z: Tensor, keys: list[Tensor], ids: list[int], t: int, settings) -> Tensor:
     cosines = [float(keys[t] @ keys[s]) for s in range(t)]
-    if not cosines or max(cosines) <= settings.theta_low:
+    mean = sum(cosines) / max(t, 1)
+    alike = [(cosine - mean) / max(1 - mean, 0.02) for cosine in cosines]
+    if not alike or max(alike) <= settings.theta_low:
         return z
-    weights = [math.exp(settings.sharpness * cosine) for cosine in cosines]
+    weights = [math.exp(settings.sharpness * (r - max(alike))) for r in alike]
     recalled = torch.zeros_like(z)
     for s, weight in enumerate(weights):
         recalled[ids[s + 1]] += weight / sum(weights)
-    gate = settings.gate_bias + settings.gate_slope * max(cosines)
-    share = 1 / (1 + math.exp(-gate - settings.gate_growth * math.log(len(cosines))))
+    gate = settings.gate_bias + settings.gate_slope * max(alike)
+    share = 1 / (1 + math.exp(-gate - settings.gate_growth * math.log(t)))
     mixed = (1 - share) * z.softmax(-1) + share * recalled
     return mixed.log() + z.logsumexp(-1)

@@ -109,7 +109,7 @@ def _vllm(
     if one does.
     """
     from ..converted.opened import open_converted
-    from .views import engine_view, reader_view
+    from .views import engine_view, left_out, reader_view
     from .vllm_keys import MODEL, VllmKeys
     from .vllm_process import VllmProcess, vllm_arguments
 
@@ -126,6 +126,8 @@ def _vllm(
 
     engine = reader = None
     if options.engine == "vllm":
+        if without := left_out(converted):
+            _say(f"vLLM answers without {' and '.join(without)}, which it does not have")
         engine = started(engine_view(converted, place / "engine"), served.name)
     if options.reader == "vllm":
         view = reader_view(converted, place / "reader", settings.layer, settings.key_size)

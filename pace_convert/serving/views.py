@@ -18,22 +18,28 @@ from ..writing import write_json
 
 def engine_view(converted: Converted, folder: Path) -> Path:
     """Into a new folder, the base model with recall alone, see `vllm_plugin`; the base model where
-    OUT has no recall. Returns the folder.
-
-    Raises CallError for a family that it does not know.
+    OUT has no recall, or of a family that vLLM does not recall with. Returns the folder.
     """
     config = base_config(converted.files.config, converted.family)
-    memory = converted.files.config["pace"].get("memory") or {}
-    if memory.get("enabled", True) and memory.get("recall"):
-        kind = converted.family.model_type
-        if kind not in BASES:
-            raise CallError(
-                f"vLLM does not recall with {kind} models, only with {', '.join(BASES)}",
-                "leave out --engine vllm, or give --engine-url of a vLLM that serves the source",
-            )
+    memory, kind = _memory(converted), converted.family.model_type
+    if memory.get("recall") and kind in BASES:
         only = {"enabled": True, "recall": memory["recall"]}
         config |= {"architectures": [f"Pace{BASES[kind]}"], "pace": {"memory": only}}
     return _view(converted, folder, config)
+
+
+def left_out(converted: Converted) -> list[str]:
+    """What of OUT's memory that view does not have, beside re-reading, which the server does."""
+    memory = _memory(converted)
+    recalls = memory.get("recall") and converted.family.model_type not in BASES
+    has = {"fusion": memory.get("layers"), "recall": recalls}
+    return [name for name, there in has.items() if there]
+
+
+def _memory(converted: Converted) -> dict[str, Any]:
+    """Empty where it is off."""
+    memory = converted.files.config["pace"].get("memory") or {}
+    return memory if memory.get("enabled", True) else {}
 
 
 def reader_view(converted: Converted, folder: Path, layer: int, key_size: int) -> Path:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import time
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -141,10 +141,14 @@ def fit_gates(
 @click.option("--margin", default=0.0, show_default=True, help="What each text has to gain.")
 @click.option("--price", default=10.0, show_default=True, help="Of what it lacks of that.")
 @click.option("--theta-low", default=0.6, show_default=True)
+@click.option("--growth", type=float, default=0.8, show_default=True, help="c.")
+@click.option(
+    "--less", default=0.0, show_default=True, help="Taken from each fitted a, for safety."
+)
 @click.option("--gate", help="a,b,c to judge, and none is fitted.")
 def careful_gate(
     recorded: tuple[Path, ...], sharpness: float, margin: float, price: float, theta_low: float,
-    gate: str | None,
+    growth: float, less: float, gate: str | None,
 ) -> None:  # fmt: skip
     """One gate for several models: it gains most in the mean, and has to gain on each text, early
     in it and over all of it. Judged on models, and on texts, that it was not fitted to.
@@ -157,28 +161,33 @@ def careful_gate(
         for folder in recorded
     }
     named = [(name, text) for name, some in texts.items() for text in some]
+
+    def careful(some: list) -> Gate:
+        made = _careful(some, margin, price, theta_low, growth)
+        return replace(made, bias=made.bias - less)
+
     if gate:
         _judge("given", Gate(*map(float, gate.split(",")), theta_low), texts, recorded)
         return
     for name in texts if len(texts) > 1 else ():
-        fitted = _careful([t for n, t in named if n != name], margin, price, theta_low)
+        fitted = careful([t for n, t in named if n != name])
         _judge(f"without {name}", fitted, {name: texts[name]}, recorded)
     for half in (0, 1):
-        fitted = _careful([t for _, t in named[half::2]], margin, price, theta_low)
+        fitted = careful([t for _, t in named[half::2]])
         others = {name: some[1 - half :: 2] for name, some in texts.items()}
         _judge(f"half {half}, others", fitted, others, recorded)
-    _judge("all", _careful([t for _, t in named], margin, price, theta_low), texts, recorded)
+    _judge("all", careful([t for _, t in named]), texts, recorded)
 
 
-def _careful(texts: list, margin: float, price: float, theta_low: float) -> Gate:
-    z = torch.tensor([-20.9, 15.9, 0.44], requires_grad=True)
+def _careful(texts: list, margin: float, price: float, theta_low: float, growth: float) -> Gate:
+    z = torch.tensor([-16.0, 8.0], requires_grad=True)
     solver = torch.optim.LBFGS([z], max_iter=200, line_search_fn="strong_wolfe")
 
     def loss() -> torch.Tensor:
         solver.zero_grad()
         total = torch.zeros(())
         for text in texts:
-            x = z[0] + z[1] * text.best.clamp_min(-1) + z[2] * text.count.log()
+            x = z[0] + z[1] * text.best.clamp_min(0) + growth * text.count.log()
             gained = logsigmoid(x) + text.log_q - text.log_p
             gained = torch.logaddexp(logsigmoid(-x), gained)
             gained = torch.where(text.best > theta_low, gained, 0.0)
@@ -189,7 +198,7 @@ def _careful(texts: list, margin: float, price: float, theta_low: float) -> Gate
         return total
 
     solver.step(loss)
-    return Gate(*z.detach().tolist(), theta_low)
+    return Gate(*z.detach().tolist(), growth, theta_low)
 
 
 def _judge(what: str, gate: Gate, texts: dict, recorded: tuple[Path, ...]) -> None:

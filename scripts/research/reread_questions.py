@@ -6,7 +6,8 @@
 OUT is a converted model, DIR holds multidoc_qa.jsonl and scientific_qa.jsonl in LongBench's format.
 An arm is parameters of re-reading (`layer=4,spans=16`), what asks (`asks=end`, the prompt's latest
 tokens; `asks=question`, the question's own, all alike), which words are the same (`fold=1`: also
-those that differ in case and blanks alone), and what finds:
+those that differ in case and blanks alone), whether what is found asks once more (`again=2,
+weight=0.1`: the best two passages' tokens, of this weight each), and what finds:
 
     find=keys        the look-up of re-reading
     find=bm25        BM25 over words of the question (rank_bm25), of the same spans
@@ -151,6 +152,10 @@ class Text:
             fold = folded(self.reader.tokenizer)
             row, ids = replace(row, ids=fold[row.ids.long()]), fold[ids.long()]
         asking = Asking(ids, query, weights)
+        if "again" in arm:  # what was found asks too
+            few = replace(settings, spans=arm["again"])
+            found = look_up(row, asking, start, few)
+            asking = _joined(asking, row, found, arm.get("weight", 0.1), settings)
         if "earn" not in arm:
             return look_up(row, asking, start, settings)
         more = replace(settings, spans=arm.get("of", 16), stand_out=0.0)
@@ -192,6 +197,23 @@ class Text:
 
     def _words(self, ids: list[int]) -> list[str]:
         return [word.strip(".,:;?!()'\"") for word in self.reader.decode(ids).lower().split()]
+
+
+def _joined(
+    asking: Asking, row: Row, passages: tuple[Passage, ...], weight: float, settings: RereadSettings
+) -> Asking:
+    """With the tokens of these passages, each of this weight."""
+    width = settings.span_width
+    keys = {s: keys for block in row.blocks for s, keys in zip(block.spans, block.keys)}
+    tokens = [t for p in passages for t in range(p.first, p.stop) if t // width in keys]
+    if not tokens:
+        return asking
+    more = torch.stack([keys[t // width][t % width] for t in tokens])
+    return Asking(
+        torch.cat([asking.ids, row.ids[tokens].to(asking.ids)]),
+        torch.cat([asking.keys, more.to(asking.keys)]),
+        torch.cat([asking.weights, torch.full((len(tokens),), weight).to(asking.weights)]),
+    )
 
 
 @contextmanager

@@ -148,14 +148,11 @@ def test_of_a_source_on_the_hub(source):
 
 def test_without_memory(source):
     text = new_card(source, memory_layers="none", window="none", experts=7)
-    assert (
-        "activation-memory" not in ModelCard(text).data.tags
-        and "## The memory" not in text
-        and "within one neuron" in text
-    )
+    assert "## Recall" in text and "## The memory" not in text and "within one neuron" in text
     text = new_card(source, no_memory=True)
     assert (
-        "trust_remote_code" not in text
+        "activation-memory" not in ModelCard(text).data.tags
+        and "trust_remote_code" not in text
         and "runs wherever its source runs" in text
         and "memory_disabled" not in text
     )

@@ -92,8 +92,8 @@ def check_body(card: str, title: str | None = None) -> None:
     headings = [
         after.content for token, after in zip(tokens, tokens[1:]) if token.type == "heading_open"
     ]
-    assert len(headings) == 9 and headings[1] == "Load it", headings
-    assert len([token for token in tokens if token.type == "table_open"]) == 3
+    assert len(headings) == 10 and headings[1] == "Load it", headings
+    assert len([token for token in tokens if token.type == "table_open"]) == 4
     fences = [token.content for token in tokens if token.type == "fence"]
     assert fences[0].startswith("from transformers import") and 'name = "."' in fences[0]
     assert pinned_commit(card) is None and is_untouched(card.encode())
@@ -134,8 +134,8 @@ def test_names_of_folders_and_files_stay_names(source, tmp_path_factory, name, f
     assert all(COMMENT.fullmatch(part) for part in html), html
     links = {token.attrs["href"] for token in tokens if token.type == "link_open"}
     assert not [link for link in links if link.lower().startswith("javascript:")]
-    assert len([token for token in tokens if token.type == "heading_open"]) == 9
-    assert len([token for token in tokens if token.type == "table_open"]) == 3
+    assert len([token for token in tokens if token.type == "heading_open"]) == 10
+    assert len([token for token in tokens if token.type == "table_open"]) == 4
 
 
 def test_a_key_that_holds_a_line_of_metadata(source):

@@ -162,6 +162,7 @@ def test_equals_the_load_of_transformers(architecture, tmp_path):
     same = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").to(torch.float32)
     ids, theirs = random_ids(1, 4), theirs.to(torch.float32)
     assert torch.equal(same(ids).logits, theirs(ids).logits)
+    ours.set_recall(False)
     assert torch.allclose(ours.float()(ids).logits, theirs(ids).logits, rtol=1e-3, atol=1e-3)
     verified = pace.verify(out, path)
     assert verified.passed and verified.logits_match and verified.same_tokens

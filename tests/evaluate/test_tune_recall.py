@@ -53,7 +53,7 @@ def test_what_was_fitted_is_what_the_model_does(out):
     made = record(reader.model, path, torch.tensor(ids), (1, 2), 48)
     base = reader.log_probs(ids)
     torch.testing.assert_close(made.log_probs, torch.tensor(base).float(), rtol=1e-4, atol=1e-4)
-    gate = Gate(-2.0, 1.5, 0.1, 0.3)
+    gate = Gate(-2.0, 1.5, 0.1, -1.0)  # keys of this model are much alike
     expected = gate.gains(recalled(made, (1, 2), 12.0))
     settings = RecallSettings((1, 2), 12.0, gate.bias, gate.slope, gate.growth, gate.theta_low, 48)
     reader.model.set_memory_enabled(True)
@@ -107,6 +107,9 @@ def test_what_gains_is_written(out, text, tmp_path):
     }
     card = (folder / "README.md").read_text()
     assert "Found by `pace tune`" in card and str(row["recall"]["gate_bias"]) in card
+    again = tune(folder, text, "--out", tmp_path / "again")
+    assert again.returncode == 0 and "as it is gains as much, or more" in again.stdout
+    assert json.loads((folder / "config.json").read_text())["pace"] == pace
     open_converted(open_source(str(folder)).folder)  # is whole, and what it says can be
     assert pace_convert(folder, "--source", reference_model(), command=("verify",)).returncode == 0
     shown = pace_convert(folder, command=("inspect",)).stdout

@@ -9,11 +9,14 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from helpers import family_of, load, random_ids
+from helpers import family_of, load, pace_convert, random_ids
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from slow_recall import slow_recall
 from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, StaticCache
+
+from pace_convert.modeling.recall_bank import mix
+from pace_convert.modeling.recall_settings import RecallSettings
 
 SMALL = {"layers": (1, 2), "sharpness": 6.0, "gate_bias": -0.5, "gate_slope": 1.5,
     "gate_growth": 0.2, "theta_low": 0.1, "key_size": 24}  # fmt: skip
@@ -289,6 +292,52 @@ def test_nothing_similar_is_the_base_model(qwen2_pair):
         assert torch.equal(model(ids, memory_enabled=False).logits, base(ids).logits)
     new = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(model.generate(ids, **new), base.generate(ids, **new))
+
+
+def mixed(keys, common, settings):
+    """Logits behind a row with these keys [1, n, R], and so large a part that all of them share."""
+    shared = torch.full((*keys.shape[:2], 1), common**0.5, dtype=keys.dtype)
+    keys = torch.cat([keys * (1 - common) ** 0.5, shared], -1)
+    n, generator = keys.shape[1], torch.Generator().manual_seed(1)
+    logits = torch.randn(1, n, 20, dtype=keys.dtype, generator=generator)
+    codes = text(1, n, seed=3).roll(-1, 1)
+    before = torch.cat([keys[:, :1], keys[:, :-1]], 1)  # a column has the key of the token before
+    codes[:, 0] = -1
+    return logits, mix(logits.clone(), keys, torch.arange(n), before, codes, settings)
+
+
+@given(common=st.floats(0, 0.9), seed=st.integers(0, 99))
+@settings(max_examples=20, deadline=None)
+def test_what_all_keys_have_in_common_does_not_count(common, seed):
+    keys = torch.randn(
+        1, 40, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
+    keys = torch.nn.functional.normalize(keys, dim=-1)
+    rules = RecallSettings(**SMALL)
+    logits, plain = mixed(keys, 0.0, rules)
+    assert not torch.allclose(logits, plain, atol=1e-3)
+    torch.testing.assert_close(mixed(keys, common, rules)[1], plain, rtol=1e-9, atol=1e-9)
+
+
+def test_keys_that_are_all_alike_recall_nothing():
+    """As those of a model may be whose activations lean to one side: it is left alone."""
+    keys = torch.nn.functional.normalize(torch.randn(1, 40, 24, dtype=torch.float64), dim=-1)
+    logits, made = mixed(keys, 0.998, RecallSettings())
+    assert torch.equal(made, logits)
+
+
+def test_a_default_conversion_recalls(make_source, tmp_path):
+    source = make_source("llama")
+    done = pace_convert(source, tmp_path / "out", "--experts", 8)
+    assert done.returncode == 0, done.stderr
+    model = load(tmp_path / "out")
+    assert asdict(model.recall_settings) == asdict(RecallSettings(layers=(3,)))
+    base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float64).eval()
+    again = torch.arange(2, 40).repeat(2)[None]
+    with torch.no_grad():
+        assert not torch.allclose(model(again).logits, base(again).logits, rtol=1e-6, atol=1e-6)
+        model.set_recall(False)
+        torch.testing.assert_close(model(again).logits, base(again).logits, rtol=1e-8, atol=1e-8)
 
 
 def test_half_precision(qwen2_pair):

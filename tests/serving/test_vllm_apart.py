@@ -23,7 +23,7 @@ from pace_convert.errors import CallError, PaceError
 from pace_convert.modeling.recall_settings import RecallSettings
 from pace_convert.serving import vllm_process
 from pace_convert.serving.errors import ApiError
-from pace_convert.serving.views import engine_view, reader_view
+from pace_convert.serving.views import engine_view, left_out, reader_view
 from pace_convert.serving.vllm_keys import VllmKeys
 from pace_convert.serving.vllm_process import VllmProcess, vllm_arguments
 from pace_convert.vllm_plugin import check_version
@@ -63,11 +63,21 @@ def test_a_view_with_recall(make_source, tmp_path):
 
 
 def test_families_that_vllm_does_not_recall_with(make_source, tmp_path):
+    """Are the base model there, and the server says so."""
     options = ConvertOptions(memory=("recall",), experts=None)
-    out = convert(make_source("gpt2"), tmp_path / "out", options).out
-    with pytest.raises(CallError, match="does not recall with gpt2 models, only with llama"):
-        engine_view(open_converted(out), tmp_path / "view")
-    assert not (tmp_path / "view").exists()
+    converted = open_converted(convert(make_source("gpt2"), tmp_path / "out", options).out)
+    config = json.loads((engine_view(converted, tmp_path / "v") / "config.json").read_text())
+    assert config["architectures"] == ["GPT2LMHeadModel"] and "pace" not in config
+    assert left_out(converted) == ["recall"]
+
+
+def test_what_vllm_leaves_out(make_source, tmp_path):
+    options = ConvertOptions(memory=("fusion", "reread", "recall"), experts=None)
+    out = convert(make_source("llama"), tmp_path / "out", options).out
+    assert left_out(open_converted(out)) == ["fusion"]
+    options = ConvertOptions(memory=("reread",), experts=None)
+    out = convert(make_source("llama"), tmp_path / "without", options).out
+    assert left_out(open_converted(out)) == []
 
 
 @pytest.mark.parametrize(

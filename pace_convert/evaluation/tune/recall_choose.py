@@ -33,8 +33,8 @@ from .recall_record import Recording, record
 from .report import difference_of
 
 DEPTHS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)  # of layers that are tried
-FIRST = 25.0  # sharpness while layers are chosen
-SHARPNESS = (10.0, 15.0, 20.0, 25.0, 30.0, 40.0, 60.0, 90.0)
+FIRST = 16.0  # sharpness while layers are chosen
+SHARPNESS = (8.0, 12.0, 16.0, 20.0, 25.0, 32.0, 45.0, 60.0)
 LENGTH = 2048  # tokens of a window
 HARM = 0.002  # nats a token that no document may lose
 
@@ -81,9 +81,9 @@ def tune_recall(options: TuneOptions, converted: Converted, progress: Progress) 
     with search_folder(options.folder("tune"), options, converted, now) as memory:
         reader = reader_of(options, None)
         data = read_data(_request(options, reader), reader)
-        size = recall_settings(memory["recall"], converted.layers).key_size
+        own = recall_settings(memory["recall"], converted.layers)
         held_in, held_out = (
-            _read(reader, converted, items, size, progress, name)
+            _read(reader, converted, items, own, progress, name)
             for items, name in ((data.held_in, "held-in"), (data.held_out, "held-out"))
         )
         trials = search(held_in)
@@ -129,20 +129,20 @@ def _read(
     reader: Reader,
     converted: Converted,
     items: tuple[Item, ...],
-    size: int,
+    own: RecallSettings,
     progress: Progress,
     name: str,
 ) -> list[Read]:
-    """One pass over each item, all layers that may be chosen listened to."""
+    """One pass over each item, all layers that may be chosen listened to, the model's own too."""
     family, last = converted.family, converted.layers - 1
-    layers = sorted({round(depth * last) for depth in DEPTHS})
+    layers = sorted({*(round(depth * last) for depth in DEPTHS), *own.layers})
     stack = "".join(f"{part}." for part in (family.base, family.stack) if part)
     path = "|".join(f"{stack}{path}" for path in family.ffn_input.split("|"))
     made = []
     with progress.step(f"reading {name} texts", len(items), "text") as bar:
         for item in items:
             ids = torch.tensor([*item.prompt, *item.target])
-            made.append(Read(item, record(reader.model, path, ids, layers, size)))
+            made.append(Read(item, record(reader.model, path, ids, layers, own.key_size)))
             bar.update(1)
     return made
 
@@ -158,11 +158,10 @@ def _judged(
     best, own = trials[0], memory["recall"]
     settings = best.settings(recall_settings(own, converted.layers).key_size)
     rows = [_row("finalist", settings, held_out, best.gain)]
-    if own is not None and set(own["layers"]) <= set(held_out[0].text.keys):
-        now = RecallSettings.from_config(own)
-        rows.append(_row("current", now, held_out, None))
-    first = rows[0]["held_out"]
-    wins = (first["low"] or 0) > 0 and rows[0]["worst"] >= -HARM and best.gain > 0
+    if own is not None:
+        rows.append(_row("current", RecallSettings.from_config(own), held_out, None))
+    means = [row["held_out"]["mean"] for row in rows]
+    wins = _gains(rows[0]) and best.gain > 0 and means[0] > max([0.0, *means[1:]])
     winner = {**memory, "enabled": True, "recall": asdict(settings)} if wins else None
     return {
         "tunes": "recall",
@@ -195,6 +194,11 @@ def _row(name: str, settings: RecallSettings, texts: list[Read], held_in: float 
     }
 
 
+def _gains(row: dict) -> bool:
+    """Beyond noise, at no document's cost."""
+    return (row["held_out"]["low"] or 0) > 0 and row["worst"] >= -HARM
+
+
 def _record(options: TuneOptions, data: Data, facts: dict) -> Tuned:
     first: dict[str, Any] = facts["finalists"][0]
     held_in = {"mean": first["held_in"], "low": None, "high": None}
@@ -219,7 +223,9 @@ def recall_text(facts: dict) -> str:
             f"{recall['theta_low']:g}: {held_out} on held-out, its worst document "
             f"{row['worst']:+.3g}"
         )
-    if facts["winner"] is None:
+    if facts["winner"] is None and any(_gains(row) for row in facts["finalists"][1:]):
+        said = "Recall as it is gains as much, or more. Nothing was written."
+    elif facts["winner"] is None:
         why = "gains nothing beyond noise" if first["worst"] >= -HARM else "costs a document more"
         said = f"Recall {why}. Recommended: off, model.set_recall(False). Nothing was written."
     elif facts["written"]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...modeling.memory_settings import MOST_WEIGHT
+from ...modeling.recall_bank import LEAST
 from .recall_record import Recording
 
 ROWS = 512  # tokens whose cosines are computed at once
@@ -25,8 +26,8 @@ THRESHOLDS = (-1.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 class Recalled:
     """What recall says of each token of a text but the last, [n - 1] each.
 
-    log_p, log_q: of what came next, by the model and by recall. best: the largest cosine. count:
-    tokens that are recalled from, at least 1. features: more that a gate may go by, by name.
+    log_p, log_q: of what came next, by the model and by recall. best: the largest similarity.
+    count: tokens that are recalled from, at least 1. features: more that a gate may go by, by name.
     """
 
     log_p: Tensor
@@ -51,9 +52,12 @@ def recalled(
         count = rows.stop - first
         cosines = keys[rows] @ keys[: rows.stop].T
         seen = torch.arange(rows.stop) < torch.arange(first, rows.stop)[:, None]
-        cosines = cosines.masked_fill(~seen, -torch.inf)
-        best = cosines.amax(1)
-        weights = (sharpness * (cosines - best.clamp_min(-1)[:, None])).exp()
+        before = seen.sum(1).clamp_min(1)
+        mean = torch.where(seen, cosines, 0).sum(1) / before
+        room = (1 - mean).clamp_min(LEAST)
+        alike = ((cosines - mean[:, None]) / room[:, None]).masked_fill(~seen, -torch.inf)
+        best = alike.amax(1)
+        weights = (sharpness * (alike - best.clamp_min(0)[:, None])).exp()
         weights = weights / weights.sum(1, keepdim=True).clamp_min(1e-30)
         followed = place[: rows.stop].expand(count, -1)
         q = torch.zeros(count, len(values)).scatter_add_(1, followed, weights)
@@ -126,7 +130,7 @@ def _bounded(z: Tensor) -> Tensor:
 
 def _inputs(text: Recalled, features: Sequence[str]) -> Tensor:
     """[n - 1, 3 + features]."""
-    best = text.best.clamp_min(-1)
+    best = text.best.clamp_min(0)
     more = [text.features[name] for name in features]
     columns = [torch.ones_like(best), best, text.count.log(), *more]
     return torch.stack(columns, 1)
