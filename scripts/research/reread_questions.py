@@ -7,7 +7,8 @@ OUT is a converted model, DIR holds multidoc_qa.jsonl and scientific_qa.jsonl in
 An arm is parameters of re-reading (`layer=4,spans=16`), what asks (`asks=end`, the prompt's latest
 tokens; `asks=question`, the question's own, all alike), which words are the same (`fold=1`: also
 those that differ in case and blanks alone), whether what is found asks once more (`again=2,
-weight=0.1`: the best two passages' tokens, of this weight each), and what finds:
+weight=0.1`: the best two passages' tokens, of this weight each; `draft=24`: so many tokens of what
+the model then answers), and what finds:
 
     find=keys        the look-up of re-reading
     find=bm25        BM25 over words of the question (rank_bm25), of the same spans
@@ -91,6 +92,19 @@ class Text:
                 # A copy, since what slides can't be cropped.
                 scores = self._scores(prompt, prompt.ids[common:], deepcopy(self.wholes[recalls]))
             return {**scores, "tokens": len(prompt.ids)}
+        context = self._context(arm, prompt, question)
+        if "draft" in arm:  # what the model would answer asks too
+            with torch.inference_mode():
+                said = self.model.generate(
+                    torch.tensor([context]), max_new_tokens=arm["draft"], do_sample=False
+                )[0, len(context) :]
+            context = self._context(arm, prompt, [*question, *said.tolist()])
+        with recalling(self.model, recalls):
+            scores = self._scores(prompt, context, None)
+        return {**scores, "tokens": len(context)}
+
+    def _context(self, arm: dict, prompt: Prompt, question: list[int]) -> list[int]:
+        """What is in view."""
         settings = settings_of(self.model, arm)
         start, passages = self.found(arm, prompt, question)
         if arm.get("order") == "text":
@@ -100,10 +114,7 @@ class Text:
         ranges += [(max(0, p.first - wide), min(p.stop + wide, start)) for p in passages]
         ranges.append((start, len(prompt.ids)))
         inside = dict.fromkeys(t for a, b in ranges for t in range(a, b))
-        context = [prompt.ids[t] for t in inside]
-        with recalling(self.model, recalls):
-            scores = self._scores(prompt, context, None)
-        return {**scores, "tokens": len(context)}
+        return [prompt.ids[t] for t in inside]
 
     def found(
         self, arm: dict, prompt: Prompt, question: list[int]
