@@ -13,6 +13,7 @@ the model then answers), and what finds:
     find=keys        the look-up of re-reading
     find=bm25        BM25 over words of the question (rank_bm25), of the same spans
     find=answer      the same with the words of the right answers: what the best finder could do
+    find=both        the ranks of similarity alone and of find=bm25, fused
     find=embeddings  cosine of a span's mean input embedding to the question's
     find=reform      states of attention heads, as REFORM finds tokens, of the same spans;
                      `smooth=1`: without its maximum over 129 neighbouring tokens
@@ -53,10 +54,11 @@ from pace_convert.evaluation.bm25 import best_spans
 from pace_convert.evaluation.reader import Reader
 from pace_convert.evaluation.subjects import Subject, load
 from pace_convert.modeling.reread_bank import Passage, Row
-from pace_convert.modeling.reread_lookup import Asking, look_up, passages_of, query_weights
+from pace_convert.modeling.reread_lookup import Asking, look_up, passages_of, query_weights, scored
 from pace_convert.modeling.reread_schedule import Build, window_start
 from pace_convert.modeling.reread_settings import RereadSettings
 
+RANKS = 60  # of rank fusion
 FILES = ("multidoc_qa", "scientific_qa")
 SHORT = {"window": "find=nothing", "base": "find=all"}
 PARAMETERS = {parameter.name for parameter in fields(RereadSettings)}
@@ -138,6 +140,13 @@ class Text:
             best = best_spans(list(map(self._words, texts)), wanted, settings.spans)
         elif find == "embeddings":
             best = self._alike(texts, question)[: settings.spans]
+        elif find == "both":
+            row, asking = self._asking(arm, prompt, question, settings)
+            numbers, by_keys = scored(row, asking, start, replace(settings, words=0.0))
+            first = [numbers[i] for i in sorted(range(len(numbers)), key=lambda i: -by_keys[i])]
+            words = best_spans(list(map(self._words, texts)), self._words(question), len(texts))
+            best = _fused(first, [spans[i] for i in words])[: settings.spans]
+            best = [spans.index(span) for span in best]
         elif find == "reform":
             self.reform = self.reform or Reform(self.reader, self.ids)
             smooth = arm.get("smooth", SMOOTH)
@@ -151,6 +160,24 @@ class Text:
     def _by_keys(
         self, arm: dict, prompt: Prompt, question: list[int], start: int, settings: RereadSettings
     ) -> tuple[Passage, ...]:
+        row, asking = self._asking(arm, prompt, question, settings)
+        if "again" in arm:  # what was found asks too
+            few = replace(settings, spans=arm["again"])
+            found = look_up(row, asking, start, few)
+            asking = _joined(asking, row, found, arm.get("weight", 0.1), settings)
+        if "earn" not in arm:
+            return look_up(row, asking, start, settings)
+        more = replace(settings, spans=arm.get("of", 16), stand_out=0.0)
+        passages = list(look_up(row, asking, start, more))
+        by_question = arm.get("by", "question") == "question"
+        asked = torch.tensor(question if by_question else asking.ids.tolist())
+        gained = gains(self.model, row, passages, asked, torch.ones(len(asked)))
+        return tuple(chosen(passages, gained, settings.spans, arm["earn"]))
+
+    def _asking(
+        self, arm: dict, prompt: Prompt, question: list[int], settings: RereadSettings
+    ) -> tuple[Row, Asking]:
+        """The prompt with its keys, and what asks."""
         row = self.row(settings)
         row = row.longer(torch.tensor(prompt.ids[row.count :], dtype=torch.int32))
         row = self.model._reread_keys.read([row], row.count, settings)[0]
@@ -162,18 +189,7 @@ class Text:
         if arm.get("fold"):
             fold = folded(self.reader.tokenizer)
             row, ids = replace(row, ids=fold[row.ids.long()]), fold[ids.long()]
-        asking = Asking(ids, query, weights)
-        if "again" in arm:  # what was found asks too
-            few = replace(settings, spans=arm["again"])
-            found = look_up(row, asking, start, few)
-            asking = _joined(asking, row, found, arm.get("weight", 0.1), settings)
-        if "earn" not in arm:
-            return look_up(row, asking, start, settings)
-        more = replace(settings, spans=arm.get("of", 16), stand_out=0.0)
-        passages = list(look_up(row, asking, start, more))
-        asked = torch.tensor(question if arm.get("by", "question") == "question" else ids.tolist())
-        gained = gains(self.model, row, passages, asked, torch.ones(len(asked)))
-        return tuple(chosen(passages, gained, settings.spans, arm["earn"]))
+        return row, Asking(ids, query, weights)
 
     def _alike(self, texts: list[list[int]], question: list[int]) -> list[int]:
         embed = self.model.get_input_embeddings()
@@ -208,6 +224,15 @@ class Text:
 
     def _words(self, ids: list[int]) -> list[str]:
         return [word.strip(".,:;?!()'\"") for word in self.reader.decode(ids).lower().split()]
+
+
+def _fused(*orders: list[int]) -> list[int]:
+    """By reciprocal ranks (Cormack et al. 2009), the best one first."""
+    scores: dict[int, float] = {}
+    for order in orders:
+        for rank, span in enumerate(order):
+            scores[span] = scores.get(span, 0.0) + 1 / (RANKS + rank)
+    return sorted(scores, key=lambda span: -scores[span])
 
 
 def _joined(
