@@ -12,11 +12,10 @@ logits for the token behind t:
     result = log((1 - lambda) exp(z) + lambda p Z)  Z = sum of exp(z), so the sum stays Z
 
 r, the similarity, is 0 for a token like all others and 1 for the same key: what all keys of a model
-have in common, which differs from model to model, does not count. Nothing is lost in a gate for one
-model, and one for several is safer by it.
-So a token loses no more than -log(1 - lambda), and where lambda is 0 the logits stay what they are,
-bit for bit. (A cache of what followed: Grave et al. 2017, arXiv 1612.04426; Khandelwal et al. 2020,
-arXiv 1911.00172. There the last layer's output is the key and lambda is one number.)
+have in common, which differs from model to model, does not count, so one gate can be right for
+several. A token loses no more than -log(1 - lambda), and where lambda is 0 the logits stay what
+they are, bit for bit. (A cache of what followed: Grave et al. 2017, arXiv 1612.04426; Khandelwal et
+al. 2020, arXiv 1911.00172. There the last layer's output is the key and lambda is one number.)
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from torch.nn.functional import logsigmoid
 
 from .recall_settings import RecallSettings
 
-LEAST = 0.02  # of 1 - m
+LEAST = 0.02  # of 1 - m: keys in bf16 tell no finer
 VALUES = 1 << 21  # numbers of a block's largest matrix: what a cache holds is four times as fast
 
 
