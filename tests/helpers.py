@@ -13,11 +13,11 @@ import forked
 import torch
 import transformers
 
-from pace_convert.checkpoint.checkpoint import open_source
+from pace_convert.checkpoint.checkpoint import Source, open_source, trained_length
 from pace_convert.conversion.convert import carry_out, prepare
 from pace_convert.families import FAMILIES
 from pace_convert.family_spec import FamilySpec
-from pace_convert.options import MEMORY_PARAMETERS, ConvertOptions
+from pace_convert.options import MEMORY_PARAMETERS, WINDOW_OPTIONS, ConvertOptions
 from pace_convert.progress import Progress
 
 SMALL = {
@@ -163,17 +163,27 @@ def active_thresholds(row: str) -> dict:
     return {}
 
 
+def without_recall(opened: Source, options: dict) -> tuple[str, ...] | str:
+    """All of the memory that a default conversion of this source has beside recall."""
+    family = FAMILIES.get(opened.config.get("model_type"))
+    window = ConvertOptions(**{name: options[name] for name in WINDOW_OPTIONS if name in options})
+    trained = trained_length(opened.config.get("text_config", opened.config))
+    has = {
+        "fusion": options.get("memory_layers") != "none",
+        "reread": window.window_config(1, trained) is not None,
+    }
+    refused = family.refused if family else {}
+    return tuple(name for name, there in has.items() if there and name not in refused) or "auto"
+
+
 def convert_folder(source: Path, out: Path, **options) -> None:
     """Convert with an active memory unless `options` say otherwise, and without recall, which acts
     on short texts too.
     """
     opened = open_source(str(source))
-    family = FAMILIES.get(opened.config.get("model_type"))
-    off = {*(family.refused if family else ())}
-    off |= {"fusion"} if options.get("memory_layers") == "none" else set()
-    off |= {"reread"} if options.get("window") == "none" else set()
-    kinds = tuple(name for name in ("fusion", "reread") if name not in off) or ("recall",)
-    memory = {} if options.get("no_memory") else {"memory": kinds, **ACTIVE}
+    memory = (
+        {} if options.get("no_memory") else {"memory": without_recall(opened, options), **ACTIVE}
+    )
     chosen = {"experts": ACTIVE["experts"], **memory, **options}
     if chosen.get("no_experts"):
         del chosen["experts"]

@@ -191,7 +191,8 @@ def test_a_written_winner_verifies_loads_and_undoes(out, tmp_path):
         and "Found by `pace tune`" in card
     )
     source = open_source(str(reference_model()))
-    options = ConvertOptions(**{**ACTIVE, "experts": 16, "slots": 8, "update_interval": 16})
+    given = {**ACTIVE, "experts": 16, "slots": 8, "update_interval": 16}
+    options = ConvertOptions(memory=("fusion", "reread"), **given)
     assert is_finished(source, folder, make_plan(source, options))
     assert pace_convert(folder, tmp_path / "back", command=("undo",)).returncode == 0
     assert hashes(tmp_path / "back") == hashes(reference_model())
