@@ -218,17 +218,18 @@ class PaceMixin(ReadingMixin, RecallMixin, SavingMixin):
         )
         if asked is not None:
             inputs["reread"] = asked
+        # A model may let go of its cache (Phi-3, where its long rope begins): that call reads all
+        # tokens anew, padding too, and announces itself.
+        let_go = inputs.get(named) is not past_key_values
         if enabled and self._recaller is not None:
             self._recaller.prepare(past_key_values, inputs)
-            inputs[MASK] = None if generated else attention_mask
+            inputs[MASK] = attention_mask if let_go or not generated else None
         if memory_enabled is not None:
             inputs["memory_enabled"] = memory_enabled
         # A call that is looked at when it comes may become another one, announced by itself.
         entry = find_reread(past_key_values)
         as_it_is = not isinstance(asked, Asked) or entry is None or entry.whole
         fuses = enabled and as_it_is and self.memory_settings.layers
-        # A model that let go of its cache (Phi-3, where its long rope begins) reads all tokens
-        # anew, and that call announces itself.
         goes_on = inputs.get("past_key_values") is past_key_values
         if fuses and goes_on and isinstance(past_key_values, Cache):
             self._stack_memory.announce(

@@ -19,7 +19,15 @@ from transformers.cache_utils import Cache, DynamicCache
 from .memory_session import MASK, current
 from .memory_stack import StackMemory, real_columns, refuse_tracing
 from .recall_bank import mix
-from .recall_cache import ALONE, ROOM, RecallEntry, find_recall, is_static, recall_entry
+from .recall_cache import (
+    ALONE,
+    ROOM,
+    RecallEntry,
+    entry_is_ready,
+    find_recall,
+    is_static,
+    recall_entry,
+)
 from .recall_settings import RecallSettings
 from .reread_keys import KeyReader, entrance
 
@@ -51,7 +59,9 @@ def recalling(forward: Callable) -> Callable:
             if entry is not None:
                 entry.stale = True
             return forward(self, **kwargs)
-        return recaller.call(self, functools.partial(forward, self), kwargs, mask)
+        ready = entry_is_ready(kwargs.get("past_key_values"))
+        call = _apart if torch.compiler.is_compiling() and not ready else Recaller.call
+        return call(recaller, self, functools.partial(forward, self), kwargs, mask)
 
     return wrapped
 
@@ -197,6 +207,11 @@ class Recaller:
         if entry.columns:  # else only the device knows how many are filled
             pairs, codes = pairs[:, : entry.columns], codes[:, : entry.columns]
         output["logits"] = mix(logits, keys[:, rows], at[rows], pairs, codes, self.settings)
+
+
+@torch.compiler.disable(reason="recall makes room for what nothing has prepared")
+def _apart(recaller: Recaller, *given: Any) -> Any:
+    return recaller.call(*given)
 
 
 class RecallMixin:

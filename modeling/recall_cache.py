@@ -204,3 +204,10 @@ def is_static(cache: Cache) -> bool:
     would wait at every step.
     """
     return any(hasattr(layer, "max_cache_len") for layer in cache.layers)
+
+
+def entry_is_ready(cache: object) -> bool:
+    """Whether a cache has room for all that it can ever hold, so that a compiled call may write."""
+    entry = find_recall(cache)
+    held = entry is not None and entry.pairs is not None
+    return held and isinstance(cache, Cache) and is_static(cache)

@@ -60,6 +60,20 @@ def test_a_model_that_lets_go_of_its_cache(phi, rows):
         assert not torch.equal(phi.generate(ids, **kwargs), made.sequences)
 
 
+@torch.no_grad()
+def test_recall_in_a_model_that_lets_go_of_its_cache(phi):
+    """Padding is padding in the call that reads all tokens anew."""
+    ids, mask = padded()
+    phi.set_recall(sharpness=6.0, gate_bias=-0.5, gate_slope=1.5, gate_growth=0.2, theta_low=0.1)
+    try:
+        made = phi.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False)
+        for row, n in enumerate(LENGTHS):
+            alone = phi.generate(ids[row : row + 1, -n:], max_new_tokens=1, do_sample=False)
+            assert alone[0, -1] == made[row, ids.shape[1]]
+    finally:
+        phi.set_recall(False)
+
+
 class Forgetful:
     """Generation that drops its cache at a length, as a custom loop may."""
 

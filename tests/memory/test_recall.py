@@ -294,6 +294,21 @@ def test_nothing_similar_is_the_base_model(qwen2_pair):
     assert torch.equal(model.generate(ids, **new), base.generate(ids, **new))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_compiled_model_in_a_plain_loop(qwen, cached):
+    """What nothing has prepared runs as it is."""
+    compiled = torch.compile(qwen, backend="eager")
+    ids = text(2, 30, seed=82)
+    expected = qwen(ids, use_cache=False).logits
+    if not cached:
+        close(qwen, compiled(ids, use_cache=False).logits, expected)
+        return
+    cache, edges = DynamicCache(config=qwen.config), [0, 11, *range(12, 25), 30]
+    parts = [compiled(ids[:, a:b], past_key_values=cache).logits for a, b in zip(edges, edges[1:])]
+    close(qwen, torch.cat(parts, 1), expected)
+
+
 def mixed(keys, common, settings):
     """Logits behind a row with these keys [1, n, R], and so large a part that all of them share."""
     shared = torch.full((*keys.shape[:2], 1), common**0.5, dtype=keys.dtype)
