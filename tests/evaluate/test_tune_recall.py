@@ -4,6 +4,8 @@ held-out text, and nothing where nothing is gained.
 
 import json
 import shutil
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from helpers import convert_folder, pace_convert, refuse
 from pace_convert.checkpoint.checkpoint import open_source
 from pace_convert.converted.opened import open_converted
 from pace_convert.evaluation.subjects import Subject, load
+from pace_convert.evaluation.tune import recall_choose
 from pace_convert.evaluation.tune.recall_fit import Gate, Recalled, fit, recalled
 from pace_convert.evaluation.tune.recall_record import record
 from pace_convert.modeling.recall_settings import RecallSettings
@@ -150,3 +153,21 @@ def test_a_conversion_that_is_calibrated(tmp_path):
     assert last["event"] == "calibrated" and last["written"]
     pace = json.loads((out / "config.json").read_text())["pace"]
     assert pace["memory"]["recall"] == last["winner"]["recall"] and "tuned_recall" in pace
+
+
+@pytest.mark.parametrize("worst, written", [(-0.01, True), (0.0, False)])
+def test_what_costs_a_document_is_no_rival(monkeypatch, worst, written):
+    """The model's own recall gains more in the mean than what was found: is it kept?"""
+    rows = iter([(0.02, 0.0), (0.03, worst)])
+
+    def row(name, *_):
+        mean, least = next(rows)
+        return {"name": name, "held_out": {"mean": mean, "low": 0.01}, "worst": least}
+
+    monkeypatch.setattr(recall_choose, "_row", row)
+    memory = {"recall": asdict(RecallSettings())}
+    trial = recall_choose.Trial((0,), 8.0, Gate(-2.0, 1.0, 0.0, 0.3), 0.02)
+    data = SimpleNamespace(as_dict=dict)
+    options, converted = SimpleNamespace(model="x", seed=0), SimpleNamespace(layers=4)
+    facts = recall_choose._judged(options, converted, data, memory, [trial], [])
+    assert (facts["winner"] is not None) == written

@@ -160,8 +160,8 @@ def _judged(
     rows = [_row("finalist", settings, held_out, best.gain)]
     if own is not None:
         rows.append(_row("current", RecallSettings.from_config(own), held_out, None))
-    means = [row["held_out"]["mean"] for row in rows]
-    wins = _gains(rows[0]) and best.gain > 0 and means[0] > max([0.0, *means[1:]])
+    rivals = [row["held_out"]["mean"] for row in rows[1:] if _gains(row)]
+    wins = _gains(rows[0]) and best.gain > 0 and rows[0]["held_out"]["mean"] > max([0.0, *rivals])
     winner = {**memory, "enabled": True, "recall": asdict(settings)} if wins else None
     return {
         "tunes": "recall",
