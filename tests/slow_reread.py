@@ -94,13 +94,19 @@ class SlowReread:
         similar = np.maximum(best, 0) ** power @ weights
         total = similar / similar.max()
         if s.words:
-            texts = [[self.ids[outside[i]] for i in places] for places in inside]
-            words = self._words(texts, asking_ids, weights)
+            words = 0
+            for n in (1, 2, 3):  # tokens in a row, in the span of the last one
+                runs = [[self._run_of(self.ids, outside[i], n) for i in some] for some in inside]
+                asked = [self._run_of(asking_ids, q, n) for q in range(n - 1, len(asking_ids))]
+                words = words + self._words(runs, asked, weights[n - 1 :])
             total = total + s.words * (words / max(words.max(), 1e-300)) ** 2
         scores = dict(zip(spans, total))
         ranked = sorted(scores, key=lambda span: (-scores[span], span))[: s.spans]
         least = s.stand_out * scores[ranked[0]]
         return {span: scores[span] for span in ranked if scores[span] >= least}
+
+    def _run_of(self, ids, last, n) -> tuple:
+        return tuple(ids[last - n + 1 : last + 1]) if last >= n - 1 else ()
 
     def _words(self, texts, asking, weights) -> np.ndarray:
         """BM25 for texts of one length; of a token that asks twice the larger weight."""

@@ -3,14 +3,15 @@
     python scripts/research/reread_needles.py OUT --haystack TEXT [--tokens 200k] [--needles 50] \\
         [--kind alike,several] [--rule NAME=VALUE,... ...] [--answer] [--out RESULTS.jsonl]
 
-OUT is a converted model, TEXT a text file. Its first tokens are read once. A question then writes
-its needles over other tokens of the text, from the beginning of a sentence on, and reads the blocks
-anew in which that changes anything; blocks do not depend on each other. So a question to 200K
-tokens takes seconds. A rule is parameters of re-reading (`layer=4,vote=cube`), and what asks:
-`asks=end`, the prompt's latest tokens, with what the chat template puts behind a question;
-`asks=question`, those before that; `asks=lead`, the prompt with the answer's first words behind
-it. `order=text` reads passages in the text's order; `earn=0.5` re-ranks the best `of` spans by what
-they do for the question, see `earned`.
+OUT is a converted model, TEXT a text file; or `pairs`, of which `--kind keyvalue` asks. Its first
+tokens are read once. A question then writes its needles over other tokens of the text, from the
+beginning of a sentence on, and reads the blocks anew in which that changes anything; blocks do not
+depend on each other. So a question to 200K tokens takes seconds. A rule is parameters of re-reading
+(`layer=4,vote=cube`), and what asks: `asks=end`, the prompt's latest tokens, with what the chat
+template puts behind a question; `asks=question`, those before that; `asks=lead`, the prompt with
+the answer's first words behind it. `order=text` reads passages in the text's order; `earn=0.5`
+re-ranks the best `of` spans by what they do for the question, see `earned`; `runs=1`: no words in a
+row count as one.
 
 Of each rule: in how many texts the right passage has the best score, the best other's share of it
 (median and worst), in how many it is among those that are read again (held), and how many these
@@ -33,15 +34,24 @@ import torch
 from earned import chosen, gains
 
 from pace_convert.evaluation.benchmarks.needle import ANSWER_TOKENS, SEVERAL_TOKENS, found
-from pace_convert.evaluation.benchmarks.needle_kinds import ANSWER, COUNTS, WHAT, names, values_of
+from pace_convert.evaluation.benchmarks.needle_kinds import (
+    ANSWER,
+    COUNTS,
+    OPENING,
+    WHAT,
+    names,
+    values_of,
+)
 from pace_convert.evaluation.benchmarks.needle_text import Needles, Prompt, split_sentences
 from pace_convert.evaluation.subjects import Subject, load
+from pace_convert.modeling import reread_words
 from pace_convert.modeling.reread_bank import Row
 from pace_convert.modeling.reread_lookup import Asking, look_up, query_weights, scored
 from pace_convert.modeling.reread_schedule import Build, window_start
 
 MARK = "\u0001"
-OWN = ("asks", "earn", "of", "order")  # of a rule, what is no parameter of the model's
+PAIRS = "pairs"  # in place of a text file: nothing but keys and values
+OWN = ("asks", "earn", "of", "order", "runs")  # of a rule, what is no parameter of the model's
 
 
 class Lab:
@@ -54,13 +64,19 @@ class Lab:
         self.rows: dict[tuple, Row] = {}
         self.written: dict[tuple, tuple[Row, list]] = {}
         head, self.tail = self._frame()
-        sentences = split_sentences(haystack)
+        self.pairs: list[tuple[str, str]] = []
+        if haystack == PAIRS:
+            head += self.reader.encode(OPENING, special=False)
+            self.pairs = random_pairs(tokens)
+            sentences = [f'"{key}": "{value}",\n' for key, value in self.pairs]
+        else:
+            sentences = [f" {sentence}" for sentence in split_sentences(haystack)]
         ids, self.starts = list(head), []
         for sentence in sentences:
             if len(ids) >= tokens:
                 break
             self.starts.append(len(ids))
-            ids += self.tokenizer(f" {sentence}", add_special_tokens=False)["input_ids"]
+            ids += self.tokenizer(sentence, add_special_tokens=False)["input_ids"]
         self.ids = ids[:tokens]
 
     def _frame(self) -> tuple[list[int], list[int]]:
@@ -155,6 +171,21 @@ class Needle:
         return len(self.prompt.wanted)
 
 
+def random_pairs(count: int) -> list[tuple[str, str]]:
+    """Keys and values, of eight hexadecimal digits each."""
+    numbers = np.random.default_rng(7).integers(16**8, size=(count, 2)).tolist()
+    return [(f"{key:08x}", f"{value:08x}") for key, value in numbers]
+
+
+def pair_of(lab: Lab, seed: int) -> tuple[Needle, list[tuple[int, int]]]:
+    """A question to a text of pairs, at a place at random, and where the right one is."""
+    number = int(np.random.default_rng([seed, 7]).integers(len(lab.starts) - 1))
+    key, value = lab.pairs[number]
+    question = f"What is the value of the key {key}? Answer with the value alone."
+    needle = Needle([(0.0, "")], question, f" The value of the key {key} is", Prompt("", value, ()))
+    return needle, [(lab.starts[number], lab.starts[number + 1])]
+
+
 def needle_of(kind: str, seed: int) -> Needle:
     """One text's facts, as `pace eval needle --kind` has them, at places at random."""
     rng = np.random.default_rng([seed, 7])
@@ -179,8 +210,13 @@ def needle_of(kind: str, seed: int) -> Needle:
 def ask(lab: Lab, kind: str, seed: int, rule: dict, answer: bool) -> dict:
     """One question under one rule."""
     settings, asks = lab.settings(rule), rule.get("asks", "end")
-    needle = needle_of(kind, seed)
-    row, places = lab.with_needles(needle.facts, settings)
+    reread_words.RUN = rule.get("runs", 3)
+    if kind == "keyvalue":
+        needle, places = pair_of(lab, seed)
+        row = lab.row(settings)
+    else:
+        needle = needle_of(kind, seed)
+        row, places = lab.with_needles(needle.facts, settings)
     behind, unasked = lab.asking(needle.question, needle.lead, asks)
     row = row.longer(torch.tensor(behind, dtype=torch.int32))
     last = row.count - unasked

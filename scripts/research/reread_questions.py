@@ -6,9 +6,10 @@
 OUT is a converted model, DIR holds multidoc_qa.jsonl and scientific_qa.jsonl in LongBench's format.
 An arm is parameters of re-reading (`layer=4,spans=16`), what asks (`asks=end`, the prompt's latest
 tokens; `asks=question`, the question's own, all alike), which words are the same (`fold=1`: also
-those that differ in case and blanks alone), whether what is found asks once more (`again=2,
-weight=0.1`: the best two passages' tokens, of this weight each; `draft=24`: so many tokens of what
-the model then answers), and what finds:
+those that differ in case and blanks alone), how many words in a row count as one (`runs=1`: none),
+whether what is found asks once more (`again=2,weight=0.1`: the best two passages' tokens, of this
+weight each; `draft=24`: so many tokens of what the model then answers), after how many tokens of
+the answer it is looked up anew, with these asking too (`every=8`), and what finds:
 
     find=keys        the look-up of re-reading
     find=bm25        BM25 over words of the question (rank_bm25), of the same spans
@@ -26,9 +27,9 @@ What is found of a text is one passage for each span, the same for all that find
 a span on either side, the best one last (`order=text`: in the text's order). First tokens, passages
 and window are read by the base model as an ordinary prompt, which is what re-reading does. Written
 down for each question: the log-likelihood of the likeliest right answer and of the question itself,
-nats a token, and tokens in view. A text is read once for all its questions. Goes on where it was.
-With --among 30k each text stands, at a place of its own, among others of its file, 30K tokens
-together.
+nats a token, and tokens in view; with --answer what the model says, and its F1. A text is read once
+for all its questions. Goes on where it was. With --among 30k each text stands, at a place of its
+own, among others of its file, 30K tokens together.
 """
 
 from __future__ import annotations
@@ -49,10 +50,12 @@ from earned import chosen, gains
 from peers import SMOOTH, Reform
 from reread_needles import rule_of, tokens, use_dtype
 
+from pace_convert.evaluation.benchmarks.longbench_metrics import qa_f1
 from pace_convert.evaluation.benchmarks.qa import PROMPT, Prompt, official_prompt, read_contexts
 from pace_convert.evaluation.bm25 import best_spans
 from pace_convert.evaluation.reader import Reader
 from pace_convert.evaluation.subjects import Subject, load
+from pace_convert.modeling import reread_words
 from pace_convert.modeling.reread_bank import Passage, Row
 from pace_convert.modeling.reread_lookup import Asking, look_up, passages_of, query_weights, scored
 from pace_convert.modeling.reread_schedule import Build, window_start
@@ -96,14 +99,50 @@ class Text:
             return {**scores, "tokens": len(prompt.ids)}
         context = self._context(arm, prompt, question)
         if "draft" in arm:  # what the model would answer asks too
-            with torch.inference_mode():
-                said = self.model.generate(
-                    torch.tensor([context]), max_new_tokens=arm["draft"], do_sample=False
-                )[0, len(context) :]
-            context = self._context(arm, prompt, [*question, *said.tolist()])
+            said = self._said(context, arm["draft"])
+            context = self._context(arm, prompt, [*question, *said])
         with recalling(self.model, recalls):
             scores = self._scores(prompt, context, None)
+            if "every" in arm:
+                scores["nats"] = max(
+                    self._written(arm, prompt, question, answer) for answer in prompt.answers
+                )
         return {**scores, "tokens": len(context)}
+
+    def answer(self, arm: dict, prompt: Prompt, question: list[int], room: int) -> str:
+        """What the model says, of at most so many tokens."""
+        with recalling(self.model, bool(arm.get("recall"))):
+            if arm.get("find") == "all":
+                cache = deepcopy(self.wholes[bool(arm.get("recall"))])
+                said = self._said(prompt.ids, room, past_key_values=cache)
+                return self.reader.decode(said)
+            said, every = [], arm.get("every", room)
+            ends = self.model.generation_config.eos_token_id
+            ends = ends if isinstance(ends, list) else [ends]
+            while len(said) < room and not (said and said[-1] in ends):
+                more = replace(prompt, ids=prompt.ids + said)
+                context = self._context(arm, more, question + said)
+                said += self._said(context, min(every, room - len(said)))
+        return self.reader.decode(said)
+
+    @torch.inference_mode()
+    def _said(self, ids: list[int], room: int, **more: Any) -> list[int]:
+        made = self.model.generate(
+            torch.tensor([ids]), max_new_tokens=room, do_sample=False, **more
+        )
+        return made[0, len(ids) :].tolist()
+
+    def _written(self, arm: dict, prompt: Prompt, question: list[int], answer: list[int]) -> float:
+        """Likelihood of an answer, nats a token, looked up anew every so many of its tokens, which
+        then ask too.
+        """
+        total, every = 0.0, arm["every"]
+        for at in range(0, len(answer), every):
+            part, before = answer[at : at + every], answer[:at]
+            more = replace(prompt, ids=prompt.ids + before, answers=(part,))
+            context = self._context(arm, more, question + before)
+            total += self._scores(more, context, None)["nats"] * len(part)
+        return total / len(answer)
 
     def _context(self, arm: dict, prompt: Prompt, question: list[int]) -> list[int]:
         """What is in view."""
@@ -161,6 +200,7 @@ class Text:
         self, arm: dict, prompt: Prompt, question: list[int], start: int, settings: RereadSettings
     ) -> tuple[Passage, ...]:
         row, asking = self._asking(arm, prompt, question, settings)
+        reread_words.RUN = arm.get("runs", 3)
         if "again" in arm:  # what was found asks too
             few = replace(settings, spans=arm["again"])
             found = look_up(row, asking, start, few)
@@ -224,6 +264,14 @@ class Text:
 
     def _words(self, ids: list[int]) -> list[str]:
         return [word.strip(".,:;?!()'\"") for word in self.reader.decode(ids).lower().split()]
+
+
+def _f1(said: list[str], context: Any) -> list[float]:
+    """Of words, the best over the right answers, as LongBench has it."""
+    return [
+        round(max(qa_f1(one, right) for right in rights), 4)
+        for one, (_, _, rights) in zip(said, context.questions)
+    ]
 
 
 def _fused(*orders: list[int]) -> list[int]:
@@ -319,11 +367,13 @@ def ask_context(
         begun = time.perf_counter()
         given = {**rule_of(asked.window), **arm_of(arm)}
         records = [text.likelihood(given, prompt, question) for prompt, question in made]
+        said = [text.answer(given, *one, asked.answer) for one in made] if asked.answer else []
         record = {
             "arm": arm, "file": place[0], "context": place[1],
             "nats": [round(r["nats"], 5) for r in records],
             "asked": [round(r["asked"], 5) for r in records],
             "tokens": [r["tokens"] for r in records], "prompt": [len(p.ids) for p, _ in made],
+            **({"said": said, "f1": _f1(said, context)} if said else {}),
             "seconds": round(time.perf_counter() - begun, 2),
         }  # fmt: skip
         with asked.out.open("a") as file:
@@ -341,6 +391,7 @@ def main() -> None:
     parser.add_argument("--recall", help="layer=24,sharpness=25.0,...: of arms with recall=1")
     parser.add_argument("--part", default="0/1", help="every n-th context, from the k-th on")
     parser.add_argument("--questions", type=int, default=99, help="of each context, at most")
+    parser.add_argument("--answer", type=int, default=0, help="tokens of an answer, for its F1")
     parser.add_argument("--among", help="tokens of a text and others around it, like 30k")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=1)
