@@ -24,6 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .memory_session import MASK
 from .memory_stack import real_columns
 from .recurrent_cache import OF_STATES, USUAL
+from .reread_asking import what_asks
 from .reread_bank import Passage, Row
 from .reread_cache import Contexts, RereadEntry, held_length, reread_entry
 from .reread_context import (
@@ -35,7 +36,7 @@ from .reread_context import (
     with_tokens,
 )
 from .reread_keys import KeyReader
-from .reread_lookup import Asking, look_up, query_weights
+from .reread_lookup import joined, look_up
 from .reread_schedule import WHOLE, Build, build_of, segments, window_start
 from .reread_settings import RereadSettings
 
@@ -173,9 +174,13 @@ class Rereader:
             more = {**kwargs, "logits_to_keep": keep}
             output = self._extend(asked.ids, more, cache, entry, real, counts)
         elif one_each and (real is None or bool(real[:, length - keep :].all())):
-            builds = [run[0][2] for run in runs]
+            builds, noted = [run[0][2] for run in runs], rows
             rows = self._looked_up(rows, builds)
-            output = self._rebuild(rows, builds, keep, kwargs, cache, entry)
+            if cache is not None and self._still_fits(noted, rows, builds, entry):
+                more = {**kwargs, "logits_to_keep": keep}
+                output = self._extend(asked.ids, more, cache, entry, real, counts)
+            else:
+                output = self._rebuild(rows, builds, keep, kwargs, cache, entry)
         else:
             rows, output = self._row_by_row(rows, runs, keep, real, kwargs, entry)
         entry.follow(rows, length, real)
@@ -189,6 +194,23 @@ class Rereader:
             runs = segments(start, row.count, row.ends, self.settings)
             if any(build != made for _, _, build in runs) or len(runs) > 1:
                 return False
+        return True
+
+    def _still_fits(
+        self, before: list[Row], rows: list[Row], builds: list[Build], entry: RereadEntry
+    ) -> bool:
+        """Whether new look-ups have found what the KV layers hold already; then these contexts go
+        on as the new ones. before: the rows with the look-ups of old.
+        """
+        made = entry.contexts
+        if made is None:
+            return False
+        for old, new, was, build in zip(before, rows, made.builds, builds):
+            places = [[(p.first, p.stop) for p in row.found] for row in (old, new)]
+            starts = [window_start(some, self.settings) for some in (was, build)]
+            if old.looked != was or places[0] != places[1] or starts[0] != starts[1]:
+                return False
+        entry.contexts = replace(made, builds=tuple(builds))
         return True
 
     def step(self, ids: Tensor, cache: Cache) -> dict | None:
@@ -219,9 +241,11 @@ class Rereader:
         """The contexts that the next token is read in, in the KV layers of an open cache."""
         due = [build_of(n, ends, self.settings) for n, ends in zip(entry.counts, entry.ends)]
         if entry.contexts is None or list(entry.contexts.builds) != due:
-            rows = self._looked_up(entry.settle(), due)
-            entry.rows = rows
-            self._rebuild(rows, due, 1, {"use_cache": True, "return_dict": True}, cache, entry)
+            before = entry.settle()
+            rows = entry.rows = self._looked_up(before, due)
+            if not self._still_fits(before, rows, due, entry):
+                usual = {"use_cache": True, "return_dict": True}
+                self._rebuild(rows, due, 1, usual, cache, entry)
         entry.open(cache)
 
     def read(
@@ -289,21 +313,15 @@ class Rereader:
     def _found(self, row: Row, build: Build) -> Row:
         if not self.settings.spans:
             return replace(row, looked=build)
-        prompts = [prompt for prompt in row.prompts if build.asked and prompt.end == build.count]
-        asking = prompts[0].query if prompts else None
         start = window_start(build, self.settings)
-        asks = self._asking(row, build.count, asking)
+        asks = what_asks(row, build, self.keys, self.settings)
         passages = look_up(row, asks, start, self.settings)
-        answering = passages if build.asked else row.answering
+        answering = row.answering
+        if build.asked:
+            answering = passages
+        elif answering is not None and self.settings.look_up_interval:
+            answering = joined(answering, passages)
         return replace(row, looked=build, found=passages, answering=answering)
-
-    def _asking(self, row: Row, count: int, query: Tensor | None) -> Asking:
-        """The tokens of a query, all alike; without one the row's latest before `count`."""
-        keys = self.keys.query(row, count, query, self.settings)
-        weights = query_weights(len(keys), self.settings).to(keys.device)
-        if query is not None:
-            return Asking(query.to(row.ids), keys, torch.ones_like(weights))
-        return Asking(row.ids[count - len(keys) : count], keys, weights)
 
     def _extend(
         self,
@@ -408,8 +426,8 @@ class Rereader:
 
 
 def passages(entry: RereadEntry | None) -> list[list[Passage]]:
-    """By row, in text order, what the look-up at the latest prompt's end has found; without one the
-    latest.
+    """By row, in text order, what was found for the answer to the latest prompt; without one by the
+    latest look-up.
     """
     rows = entry.settle() if entry is not None else []
     found = (row.found if row.answering is None else row.answering for row in rows)

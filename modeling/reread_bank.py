@@ -60,8 +60,8 @@ class Prompt:
 class Row:
     """ids: [n] int32. blocks: the keys, of the first complete blocks. prompts: that have ended.
 
-    found: what the latest look-up has brought back; looked: for which build. answering: what the
-    one at the latest prompt's end has.
+    found: what the latest look-up has brought back; looked: for which build. answering: what was
+    found at the latest prompt's end and, by look-ups of their own, for its answer.
     """
 
     ids: Tensor

@@ -24,32 +24,17 @@ attention's own and whose unit are single tokens.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .reread_asking import Asking
 from .reread_bank import KeyBlock, Passage, Row
 from .reread_settings import RereadSettings
 from .reread_words import word_scores
 
 AT_ONCE = 32  # blocks whose similarities are in memory together
 PHRASE = 3  # tokens that are matched together
-
-
-def query_weights(count: int, settings: RereadSettings) -> Tensor:
-    """Weights of the latest `count` tokens, the last one's 1, halved every half-life. [count]."""
-    age = torch.arange(count - 1, -1, -1, dtype=torch.float64)
-    return torch.exp2(-age / settings.query_half_life)
-
-
-@dataclass(frozen=True)
-class Asking:
-    """The tokens that ask: ids [Q], keys [Q, R], and weights [Q] float64."""
-
-    ids: Tensor
-    keys: Tensor
-    weights: Tensor
 
 
 def look_up(row: Row, asking: Asking, stop: int, settings: RereadSettings) -> tuple[Passage, ...]:
@@ -73,6 +58,11 @@ def passages_of(
     """
     around = (_around(span, scores[span], stop, settings) for span in sorted(scores))
     return tuple(sorted(_apart(around), key=lambda passage: passage.score))
+
+
+def joined(first: Iterable[Passage], second: Iterable[Passage]) -> tuple[Passage, ...]:
+    """Those of two look-ups, in text order; what overlaps is one."""
+    return _apart(sorted((*first, *second), key=lambda passage: passage.first))
 
 
 def scored(

@@ -1,6 +1,7 @@
 """When a row's working context is made anew, and which tokens its window holds. Plain arithmetic.
 
-Notation: W = window, S = first, C = capacity. Tokens are counted in their row, from 0.
+Notation: W = window, S = first, C = capacity, E = look_up_interval. Tokens are counted in their
+row, from 0.
 
 Up to C tokens the working context is the row itself. Beyond, it is *built* at certain counts, from
 the tokens before: [first S | recalled passages | window], and tokens that come later extend it. A
@@ -9,6 +10,8 @@ build at count c has the window that begins at (c // W - 1) W, so the window hol
     scheduled, at C and at every multiple of W beyond   in effect from token c on
     asked, at the end c > C of a prompt                 in effect from token c - 1 on: the logits of
                                                         the prompt's last token come from it
+    while an answer is written, E, 2 E, ... tokens      in effect from token c on; where E is 0,
+    behind that end                                     never
 
 So which context a token is read in follows from its number and from where prompts end, and from
 nothing else: not from how the row was split over calls. Where a prompt ends at the count of a
@@ -44,8 +47,10 @@ def build_of(token: int, prompts: tuple[int, ...], settings: RereadSettings) -> 
     asked = Build(max(ends), asked=True) if ends else WHOLE
     if token < settings.capacity:
         return asked
-    due = Build(max(settings.capacity, token - token % settings.window))
-    return asked if asked.first >= due.first or due.count in ends else due
+    due = max(settings.capacity, token - token % settings.window)
+    if ends and settings.look_up_interval:
+        due = max(due, token - (token - asked.count) % settings.look_up_interval)
+    return asked if asked.first >= due or due in ends else Build(due)
 
 
 def window_start(build: Build, settings: RereadSettings) -> int:
@@ -62,8 +67,12 @@ def segments(
     found: list[tuple[int, int, Build]] = []
     while first < stop:
         build = build_of(first, prompts, settings)
-        edges = [end - 1 for end in prompts if end > settings.capacity]
+        ends = [end for end in prompts if end > settings.capacity]
+        edges = [end - 1 for end in ends]
         edges += [settings.capacity, first - first % settings.window + settings.window]
+        interval, asked = settings.look_up_interval, [end for end in ends if end <= first + 1]
+        if asked and interval:
+            edges.append(first - (first - max(asked)) % interval + interval)
         until = min([edge for edge in edges if edge > first] + [stop])
         if found and found[-1][2] == build:
             found[-1] = (found[-1][0], until, build)

@@ -27,7 +27,8 @@ class RereadSettings:
     bank_tokens: M, tokens that the bank holds. query_tokens: how many of the latest tokens ask.
     query_half_life: tokens after which such a token's weight is halved. vote: how tokens that ask
     vote for spans, see `reread_lookup`. words: what exact words count beside similarity, 0:
-    nothing. forget: which spans a full bank lets go, see `reread_bank`.
+    nothing. look_up_interval: E, tokens of an answer after which it is looked up anew, 0: its
+    prompt's end alone looks up. forget: which spans a full bank lets go, see `reread_bank`.
 
     Raises ValueError, naming parameter, value and bounds, for what can't be.
     """
@@ -44,6 +45,7 @@ class RereadSettings:
     query_half_life: float = real(16.0, low=0.1, high=MOST_TOKENS)
     vote: Vote = "cube"
     words: float = real(1.0, low=0, high=1000)
+    look_up_interval: int = whole(0, low=0, high=MOST_TOKENS)
     forget: Forget = "commonest"
 
     def __post_init__(self) -> None:

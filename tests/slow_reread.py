@@ -32,8 +32,7 @@ class SlowReread:
 
     def context(self, token: int) -> list[int]:
         s = self.settings
-        capacity = s.first + 2 * s.spans * s.span_width + 2 * s.window
-        count, asked = self._latest(token, capacity)
+        count, asked = self._latest(token, self._capacity())
         if count is None:
             return self.ids[: token + 1]
         start = (count // s.window - 1) * s.window
@@ -52,13 +51,14 @@ class SlowReread:
 
     def _latest(self, token, capacity):
         """(count, asked) of the latest look-up that acts on this token; (None, False): none."""
-        latest = (None, False)
+        latest, ended, interval = (None, False), None, self.settings.look_up_interval
         for t in range(token + 1):
             scheduled = t == capacity or (t > capacity and t % self.settings.window == 0)
-            if scheduled and t not in self.prompts:
+            again = interval and ended and t > ended and (t - ended) % interval == 0
+            if (scheduled or again) and t not in self.prompts:
                 latest = (t, False)
             if t + 1 in self.prompts and t + 1 > capacity:
-                latest = (t + 1, True)
+                latest, ended = (t + 1, True), t + 1
         return latest
 
     def look_up(self, count, start, asked) -> dict[int, float]:
@@ -70,17 +70,7 @@ class SlowReread:
         keys = np.array([self.key(t) for t in outside])
         mean = keys.mean(0)
         keys = unit(keys - mean)
-        if asked and count in self.queries:
-            ids = self.queries[count]
-            asking_ids, asking = ids, self._keys([self.ids[0], *ids])[1:]
-            weights = np.ones(len(ids))
-        else:
-            length = min(s.query_tokens, count)
-            before = max(0, count - length - s.block // 4)
-            head = [self.ids[0]] if before else []
-            asking_ids = self.ids[count - length : count]
-            asking = self._keys(head + self.ids[before:count])[-length:]
-            weights = 0.5 ** (np.arange(length - 1, -1, -1) / s.query_half_life)
+        asking_ids, asking, weights = self._asking(count, asked)
         similar = unit(asking - mean) @ keys.T
         z = (similar - similar.mean(1, keepdims=True)) / similar.std(1, keepdims=True)
         spans = sorted({t // s.span_width for t in outside})
@@ -104,6 +94,37 @@ class SlowReread:
         ranked = sorted(scores, key=lambda span: (-scores[span], span))[: s.spans]
         least = s.stand_out * scores[ranked[0]]
         return {span: scores[span] for span in ranked if scores[span] >= least}
+
+    def _asking(self, count, asked):
+        """ids, keys and weights of the tokens that ask."""
+        s = self.settings
+        ends = [p for p in self.prompts if p <= count and p > self._capacity()]
+        end = max(ends, default=None)
+        if end is None or not (asked or s.look_up_interval):
+            return self._latest_tokens(count, s.query_tokens)
+        answer = min(count - end, s.query_tokens)
+        if end in self.queries:
+            ids = [*self.queries[end], *self.ids[count - answer : count]]
+            return ids, self._keys([self.ids[0], *ids])[1:], np.ones(len(ids))
+        asks = self._latest_tokens(end, s.query_tokens)
+        if not answer:
+            return asks
+        more = self._latest_tokens(count, answer)
+        return asks[0] + more[0], *(np.concatenate(pair) for pair in zip(asks[1:], more[1:]))
+
+    def _capacity(self):
+        s = self.settings
+        return s.first + 2 * s.spans * s.span_width + 2 * s.window
+
+    def _latest_tokens(self, count, most):
+        s = self.settings
+        length = min(s.query_tokens, count)
+        before = max(0, count - length - s.block // 4)
+        head = [self.ids[0]] if before else []
+        keys = self._keys(head + self.ids[before:count])[-most:]
+        length = min(most, length)
+        weights = 0.5 ** (np.arange(length - 1, -1, -1) / s.query_half_life)
+        return self.ids[count - length : count], keys[-length:], weights
 
     def _run_of(self, ids, last, n) -> tuple:
         return tuple(ids[last - n + 1 : last + 1]) if last >= n - 1 else ()

@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache
 from transformers.generation import StoppingCriteria
 
-from ..modeling.reread_schedule import Build, window_start
+from ..modeling.reread_schedule import Build, segments, window_start
 from ..modeling.reread_settings import RereadSettings
 from .reader import Answer, Prefix, Reader, common_length
 
@@ -105,15 +105,12 @@ class RereadingReader(Reader):
         """The prompt in one call, which reads it; then as many tokens as belong into one context:
         where it changes within a call, each part would be read as a prompt of its own.
         """
-        capacity, window = self.settings.capacity, self.settings.window
+        capacity = self.settings.capacity
         if start > capacity and first < start:
             yield first, start
             first = start
         for a, b in super()._steps(first, start, last, at_once):
-            edges = [edge for edge in range(b - b % window, a, -window) if edge >= capacity]
-            edges += [capacity] if a < capacity < b else []
-            cuts = sorted({a, *edges, b})
-            yield from zip(cuts, cuts[1:])
+            yield from ((c, d) for c, d, _ in segments(a, b, (start,), self.settings))
 
     def _said(self, prompt_ends: bool) -> dict[str, Any]:
         return {"look_up": True} if prompt_ends else {}

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from reread_needles import rule_of
 
-from pace_convert.modeling.reread_lookup import Asking, look_up, query_weights
+from pace_convert.modeling.reread_asking import Asking, query_weights
+from pace_convert.modeling.reread_lookup import look_up
 from pace_convert.modeling.reread_schedule import Build, window_start
 from pace_convert.progress import Progress
 from pace_convert.reading.documents import read_document

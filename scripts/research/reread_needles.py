@@ -45,8 +45,9 @@ from pace_convert.evaluation.benchmarks.needle_kinds import (
 from pace_convert.evaluation.benchmarks.needle_text import Needles, Prompt, split_sentences
 from pace_convert.evaluation.subjects import Subject, load
 from pace_convert.modeling import reread_words
+from pace_convert.modeling.reread_asking import Asking, query_weights
 from pace_convert.modeling.reread_bank import Row
-from pace_convert.modeling.reread_lookup import Asking, look_up, query_weights, scored
+from pace_convert.modeling.reread_lookup import look_up, scored
 from pace_convert.modeling.reread_schedule import Build, window_start
 
 MARK = "\u0001"

@@ -56,8 +56,9 @@ from pace_convert.evaluation.bm25 import best_spans
 from pace_convert.evaluation.reader import Reader
 from pace_convert.evaluation.subjects import Subject, load
 from pace_convert.modeling import reread_words
+from pace_convert.modeling.reread_asking import Asking, query_weights
 from pace_convert.modeling.reread_bank import Passage, Row
-from pace_convert.modeling.reread_lookup import Asking, look_up, passages_of, query_weights, scored
+from pace_convert.modeling.reread_lookup import look_up, passages_of, scored
 from pace_convert.modeling.reread_schedule import Build, window_start
 from pace_convert.modeling.reread_settings import RereadSettings
 

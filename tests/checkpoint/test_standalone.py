@@ -45,6 +45,7 @@ SHIPPED = [
     "reread_texts.py",
     "reread_file.py",
     "reread_keys.py",
+    "reread_asking.py",
     "reread_lookup.py",
     "reread_words.py",
     "reread_schedule.py",

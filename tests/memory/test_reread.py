@@ -40,9 +40,12 @@ def reading(family_pair, request):
     return prepared(family_pair[1], torch.float32) if type(model).__name__ in eager else model
 
 
-@pytest.fixture(scope="module")
-def qwen(qwen2_pair):
-    return prepared(qwen2_pair[1])
+@pytest.fixture(scope="module", params=[0, 5], ids=["once", "interval"])
+def qwen(qwen2_pair, request):
+    """Looked up where a prompt ends, and also while its answer is written."""
+    model = prepared(qwen2_pair[1])
+    model.set_window(16, look_up_interval=request.param)
+    return model
 
 
 def slow(model, ids, prompts=(), queries=None):
@@ -181,6 +184,43 @@ def test_a_caller_can_name_what_asks(qwen):
     close(qwen, made.logits[0][0].double(), got.float().double())
     with pytest.raises(ValueError, match="query"):
         qwen.generate(ids, query=torch.rand(3, 2), max_new_tokens=1)
+
+
+def test_an_answer_asks_too(qwen2_pair):
+    """In one call and token by token, also with what the caller named, which goes on asking."""
+    model = prepared(qwen2_pair[1])
+    model.set_window(16, look_up_interval=4)
+    ids, query = random_ids(1, 99, seed=9), random_ids(1, 6, seed=10)
+    rules = slow(model, ids[0].tolist(), [80], {80: query[0].tolist()})
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :80], past_key_values=cache, look_up=True, query=query, logits_to_keep=1)
+        at_end = model.passages(cache)[0]
+        other = copy.deepcopy(cache)
+        whole = model(ids[:, 80:], past_key_values=cache).logits[0]
+        steps = [model(ids[:, t : t + 1], past_key_values=other).logits[0] for t in range(80, 99)]
+    for token in range(80, 99):
+        close(model, whole[token - 80], rules.logits(token))
+        close(model, steps[token - 80][0], rules.logits(token))
+    looked = {tuple(rules.context(token)[: -(token + 1 - 64)]) for token in range(80, 96)}
+    assert len(looked) > 1, "of no use where the answer finds nothing else"
+    for found in (model.passages(cache)[0], model.passages(other)[0]):
+        assert {t for p in at_end for t in range(p.first, p.stop)} < {
+            t for p in found for t in range(p.first, p.stop)
+        }
+
+
+def test_what_is_found_again_is_not_read_again(qwen2_pair):
+    model = prepared(qwen2_pair[1])
+    model.set_window(16, look_up_interval=2, spans=0)  # there is never anything new
+    seen = []
+    hook = model.model.register_forward_hook(
+        lambda _, args, kwargs, out: seen.append(out[0].shape[1]), with_kwargs=True
+    )
+    model.generate(random_ids(1, 80, seed=9), max_new_tokens=12, min_new_tokens=12,
+        do_sample=False, pad_token_id=0)  # fmt: skip
+    hook.remove()
+    assert sorted(seen)[:-1] == [1] * 11, seen
 
 
 def test_the_working_context_alone(qwen):
