@@ -34,7 +34,7 @@ Layer = Annotated[int, Field(ge=0, le=MOST_LAYERS)]
 WINDOW_OPTIONS = {
     "window": "window", "reread_layer": "layer", "first_tokens": "first", "spans": "spans",
     "span_width": "span_width", "stand_out": "stand_out", "key_size": "key_size",
-    "bank_tokens": "bank_tokens",
+    "bank_tokens": "bank_tokens", "look_up_interval": "look_up_interval",
 }  # fmt: skip
 RECALL_OPTIONS = {
     "recall_layers": "layers", "recall_sharpness": "sharpness", "recall_bias": "gate_bias",
@@ -232,6 +232,11 @@ class ConvertOptions(BaseModel):
     )
     key_size: int = _window("key_size", "Numbers of a token's key.")
     bank_tokens: int = _window("bank_tokens", "Most tokens whose keys are kept.")
+    look_up_interval: int = _window(
+        "look_up_interval",
+        "Tokens of an answer after which it is looked up anew, with what was said so far asking "
+        "too; 0: the prompt's end alone looks up.",
+    )
     recall_layers: Annotated[
         Literal["auto"] | Annotated[tuple[Layer, ...], Field(min_length=1)],
         BeforeValidator(_parse_recall_layers),

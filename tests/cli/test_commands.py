@@ -137,7 +137,7 @@ def test_options_reach_the_config(make_source, tmp_path):
         "mix_weight": 0.4, "noise_weight": 0.05, "momentum": 0.7, "update_interval": 77,
         "cluster_method": "exact", "exact_restarts": 2, "granularity": "expert",
         "outlier_norm": 3.5, "window": 100, "reread_layer": 3, "first_tokens": 8, "spans": 5,
-        "span_width": 32, "stand_out": 0.25, "key_size": 48, "bank_tokens": 5000,
+        "span_width": 32, "stand_out": 0.25, "key_size": 48, "bank_tokens": 5000, "look_up_interval": 6,
         "memory": "fusion,reread,recall", "recall_layers": "1,2", "recall_sharpness": 9.5,
         "recall_bias": -3.0, "recall_slope": 2.5, "recall_growth": 0.25,
         "recall_theta_low": 0.125, "recall_key_size": 24,
