@@ -223,6 +223,22 @@ def test_what_is_found_again_is_not_read_again(qwen2_pair):
     assert sorted(seen)[:-1] == [1] * 11, seen
 
 
+def test_words_in_a_row_are_found_as_one(qwen2_pair):
+    """Of spans of the same words the one that has them in the question's order."""
+    words = sys.modules[
+        type(prepared(qwen2_pair[1])).__module__.rpartition(".")[0] + ".reread_words"
+    ]
+    asked, text = [7, 8, 9], torch.arange(20, 148).view(-1, 4)
+    text[::3, 1:] = torch.tensor([9, 8, 7])
+    text[18, 1:] = torch.tensor(asked)
+    ids, spans = text.flatten().int(), list(range(32))
+    scores = words.word_scores(ids, spans, 4, 4, 128, torch.tensor(asked), torch.ones(3))
+    assert scores.argmax() == 18 and (scores[[0, 3, 6]] < 0.5 * scores[18]).all()
+    across = torch.cat([ids[:2], ids[:-2]])  # its last word in the next span
+    scores = words.word_scores(across, spans, 4, 4, 128, torch.tensor(asked), torch.ones(3))
+    assert scores.argmax() == 19
+
+
 def test_the_working_context_alone(qwen):
     """The base model answers it as the PaceLLM answers the prompt; keys may come from elsewhere."""
     ids = random_ids(1, 80, seed=9)
