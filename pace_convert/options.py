@@ -348,10 +348,10 @@ class ConvertOptions(BaseModel):
 
 
 def reread_layer(layers: int) -> int:
-    """The layer whose FFN input is the key by default: a quarter of the way up; of fewer than 32
-    layers the eighth, but no more than two fifths of the way up (docs/reread.md says why).
+    """The layer whose FFN input is the key by default: the eighth, at most half way up, or a quarter
+    of the way up where that is more (docs/reread.md says why).
     """
-    return max(round(layers / 4), min(8, round(0.4 * layers)), 1) - 1
+    return max(round(layers / 4), min(8, layers // 2), 1) - 1
 
 
 def recall_layers(layers: int) -> tuple[int, ...]:
