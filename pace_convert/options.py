@@ -348,8 +348,8 @@ class ConvertOptions(BaseModel):
 
 
 def reread_layer(layers: int) -> int:
-    """The layer whose FFN input is the key by default: the eighth, at most half way up, or a quarter
-    of the way up where that is more (docs/reread.md says why).
+    """The layer whose FFN input is the key by default: the eighth, at most half way up, or that a
+    quarter of the way up where it is a later one (docs/reread.md says why).
     """
     return max(round(layers / 4), min(8, layers // 2), 1) - 1
 

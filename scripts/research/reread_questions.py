@@ -345,13 +345,12 @@ def arm_of(text: str) -> dict:
     return rule_of(SHORT.get(text, text))
 
 
-@torch.no_grad()
-def ask_context(
-    reader: Reader, context: Any, asked: Any, place: tuple[str, int], done: set
-) -> None:
-    """All arms on all questions to a text."""
+def prompts_of(
+    reader: Reader, context: Any, most: int
+) -> tuple[Text, list[tuple[Prompt, list[int]]]]:
+    """A context, and of each question to it, at most so many, the prompt and its own ids."""
     template, made = official_prompt(PROMPT)[0], []
-    for _, question, right in context.questions[: asked.questions]:
+    for _, question, right in context.questions[:most]:
         text = template.render(context=context.text, question=question)
         chat = reader.chats
         prompt = Prompt.of(reader, reader.chat(text) if chat else text, right, chat)
@@ -361,7 +360,15 @@ def ask_context(
         (i for i, tokens in enumerate(zip(*rows)) if len(set(tokens)) > 1),
         min(map(len, rows)) - len(made[0][1]) - 16,
     )
-    text = Text(reader, made[0][0].ids[:common])
+    return Text(reader, made[0][0].ids[:common]), made
+
+
+@torch.no_grad()
+def ask_context(
+    reader: Reader, context: Any, asked: Any, place: tuple[str, int], done: set
+) -> None:
+    """All arms on all questions to a text."""
+    text, made = prompts_of(reader, context, asked.questions)
     for arm in asked.arm:
         if (arm, *place) in done:
             continue
