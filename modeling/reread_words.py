@@ -6,10 +6,10 @@ counts idf f (k + 1) / (f + k) for a span in which it stands f times, with
     idf = log((N - n + 1/2) / (n + 1/2)), at least 0: N spans, n of which have it
 
 times its weight; the same token asking twice counts once, with the larger weight. Two and three
-tokens in a row count in the same way, each beside the single ones, at the place and with the weight
-of their last one: a key or a name of common tokens is rare as a whole. Ids are kept for all tokens
-anyway, so this takes no memory, and finds what a small model's activations do not: rare names,
-spelled as in the question.
+tokens in a row count in the same way, at the place and with the weight of their last one, and each
+by what its idf is above that of its rarest part: a key or a name of common tokens is rare as a
+whole, and nothing counts twice. Ids are kept for all tokens anyway, so this takes no memory, and
+finds what a small model's activations do not: rare names, spelled as in the question.
 """
 
 from __future__ import annotations
@@ -37,11 +37,20 @@ def word_scores(
     ids: [n], of the row. spans: their numbers. first, stop: tokens of the row that are searched.
     asking: ids [Q]. weights: [Q].
     """
-    token, asked = ids.long(), asking.to(ids).long()
-    total = _scores(token, spans, width, first, stop, asked, weights)
-    for n in range(1, min(RUN, len(asking))):
-        token, asked = _longer(token, ids, n), _longer(asked, asking.to(ids), n)
-        total = total + _scores(token, spans, width, first, stop, asked[n:], weights[n:])
+    runs, asked, weights = ids.long(), asking.to(ids).long(), weights.double()
+    total = torch.zeros(len(spans), dtype=torch.float64, device=ids.device)
+    parts = weights.new_zeros(len(asking) + 1)  # their idf, by the last token
+    for n in range(min(RUN, len(asking))):
+        if n:
+            runs, asked = _longer(runs, ids, n), _longer(asked, asking.to(ids), n)
+        unique, which = asked[n:].unique(return_inverse=True)
+        counts = _counts(runs, spans, width, first, stop, unique)
+        having = (counts > 0).sum(0).double()
+        idf = ((len(spans) - having + 0.5) / (having + 0.5)).log().clamp_min(0)
+        more = (idf[which] - torch.maximum(parts[1:], parts[:-1])).clamp_min(0)
+        parts = idf[which]
+        worth = idf.new_zeros(len(unique)).scatter_reduce(0, which, more * weights[n:], "amax")
+        total = total + counts * (SATURATION + 1) / (counts + SATURATION) @ worth
     return total
 
 
@@ -52,28 +61,14 @@ def _longer(runs: Tensor, ids: Tensor, n: int) -> Tensor:
     return made
 
 
-def _scores(
-    ids: Tensor,
-    spans: list[int],
-    width: int,
-    first: int,
-    stop: int,
-    asking: Tensor,
-    weights: Tensor,
+def _counts(
+    ids: Tensor, spans: list[int], width: int, first: int, stop: int, asked: Tensor
 ) -> Tensor:
-    """Of tokens, or of runs of them."""
-    asked, which = asking.unique(return_inverse=True)
-    weight = weights.double().new_zeros(len(asked))
-    weight = weight.scatter_reduce(0, which, weights.double(), "amax")
-    numbers = torch.tensor(spans, device=ids.device)
-    found = []
+    """How often each of these tokens, or runs of them, stands in each span. [spans, Q] float64."""
+    numbers, found = torch.tensor(spans, device=ids.device), []
     for some in numbers.split(max(1, AT_ONCE // (width * len(asked)))):
         token = some[:, None] * width + torch.arange(width, device=ids.device)
         inside = (token >= first) & (token < stop)
         held = torch.where(inside, ids[token.clamp_max(len(ids) - 1)], -1)
         found.append((held[..., None] == asked).sum(1, dtype=torch.int32))
-    counts = torch.cat(found).double()
-    having = (counts > 0).sum(0)
-    idf = ((len(spans) - having + 0.5) / (having + 0.5)).log().clamp_min(0)
-    share = counts * (SATURATION + 1) / (counts + SATURATION)
-    return share @ (idf * weight)
+    return torch.cat(found).double()

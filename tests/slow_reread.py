@@ -84,11 +84,7 @@ class SlowReread:
         similar = np.maximum(best, 0) ** power @ weights
         total = similar / similar.max()
         if s.words:
-            words = 0
-            for n in (1, 2, 3):  # tokens in a row, in the span of the last one
-                runs = [[self._run_of(self.ids, outside[i], n) for i in some] for some in inside]
-                asked = [self._run_of(asking_ids, q, n) for q in range(n - 1, len(asking_ids))]
-                words = words + self._words(runs, asked, weights[n - 1 :])
+            words = self._words(inside, outside, asking_ids, weights)
             total = total + s.words * (words / max(words.max(), 1e-300)) ** 2
         scores = dict(zip(spans, total))
         ranked = sorted(scores, key=lambda span: (-scores[span], span))[: s.spans]
@@ -129,15 +125,22 @@ class SlowReread:
     def _run_of(self, ids, last, n) -> tuple:
         return tuple(ids[last - n + 1 : last + 1]) if last >= n - 1 else ()
 
-    def _words(self, texts, asking, weights) -> np.ndarray:
-        """BM25 for texts of one length; of a token that asks twice the larger weight."""
-        made = np.zeros(len(texts))
-        for token in set(asking):
-            weight = max(w for t, w in zip(asking, weights) if t == token)
-            have = sum(token in text for text in texts)
-            idf = max(0.0, np.log((len(texts) - have + 0.5) / (have + 0.5)))
-            f = np.array([text.count(token) for text in texts])
-            made += weight * idf * f * 2.5 / (f + 1.5)
+    def _words(self, inside, outside, asking, weights) -> np.ndarray:
+        """BM25 for texts of one length, over one, two and three tokens in a row, which stand where
+        their last one does; each by its idf above that of its rarest part. Of what asks twice the
+        larger weight.
+        """
+        made, known = np.zeros(len(inside)), {}
+        for n in (1, 2, 3):
+            texts = [[self._run_of(self.ids, outside[i], n) for i in some] for some in inside]
+            asked = [self._run_of(asking, q, n) for q in range(n - 1, len(asking))]
+            for run in set(asked):
+                weight = max(w for r, w in zip(asked, weights[n - 1 :]) if r == run)
+                have = sum(run in text for text in texts)
+                known[run] = max(0.0, np.log((len(texts) - have + 0.5) / (have + 0.5)))
+                parts = max(known[run[1:]], known[run[:-1]]) if n > 1 else 0.0
+                f = np.array([text.count(run) for text in texts])
+                made += weight * max(0.0, known[run] - parts) * f * 2.5 / (f + 1.5)
         return made
 
     def _phrases(self, z, outside, spans):
