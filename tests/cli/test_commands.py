@@ -178,7 +178,7 @@ def test_preset_on_the_command_line(make_source, tmp_path):
         == 0
     )
     memory = json.loads((tmp_path / "out" / "config.json").read_text())["pace"]["memory"]
-    assert memory.pop("window")["layer"] == 0 and memory.pop("recall")["layers"] == [3]
+    assert memory.pop("window")["layer"] == 1 and memory.pop("recall")["layers"] == [3]
     assert memory == {"enabled": True, "layers": [1, 2], **PRESETS["paper"], "slots": 9}
 
 
