@@ -348,10 +348,11 @@ class ConvertOptions(BaseModel):
 
 
 def reread_layer(layers: int) -> int:
-    """The layer whose FFN input is the key by default: the eighth, at most half way up, or that a
-    quarter of the way up where it is a later one (docs/reread.md says why).
+    """The layer whose FFN input is the key by default: the eighth, at most two fifths of the way up
+    (so that reading costs no more than half of a pass), or that a quarter of the way up where it is
+    a later one (docs/reread.md says why).
     """
-    return max(round(layers / 4), min(8, layers // 2), 1) - 1
+    return max(round(layers / 4), min(8, round(0.4 * layers)), 1) - 1
 
 
 def recall_layers(layers: int) -> tuple[int, ...]:

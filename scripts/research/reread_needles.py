@@ -3,7 +3,8 @@
     python scripts/research/reread_needles.py OUT --haystack TEXT [--tokens 200k] [--needles 50] \\
         [--kind alike,several] [--rule NAME=VALUE,... ...] [--answer] [--out RESULTS.jsonl]
 
-OUT is a converted model, TEXT a text file; or `pairs`, of which `--kind keyvalue` asks. Its first
+OUT is a converted model, TEXT a text file; or `pairs`, of which `--kind keyvalue` asks. Beside the
+kinds of `pace eval needle` there is `twohop`, a fact that leads to another. The text's first
 tokens are read once. A question then writes its needles over other tokens of the text, from the
 beginning of a sentence on, and reads the blocks anew in which that changes anything; blocks do not
 depend on each other. So a question to 200K tokens takes seconds. A rule is parameters of re-reading
@@ -49,8 +50,10 @@ from pace_convert.modeling.reread_asking import Asking, query_weights
 from pace_convert.modeling.reread_bank import Row
 from pace_convert.modeling.reread_lookup import look_up, scored
 from pace_convert.modeling.reread_schedule import Build, window_start
+from pace_convert.reference.words import CODES
 
 MARK = "\u0001"
+TWOHOP = "twohop"  # in place of a kind: a fact that leads to another
 PAIRS = "pairs"  # in place of a text file: nothing but keys and values
 OWN = ("asks", "earn", "of", "order", "runs")  # of a rule, what is no parameter of the model's
 
@@ -171,6 +174,11 @@ class Needle:
         """How many of the facts are asked for."""
         return len(self.prompt.wanted)
 
+    @property
+    def needed(self) -> int:
+        """How many of the facts, the first ones, must be read to answer."""
+        return len(self.facts) if " same code " in self.facts[0][1] else self.asked
+
 
 def random_pairs(count: int) -> list[tuple[str, str]]:
     """Keys and values, of eight hexadecimal digits each."""
@@ -187,9 +195,22 @@ def pair_of(lab: Lab, seed: int) -> tuple[Needle, list[tuple[int, int]]]:
     return needle, [(lab.starts[number], lab.starts[number + 1])]
 
 
+def chain_of(rng: np.random.Generator) -> Needle:
+    """Two facts, the one that leads to the other first."""
+    first, second = names(rng, 2)
+    value = str(rng.permutation(CODES)[0])
+    facts = [f"{first} has the same code as {second}.", f"The code of {second} is {value}."]
+    question = f"What is the code of {first}? Answer with the code alone."
+    prompt = Prompt("", value, (value,), answers=(value,))
+    places = (rng.random(2) * 0.98).tolist()
+    return Needle(list(zip(places, facts)), question, f" The code of {first} is", prompt)
+
+
 def needle_of(kind: str, seed: int) -> Needle:
     """One text's facts, as `pace eval needle --kind` has them, at places at random."""
     rng = np.random.default_rng([seed, 7])
+    if kind == TWOHOP:
+        return chain_of(rng)
     depth = float(rng.random()) * 0.98
     count = COUNTS[kind]
     people, what = names(rng, 10)[:count], WHAT.get(kind, "locker number")
@@ -223,7 +244,7 @@ def ask(lab: Lab, kind: str, seed: int, rule: dict, answer: bool) -> dict:
     last = row.count - unasked
     query = lab.model._reread_keys.query(row, last, None, settings)
     weights = query_weights(len(query), settings)
-    start = window_start(Build(row.count, asked=True), settings)
+    start = max(0, window_start(Build(row.count, asked=True), settings))
     asking = Asking(row.ids[last - len(query) : last], query, weights)
     passages = list(look_up(row, asking, start, settings))
     if "earn" in rule:
@@ -237,9 +258,9 @@ def ask(lab: Lab, kind: str, seed: int, rule: dict, answer: bool) -> dict:
         passages.sort(key=lambda passage: passage.first)
     ranges = [(0, settings.first), *((p.first, p.stop) for p in passages), (start, row.count)]
     read = {t for a, b in ranges for t in range(a, b)}
-    held = [set(range(*place)) <= read for place in places[: needle.asked]]
+    held = [set(range(*place)) <= read for place in places[: needle.needed]]
     made = {
-        **standing(row, asking, start, settings, places[: needle.asked]),
+        **standing(row, asking, start, settings, places[: needle.needed]),
         "held": float(np.mean(held)), "spans": len(passages), "context": len(read),
     }  # fmt: skip
     if answer:

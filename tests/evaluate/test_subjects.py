@@ -197,7 +197,7 @@ def test_windows_that_cannot_be():
     with pytest.raises(ValueError, match="no window of its own"):
         window_settings(None, {"spans": 3}, 4, 512)
     made = window_settings(None, {"window": 128, "spans": 1}, 8, None)
-    assert (made.window, made.spans, made.layer) == (128, 1, 3)
+    assert (made.window, made.spans, made.layer) == (128, 1, 2)
     assert window_settings(None, {}, 4, 512) is None
     with pytest.raises(ValueError, match="unknown parameter colour"):
         window_settings({"colour": 1}, {}, 4, 512)
