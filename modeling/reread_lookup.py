@@ -78,7 +78,7 @@ def scored(
     best = _matches(blocks, asking.keys, stop, settings)
     total = _shares(_votes(best, settings) @ asking.weights.to(best))
     if settings.words:
-        width, first = settings.span_width, settings.first
+        width, first = settings.span_width, settings.searched_from
         words = word_scores(row.ids, spans, width, first, stop, asking.ids, asking.weights)
         total = total + settings.words * _shares(words.to(total)) ** 2
     return spans, total.tolist()
@@ -108,11 +108,9 @@ def _apart(passages: Iterable[Passage]) -> tuple[Passage, ...]:
 
 
 def _outside(block: KeyBlock, stop: int, settings: RereadSettings) -> list[int]:
-    """Its spans that are not in the working context anyway."""
-    width = settings.span_width
-    return [
-        span for span in block.spans if span * width < stop and (span + 1) * width > settings.first
-    ]
+    """Its spans that are searched: of what is in the working context anyway half a span at most."""
+    width, first = settings.span_width, settings.searched_from
+    return [span for span in block.spans if span * width < stop and (span + 1) * width > first]
 
 
 def _matches(blocks: list[KeyBlock], query: Tensor, stop: int, settings: RereadSettings) -> Tensor:
@@ -164,7 +162,7 @@ def _parts(
     blocks: list[KeyBlock], stop: int, settings: RereadSettings
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Tokens of spans outside, some at once: keys [T, R], numbers in the row [T], and which of them
-    are outside [T]. The keys in fp32, or in float64 where they are.
+    are searched [T]. The keys in fp32, or in float64 where they are.
     """
     width = settings.span_width
     for at in range(0, len(blocks), AT_ONCE):
@@ -174,7 +172,7 @@ def _parts(
         stacked = torch.cat(keys).flatten(0, 1)
         token = torch.tensor(numbers, device=stacked.device)[:, None] * width
         token = (token + torch.arange(width, device=stacked.device)).flatten()
-        yield stacked.to(_wide(stacked)), token, (token >= settings.first) & (token < stop)
+        yield stacked.to(_wide(stacked)), token, (token >= settings.searched_from) & (token < stop)
 
 
 def _wide(keys: Tensor) -> torch.dtype:

@@ -89,6 +89,13 @@ class RereadSettings:
         return self.first + self.recalled + 2 * self.window
 
     @property
+    def searched_from(self) -> int:
+        """The first token that a look-up compares: half a span before the first that it can bring
+        back, for what the end of the first S cuts in two.
+        """
+        return max(0, self.first - self.span_width // 2)
+
+    @property
     def block(self) -> int:
         """U, tokens of a block: whole spans, and no more than the window, so that all that lies
         outside the window has been read.

@@ -66,16 +66,21 @@ class SlowReread:
         s = self.settings
         if not s.spans:
             return {}
-        outside = range(s.first, start)
-        keys = np.array([self.key(t) for t in outside])
-        mean = keys.mean(0)
+        # What the end of the first S cuts in two is found by what stands before it, too.
+        outside = range(max(0, s.first - s.span_width // 2), start)
+        known = range(outside[0] // s.span_width * s.span_width, start)  # whole spans
+        keys = np.array([self.key(t) for t in known])
+        searched = np.array([t in outside for t in known])
+        mean = keys[searched].mean(0)
         keys = unit(keys - mean)
         asking_ids, asking, weights = self._asking(count, asked)
         similar = unit(asking - mean) @ keys.T
-        z = (similar - similar.mean(1, keepdims=True)) / similar.std(1, keepdims=True)
+        among = similar[:, searched]
+        z = (similar - among.mean(1, keepdims=True)) / among.std(1, keepdims=True)
         spans = sorted({t // s.span_width for t in outside})
         if s.vote == "phrase":
-            z = self._phrases(z, outside, spans)
+            z = self._phrases(z)
+        z = z[:, searched]
         inside = [[i for i, t in enumerate(outside) if t // s.span_width == span] for span in spans]
         best = np.array([z[:, places].max(1) for places in inside])
         power = 3
@@ -143,15 +148,10 @@ class SlowReread:
                 made += weight * max(0.0, known[run] - parts) * f * 2.5 / (f + 1.5)
         return made
 
-    def _phrases(self, z, outside, spans):
-        """Also what lies just before the text that is searched, in the first span, is a neighbour;
-        of the tokens before it there are no keys.
-        """
-        known = range(spans[0] * self.settings.span_width, outside[0])
-        assert not len(known), "these tests begin spans where the searched text begins"
+    def _phrases(self, z):
         found = np.array(z)
         for q in range(len(z)):
-            for i in range(len(outside)):
+            for i in range(z.shape[1]):
                 for back in (1, 2):
                     if q >= back and i >= back:
                         found[q, i] += z[q - back, i - back]

@@ -239,6 +239,18 @@ def test_words_in_a_row_are_found_as_one(qwen2_pair):
     assert scores.argmax() == 19
 
 
+def test_what_the_end_of_the_first_tokens_cuts_in_two(qwen2_pair):
+    """Its beginning finds it, its end is read again."""
+    model = prepared(qwen2_pair[1])
+    ids = random_ids(1, 80, seed=4)
+    with torch.no_grad():
+        cache = model.read(ids)
+        query = ids[:, 2:4]  # S is 4
+        model(query, past_key_values=cache, look_up=True, query=query, logits_to_keep=1)
+    best = max(model.passages(cache)[0], key=lambda passage: passage.score)
+    assert (best.first, best.stop) == (4, 6)
+
+
 def test_the_working_context_alone(qwen):
     """The base model answers it as the PaceLLM answers the prompt; keys may come from elsewhere."""
     ids = random_ids(1, 80, seed=9)
