@@ -8,8 +8,9 @@ An arm is parameters of re-reading (`layer=4,spans=16`), what asks (`asks=end`, 
 tokens; `asks=question`, the question's own, all alike), which words are the same (`fold=1`: also
 those that differ in case and blanks alone), how many words in a row count as one (`runs=1`: none),
 whether what is found asks once more (`again=2,weight=0.1`: the best two passages' tokens, of this
-weight each; `draft=24`: so many tokens of what the model then answers), after how many tokens of
-the answer it is looked up anew, with these asking too (`every=8`), and what finds:
+weight each; `draft=24`: so many tokens of what the model then answers), whether the best spans are
+ranked once more by attention (`rank=attention,of=24,mix=1.0`, see `attend`), after how many tokens
+of the answer it is looked up anew, with these asking too (`every=8`), and what finds:
 
     find=keys        the look-up of re-reading
     find=bm25        BM25 over words of the question (rank_bm25), of the same spans
@@ -46,6 +47,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from attend import attended, mixed
 from earned import chosen, gains
 from peers import SMOOTH, Reform
 from reread_needles import rule_of, tokens, use_dtype
@@ -206,6 +208,13 @@ class Text:
             few = replace(settings, spans=arm["again"])
             found = look_up(row, asking, start, few)
             asking = _joined(asking, row, found, arm.get("weight", 0.1), settings)
+        if arm.get("rank") == "attention":
+            spans, scores = scored(row, asking, start, settings)
+            top = sorted(zip(scores, spans), reverse=True)[: arm.get("of", 24)]
+            few = {span: score for score, span in top}
+            paid = attended(self.reader, row, list(few), question, start, settings)
+            few = mixed(few, paid, settings.spans, arm.get("mix", 1.0))
+            return passages_of(few, start, settings)
         if "earn" not in arm:
             return look_up(row, asking, start, settings)
         more = replace(settings, spans=arm.get("of", 16), stand_out=0.0)
