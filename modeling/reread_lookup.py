@@ -1,8 +1,10 @@
 """The look-up: which spans of what lies outside the window are to be read again.
 
-Keys outside the window are centred by their mean and normed; so are the keys of the tokens that
-ask. Each asking token's similarities are standardised over the text: z = (s - mean) / deviation. A
-span is scored by the weighted sum, over the tokens that ask, of their votes for it:
+Searched is what lies before the window and behind the first S tokens, and half a span of these:
+what they cut in two is found by its beginning. Keys there are centred by their mean and normed; so
+are the keys of the tokens that ask. Each asking token's similarities are standardised over the
+text: z = (s - mean) / deviation. A span is scored by the weighted sum, over the tokens that ask, of
+their votes for it:
 
     phrase  A token's match counts with those of the two before it, so that words next to each other
             in the question are found next to each other: z' of the q-th asking token and the t-th
