@@ -215,8 +215,6 @@ class RereadEntry(Columns):
         """
         columns = abs(tokens_to_remove)
         self._ran()
-        for layer in self.held or []:
-            layer.crop(tokens_to_remove)
         if not columns or not self.rows:
             self.columns -= columns
             return
@@ -226,9 +224,14 @@ class RereadEntry(Columns):
         self.counts, self.columns = counts, self.columns - columns
         self.ends = [row.ends for row in self.rows]
         made = self.contexts
-        if made is None:
+        self.contexts = None if made is None else made.shorter(columns, gone, counts)
+        if self.contexts is None:
             return
-        self.contexts = made.shorter(columns, gone, counts)
+        try:
+            for layer in self.held or []:
+                layer.crop(tokens_to_remove)
+        except ValueError:  # more than fusion can undo
+            self.contexts = None
 
     def _removed(self, columns: int) -> list[int]:
         """Tokens of each row in the latest columns, which are forgotten here."""

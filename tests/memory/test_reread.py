@@ -239,6 +239,26 @@ def test_words_in_a_row_are_found_as_one(qwen2_pair):
     assert scores.argmax() == 19
 
 
+@pytest.mark.parametrize("interval", [0, 4])
+def test_tokens_are_taken_back_beside_fusion(qwen2_pair, interval):
+    """More of them than fusion can undo: the context is built again."""
+    model = load(qwen2_pair[1], torch.float64)
+    model.set_window(**{**SMALL, "look_up_interval": interval})
+    model.generation_config.eos_token_id = None
+    ids, given = random_ids(1, LONG, seed=6), {"max_new_tokens": 40, "do_sample": False}
+    greedy = model.generate(ids, **given)
+    drafted = model.generate(ids, prompt_lookup_num_tokens=12, **given)
+    assert drafted.tolist() == greedy.tolist()
+    with torch.no_grad():
+        cache = model.read(ids)
+        model(greedy[:, LONG:], past_key_values=cache, logits_to_keep=1)
+        cache.crop(-37)
+        ahead = model(greedy[:, LONG + 3 :], past_key_values=cache).logits
+        fresh = model.read(ids)
+        expected = model(greedy[:, LONG:], past_key_values=fresh).logits[:, 3:]
+    close(model, ahead, expected)
+
+
 def test_what_the_end_of_the_first_tokens_cuts_in_two(qwen2_pair):
     """Its beginning finds it, its end is read again."""
     model = prepared(qwen2_pair[1])
