@@ -106,7 +106,10 @@ class Row:
         if len(blocks) < len(self.blocks) and any(len(b.spans) < whole for b in self.blocks):
             blocks = ()
         prompts = tuple(prompt for prompt in self.prompts if prompt.end <= count)
-        return Row(self.ids[:count], blocks, prompts)
+        made = replace(self, ids=self.ids[:count], blocks=blocks, prompts=prompts)
+        if self.looked is not None and self.looked.count <= count:
+            return made
+        return replace(made, looked=None, found=(), answering=None)
 
     def shifted(self, count: int, first: int, settings: RereadSettings) -> tuple[KeyBlock, ...]:
         """Its blocks, of its first `count` tokens alone, for a row in which it begins at `first`,

@@ -55,7 +55,7 @@ def tokenizer_mark(tokenizer: Any) -> str:
 
 
 def save_row(row: Row, path: AnyPath, settings: RereadSettings, model: str, tokenizer: str) -> None:
-    """Write a row and its keys. model, tokenizer: their marks."""
+    """Write a row and its keys. model, tokenizer: their marks. Raises OSError where it can't."""
     keys = [block.keys for block in row.blocks]
     width, size = settings.span_width, settings.key_size
     spans = [span for block in row.blocks for span in block.spans]
@@ -73,7 +73,11 @@ def save_row(row: Row, path: AnyPath, settings: RereadSettings, model: str, toke
         **{name: getattr(settings, name) for name in DEPENDS},
     }
     part = Path(f"{path}.part")  # whoever looks sees a whole file or none
-    save_file(tensors, part, metadata={"pace_bank": json.dumps(facts)})
+    try:
+        save_file(tensors, part, metadata={"pace_bank": json.dumps(facts)})
+    except Exception as error:  # safetensors has one class of its own for all that can be wrong
+        part.unlink(missing_ok=True)
+        raise OSError(f"the bank {path} can't be written: {error}") from error
     part.replace(path)
 
 

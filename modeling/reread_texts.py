@@ -133,7 +133,8 @@ class ReadingMixin:
         """Write a text that was read, its ids and keys, as a safetensors file.
 
         row: of the cache. tokenizer: what made the ids; with it another one's bank is refused.
-        Raises ValueError for a cache in which nothing can be read again.
+        Raises ValueError for a cache in which nothing can be read again, OSError where the file
+        can't be written.
         """
         entry = find_reread(cache)
         if entry is None or not entry.rows or entry.missing:

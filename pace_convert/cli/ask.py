@@ -107,7 +107,10 @@ def ask(
     if as_json and not interactive:
         click.echo(as_json_text([asdict(answer) for answer in answers]))
     while interactive:
-        question = click.prompt("question", default="", show_default=False, err=True).strip()
+        try:
+            question = click.prompt("question", default="", show_default=False, err=True).strip()
+        except click.Abort:  # the end of what is given, or Ctrl-C
+            break
         if not question:
             break
         answer = _asked(reader, texts, question, max_new_tokens, as_json)

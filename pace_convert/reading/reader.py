@@ -151,10 +151,10 @@ class DocumentReader:
         return cache if cache.get_seq_length() == len(ids) else None
 
     def _bank_name(self, document: Document) -> str:
-        """The same for the same text, model and what its keys depend on."""
+        """The same for the same text, what stands before it, model and what its keys depend on."""
         config, settings = self.model.config, self.model.window_settings
         keys = [getattr(settings, name) for name in KEYS_DEPEND_ON]
-        facts = [document.mark, config.pace["experts"], config.vocab_size, keys,
+        facts = [document.mark, self.before, config.pace["experts"], config.vocab_size, keys,
                  config._name_or_path]  # fmt: skip
         return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:32]
 

@@ -239,6 +239,19 @@ def test_words_in_a_row_are_found_as_one(qwen2_pair):
     assert scores.argmax() == 19
 
 
+def test_passages_are_known_behind_tokens_taken_back(qwen):
+    """Also of an answer that was drafted."""
+    ids, given = random_ids(1, LONG, seed=6), {"max_new_tokens": 3, "do_sample": False}
+    cache, drafted = DynamicCache(config=qwen.config), DynamicCache(config=qwen.config)
+    qwen.generate(ids, past_key_values=cache, **given)
+    found = qwen.passages(cache)
+    assert found[0]
+    cache.crop(-1)
+    assert qwen.passages(cache) == found
+    qwen.generate(ids, past_key_values=drafted, prompt_lookup_num_tokens=2, **given)
+    assert qwen.passages(drafted) == found
+
+
 @pytest.mark.parametrize("interval", [0, 4])
 def test_tokens_are_taken_back_beside_fusion(qwen2_pair, interval):
     """More of them than fusion can undo: the context is built again."""

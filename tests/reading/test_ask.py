@@ -3,8 +3,10 @@
 import json
 
 import pytest
+from click.testing import CliRunner
 from helpers import convert_folder, pace_convert, refuse
 
+from pace_convert.cli import ask as cli
 from pace_convert.errors import CallError
 from pace_convert.options import RunOptions
 from pace_convert.progress import Progress
@@ -138,7 +140,7 @@ def test_short_texts_are_read_whole(out):
     assert answer.passages == () and answer.answer == reader.ask([text], "what ?", 4).answer
 
 
-def test_html_and_pdf(tmp_path):
+def test_html_and_pdf(tmp_path, monkeypatch):
     page = tmp_path / "page.html"
     page.write_text("<html><script>no()</script><p>One &amp; two</p><p>three</p></html>")
     assert read_document(page).text == "One & two\nthree"
@@ -152,8 +154,36 @@ def test_html_and_pdf(tmp_path):
     (tmp_path / "broken.pdf").write_bytes(b"%PDF-1.4 nothing")
     with pytest.raises(CallError, match="broken"):
         read_document(tmp_path / "broken.pdf")
+    monkeypatch.setattr("pypdf.PdfReader", lambda path: None)  # as damaged files end there
+    with pytest.raises(CallError, match=r"blank\.pdf can't be read as PDF"):
+        read_document(tmp_path / "blank.pdf")
 
 
 def test_a_line_is_found_by_its_character():
     document = Document("a", "one\ntwo\n\nfour")
     assert [document.line(i) for i in (0, 3, 4, 7, 8, 9, 12)] == [1, 1, 2, 2, 3, 4, 4]
+
+
+def test_another_opening_is_another_bank(out, book, tmp_path):
+    """A chat template may say what day it is."""
+    reader = DocumentReader.load(out)
+    document, banks = read_document(book), tmp_path / "banks"
+    for opening in ("the day is one . ", "the day is two . "):
+        reader.before = opening
+        held = reader.read(document, banks, Progress(quiet=True)).cache
+        expected = reader._ids(opening, special=not reader.tokenizer.chat_template)
+        assert held.layers[-1].settle()[0].ids[: len(expected)].tolist() == expected
+
+
+def test_the_end_of_questions(out, book):
+    words = ["--file", book, "--no-bank", "-i", "--json", "--max-new-tokens", 4, "-q"]
+    done = CliRunner().invoke(cli.ask, [str(word) for word in (out, *words)], input="a boat ?\n")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["passages"] and "Aborted" not in done.output
+
+
+def test_a_bank_that_cannot_be_written(out, book, tmp_path):
+    reader = DocumentReader.load(out)
+    cache = reader.read(read_document(book), None, Progress(quiet=True)).cache
+    with pytest.raises(OSError, match=r"the bank .* can't be written"):
+        reader.model.save_bank(cache, tmp_path / "nowhere" / "bank.safetensors")
