@@ -28,7 +28,7 @@ from .recall_cache import (
     is_static,
     recall_entry,
 )
-from .recall_settings import RecallSettings
+from .recall_settings import RecallSettings, default_layers
 from .reread_keys import KeyReader, entrance
 
 _binding = threading.Lock()
@@ -247,12 +247,15 @@ class RecallMixin:
     def set_recall(self, on: bool = True, **parameters: object) -> None:
         """Other parameters of recall, for sequences that begin from now on; on False: no recall.
 
-        Names, defaults and bounds are those of `RecallSettings`; what is not given stays as it is.
+        Names, defaults and bounds are those of `RecallSettings`, the layer is of `default_layers`;
+        what is not given stays as it is.
         `save_pretrained` keeps them. Raises ValueError for what can't be, and then changes nothing.
         """
         pace = self.config.pace or {}
         memory = pace.get("memory") or {}
-        given = {**(memory.get("recall") or {}), **parameters} if on else None
+        layers = self.config.get_text_config().num_hidden_layers
+        now = memory.get("recall") or {"layers": default_layers(layers)}
+        given = {**now, **parameters} if on else None
         if parameters and not on:
             raise ValueError("recall: give parameters, or on=False")
         self._attach_recall(given)

@@ -10,6 +10,11 @@ from dataclasses import dataclass, fields
 from .memory_settings import MOST_LAYERS, MOST_SLOTS, Bounds, check_fields, real, whole
 
 
+def default_layers(layers: int) -> tuple[int, ...]:
+    """The layers whose FFN inputs are the key by default: one, four fifths of the way up."""
+    return (min(layers - 1, round(0.8 * layers)),)
+
+
 @dataclass(frozen=True)
 class RecallSettings:
     """The parameters of recall, named as in config.json's `pace.memory.recall`.

@@ -16,6 +16,14 @@ Forget = Literal["commonest", "oldest"]
 BLOCK = 1024  # tokens that are read together, fewer where the window is smaller
 
 
+def default_layer(layers: int) -> int:
+    """The layer whose FFN input is the key by default, of so many: the eighth, at most two fifths
+    of the way up (so that reading costs no more than half of a pass), or that a quarter of the way
+    up where it is a later one (docs/reread.md says why).
+    """
+    return max(round(layers / 4), min(8, round(0.4 * layers)), 1) - 1
+
+
 @dataclass(frozen=True)
 class RereadSettings:
     """The parameters of re-reading, named as in config.json's `pace.memory.window`.

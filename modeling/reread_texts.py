@@ -18,7 +18,7 @@ from .reread_bank import Passage, Row
 from .reread_cache import find_reread, reread_entry
 from .reread_file import AnyPath, load_row, model_mark, save_row, tokenizer_mark
 from .reread_keys import KeyReader, KeySource
-from .reread_settings import RereadSettings
+from .reread_settings import RereadSettings, default_layer
 
 
 class ReadingMixin:
@@ -48,13 +48,16 @@ class ReadingMixin:
     def set_window(self, window: int | None = None, **parameters: object) -> None:
         """Other parameters of re-reading, for sequences that begin from now on; None: none at all.
 
-        Names, defaults and bounds are those of `RereadSettings`; what is not given stays as it is.
+        Names, defaults and bounds are those of `RereadSettings`, the layer is `default_layer`; what
+        is not given stays as it is.
         `save_pretrained` keeps them. Raises ValueError for what can't be, and then changes nothing.
         """
         pace = self.config.pace or {}
         given: dict | None = None
         if window is not None:
-            now = asdict(self._window) if self._window is not None else {}
+            layers = self.config.get_text_config().num_hidden_layers
+            off = {"layer": default_layer(layers)}
+            now = asdict(self._window) if self._window is not None else off
             given = {**now, "window": window, **parameters}
         elif parameters:
             raise ValueError("window: give window, or no parameter at all")

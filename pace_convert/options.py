@@ -11,8 +11,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from .device import NAMES
 from .errors import CallError
 from .modeling.memory_settings import MOST_EXPERTS, MOST_LAYERS, Granularity, MemorySettings
-from .modeling.recall_settings import RecallSettings
-from .modeling.reread_settings import RereadSettings
+from .modeling.recall_settings import RecallSettings, default_layers
+from .modeling.reread_settings import RereadSettings, default_layer
 from .yaml_options import YamlOptions, read_options
 
 EXPERT_OPTIONS = ("experts", "cluster_method", "exact_restarts", "seed", "no_experts")
@@ -326,7 +326,7 @@ class ConvertOptions(BaseModel):
             return None
         given = {parameter: getattr(self, name) for name, parameter in RECALL_OPTIONS.items()}
         if self.recall_layers == "auto":
-            given["layers"] = recall_layers(layers)
+            given["layers"] = default_layers(layers)
         return asdict(RecallSettings(**given))
 
     def window_config(self, layers: int, trained: int | None) -> dict | None:
@@ -342,22 +342,9 @@ class ConvertOptions(BaseModel):
         if given["window"] == "none":
             return None
         if self.reread_layer == "auto":
-            given["reread_layer"] = reread_layer(layers)
+            given["reread_layer"] = default_layer(layers)
         made = {WINDOW_OPTIONS[name]: value for name, value in given.items()}
         return asdict(RereadSettings(**made))
-
-
-def reread_layer(layers: int) -> int:
-    """The layer whose FFN input is the key by default: the eighth, at most two fifths of the way up
-    (so that reading costs no more than half of a pass), or that a quarter of the way up where it is
-    a later one (docs/reread.md says why).
-    """
-    return max(round(layers / 4), min(8, round(0.4 * layers)), 1) - 1
-
-
-def recall_layers(layers: int) -> tuple[int, ...]:
-    """The layers whose FFN inputs are recall's key by default: one, four fifths of the way up."""
-    return (min(layers - 1, round(0.8 * layers)),)
 
 
 def _window_for(trained: int, options: ConvertOptions) -> dict:

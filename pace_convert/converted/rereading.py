@@ -8,7 +8,7 @@ from typing import Any
 from ..checkpoint.tokenizer import load_tokenizer
 from ..device import resolve_device
 from ..errors import CallError, PaceError
-from ..modeling.reread_settings import RereadSettings
+from ..modeling.reread_settings import RereadSettings, default_layer
 from .load import load_model
 from .opened import Converted, open_converted
 
@@ -34,6 +34,7 @@ def load_rereading(
         )
     if not converted.pace["memory"].get("window") and window is None:
         raise CallError(f"{folder} has no window, so it can't re-read", "give --window, like 1k")
+    key_layer = _key_layer(converted)
     tokenizer = load_tokenizer(folder)
     if tokenizer is None or not tokenizer.is_fast:
         raise PaceError(f"{folder} has no fast tokenizer", "copy the source's tokenizer.json")
@@ -41,18 +42,20 @@ def load_rereading(
         converted,
         device=resolve_device(device),
         head=generates,
-        layers=None if generates else _key_layers(converted),
+        layers=None if generates else key_layer + 1,
         trust_remote_code=trust_remote_code,
     )
     if window is not None:
         try:
-            model.set_window(window)
+            model.set_window(window, layer=key_layer)
         except ValueError as error:
             raise CallError(f"--{error}", "give another --window") from error
     return model, tokenizer
 
 
-def _key_layers(converted: Converted) -> int:
-    """Layers that reading needs."""
-    window = converted.pace["memory"].get("window") or {}
-    return RereadSettings.from_config(window).layer + 1
+def _key_layer(converted: Converted) -> int:
+    """The layer of keys: of the folder's window, else by default."""
+    window = converted.pace["memory"].get("window")
+    if window:
+        return RereadSettings.from_config(window).layer
+    return default_layer(converted.layers)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from ..modeling.recall_settings import RecallSettings
-from ..modeling.reread_settings import RereadSettings
-from ..options import WINDOW_OPTIONS, recall_layers, reread_layer
+from ..modeling.recall_settings import RecallSettings, default_layers
+from ..modeling.reread_settings import RereadSettings, default_layer
+from ..options import WINDOW_OPTIONS
 
 # The parameters of re-reading as people name them: as the command line does, else as they are.
 WINDOW_PARAMETERS = {
@@ -83,12 +83,12 @@ def _defaults(layers: int, trained: int | None) -> dict[str, int]:
     """Where a model has no window of its own: as a conversion chooses them."""
     plain = RereadSettings()
     spans = plain.spans if trained is None else trained // (6 * plain.span_width)
-    return {"layer": reread_layer(layers), "spans": min(plain.spans, spans)}
+    return {"layer": default_layer(layers), "spans": min(plain.spans, spans)}
 
 
 def recall_settings(own: dict | None, layers: int) -> RecallSettings:
     """How an arm recalls: as config.json's `pace.memory.recall` says, else by default."""
-    return RecallSettings.from_config({"layers": recall_layers(layers), **(own or {})})
+    return RecallSettings.from_config({"layers": default_layers(layers), **(own or {})})
 
 
 def as_parameters(settings: RereadSettings | None) -> dict[str, Any]:

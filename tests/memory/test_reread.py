@@ -239,6 +239,17 @@ def test_words_in_a_row_are_found_as_one(qwen2_pair):
     assert scores.argmax() == 19
 
 
+def test_what_was_off_has_the_layers_of_a_conversion(qwen2_pair):
+    model = load(qwen2_pair[1])
+    layers = model.config.num_hidden_layers
+    model.set_window(None)
+    model.set_window(64)
+    assert model.window_settings.layer == round(0.4 * layers) - 1
+    model.set_recall(False)
+    model.set_recall(True)
+    assert model.recall_settings.layers == (min(layers - 1, round(0.8 * layers)),)
+
+
 def test_passages_are_known_behind_tokens_taken_back(qwen):
     """Also of an answer that was drafted."""
     ids, given = random_ids(1, LONG, seed=6), {"max_new_tokens": 3, "do_sample": False}

@@ -7,6 +7,7 @@ from click.testing import CliRunner
 from helpers import convert_folder, pace_convert, refuse
 
 from pace_convert.cli import ask as cli
+from pace_convert.converted.rereading import load_rereading
 from pace_convert.errors import CallError
 from pace_convert.options import RunOptions
 from pace_convert.progress import Progress
@@ -162,6 +163,16 @@ def test_html_and_pdf(tmp_path, monkeypatch):
 def test_a_line_is_found_by_its_character():
     document = Document("a", "one\ntwo\n\nfour")
     assert [document.line(i) for i in (0, 3, 4, 7, 8, 9, 12)] == [1, 1, 2, 2, 3, 4, 4]
+
+
+def test_a_window_where_there_was_none(tmp_path):
+    """Its keys are of the layer that a conversion would take, also for one that reads alone."""
+    folder = tmp_path / "out"
+    convert_folder(reference_model(), folder, experts=16, memory_layers="1", window="none")
+    layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
+    for generates in (True, False):
+        model, _ = load_rereading(folder, window=64, generates=generates)
+        assert model.window_settings.layer == max(round(0.4 * layers), 1) - 1
 
 
 def test_another_opening_is_another_bank(out, book, tmp_path):
