@@ -90,6 +90,8 @@ def ask(
     """
     if not questions and not interactive:
         raise CallError("no question", "give one, or --interactive")
+    if not all(question.strip() for question in questions):
+        raise CallError("a question is empty", "leave it out")
     if interactive and Path("-") in files:
         raise CallError("--interactive reads questions from stdin", "give the text as a file")
     from ..reading.documents import read_document

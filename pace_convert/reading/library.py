@@ -40,9 +40,13 @@ class ReadTask:
         return self.file.name
 
     def run(self) -> dict:
-        """Read it, unless its bank is there."""
+        """Read it, unless its bank is there, or it is no document."""
+        try:
+            document = read_document(self.file)
+        except CallError as error:
+            return {"file": str(self.file), "refused": error.message}
         reader = _reader(self.folder, self.device, self.window, self.trust_remote_code)
-        text = reader.read(read_document(self.file), self.banks, Progress(quiet=True))
+        text = reader.read(document, self.banks, Progress(quiet=True))
         return {"file": str(self.file), "tokens": text.count}
 
 
@@ -80,8 +84,9 @@ def read_library(
 ) -> list[dict]:
     """Read documents into banks. Returns file and tokens of each, in the order of `files`.
 
-    Raises CallError for what can't be before any model is loaded, PaceError where one fails; what
-    is read by then stays, and the same call goes on.
+    Raises CallError for what can't be before any model is loaded, and when all others are read for
+    what is no document; PaceError where one fails: what is read by then stays, and the same call
+    goes on.
     """
     found = found_documents(files)
     device = run.device
@@ -93,4 +98,10 @@ def read_library(
         for task, record in run_tasks(tasks, run, run.jobs or 1, need):
             made[task.file] = record
             bar.update(1)
+    refused = [record["refused"] for record in made.values() if "refused" in record]
+    if refused:
+        more = f" (and {len(refused) - 1} more)" if refused[1:] else ""
+        raise CallError(
+            f"{refused[0]}{more}", "all other files are read; check it, or leave it out"
+        )
     return [made[file] for file in found]

@@ -68,6 +68,7 @@ def test_the_screen(out, book, tmp_path):
 
 def test_wrong_calls(out, book, tmp_path):
     refuse(ask(out, "--file", book), 2, "no question")
+    refuse(ask(out, "--file", book, " "), 2, "a question is empty")
     refuse(ask(out, "--file", tmp_path / "absent.txt", "x"), 2, "no such file")
     (tmp_path / "empty.txt").write_text(" \n")
     refuse(ask(out, "--file", tmp_path / "empty.txt", "x"), 2, "has no text")
@@ -98,6 +99,10 @@ def test_a_library_by_processes_and_alone(out, tmp_path):
     )
     assert alone == records
     names = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+    (library / "0.md").write_text(" ")
+    done = pace_convert(out, *args, tmp_path / "c", command=("read",))
+    refuse(done, 2, "0.md", "all other files are read")
+    assert len(list((tmp_path / "c").iterdir())) == 3
     assert names == {path.name: path.read_bytes() for path in (tmp_path / "b").iterdir()}
 
 
@@ -163,6 +168,7 @@ def test_html_and_pdf(tmp_path, monkeypatch):
 def test_a_line_is_found_by_its_character():
     document = Document("a", "one\ntwo\n\nfour")
     assert [document.line(i) for i in (0, 3, 4, 7, 8, 9, 12)] == [1, 1, 2, 2, 3, 4, 4]
+    assert Document("a", "one\f\ntwo\n").line(5) == 2  # as editors count
 
 
 def test_a_window_where_there_was_none(tmp_path):
