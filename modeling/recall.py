@@ -248,8 +248,7 @@ class RecallMixin:
         """Other parameters of recall, for sequences that begin from now on; on False: no recall.
 
         Names, defaults and bounds are those of `RecallSettings`, the layer is of `default_layers`;
-        what is not given stays as it is.
-        `save_pretrained` keeps them. Raises ValueError for what can't be, and then changes nothing.
+        what is not given stays as it is. `save_pretrained` keeps them. Raises ValueError for what can't be, and then changes nothing.
         """
         pace = self.config.pace or {}
         memory = pace.get("memory") or {}

@@ -65,8 +65,8 @@ BUILTINS = {
     "AttributeError", "BaseException", "Exception", "NotImplementedError", "OSError",
     "RuntimeError", "TypeError", "ValueError", "abs", "all", "any", "bool", "bytearray",
     "classmethod", "dict", "enumerate", "float", "getattr", "hasattr", "id", "int", "isinstance",
-    "len", "list", "map", "max", "min", "next", "object", "property", "range", "set", "slice",
-    "sorted", "staticmethod", "str", "sum", "super", "tuple", "type", "zip",
+    "len", "list", "map", "max", "min", "next", "object", "property", "range", "round", "set",
+    "slice", "sorted", "staticmethod", "str", "sum", "super", "tuple", "type", "zip",
 }  # fmt: skip
 UNDERSCORED = {"__init__", "__name__"}
 # Parts of torch and transformers that read or write files, run other code or reach the network.
