@@ -247,9 +247,9 @@ class RecallMixin:
     def set_recall(self, on: bool = True, **parameters: object) -> None:
         """Other parameters of recall, for sequences that begin from now on; on False: no recall.
 
-        Names, defaults and bounds are those of `RecallSettings`, and `default_layers` of what was off;
-        what is not given stays as it is. `save_pretrained` keeps them. Raises ValueError for what
-        can't be, and then changes nothing.
+        Names, defaults and bounds are those of `RecallSettings`, layers of what was off those of
+        `default_layers`; what is not given stays as it is. `save_pretrained` keeps them. Raises
+        ValueError for what can't be, and then changes nothing.
         """
         pace = self.config.pace or {}
         memory = pace.get("memory") or {}

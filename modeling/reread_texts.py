@@ -48,9 +48,9 @@ class ReadingMixin:
     def set_window(self, window: int | None = None, **parameters: object) -> None:
         """Other parameters of re-reading, for sequences that begin from now on; None: none at all.
 
-        Names, defaults and bounds are those of `RereadSettings`, and `default_layer` of what was off;
-        what is not given stays as it is. `save_pretrained` keeps them. Raises ValueError for what
-        can't be, and then changes nothing.
+        Names, defaults and bounds are those of `RereadSettings`, layers of what was off those of
+        `default_layer`; what is not given stays as it is. `save_pretrained` keeps them. Raises
+        ValueError for what can't be, and then changes nothing.
         """
         pace = self.config.pace or {}
         given: dict | None = None
