@@ -162,22 +162,20 @@ class Lab:
 
 @dataclass(frozen=True)
 class Needle:
-    """facts: (share of the text, sentence) each, those that are asked for first."""
+    """facts: (share of the text, sentence) each, those first that must be read to answer. needed:
+    how many these are.
+    """
 
     facts: list[tuple[float, str]]
     question: str
     lead: str
     prompt: Prompt
+    needed: int = 1
 
     @property
     def asked(self) -> int:
         """How many of the facts are asked for."""
         return len(self.prompt.wanted)
-
-    @property
-    def needed(self) -> int:
-        """How many of the facts, the first ones, must be read to answer."""
-        return len(self.facts) if " same code " in self.facts[0][1] else self.asked
 
 
 def random_pairs(count: int) -> list[tuple[str, str]]:
@@ -203,7 +201,8 @@ def chain_of(rng: np.random.Generator) -> Needle:
     question = f"What is the code of {first}? Answer with the code alone."
     prompt = Prompt("", value, (value,), answers=(value,))
     places = (rng.random(2) * 0.98).tolist()
-    return Needle(list(zip(places, facts)), question, f" The code of {first} is", prompt)
+    lead = f" The code of {first} is"
+    return Needle(list(zip(places, facts)), question, lead, prompt, needed=len(facts))
 
 
 def needle_of(kind: str, seed: int) -> Needle:
@@ -225,7 +224,7 @@ def needle_of(kind: str, seed: int) -> Needle:
     )
     lead = f" The {what} are" if asked > 1 else f" The {what} of {of} is"
     prompt = Prompt("", values[0], tuple(values), answers=tuple(values[:asked]))
-    return Needle(list(zip(shares, facts)), question, lead, prompt)
+    return Needle(list(zip(shares, facts)), question, lead, prompt, needed=asked)
 
 
 @torch.no_grad()
