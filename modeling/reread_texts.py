@@ -81,8 +81,11 @@ class ReadingMixin:
 
         input_ids: [B, L]. attention_mask: [B, L], which of them are tokens; None: all. progress:
         called with the number of tokens read so far. Returns the cache, a new one without
-        past_key_values; `copy.deepcopy` of it is cheap. Raises ValueError where re-reading is off.
+        past_key_values; `copy.deepcopy` of it is cheap. Raises ValueError where re-reading is off,
+        and for ids of another shape.
         """
+        if input_ids.dim() != 2:
+            raise ValueError(f"input_ids is {list(input_ids.shape)}; give [rows, tokens]")
         if not self._rereads(None):
             raise ValueError("reading needs a window: call set_window(), and the memory on")
         rereader = self._rereader()
@@ -104,8 +107,12 @@ class ReadingMixin:
 
         input_ids: [1, L] or [L], whose end is the prompt's. query: ids [Q] that ask instead of it.
         progress: as of `read`. Returns ids [n] and passages; the prompt itself and none where the
-        model holds it whole. Raises ValueError where re-reading is off.
+        model holds it whole. Raises ValueError where re-reading is off, and for several prompts.
         """
+        if input_ids.dim() > 2 or input_ids.shape[:-1].numel() != 1:
+            raise ValueError(f"input_ids is {list(input_ids.shape)}; give one prompt, [1, L] or [L]")
+        if query is not None and query.dim() != 1:
+            raise ValueError(f"query is {list(query.shape)}; give the ids that ask, [Q]")
         ids = input_ids.reshape(1, -1).to(self.device)  # type: ignore[attr-defined]
         settings = self._window if self._rereads(None) else None
         if settings is not None and ids.shape[1] <= settings.capacity:
@@ -136,12 +143,15 @@ class ReadingMixin:
         """Write a text that was read, its ids and keys, as a safetensors file.
 
         row: of the cache. tokenizer: what made the ids; with it another one's bank is refused.
-        Raises ValueError for a cache in which nothing can be read again, OSError where the file
+        Raises ValueError for a cache in which nothing can be read again or a row that it does not
+        have, OSError where the file
         can't be written.
         """
         entry = find_reread(cache)
         if entry is None or not entry.rows or entry.missing:
             raise ValueError("this cache has no text that was read; make it with read()")
+        if not 0 <= row < len(entry.counts):
+            raise ValueError(f"row is {row}; the cache has rows 0 to {len(entry.counts) - 1}")
         entry.catch_up(cache)
         settings = entry.settings
         text = self._reread_keys.read([entry.settle()[row]], entry.counts[row], settings)[0]
@@ -163,10 +173,12 @@ class ReadingMixin:
         finds passages in all of them.
 
         Each text begins at a multiple of `window_settings.block`; `passages` count tokens so.
-        Raises ValueError for a cache without a text, or with another window.
+        Raises ValueError for a cache without a text or with another window, and for none at all.
         """
         if self._window is None:
             raise ValueError("a bank needs a window: call set_window()")
+        if not caches:
+            raise ValueError("no texts to join; give the cache of each")
         rows: list[Row] = []
         for cache in caches:
             entry = find_reread(cache)

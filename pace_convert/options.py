@@ -291,10 +291,14 @@ class ConvertOptions(BaseModel):
                 raise ValueError(
                     f"{option_name(given[0])} is for {memory}: give --memory with {memory} in it"
                 )
-        for name in ("memory_layers", "window"):
-            memory = "fusion" if name == "memory_layers" else "reread"
-            if self.memory != "auto" and self.has(memory) and getattr(self, name) == "none":
-                raise ValueError(f"{option_name(name)} none contradicts --memory with {memory}")
+            none = [name for name, off in options.items() if off and getattr(self, name) == off]
+            if given and none:
+                raise ValueError(
+                    f"{option_name(given[0])} is for {memory}, which {option_name(none[0])} none "
+                    "leaves out"
+                )
+            if none and self.memory != "auto" and self.has(memory):
+                raise ValueError(f"{option_name(none[0])} none contradicts --memory with {memory}")
         return self
 
     def has(self, memory: str) -> bool:
@@ -455,5 +459,8 @@ def load_options(config: Path | None, given: dict) -> tuple[ConvertOptions, RunO
     except ValidationError as error:
         first = error.errors()[0]
         where = places.place(str(first["loc"][0])) + ": " if first["loc"] else ""
-        message = first["msg"].removeprefix("Value error, ")
+        # Of an option that may be a word or a number, what is wrong with it as either.
+        said = [one["msg"] for one in error.errors() if one["loc"][:1] == first["loc"][:1]]
+        message = ", or ".join([said[0], *(m.removeprefix("Input should be ") for m in said[1:])])
+        message = message.removeprefix("Value error, ")
         raise CallError(f"{where}{message}", "see pace-convert --help") from error

@@ -104,9 +104,11 @@ def _window_line(window: dict | None) -> str:
     if window is None:
         return "none; texts are read as far as the source can"
     settings = RereadSettings.from_config(window)
+    every = settings.look_up_interval
     return (
         f"beyond {settings.capacity} tokens: the last {settings.window} to {2 * settings.window}, "
         f"and up to {settings.spans} passages found by layer {settings.layer}"
+        + (f", looked up anew every {every} tokens of an answer" if every else "")
     )
 
 

@@ -49,7 +49,8 @@ def read_document(name: str | Path) -> Document:
         return _document("stdin", sys.stdin.buffer.read())
     path = Path(name)
     if not path.is_file():
-        raise CallError(f"no such file: {path}", "give a text, Markdown, HTML or PDF file, or -")
+        what = "a folder, not a file" if path.is_dir() else "no such file"
+        raise CallError(f"{what}: {path}", "give a text, Markdown, HTML or PDF file, or -")
     if path.suffix.lower() == ".pdf":
         return _checked(Document(path.name, _pdf(path)))
     return _document(path.name, path.read_bytes(), path.suffix.lower() in HTML)

@@ -92,7 +92,9 @@ class Embedded:
             )
         choices.finish()
         if cache is not None:
-            for recalled in served.recalled(ids, model.passages(cache)[0]):
+            # Choices are looked up each on their own while they are written.
+            found = {(p.first, p.stop): p for row in model.passages(cache) for p in row}
+            for recalled in served.recalled(ids, [found[place] for place in sorted(found)]):
                 job.send(recalled)
 
 

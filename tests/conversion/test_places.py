@@ -189,6 +189,10 @@ def test_a_seal_that_came_with_the_source_is_not_taken_along(source, tmp_path):
     [
         (("--no-memory", "--slots", 3), "--slots is for the memory"),
         (("--no-memory", "--memory-layers", "1"), "--memory-layers is for the memory"),
+        (("--window", "none", "--look-up-interval", 8), "which --window none leaves out"),
+        (("--memory-layers", "none", "--slots", 3), "which --memory-layers none leaves out"),
+        (("--memory", "reread", "--window", "none"), "--window none contradicts --memory"),
+        (("--window", 8), "'none', or greater than or equal to 16"),
         (("--revision", "v7"), "--revision is for a source on the Hub"),
         (("--cache-dir", "/nowhere"), "--cache-dir is for a source on the Hub"),
         (("--executor", "ray", "--device", "cuda:1"), "Ray chooses the GPU"),

@@ -330,6 +330,25 @@ def test_the_working_context_alone(qwen):
         qwen.working_context(ids)
 
 
+def test_texts_of_another_shape_are_refused(qwen, tmp_path):
+    ids = random_ids(2, 80)
+    calls = {
+        r"input_ids is \[80\]; give \[rows": lambda: qwen.read(ids[0]),
+        "one prompt": lambda: qwen.working_context(ids),
+        "the ids that ask": lambda: qwen.working_context(ids[:1], query=ids),
+        "row is 2; the cache has rows 0 to 1": lambda: qwen.save_bank(
+            qwen.read(ids), tmp_path / "bank", row=2
+        ),
+        "no texts to join": lambda: qwen.join_banks([]),
+    }
+    for words, call in calls.items():
+        with pytest.raises(ValueError, match=words):
+            call()
+    assert not list(tmp_path.iterdir())
+    one = qwen.working_context(ids[0])[0]
+    assert torch.equal(one, qwen.working_context(ids[:1])[0])
+
+
 @pytest.mark.parametrize("how", ["chunked", "no cache", "static", "prompt lookup", "assistant",
     "beams", "several", "sampled"])  # fmt: skip
 def test_ways_to_generate(qwen, how):

@@ -70,6 +70,7 @@ def test_wrong_calls(out, book, tmp_path):
     refuse(ask(out, "--file", book), 2, "no question")
     refuse(ask(out, "--file", book, " "), 2, "a question is empty")
     refuse(ask(out, "--file", tmp_path / "absent.txt", "x"), 2, "no such file")
+    refuse(ask(out, "--file", tmp_path, "x"), 2, "a folder, not a file")
     (tmp_path / "empty.txt").write_text(" \n")
     refuse(ask(out, "--file", tmp_path / "empty.txt", "x"), 2, "has no text")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")

@@ -5,6 +5,8 @@ import pytest
 import torch
 from servers import CAPACITY, book
 
+from pace_convert.modeling.reread_bank import Passage
+
 LONG = book(3)
 SHORT = "the boat went down the hill"
 GREEDY = {"model": "out", "temperature": 0, "max_tokens": 12}
@@ -111,6 +113,14 @@ def test_seeds_and_several_choices(client, prompt):
     sure = client.completions.create(**{**drawn, "top_p": 1e-6}, seed=9)
     greedy = client.completions.create(**{**drawn, "temperature": 0})
     assert {c.text for c in sure.choices} == {c.text for c in greedy.choices}
+
+
+def test_passages_of_all_choices(model, client, monkeypatch):
+    """Each is looked up on its own while it is written."""
+    rows = [[Passage(9, 20, 1.0), Passage(30, 40, 2.0)], [Passage(30, 40, 2.0), Passage(5, 8, 3.0)]]
+    monkeypatch.setattr(model.model, "passages", lambda cache: rows)
+    made = client.completions.create(**GREEDY, prompt=LONG, n=2)
+    assert [(p["first"], p["stop"]) for p in made.pace_passages] == [(5, 8), (9, 20), (30, 40)]
 
 
 def test_seeds_leave_others_alone(client):

@@ -50,7 +50,8 @@ def record(
     see `entrance`. size: R. window: how many tokens attention sees beside the first
     four; 0: all. cache: of what stands before ids; it goes on.
     """
-    cache = DynamicCache(config=model.config) if cache is None else cache
+    if cache is None:  # under a window all layers hold all: the mask says what they see
+        cache = DynamicCache() if window else DynamicCache(config=model.config)
     heard: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     found: list[tuple[Tensor, ...]] = []
     step = max(1, min(MOST, LOGIT_VALUES // model.config.get_text_config().vocab_size))
