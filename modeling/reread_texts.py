@@ -110,7 +110,7 @@ class ReadingMixin:
         model holds it whole. Raises ValueError where re-reading is off, and for several prompts.
         """
         if input_ids.dim() > 2 or input_ids.shape[:-1].numel() != 1:
-            raise ValueError(f"input_ids is {list(input_ids.shape)}; give one prompt, [1, L] or [L]")
+            raise ValueError(f"input_ids is {list(input_ids.shape)}; give one prompt, [1, L]")
         if query is not None and query.dim() != 1:
             raise ValueError(f"query is {list(query.shape)}; give the ids that ask, [Q]")
         ids = input_ids.reshape(1, -1).to(self.device)  # type: ignore[attr-defined]
