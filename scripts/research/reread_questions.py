@@ -22,7 +22,9 @@ of the answer it is looked up anew, with these asking too (`every=8`), and what 
     find=nothing     the same window alone; `window` for short
     find=all         the whole text, in a cache that is made once for it; `base` for short
 
-With `recall=1` what follows in view is mixed into the prediction, by the parameters of --recall.
+With `recall=1` what follows in view is mixed into the prediction, by the parameters of --recall;
+with `far=1` what followed outside of it, too, found by re-reading's keys, with
+`far_gate_bias=-14` and the like in place of recall's defaults.
 
 What is found of a text is one passage for each span, the same for all that find: the span and half
 a span on either side, the best one last (`order=text`: in the text's order). First tokens, passages
@@ -49,6 +51,7 @@ from typing import Any
 import torch
 from attend import attended, mixed
 from earned import chosen, gains
+from far_recall import Far
 from peers import SMOOTH, Reform
 from reread_needles import rule_of, tokens, use_dtype
 
@@ -58,6 +61,7 @@ from pace_convert.evaluation.bm25 import best_spans
 from pace_convert.evaluation.reader import Reader
 from pace_convert.evaluation.subjects import Subject, load
 from pace_convert.modeling import reread_words
+from pace_convert.modeling.recall_settings import RecallSettings
 from pace_convert.modeling.reread_asking import Asking, query_weights
 from pace_convert.modeling.reread_bank import Passage, Row
 from pace_convert.modeling.reread_lookup import look_up, passages_of, scored
@@ -78,6 +82,7 @@ class Text:
         self.rows: dict[tuple, Row] = {}
         self.wholes: dict[bool, Any] = {}
         self.reform: Reform | None = None
+        self.far: Far | None = None
 
     def row(self, settings: RereadSettings) -> Row:
         """The text with its keys."""
@@ -104,13 +109,36 @@ class Text:
         if "draft" in arm:  # what the model would answer asks too
             said = self._said(context, arm["draft"])
             context = self._context(arm, prompt, [*question, *said])
-        with recalling(self.model, recalls):
+        with recalling(self.model, recalls), self._far(arm, prompt):
             scores = self._scores(prompt, context, None)
             if "every" in arm:
                 scores["nats"] = max(
                     self._written(arm, prompt, question, answer) for answer in prompt.answers
                 )
         return {**scores, "tokens": len(context)}
+
+    @contextmanager
+    def _far(self, arm: dict, prompt: Prompt) -> Iterator[None]:
+        settings = settings_of(self.model, arm)
+        count = len(prompt.ids)
+        if not arm.get("far") or count <= settings.capacity:
+            yield
+            return
+        start = window_start(Build(count, asked=True), settings)
+        gate = {k.removeprefix("far_"): v for k, v in arm.items() if k.startswith("far_")}
+        self.far = Far(
+            self.row(settings), start, self.model._reread_keys, settings, RecallSettings(**gate)
+        )
+        try:
+            with self.far.listening():
+                yield
+        finally:
+            self.far = None
+
+    def _mixed(self, logits: torch.Tensor) -> torch.Tensor:
+        """With what followed elsewhere; [1, L, V] -> log-probabilities [L, V]."""
+        logits = self.far.mixed(logits) if self.far is not None else logits
+        return logits[0].float().log_softmax(-1)
 
     def answer(self, arm: dict, prompt: Prompt, question: list[int], room: int) -> str:
         """What the model says, of at most so many tokens."""
@@ -259,15 +287,15 @@ class Text:
             torch.tensor([ids]), past_key_values=cache, use_cache=True, logits_to_keep=asked + 1
         )
         cache = out.past_key_values
-        logits = out.logits[0].float().log_softmax(-1)
+        logits = self._mixed(out.logits)
         own = logits[range(len(logits) - 1 - asked, len(logits) - 1), ids[len(ids) - asked :]]
         nats = []
         for answer in prompt.answers:
             chosen = [logits[-1, answer[0]]]
             if len(answer) > 1:
                 behind = deepcopy(cache) if len(prompt.answers) > 1 else cache
-                more = self.model(torch.tensor([answer[:-1]]), past_key_values=behind).logits[0]
-                more = more.float().log_softmax(-1)
+                more = self.model(torch.tensor([answer[:-1]]), past_key_values=behind).logits
+                more = self._mixed(more)
                 chosen += list(more[range(len(answer) - 1), answer[1:]])
             nats.append(torch.stack(chosen).mean().item())
         return {"nats": max(nats), "asked": own.mean().item()}
