@@ -146,19 +146,21 @@ def fit_gates(
     "--less", default=0.0, show_default=True, help="Taken from each fitted a, for safety."
 )
 @click.option("--gate", help="a,b,c to judge, and none is fitted.")
+@click.option("--beyond", default=0, show_default=True, help="Recall only what is so far back.")
+@click.option("--layer", "layers", type=int, multiple=True, help="Of each --recorded, in order.")
 def careful_gate(
     recorded: tuple[Path, ...], sharpness: float, margin: float, price: float, theta_low: float,
-    growth: float, less: float, gate: str | None,
+    growth: float, less: float, gate: str | None, beyond: int, layers: tuple[int, ...],
 ) -> None:  # fmt: skip
     """One gate for several models: it gains most in the mean, and has to gain on each text, early
     in it and over all of it. Judged on models, and on texts, that it was not fitted to.
     """
     texts = {
         folder.name: [
-            recalled(made, tuple(made.keys), sharpness)
+            recalled(made, (layer,) if layers else tuple(made.keys), sharpness, beyond=beyond)
             for made in map(_recording, sorted(folder.glob("*.pt")))
         ]
-        for folder in recorded
+        for folder, layer in zip(recorded, layers or range(len(recorded)))
     }
     named = [(name, text) for name, some in texts.items() for text in some]
 

@@ -39,9 +39,11 @@ class Recalled:
 
 @torch.no_grad()
 def recalled(
-    text: Recording, layers: Sequence[int], sharpness: float, more: bool = False
+    text: Recording, layers: Sequence[int], sharpness: float, more: bool = False, beyond: int = 0
 ) -> Recalled:
-    """more: whether the other features are computed, too."""
+    """more: whether the other features are computed, too. beyond: only what stands further back
+    than so many tokens is recalled.
+    """
     keys = torch.cat([text.keys[layer].float() for layer in layers], 1) / len(layers) ** 0.5
     ids, n = text.ids, len(text.ids)
     values, place = ids[1:].unique(return_inverse=True)
@@ -51,7 +53,7 @@ def recalled(
         rows = slice(first, min(first + ROWS, n - 1))
         count = rows.stop - first
         cosines = keys[rows] @ keys[: rows.stop].T
-        seen = torch.arange(rows.stop) < torch.arange(first, rows.stop)[:, None]
+        seen = torch.arange(rows.stop) < torch.arange(first, rows.stop)[:, None] - beyond
         before = seen.sum(1).clamp_min(1)
         mean = torch.where(seen, cosines, 0).sum(1) / before
         room = (1 - mean).clamp_min(LEAST)
@@ -72,7 +74,7 @@ def recalled(
     features = {"entropy": text.entropy, "top": text.top_log_probs.exp()}
     if more:
         features |= {"sure": rest[0], "agreed": rest[1]}
-    before = torch.arange(len(best)).clamp_min(1).float()
+    before = (torch.arange(len(best)) - beyond).clamp_min(1).float()
     return Recalled(text.log_probs, log_q, best, before, features)
 
 
