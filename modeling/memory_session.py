@@ -57,7 +57,7 @@ class _Current(threading.local):
     session: Session | Replay | None = None
     enabled: bool | None = None  # for this call of the model; None: as the model is set
     prompt: tuple = (None, None)  # of `generate`: its columns, and ids that ask
-    heard: list[Tensor] | None = None  # what recall's layer was given in this call; None: no recall
+    heard: dict[int, Tensor] | None = None  # what recall's layers were given in this call
     given: tuple | None = None  # the attention mask that the model was called with
     cache: object = None  # of `generate`: the one that it goes on with, its own or one it was given
 

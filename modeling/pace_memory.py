@@ -25,6 +25,7 @@ from .recurrent_cache import USUAL, by_usual_name, cache_name
 from .reread import Asked, Rereader
 from .reread_cache import find_reread
 from .reread_keys import KeyReader
+from .reread_outside import OUTSIDE
 from .reread_texts import ReadingMixin
 
 __all__ = ["PaceMixin", "memory_summary", "rereading"]
@@ -140,7 +141,8 @@ class PaceMixin(ReadingMixin, RecallMixin, SavingMixin):
         base, stack = functools.partial(forward.base, self), self._stack_memory.stack
         if stack is self:  # without a head: each context is a call, which the stack's hooks are for
             base = functools.partial(stack, reread=READY, memory_enabled=current.enabled)
-        return Rereader(base, forward.names, stack.config, self._window, self._reread_keys)
+        recalls = self._recaller is not None and self._recaller.outside is not None
+        return Rereader(base, forward.names, stack.config, self._window, self._reread_keys, recalls)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As in the base class. query: ids [B, Q] or [Q] of what asks; else a prompt's end does."""
@@ -205,8 +207,7 @@ class PaceMixin(ReadingMixin, RecallMixin, SavingMixin):
                 asked = _asked(ids, attention_mask, past_key_values)
             else:
                 asked, attention_mask = READY, step.get("attention_mask", attention_mask)
-                if "position_ids" in step:
-                    kwargs["position_ids"] = step["position_ids"]
+                kwargs |= {name: step[name] for name in ("position_ids", OUTSIDE) if name in step}
         inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids,
             next_sequence_length=next_sequence_length,

@@ -30,6 +30,7 @@ from .recall_cache import (
 )
 from .recall_settings import RecallSettings, default_layers
 from .reread_keys import KeyReader, entrance
+from .reread_outside import OUTSIDE, Outside
 
 _binding = threading.Lock()
 # Attributes of a config: ids that stand where an image or a video is read.
@@ -47,6 +48,7 @@ def recalling(forward: Callable) -> Callable:
         if not torch.compiler.is_compiling():
             current.given = (mask,)
         enabled = self.memory_enabled if current.enabled is None else current.enabled
+        outside = kwargs.pop(OUTSIDE, None)
         acts = enabled and not (self.training and torch.is_grad_enabled())
         recaller: Recaller | None = self._recaller if acts else None
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
@@ -61,24 +63,35 @@ def recalling(forward: Callable) -> Callable:
             return forward(self, **kwargs)
         ready = entry_is_ready(kwargs.get("past_key_values"))
         call = _apart if torch.compiler.is_compiling() and not ready else Recaller.call
-        return call(recaller, self, functools.partial(forward, self), kwargs, mask)
+        return call(recaller, self, functools.partial(forward, self), kwargs, mask, outside)
 
     return wrapped
 
 
 @dataclass(eq=False)
 class Recaller:
-    """Recall of one model with a head. keys: reads the layer's. names: of the base's arguments."""
+    """Recall of one model with a head. keys: reads the layer's. names: of the base's arguments.
+    outside: the settings with which what is out of view is recalled; None: it is not.
+    """
 
     keys: KeyReader
     settings: RecallSettings
     names: tuple[str, ...]
-    bound: list[tuple[nn.Module, Any]] = field(default_factory=list)
+    outside: RecallSettings | None
+    bound: dict[int, tuple[nn.Module, Any]] = field(default_factory=dict)
 
-    def call(self, model: Any, base: Callable, kwargs: dict, mask: Tensor | None) -> Any:
+    def call(
+        self,
+        model: Any,
+        base: Callable,
+        kwargs: dict,
+        mask: Tensor | None,
+        outside: Outside | None = None,
+    ) -> Any:
         """The output of the base model for these arguments, logits and loss with what is recalled.
 
-        mask: which columns are tokens, [B, columns]; None: all.
+        mask: which columns are tokens, [B, columns]; None: all. outside: what was read and is not
+        in view.
         """
         cache, entry = self._entry(model, kwargs)
         if entry is None:
@@ -88,9 +101,11 @@ class Recaller:
         ids = kwargs.get("input_ids")
         given: Any = kwargs["inputs_embeds"] if ids is None else ids
         real = self._real(kwargs, mask, entry, given.shape[1])
-        self.bind()
-        heard, output = self._heard(base, kwargs)
-        keys = self._keys([x.reshape(*given.shape[:2], x.shape[-1]) for x in heard])
+        also = () if outside is None else (outside.layer,)
+        self.bind(also)
+        heard, output = self._heard(base, kwargs, also)
+        heard = {layer: x.reshape(*given.shape[:2], x.shape[-1]) for layer, x in heard.items()}
+        keys = self._keys([heard[layer] for layer in self.settings.layers])
         if not torch.compiler.is_compiling():
             columns = given.shape[1] if cache is None else _columns(cache)
             entry.make_room(len(keys), columns, keys)
@@ -100,6 +115,8 @@ class Recaller:
         if isinstance(cache, Cache) and not is_static(cache):
             entry.columns += given.shape[1]
         self._mix(output, keys, at, entry, kwargs)
+        if outside is not None:
+            self._mix_outside(output, heard[outside.layer], outside, kwargs)
         if labels is not None:
             more = {name: kwargs[name] for name in ("num_items_in_batch",) if name in kwargs}
             size = model.config.get_text_config().vocab_size
@@ -112,14 +129,17 @@ class Recaller:
 
     def prepare(self, cache: object, inputs: dict) -> None:
         """On the host, before a call with these inputs that may be a compiled graph."""
-        self.bind()
+        outside = inputs.get(OUTSIDE)
+        self.bind(() if outside is None else (outside.layer,))
         entry, given = find_recall(cache), inputs.get("input_ids")
         length = given.shape[1] if isinstance(given, Tensor) else 0
         if entry is not None and entry.pairs is not None and isinstance(cache, Cache):
             entry.make_room(len(entry.pairs), _columns(cache, length), entry.pairs)
 
-    def bind(self) -> None:
-        """Listen at the layers' FFNs, and again where a quantiser or an adapter replaced one."""
+    def bind(self, more: tuple[int, ...] = ()) -> None:
+        """Listen at the layers' FFNs, and at more; again where a quantiser or an adapter replaced
+        one.
+        """
         if torch.compiler.is_compiling():
             return
         stack: Any = self.keys.stack
@@ -129,17 +149,21 @@ class Recaller:
                 f"recall's keys are of layer {layers[-1]}, which this model does not have (any "
                 "more); choose others with model.set_recall(layers=...)"
             )
-        modules = [entrance(stack, self.keys.ffn_input, layer) for layer in layers]
-        with _binding:  # threads may make a model's first call together
-            if [module for module, _ in self.bound] != modules:
-                self.release()
-                self.bound = [(m, m.register_forward_pre_hook(_hear)) for m in modules]
+        for layer in dict.fromkeys((*layers, *more)):
+            module = entrance(stack, self.keys.ffn_input, layer)
+            with _binding:  # threads may make a model's first call together
+                bound, hook = self.bound.get(layer, (None, None))
+                if bound is not module:
+                    if hook is not None:
+                        hook.remove()
+                    hear = functools.partial(_hear, layer)
+                    self.bound[layer] = module, module.register_forward_pre_hook(hear)
 
     def release(self) -> None:
         """Listen no more."""
-        for _, hook in self.bound:
+        for _, hook in self.bound.values():
             hook.remove()
-        self.bound = []
+        self.bound = {}
 
     def _entry(self, model: Any, kwargs: dict) -> tuple[Cache | None, RecallEntry | None]:
         """The cache of a call, made where the base model would make one, and its entry; that of
@@ -172,15 +196,17 @@ class Recaller:
         at = entry.seen.to(mask.device) + torch.arange(length, device=mask.device)
         return mask.index_select(1, at).bool()
 
-    def _heard(self, base: Callable, kwargs: dict) -> tuple[list[Tensor], Any]:
-        """The layers' x, and the output."""
-        heard: list[Tensor] = []
+    def _heard(
+        self, base: Callable, kwargs: dict, more: tuple[int, ...]
+    ) -> tuple[dict[int, Tensor], Any]:
+        """The x of recall's layers and of more, and the output."""
+        heard: dict[int, Tensor] = {}
         current.heard = heard
         try:
             output = base(**kwargs, return_dict=True)
         finally:
             current.heard = None
-        if len(heard) != len(self.settings.layers):
+        if any(layer not in heard for layer in (*self.settings.layers, *more)):
             raise RuntimeError(
                 f"of recall's layers {self.settings.layers} {len(heard)} were computed; choose "
                 "others with model.set_recall(layers=...)"
@@ -200,13 +226,35 @@ class Recaller:
 
     def _mix(self, output: Any, keys: Tensor, at: Tensor, entry: RecallEntry, kwargs: dict) -> None:
         """Into the logits that were asked for."""
-        kept = kwargs.get("logits_to_keep", 0) if "logits_to_keep" in self.names else 0
-        rows: Any = kept if isinstance(kept, Tensor) else slice(-kept if kept else None, None)
+        rows = self._asked(kwargs)
         logits, pairs, codes = output.logits, entry.pairs, entry.codes
         assert pairs is not None
         if entry.columns:  # else only the device knows how many are filled
             pairs, codes = pairs[:, : entry.columns], codes[:, : entry.columns]
         output["logits"] = mix(logits, keys[:, rows], at[rows], pairs, codes, self.settings)
+
+    def _mix_outside(self, output: Any, x: Tensor, outside: Outside, kwargs: dict) -> None:
+        """The same with what is not in view; rows with the same text are read together."""
+        assert self.outside is not None
+        x, logits, made, first = x[:, self._asked(kwargs)], output.logits, [], 0
+        for count, pairs in outside.runs:
+            some = slice(first, first + count)
+            part, first = logits[some], first + count
+            if pairs is not None:
+                projected = (x[some] @ self.keys.projection(x, pairs.keys.shape[-1])).detach()
+                wide = projected if x.dtype == torch.float64 else projected.float()
+                queries = normalize(wide, dim=-1).to(pairs.keys).flatten(0, 1)[None]
+                at = torch.full(queries.shape[1:2], len(pairs.ids), device=pairs.ids.device)
+                flat = part.flatten(0, 1)[None]
+                given = queries, at, pairs.keys[None], pairs.ids[None], self.outside, pairs.scale
+                part = mix(flat, *given)[0].view_as(part)
+            made.append(part)
+        output["logits"] = made[0] if len(made) == 1 else torch.cat(made)
+
+    def _asked(self, kwargs: dict) -> Any:
+        """Columns of a call whose logits were asked for."""
+        kept = kwargs.get("logits_to_keep", 0) if "logits_to_keep" in self.names else 0
+        return kept if isinstance(kept, Tensor) else slice(-kept if kept else None, None)
 
 
 @torch.compiler.disable(reason="recall makes room for what nothing has prepared")
@@ -233,7 +281,7 @@ class RecallMixin:
         # Gemma 3's base model takes labels too.
         has_head = "logits_to_keep" in names or self.base_model is not self
         if settings is not None and "labels" in names and has_head:
-            self._recaller = Recaller(self._reread_keys, settings, names)
+            self._recaller = Recaller(self._reread_keys, settings, names, settings.of_outside())
 
     def _recall_settings(self, recall: dict | None) -> RecallSettings | None:
         if recall is None:
@@ -283,6 +331,6 @@ def _predictable(ids: Tensor | None, config: Any) -> Tensor | None:
     return ids
 
 
-def _hear(module: nn.Module, args: tuple) -> None:
+def _hear(layer: int, module: nn.Module, args: tuple) -> None:
     if current.heard is not None:
-        current.heard.append(args[0])
+        current.heard[layer] = args[0]

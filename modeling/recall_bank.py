@@ -37,30 +37,38 @@ def mix(
     keys: Tensor,
     codes: Tensor,
     settings: RecallSettings,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """Logits with what is recalled. In place where no gradient is asked for.
 
     logits: [B, L, V]. queries: [B, L, K] of length 1, the keys of the same tokens. at: [L] int64,
     their columns. keys: [B, T, K]: by column the key of the token before it; codes: [B, T], the
     column's own id, and below 0 where there is nothing to recall. A token recalls from columns up
-    to its own: from those of itself and before it.
+    to its own: from those of itself and before it. scale: [T], what keys of any length have to be
+    multiplied by; None: theirs is 1.
     """
     rows, length, vocabulary = logits.shape
     step = max(1, VALUES // (rows * max(vocabulary, keys.shape[1])))
     parts = [slice(first, first + step) for first in range(0, length, step)]
     if logits.requires_grad:
-        made = [_mixed(logits[:, p], queries[:, p], at[p], keys, codes, settings) for p in parts]
-        return torch.cat(made, 1)
-    for part in parts:
-        logits[:, part] = _mixed(logits[:, part], queries[:, part], at[part], keys, codes, settings)
+        bank = keys, codes, settings, scale
+        return torch.cat([_mixed(logits[:, p], queries[:, p], at[p], *bank) for p in parts], 1)
+    for p in parts:
+        logits[:, p] = _mixed(logits[:, p], queries[:, p], at[p], keys, codes, settings, scale)
     return logits
 
 
 def _mixed(
-    z: Tensor, queries: Tensor, at: Tensor, keys: Tensor, codes: Tensor, settings: RecallSettings
+    z: Tensor,
+    queries: Tensor,
+    at: Tensor,
+    keys: Tensor,
+    codes: Tensor,
+    settings: RecallSettings,
+    scale: Tensor | None,
 ) -> Tensor:
     wide = z.double() if z.dtype == torch.float64 else z.float()
-    ids, share, best, count = _recalled(wide, queries.detach(), at, keys, codes, settings)
+    ids, share, best, count = _recalled(wide, queries.detach(), at, keys, codes, settings, scale)
     gate = settings.gate_bias + settings.gate_slope * best.clamp_min(0.0)
     gate = gate + settings.gate_growth * count.log()
     stay = logsigmoid(-gate)[..., None]
@@ -78,6 +86,7 @@ def _recalled(
     keys: Tensor,
     codes: Tensor,
     settings: RecallSettings,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """By column its id [B, l, T], p of that id [B, l, T]; the largest similarity, -inf where there
     is none, and n, at least 1, [B, l].
@@ -86,6 +95,8 @@ def _recalled(
         cosines = (keys @ queries.transpose(1, 2)).transpose(1, 2).to(wide)
     else:
         cosines = (queries @ keys.transpose(1, 2)).to(wide)
+    if scale is not None:
+        cosines = cosines * scale.to(wide)
     columns = torch.arange(keys.shape[1], device=at.device)
     seen = (codes >= 0)[:, None] & (columns <= at[:, None])
     seen = seen.to(wide.device)

@@ -5,9 +5,11 @@ Only the standard library is needed to read it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from .memory_settings import MOST_LAYERS, MOST_SLOTS, Bounds, check_fields, real, whole
+
+GATE = ("sharpness", "gate_bias", "gate_slope", "gate_growth", "theta_low")
 
 
 def default_layers(layers: int) -> tuple[int, ...]:
@@ -21,7 +23,9 @@ class RecallSettings:
 
     layers: 0-based decoder layers whose FFN inputs are the key, part by part. sharpness: beta.
     gate_bias, gate_slope, gate_growth: a, b and c. theta_low: a token that has seen nothing more
-    similar is left alone. key_size: R, numbers of a key's part. See `recall_bank` for the formulas.
+    similar is left alone. key_size: R, numbers of a key's part. outside: sharpness, bias, slope,
+    growth and theta_low of the gate for what was read and is out of view, whose keys are those of
+    re-reading; empty: it is not recalled. See `recall_bank` for the formulas.
 
     Defaults are a careful gate, not one that fits every model: calibrate it (`pace tune`).
 
@@ -35,6 +39,7 @@ class RecallSettings:
     gate_growth: float = real(0.8)
     theta_low: float = real(0.4, low=-1, high=1)
     key_size: int = whole(192, low=1, high=MOST_SLOTS)
+    outside: tuple[float, ...] = (18.0, -15.6, 6.6, 0.8, 0.4)
 
     def __post_init__(self) -> None:
         check_fields(self, "recall")
@@ -45,6 +50,20 @@ class RecallSettings:
                 f"recall: layers is {self.layers!r}, not a list of 0-based layer numbers in order, "
                 "such as (3, 9)"
             )
+        self.of_outside()  # which refuses what can't be
+
+    def of_outside(self) -> RecallSettings | None:
+        """The parameters with which what is out of view is recalled; None: it is not. Raises
+        ValueError.
+        """
+        if not self.outside:
+            return None
+        if not isinstance(self.outside, tuple) or len(self.outside) != len(GATE):
+            raise ValueError(f"recall: outside is {self.outside!r}, not {', '.join(GATE)}, or ()")
+        try:
+            return replace(self, outside=(), **dict(zip(GATE, self.outside)))  # type: ignore
+        except ValueError as error:
+            raise ValueError(f"recall: outside: {str(error).removeprefix('recall: ')}") from error
 
     @classmethod
     def from_config(cls, recall: dict) -> RecallSettings:
@@ -56,8 +75,8 @@ class RecallSettings:
         unknown = sorted(set(recall) - {parameter.name for parameter in fields(cls)})
         if unknown:
             raise ValueError(f"recall: unknown parameter {', '.join(unknown)}")
-        layers = recall.get("layers", (0,))
-        return cls(**{**recall, "layers": tuple(layers) if isinstance(layers, list) else layers})
+        lists = {name: tuple(value) for name, value in recall.items() if isinstance(value, list)}
+        return cls(**{**recall, **lists})
 
     def check_model(self, layers: int) -> None:
         """Whether a model of so many layers can have them. Raises ValueError."""

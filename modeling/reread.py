@@ -37,6 +37,7 @@ from .reread_context import (
 )
 from .reread_keys import KeyReader
 from .reread_lookup import joined, look_up
+from .reread_outside import in_one_piece, outside_of
 from .reread_schedule import WHOLE, Build, build_of, segments, window_start
 from .reread_settings import RereadSettings
 
@@ -66,13 +67,16 @@ class Asked:
 
 @dataclass(eq=False)
 class Rereader:
-    """Re-reading for one model. base: the base class's forward. names: of its arguments."""
+    """Re-reading for one model. base: the base class's forward. names: of its arguments. recalls:
+    whether what was read is recalled, too.
+    """
 
     base: Callable
     names: Sequence[str]
     config: Any
     settings: RereadSettings
     keys: KeyReader
+    recalls: bool = False
 
     # A call of the model.
 
@@ -211,6 +215,7 @@ class Rereader:
             if old.looked != was or places[0] != places[1] or starts[0] != starts[1]:
                 return False
         entry.contexts = replace(made, builds=tuple(builds))
+        self._recall(rows, builds, entry)
         return True
 
     def step(self, ids: Tensor, cache: Cache) -> dict | None:
@@ -234,7 +239,7 @@ class Rereader:
         assert made is not None
         mask = made.mask_with(None, 1)
         positions = torch.tensor(made.lengths, device=ids.device)[:, None]
-        inputs = {"attention_mask": None if mask is None else mask.long()}
+        inputs = {"attention_mask": None if mask is None else mask.long(), **entry.recalled()}
         return inputs | ({"position_ids": positions} if "position_ids" in self.names else {})
 
     def _prepare_step(self, ids: Tensor, cache: Cache, entry: RereadEntry) -> None:
@@ -310,9 +315,14 @@ class Rereader:
             made[name, build] = row if build == WHOLE else self._found(row, build)
         return [made.get((id(row), build), row) for row, build in zip(rows, builds)]
 
+    def _recall(self, rows: list[Row], builds: list[Build], entry: RereadEntry) -> None:
+        """What recall is given beside these contexts."""
+        entry.outside = outside_of(rows, builds, self.settings) if self.recalls else None
+
     def _found(self, row: Row, build: Build) -> Row:
         if not self.settings.spans:
             return replace(row, looked=build)
+        row = in_one_piece(row) if self.recalls else row
         start = window_start(build, self.settings)
         asks = what_asks(row, build, self.keys, self.settings)
         passages = look_up(row, asks, start, self.settings)
@@ -340,7 +350,7 @@ class Rereader:
         tokens = torch.ones_like(ids) if real is None else real.long()
         positions = (start + tokens.cumsum(1) - 1).clamp_min(0)
         mask = made.mask_with(real, ids.shape[1])
-        output = self._base(kwargs, ids, mask, positions, past_key_values=cache)
+        output = self._base(kwargs, ids, mask, positions, entry, past_key_values=cache)
         entry.contexts = made.longer(real, counts)
         return output
 
@@ -358,8 +368,9 @@ class Rereader:
         ids, mask, positions = side_by_side(pieces)
         if cache is not None:
             entry.empty(cache)
+        self._recall(rows, builds, entry)
         more = {"past_key_values": cache, "use_cache": cache is not None}
-        output = self._base({**kwargs, "logits_to_keep": keep}, ids, mask, positions, **more)
+        output = self._base({**kwargs, "logits_to_keep": keep}, ids, mask, positions, entry, **more)
         lengths = tuple(len(piece) for piece in pieces)
         entry.contexts = Contexts(tuple(builds), ids.shape[1], mask, lengths)
         return output
@@ -385,7 +396,8 @@ class Rereader:
                 ids = context(rows[i], build, stop, self.settings)[None]
                 positions = torch.arange(ids.shape[1], device=ids.device)[None]
                 alone["logits_to_keep"] = stop - first
-                output = self._base(alone, ids, None, positions)
+                self._recall([rows[i]], [build], entry)
+                output = self._base(alone, ids, None, positions, entry)
                 parts.append(_main(output)[0, -(stop - first) :])
             if not parts:
                 continue
@@ -399,10 +411,16 @@ class Rereader:
         return rows, _replaced(output, whole)
 
     def _base(
-        self, kwargs: dict, ids: Tensor, mask: Tensor | None, positions: Tensor, **more: Any
+        self,
+        kwargs: dict,
+        ids: Tensor,
+        mask: Tensor | None,
+        positions: Tensor,
+        entry: RereadEntry,
+        **more: Any,
     ) -> Any:
         """The base model on ids [B, L], with such of these arguments as it has."""
-        kwargs = {**kwargs, **more, "input_ids": ids, "return_dict": True}
+        kwargs = {**kwargs, **more, "input_ids": ids, "return_dict": True, **entry.recalled()}
         kwargs |= {"attention_mask": None if mask is None else mask.long()}
         kwargs["position_ids"] = positions
         for name in NOT_OF_CONTEXTS:

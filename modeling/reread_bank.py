@@ -49,6 +49,17 @@ class KeyBlock:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """Keys of several blocks in one tensor. keys: [spans, span_width, R]. scale: by token, 1 over
+    the length of its key. blocks: their parts of it.
+    """
+
+    keys: Tensor
+    scale: Tensor
+    blocks: tuple[KeyBlock, ...]
+
+
+@dataclass(frozen=True)
 class Prompt:
     """Where a prompt ends, in tokens. query: ids that ask instead of its latest tokens, [Q]."""
 
@@ -61,7 +72,8 @@ class Row:
     """ids: [n] int32. blocks: the keys, of the first complete blocks. prompts: that have ended.
 
     found: what the latest look-up has brought back; looked: for which build. answering: what was
-    found at the latest prompt's end and, by look-ups of their own, for its answer.
+    found at the latest prompt's end and, by look-ups of their own, for its answer. piece: the keys
+    once more, for recall, in the same memory.
     """
 
     ids: Tensor
@@ -70,6 +82,7 @@ class Row:
     looked: Build | None = None
     found: tuple[Passage, ...] = ()
     answering: tuple[Passage, ...] | None = None
+    piece: Piece | None = None
 
     def __deepcopy__(self, memo: Any) -> Row:
         return self

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache
 from .memory_cache import entry_of, fill_lazy
 from .recurrent_cache import Columns, columns_seen
 from .reread_bank import Row
+from .reread_outside import OUTSIDE, Outside
 from .reread_schedule import Build
 from .reread_settings import RereadSettings
 
@@ -74,7 +75,7 @@ class RereadEntry(Columns):
     """The rows of a cache, and what its KV layers hold of them.
 
     contexts: None where rows are held whole, as the base model would, or where what the layers
-    hold is of no use any more: `whole` tells which.
+    hold is of no use any more: `whole` tells which. outside: what recall is given beside them.
     """
 
     def __init__(self, settings: RereadSettings) -> None:
@@ -89,6 +90,7 @@ class RereadEntry(Columns):
         self.begun: tuple[Tensor, int] | None = None  # a step made ready: ids, length of layers
         self.whole = True
         self.contexts: Contexts | None = None
+        self.outside: Outside | None = None
         self.held: list[Any] | None = None
         self.records = False
         self.missing = ""  # why the rows can't be read again
@@ -150,6 +152,10 @@ class RereadEntry(Columns):
             if self.contexts is not None:
                 self.contexts = self.contexts.longer(None, [1] * len(self.counts))
 
+    def recalled(self) -> dict[str, Outside]:
+        """What a call in these contexts is given for recall, as an argument."""
+        return {} if self.outside is None else {OUTSIDE: self.outside}
+
     # Opened and closed.
 
     def open(self, cache: Cache) -> None:
@@ -173,7 +179,7 @@ class RereadEntry(Columns):
     def empty(self, cache: Cache) -> None:
         """Forget what the KV layers hold; static ones get no larger than a working context."""
         self.open(cache)
-        self.whole, self.contexts = False, None
+        self.whole, self.contexts, self.outside = False, None, None
         layers: list[Any] = cache.layers
         for layer in layers:
             if layer is self:
@@ -277,10 +283,12 @@ class RereadEntry(Columns):
         self.shown = [(n, None if m is None else m[here.to(m.device)]) for n, m in self.shown]
         made = self.contexts
         states = [*zip(self.counts, self.ends, *((made.builds, made.lengths) if made else ()))]
-        alike = all(state == states[0] for state in states)
+        texts = 1 if self.outside is None else len(self.outside.runs)
+        alike = texts == 1 and all(state == states[0] for state in states)
         order = [0] * len(here) if alike else index.tolist()  # to ask would wait for the device
         self.counts = [self.counts[i] for i in order]
         self.ends = [self.ends[i] for i in order]
+        self.outside = None if self.outside is None else self.outside.of_rows(order)
         if made is not None:
             mask = None if made.mask is None else made.mask[here.to(made.mask.device)]
             self.contexts = Contexts(

@@ -33,7 +33,7 @@ def slow_recall(model, ffns, settings, ids: list[int]) -> Tensor:
     keys = [
         torch.cat([x[t] / x[t].norm() for x in parts]) / len(parts) ** 0.5 for t in range(len(ids))
     ]
-    return torch.stack([_mixed(logits[t], keys, ids, t, settings) for t in range(len(ids))])
+    return torch.stack([mixed(logits[t], keys, ids, t, settings) for t in range(len(ids))])
 
 
 def signs(width: int, size: int) -> Tensor:
@@ -43,7 +43,7 @@ def signs(width: int, size: int) -> Tensor:
     return torch.from_numpy(bits.reshape(width, size).astype(np.float64) * 2 - 1)
 
 
-def _mixed(z: Tensor, keys: list[Tensor], ids: list[int], t: int, settings) -> Tensor:
+def mixed(z: Tensor, keys: list[Tensor], ids: list[int], t: int, settings) -> Tensor:
     cosines = [float(keys[t] @ keys[s]) for s in range(t)]
     mean = sum(cosines) / max(t, 1)
     alike = [(cosine - mean) / max(1 - mean, 0.02) for cosine in cosines]

@@ -17,11 +17,14 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from pace_convert.evaluation.subjects import Subject, load
-from pace_convert.modeling.recall_bank import _recalled, mix
+from pace_convert.modeling.recall_bank import LEAST, mix
 from pace_convert.modeling.recall_settings import RecallSettings
 from pace_convert.modeling.reread_bank import Row
 from pace_convert.modeling.reread_keys import KeyReader, entrance
 from pace_convert.modeling.reread_settings import RereadSettings
+
+RUNS = (1, 2, 3)  # tokens that are matched in a row
+SHARPNESS = (12.0, 18.0, 27.0, 40.0)
 
 
 class Far:
@@ -66,42 +69,66 @@ class Far:
 class Sample:
     """Predictions behind a window, and what recall from what stands before it says of them.
 
-    read: tokens before the window. By token, [n]: log_p of what came, log_q of it, best similarity.
+    read: tokens before the window. By token, [n]: log_p of what came; by tokens that are matched in
+    a row the best similarity, and by these and sharpness log_q of what came and the largest q.
     """
 
     text: str
     read: int
     log_p: Tensor
-    log_q: Tensor
-    best: Tensor
+    best: dict[int, Tensor]
+    log_q: dict[tuple[int, float], Tensor]
+    sure: dict[tuple[int, float], Tensor]
 
 
 @torch.no_grad()
-def samples(
-    model: Any, ids: Tensor, name: str, counts: list[int], window: int, sharpness: float
-) -> Iterator[Sample]:
+def samples(model: Any, ids: Tensor, name: str, counts: list[int], window: int) -> Iterator[Sample]:
     """At each count of tokens four windows, and what follows each, as many tokens as it has."""
     reader, settings = model._reread_keys, model.window_settings
     row = Row(ids[: counts[-1] + 8 * window].to(torch.int32))
     for rows in reader.read_all([row], settings):
         row = rows[0]
-    gate = RecallSettings(sharpness=sharpness)
     for count in counts:
-        far = Far(row, count - count % settings.block, reader, settings, gate)
+        far = Far(row, count - count % settings.block, reader, settings, RecallSettings())
         for first in range(count, count + 8 * window, 2 * window):
             piece = ids[first : first + 2 * window]
             given = torch.cat([ids[: settings.first], piece])[None]
             with far.listening():
-                logits = model(given, logits_to_keep=window + 1).logits[:, :-1].float()
+                logits = model(given, logits_to_keep=window + 1).logits[0, :-1].float()
             came = piece[window:]
-            log_p = logits.log_softmax(-1)[0].gather(1, came[:, None])[:, 0]
-            x = far.heard[:, -window - 1 : -1]
-            made = normalize((x @ reader.projection(x, settings.key_size)).float(), dim=-1)
-            at = torch.full((window,), far.codes.shape[1])
-            found = _recalled(logits, made, at, far.keys, far.codes, gate)
-            ids_, share, best, _ = found
-            log_q = torch.where(ids_[0] == came[:, None], share[0], 0).amax(1).log()
-            yield Sample(name, far.codes.shape[1], log_p, log_q, best[0])
+            log_p = logits.log_softmax(-1).gather(1, came[:, None])[:, 0]
+            x = far.heard[:, -window - max(RUNS) : -1]
+            made = normalize((x @ reader.projection(x, settings.key_size)).float(), dim=-1)[0]
+            best, log_q, sure = {}, {}, {}
+            for part in range(0, window, 64):  # few at a time, for memory
+                cosines = made[part : part + 64 + max(RUNS) - 1] @ far.keys[0].T
+                for run in RUNS:
+                    alike = _similar(cosines, run)
+                    best.setdefault(run, []).append(alike.amax(1))
+                    for beta in SHARPNESS:
+                        weights = (beta * (alike - alike.amax(1, keepdim=True))).exp()
+                        q = torch.zeros_like(logits[part : part + 64])
+                        q.index_add_(1, far.codes[0].long(), weights)
+                        q /= weights.sum(1, keepdim=True)
+                        right = q.gather(1, came[part : part + 64, None])[:, 0].log()
+                        log_q.setdefault((run, beta), []).append(right)
+                        sure.setdefault((run, beta), []).append(q.amax(1))
+            joined = [{k: torch.cat(v) for k, v in d.items()} for d in (best, log_q, sure)]
+            yield Sample(name, far.codes.shape[1], log_p, *joined)
+
+
+def _similar(cosines: Tensor, run: int) -> Tensor:
+    """Similarities of tokens whose `run` - 1 predecessors are matched as well, the mean of all.
+
+    cosines: [max(RUNS) - 1 + n, T] -> [n, T].
+    """
+    back = max(RUNS) - 1
+    total = torch.zeros_like(cosines[back:])
+    for k in range(run):
+        total[:, k:] += cosines[back - k : len(cosines) - k, : cosines.shape[1] - k]
+    alike = total / run
+    mean = alike.mean(1, keepdim=True)
+    return (alike - mean) / (1 - mean).clamp_min(LEAST)
 
 
 def main() -> None:
@@ -111,7 +138,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--counts", default="8192,32768,131072", help="tokens read before")
     parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--sharpness", type=float, default=18.0)
     parser.add_argument("--dtype", default="bfloat16")
     asked = parser.parse_args()
     torch.set_num_threads(1)
@@ -122,7 +148,7 @@ def main() -> None:
     for path in sorted(asked.texts.glob("*.txt")):
         ids = torch.tensor(reader.encode(path.read_text(encoding="utf-8"), special=True))
         counts = [n for n in map(int, asked.counts.split(",")) if n + 8 * asked.window <= len(ids)]
-        for one in samples(reader.model, ids, path.stem, counts, asked.window, asked.sharpness):
+        for one in samples(reader.model, ids, path.stem, counts, asked.window):
             made.append(asdict(one))
             print(path.stem, one.read, f"{-one.log_p.mean():.4f}", flush=True)
             torch.save(made, asked.out)

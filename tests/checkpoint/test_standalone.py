@@ -47,6 +47,7 @@ SHIPPED = [
     "reread_keys.py",
     "reread_asking.py",
     "reread_lookup.py",
+    "reread_outside.py",
     "reread_words.py",
     "reread_schedule.py",
     "reread_settings.py",

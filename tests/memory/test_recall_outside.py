@@ -1,0 +1,257 @@
+"""Recall of what was read and is out of view, against `slow_reread` and `slow_recall`: under
+re-reading logits are those of the rules, however a sequence came to be read.
+"""
+
+import copy
+import pickle
+import sys
+
+import pytest
+import torch
+from helpers import family_of, load, random_ids
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from slow_recall import mixed, slow_recall
+from slow_reread import SlowReread, unit
+from transformers import CompileConfig, DynamicCache, StaticCache
+
+WINDOW = {
+    "window": 16, "first": 4, "spans": 2, "span_width": 4, "layer": 1, "key_size": 24,
+    "query_tokens": 8, "query_half_life": 4.0, "stand_out": 0.5,
+}  # fmt: skip
+CAPACITY = 4 + 2 * 2 * 4 + 2 * 16
+RECALL = {"layers": (1, 2), "sharpness": 6.0, "gate_bias": -0.5, "gate_slope": 1.5,
+    "gate_growth": 0.2, "theta_low": 0.1, "key_size": 24,
+    "outside": (5.0, -1.0, 2.0, 0.3, 0.15)}  # fmt: skip
+LONG = 90
+
+
+def prepared(folder, dtype=torch.float64, **window):
+    model = load(folder, dtype)
+    model.set_memory(layers=())
+    model.set_window(**{**WINDOW, **window})
+    model.set_recall(**RECALL)
+    return model
+
+
+@pytest.fixture(scope="module")
+def recalling(family_pair):
+    """Of each family, in float64 where its attention can do that."""
+    model = prepared(family_pair[1])
+    eager = ("PaceGemma2ForCausalLM", "PaceGPTJForCausalLM", "PaceBloomForCausalLM")
+    return prepared(family_pair[1], torch.float32) if type(model).__name__ in eager else model
+
+
+@pytest.fixture(scope="module", params=[0, 5], ids=["once", "interval"])
+def qwen(qwen2_pair, request):
+    return prepared(qwen2_pair[1], look_up_interval=request.param)
+
+
+def text(rows, length, seed):
+    """Tokens of which each was there before, more than once."""
+    return random_ids(rows, length, seed, vocabulary=20)
+
+
+def close(model, got, expected):
+    tolerance = 1e-8 if model.dtype == torch.float64 else 1e-3
+    torch.testing.assert_close(got.to(expected.dtype), expected, rtol=tolerance, atol=tolerance)
+
+
+class Slow(SlowReread):
+    """With recall: in the working context, then of all complete blocks before its window."""
+
+    def logits(self, token):
+        family = family_of(self.model.config.model_type.removeprefix("pace_"))
+        stack = self.model._stack_memory.stack
+        layers = self.model.recall_settings.layers
+        ffns = [stack.get_submodule(family.ffn_input.format(n)) for n in layers]
+        ids = self.context(token)
+        z = slow_recall(self.model, ffns, self.model.recall_settings, ids)[-1]
+        count, _ = self._latest(token, self._capacity())
+        if count is None:
+            return z
+        block, start = self.settings.block, (count // self.settings.window - 1)
+        known = min(start * self.settings.window, count // block * block)
+        keys = [self.key(j) for j in range(known)] + [self._keys(ids)[-1]]
+        keys = [torch.from_numpy(unit(key)) for key in keys]
+        gate = self.model.recall_settings.of_outside()
+        return mixed(z, keys, self.ids[: known + 1], known, gate)
+
+
+def slow(model, ids, prompts=()):
+    family = family_of(model.config.model_type.removeprefix("pace_"))
+    ffn = model._stack_memory.stack.get_submodule(family.ffn_input.format(WINDOW["layer"]))
+    return Slow(model, ffn, model.window_settings, ids, list(prompts), {})
+
+
+def test_logits_are_those_of_the_rules(recalling):
+    ids = text(1, LONG, seed=3)
+    with torch.no_grad():
+        got = recalling(ids).logits[0]
+        recalling.set_recall(outside=())
+        inside = recalling(ids).logits[0]
+        recalling.set_recall(**RECALL)
+    rules = slow(recalling, ids[0].tolist())
+    for token in (0, CAPACITY - 1, CAPACITY, 63, 64, 79, 80, LONG - 1):
+        close(recalling, got[token], rules.logits(token))
+    assert torch.equal(got[:CAPACITY], inside[:CAPACITY])
+    assert (got - inside).abs().max() > 0.01
+
+
+def test_greedy_answers_are_those_of_the_rules(recalling):
+    """Over a prompt's end, two scheduled builds, and in a batch that is padded on the left."""
+    prompts = [text(1, length, seed=length)[0].tolist() for length in (30, 75, 61)]
+    for prompt, answer in zip(prompts, generated(recalling, prompts, 20)):
+        ids, rules = list(prompt), slow(recalling, prompt, [len(prompt)])
+        for token in answer:
+            logits = rules.logits(len(ids) - 1)
+            close(recalling, logits[token], logits.max())  # float32 may break a tie
+            ids.append(token)
+            rules.ids = ids
+
+
+def generated(model, prompts, new, **more):
+    width = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, prompt in enumerate(prompts):
+        ids[i, width - len(prompt) :], mask[i, width - len(prompt) :] = torch.tensor(prompt), 1
+    made = model.generate(
+        ids, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=0, **more
+    )
+    return made[:, width:].tolist()
+
+
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_batch_padding_and_split_change_nothing(qwen, data):
+    lengths = data.draw(st.lists(st.integers(1, 100), min_size=1, max_size=3))
+    left, width = data.draw(st.booleans()), max(lengths)
+    look_up = left and data.draw(st.booleans())
+    cuts = sorted(data.draw(st.sets(st.integers(1, width - 1), max_size=4))) if width > 1 else []
+    ids, mask = torch.zeros(2, len(lengths), width, dtype=torch.long)
+    rows = [text(1, n, seed=n)[0] for n in lengths]
+    for i, row in enumerate(rows):
+        at = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[i, at], mask[i, at] = row, 1
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    cache, parts = DynamicCache(config=qwen.config), []
+    with torch.no_grad():
+        for a, b in zip([0, *cuts], [*cuts, width]):
+            more = {"look_up": look_up and b == width, "past_key_values": cache}
+            here = {"attention_mask": mask[:, :b], "position_ids": positions[:, a:b]}
+            parts.append(qwen(ids[:, a:b], **here, **more).logits)
+        got = torch.cat(parts, 1)
+        for i, row in enumerate(rows):
+            alone = qwen(row[None], look_up=look_up).logits[0]
+            close(qwen, got[i][mask[i].bool()], alone)
+
+
+@pytest.mark.parametrize("how", ["chunked", "static", "prompt lookup", "assistant", "beams",
+    "several", "turns"])  # fmt: skip
+def test_ways_to_generate(qwen, how):
+    ids = text(2, 80, seed=9)
+    new = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0}
+    if how in ("prompt lookup", "assistant"):
+        ids = ids[:1]
+    plain = qwen.generate(ids, **new)
+    if how == "chunked":
+        made = qwen.generate(ids, prefill_chunk_size=7, **new)
+    elif how == "static":
+        made = qwen.generate(ids, cache_implementation="static", **new)
+    elif how == "prompt lookup":
+        made = qwen.generate(ids, prompt_lookup_num_tokens=4, **new)
+    elif how == "assistant":
+        made = qwen.generate(ids, assistant_model=qwen, **new)
+    elif how == "turns":
+        cache = DynamicCache(config=qwen.config)
+        with torch.no_grad():
+            qwen.read(ids[:, :50], past_key_values=cache)
+        made = qwen.generate(ids, past_key_values=cache, **new)
+    elif how == "beams":  # each row's are those of the row alone
+        plain = torch.cat([qwen.generate(row[None], num_beams=3, **new) for row in ids])
+        made = qwen.generate(ids, num_beams=3, **new)
+    else:
+        plain = plain.repeat_interleave(3, 0)
+        cache = qwen.read(ids[:, :50])
+        cache.batch_repeat_interleave(3)
+        made = qwen.generate(ids.repeat_interleave(3, 0), past_key_values=cache, **new)
+    assert torch.equal(made, plain)
+
+
+def test_caches_are_copied_cropped_and_reordered(qwen):
+    ids = text(2, 80, seed=11)
+    with torch.no_grad():
+        cache = DynamicCache(config=qwen.config)
+        qwen(ids[:, :70], past_key_values=cache, look_up=True)
+        expected = qwen(ids[:, 70:], past_key_values=copy.deepcopy(cache)).logits
+        for twin in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+            qwen(ids[:, :9], past_key_values=twin)
+            twin.crop(-9)
+            close(qwen, qwen(ids[:, 70:], past_key_values=twin).logits, expected)
+        cache.reorder_cache(torch.tensor([1, 0]))
+        got = qwen(ids.flip(0)[:, 70:], past_key_values=cache).logits
+        close(qwen, got.flip(0), expected)
+
+
+def test_one_graph_with_a_static_cache(qwen2_pair):
+    model = prepared(qwen2_pair[1], torch.float32)
+    ids = text(1, 70, seed=12)
+    new = {"max_new_tokens": 60, "do_sample": False, "pad_token_id": 0}
+    plain = model.generate(ids, **new)
+    cache = StaticCache(config=model.config, max_cache_len=140)
+    options = CompileConfig(fullgraph=True, mode="default", backend="eager")
+    options._compile_all_devices = True
+    torch._dynamo.reset()
+    made = model.generate(ids, past_key_values=cache, compile_config=options, **new)
+    assert torch.equal(made, plain)
+
+
+def test_what_a_full_bank_let_go_is_not_recalled(qwen2_pair):
+    """And what followed is known of all that it has kept."""
+    model = prepared(qwen2_pair[1], bank_tokens=1024, forget="oldest", window=17)
+    ids = text(1, 1501, seed=13)
+    with torch.no_grad():
+        whole = model(ids, logits_to_keep=1).logits
+        cache = model.read(ids[:, :1491])
+        close(model, model(ids[:, 1491:], past_key_values=cache, logits_to_keep=1).logits, whole)
+    entry = cache.layers[0]
+    (count, pairs), row = entry.outside.runs[0], entry.settle()[0]
+    start = (row.looked.count // 17 - 1) * 17  # in the middle of a span
+    spans = [span for block in row.blocks for span in block.spans if span * 4 < start]
+    at = [t for span in spans for t in range(span * 4, span * 4 + 4) if t < start]
+    assert start % 4 and count == 1 and 900 < len(at) < 1024
+    assert pairs.ids.tolist() == row.ids[[t + 1 for t in at]].tolist()
+    assert pairs.keys.shape == (len(at), 24)
+
+
+def test_keys_are_held_once(qwen):
+    ids = text(1, LONG, seed=14)
+    with torch.no_grad():
+        cache = qwen.read(ids[:, :80])
+        qwen(ids[:, 80:], past_key_values=cache)
+    entry = cache.layers[0]
+    (_, pairs), row = entry.outside.runs[0], entry.settle()[0]
+    stored = {tensor.untyped_storage().data_ptr() for tensor in
+        (pairs.keys, row.piece.keys, *(block.keys for block in row.blocks))}  # fmt: skip
+    assert len(stored) == 1
+
+
+def test_however_small_the_blocks_are(monkeypatch, qwen):
+    ids = text(2, LONG, seed=15)
+    with torch.no_grad():
+        whole = qwen(ids).logits
+    bank = sys.modules[type(qwen).__module__.rpartition(".")[0] + ".recall_bank"]
+    monkeypatch.setattr(bank, "VALUES", 1)
+    with torch.no_grad():
+        close(qwen, qwen(ids).logits, whole)
+
+
+def test_wrong_gates_are_refused(qwen):
+    before = qwen.recall_settings
+    for wrong in ((1.0,), (18.0, -15.6, 6.6, 0.8, 2.0), ("a", 0.0, 0.0, 0.0, 0.0), 3):
+        with pytest.raises(ValueError, match="recall: outside"):
+            qwen.set_recall(outside=wrong)
+        assert qwen.recall_settings == before
