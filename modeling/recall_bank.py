@@ -7,7 +7,8 @@ logits for the token behind t:
 
     r_s = (cos(k_t, k_s) - m) / (1 - m)             m: the mean cosine over all s < t
     w = softmax(beta r) over all s < t              p(v) = sum of the w_s whose v_s is v
-    lambda = sigmoid(a + b max_s r_s + c ln n)      n: tokens s that there are
+    lambda = sigmoid(a + b max_s r_s + c ln n       n: tokens s that there are
+                     + d max_v p(v))
              0 where the largest r is at most theta_low
     result = log((1 - lambda) exp(z) + lambda p Z)  Z = sum of exp(z), so the sum stays Z
 
@@ -71,6 +72,8 @@ def _mixed(
     ids, share, best, count = _recalled(wide, queries.detach(), at, keys, codes, settings, scale)
     gate = settings.gate_bias + settings.gate_slope * best.clamp_min(0.0)
     gate = gate + settings.gate_growth * count.log()
+    if settings.gate_confidence:
+        gate = gate + settings.gate_confidence * share.amax(-1)
     stay = logsigmoid(-gate)[..., None]
     moved = (logsigmoid(gate) + wide.logsumexp(-1))[..., None] + share.log()
     there = torch.logaddexp(wide.gather(-1, ids) + stay, moved)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 
 from .memory_settings import MOST_LAYERS, MOST_SLOTS, Bounds, check_fields, real, whole
 
-GATE = ("sharpness", "gate_bias", "gate_slope", "gate_growth", "theta_low")
+GATE = ("sharpness", "gate_bias", "gate_slope", "gate_growth", "gate_confidence", "theta_low")
 
 
 def default_layers(layers: int) -> tuple[int, ...]:
@@ -22,10 +22,10 @@ class RecallSettings:
     """The parameters of recall, named as in config.json's `pace.memory.recall`.
 
     layers: 0-based decoder layers whose FFN inputs are the key, part by part. sharpness: beta.
-    gate_bias, gate_slope, gate_growth: a, b and c. theta_low: a token that has seen nothing more
-    similar is left alone. key_size: R, numbers of a key's part. outside: sharpness, bias, slope,
-    growth and theta_low of the gate for what was read and is out of view, whose keys are those of
-    re-reading; empty: it is not recalled. See `recall_bank` for the formulas.
+    gate_bias, gate_slope, gate_growth, gate_confidence: a, b, c and d. theta_low: a token that has
+    seen nothing more similar is left alone. key_size: R, numbers of a key's part. outside:
+    sharpness, a, b, c, d and theta_low of the gate for what was read and is out of view, whose keys
+    are those of re-reading; empty: it is not recalled. See `recall_bank` for the formulas.
 
     Defaults are a careful gate, not one that fits every model: calibrate it (`pace tune`).
 
@@ -37,9 +37,10 @@ class RecallSettings:
     gate_bias: float = real(-15.6)
     gate_slope: float = real(6.6)
     gate_growth: float = real(0.8)
+    gate_confidence: float = real(0.0)
     theta_low: float = real(0.4, low=-1, high=1)
     key_size: int = whole(192, low=1, high=MOST_SLOTS)
-    outside: tuple[float, ...] = (18.0, -15.6, 6.6, 0.8, 0.4)
+    outside: tuple[float, ...] = (27.0, -30.0, 28.0, 0.0, 3.0, 0.4)
 
     def __post_init__(self) -> None:
         check_fields(self, "recall")

@@ -54,6 +54,7 @@ def mixed(z: Tensor, keys: list[Tensor], ids: list[int], t: int, settings) -> Te
     for s, weight in enumerate(weights):
         recalled[ids[s + 1]] += weight / sum(weights)
     gate = settings.gate_bias + settings.gate_slope * max(alike)
-    share = 1 / (1 + math.exp(-gate - settings.gate_growth * math.log(t)))
+    gate += settings.gate_growth * math.log(t) + settings.gate_confidence * float(recalled.max())
+    share = 1 / (1 + math.exp(-gate))
     mixed = (1 - share) * z.softmax(-1) + share * recalled
     return mixed.log() + z.logsumexp(-1)

@@ -26,6 +26,7 @@ SHAPE = {
     "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 1 << 17,
     "tie_word_embeddings": True,
 }  # fmt: skip
+VIEW = 4096  # tokens in view where others are out of it
 
 
 def ratio(plain: Callable[[], object], more: Callable[[], object], repeats: int) -> tuple:
@@ -57,14 +58,29 @@ def filled(columns: int, room: int, dtype: torch.dtype, settings: RecallSettings
     return entry
 
 
+def far(read: int, x: torch.Tensor, signs: torch.Tensor, logits: torch.Tensor) -> Callable:
+    """Recall of so many tokens that re-reading has read."""
+    gate = RecallSettings().of_outside()
+    keys = torch.randn(1, read, signs.shape[1]).to(x)
+    ids = torch.randint(SHAPE["vocab_size"], (1, read), dtype=torch.int32)
+    scale, at = torch.full((read,), signs.shape[1] ** -0.5), torch.tensor([read])
+
+    def recall() -> None:
+        query = torch.nn.functional.normalize(x @ signs, dim=-1)
+        mix(logits.clone(), query, at, keys, ids, gate, scale)
+
+    return recall
+
+
 @click.command(help=__doc__.split("\n\n")[0])
 @click.option("--threads", default=1, show_default=True)
 @click.option("--repeats", default=9, show_default=True)
 @click.option("--dtype", default="bfloat16", show_default=True)
 @click.option("--contexts", default="4096,65536", show_default=True)
+@click.option("--outside", default="16384,65536,200000", show_default=True, help="Out of view.")
 @click.option("--prompt", default=4096, show_default=True, help="Tokens of the prefill.")
 @torch.no_grad()
-def main(threads: int, repeats: int, dtype: str, contexts: str, prompt: int) -> None:
+def main(threads: int, repeats: int, dtype: str, contexts: str, outside: str, prompt: int) -> None:
     torch.set_num_threads(threads)
     kind, settings = getattr(torch, dtype), RecallSettings(layers=(24,))
     model = LlamaForCausalLM(LlamaConfig(**SHAPE)).to(kind).eval()
@@ -89,6 +105,19 @@ def main(threads: int, repeats: int, dtype: str, contexts: str, prompt: int) -> 
         found = ratio(lambda c=cache: model(one, past_key_values=c), recall, repeats)
         print(f"decode, {context} tokens: {found[0]:.4f} x ({found[1] * 1000:.1f} ms, recall "
               f"{found[2] * 1000:.2f} ms)", flush=True)  # fmt: skip
+    cache = StaticCache(config=model.config, max_cache_len=VIEW + repeats + 2)
+    model(one, past_key_values=cache)
+    for layer in cache.layers:
+        layer.keys.normal_(), layer.values.normal_()
+        layer.cumulative_length.fill_(VIEW)
+    for read in map(int, outside.split(",")):
+        more = far(read, x, signs, logits)
+        found = ratio(lambda: model(one, past_key_values=cache), more, repeats)
+        print(
+            f"decode, {VIEW} tokens in view, {read} out of it: {found[0]:.4f} x "
+            f"({found[1] * 1000:.1f} ms, recall {found[2] * 1000:.2f} ms)",
+            flush=True,
+        )
     ids, fresh = torch.randint(49152, (1, prompt)), RecallEntry(settings)
 
     def write(kept: int) -> None:

@@ -90,6 +90,7 @@ def samples(model: Any, ids: Tensor, name: str, counts: list[int], window: int) 
         row = rows[0]
     for count in counts:
         far = Far(row, count - count % settings.block, reader, settings, RecallSettings())
+        values, place = far.codes[0].long().unique(return_inverse=True)
         for first in range(count, count + 8 * window, 2 * window):
             piece = ids[first : first + 2 * window]
             given = torch.cat([ids[: settings.first], piece])[None]
@@ -101,16 +102,17 @@ def samples(model: Any, ids: Tensor, name: str, counts: list[int], window: int) 
             made = normalize((x @ reader.projection(x, settings.key_size)).float(), dim=-1)[0]
             best, log_q, sure = {}, {}, {}
             for part in range(0, window, 64):  # few at a time, for memory
+                at = torch.searchsorted(values, came[part : part + 64]).clamp_max(len(values) - 1)
                 cosines = made[part : part + 64 + max(RUNS) - 1] @ far.keys[0].T
                 for run in RUNS:
                     alike = _similar(cosines, run)
                     best.setdefault(run, []).append(alike.amax(1))
                     for beta in SHARPNESS:
                         weights = (beta * (alike - alike.amax(1, keepdim=True))).exp()
-                        q = torch.zeros_like(logits[part : part + 64])
-                        q.index_add_(1, far.codes[0].long(), weights)
+                        q = torch.zeros(len(alike), len(values)).index_add_(1, place, weights)
                         q /= weights.sum(1, keepdim=True)
-                        right = q.gather(1, came[part : part + 64, None])[:, 0].log()
+                        right = q.gather(1, at[:, None])[:, 0]
+                        right = torch.where(values[at] == came[part : part + 64], right, 0).log()
                         log_q.setdefault((run, beta), []).append(right)
                         sure.setdefault((run, beta), []).append(q.amax(1))
             joined = [{k: torch.cat(v) for k, v in d.items()} for d in (best, log_q, sure)]

@@ -22,7 +22,7 @@ WINDOW = {
 CAPACITY = 4 + 2 * 2 * 4 + 2 * 16
 RECALL = {"layers": (1, 2), "sharpness": 6.0, "gate_bias": -0.5, "gate_slope": 1.5,
     "gate_growth": 0.2, "theta_low": 0.1, "key_size": 24,
-    "outside": (5.0, -1.0, 2.0, 0.3, 0.15)}  # fmt: skip
+    "outside": (5.0, -1.0, 2.0, 0.3, 0.7, 0.15)}  # fmt: skip
 LONG = 90
 
 
@@ -251,7 +251,7 @@ def test_however_small_the_blocks_are(monkeypatch, qwen):
 
 def test_wrong_gates_are_refused(qwen):
     before = qwen.recall_settings
-    for wrong in ((1.0,), (18.0, -15.6, 6.6, 0.8, 2.0), ("a", 0.0, 0.0, 0.0, 0.0), 3):
+    for wrong in ((1.0,), (18.0, 0.0, 0.0, 0.0, 0.0, 2.0), ("a", *[0.0] * 5), 3):
         with pytest.raises(ValueError, match="recall: outside"):
             qwen.set_recall(outside=wrong)
         assert qwen.recall_settings == before
