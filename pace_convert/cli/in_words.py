@@ -39,7 +39,7 @@ def plan_text(source: str, out: Path, plan: Plan, expected: Duration) -> str:
         f"  experts    {_experts_line(plan)}",
         *_memory_lines(options, plan.memory_layers),
         f"  window     {_window_line(plan.window)}",
-        f"  recall     {_recall_line(plan.recall)}",
+        f"  recall     {_recall_line(plan.recall, plan.window is not None)}",
         f"  bytes      {size(plan.weights_bytes)} to read and to write, "
         + (f"{len(plan.ffn)} tensors permuted" if plan.ffn else "as they are"),
         f"  needs      about {size(plan.task_bytes)} of memory in {processes}",
@@ -112,14 +112,14 @@ def _window_line(window: dict | None) -> str:
     )
 
 
-def _recall_line(recall: dict | None) -> str:
+def _recall_line(recall: dict | None, rereads: bool) -> str:
     if recall is None:
         return "none; the prediction is the model's own"
     settings = RecallSettings.from_config(recall)
     layers = ", ".join(map(str, settings.layers))
     return (
         f"what followed similar tokens, by layers {layers}, above a similarity of "
-        f"{settings.theta_low}"
+        f"{settings.theta_low}" + (", out of view too" if settings.outside and rereads else "")
     )
 
 
@@ -181,7 +181,9 @@ def facts_text(facts: dict) -> str:
             if name not in ("enabled", "layers", "window", "recall")
         ]
         lines.append(f"  window     {_window_line(memory['window'])}")
-        lines.append(f"  recall     {_recall_line(memory['recall'])}")
+        lines.append(
+            f"  recall     {_recall_line(memory['recall'], memory.get('window') is not None)}"
+        )
     for name in ("tuned", "tuned_recall"):
         if facts[name]:
             what = "recall, " if name == "tuned_recall" else ""

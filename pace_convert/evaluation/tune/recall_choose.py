@@ -5,7 +5,7 @@ into config.json if they gain there.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from typing import Any
 
@@ -50,13 +50,13 @@ class Trial:
     gate: Gate
     gain: float
 
-    def settings(self, key_size: int) -> RecallSettings:
-        """As config.json has them, rounded."""
+    def settings(self, own: RecallSettings) -> RecallSettings:
+        """As config.json has them, rounded; what is not tuned stays the model's own."""
         gate = self.gate
-        return RecallSettings(
-            layers=self.layers, sharpness=self.sharpness, gate_bias=round(gate.bias, 3),
+        return replace(
+            own, layers=self.layers, sharpness=self.sharpness, gate_bias=round(gate.bias, 3),
             gate_slope=round(gate.slope, 3), gate_growth=round(gate.growth, 3),
-            theta_low=gate.theta_low, key_size=key_size,
+            gate_confidence=0.0, theta_low=gate.theta_low,
         )  # fmt: skip
 
 
@@ -67,12 +67,14 @@ class Read:
     item: Item
     text: Recording
 
-    def recalled(self, layers: tuple[int, ...], sharpness: float) -> Recalled:
+    def recalled(self, layers: tuple[int, ...], sharpness: float, more: bool = False) -> Recalled:
         """Of the tokens that count."""
-        found, first = recalled(self.text, layers, sharpness), max(0, len(self.item.prompt) - 1)
+        found = recalled(self.text, layers, sharpness, more)
+        first = max(0, len(self.item.prompt) - 1)
         return Recalled(
-            found.log_p[first:], found.log_q[first:], found.best[first:], found.count[first:], {}
-        )
+            found.log_p[first:], found.log_q[first:], found.best[first:], found.count[first:],
+            {name: feature[first:] for name, feature in found.features.items()},
+        )  # fmt: skip
 
 
 def tune_recall(options: TuneOptions, converted: Converted, progress: Progress) -> dict:
@@ -156,7 +158,7 @@ def _judged(
     held_out: list[Read],
 ) -> dict:
     best, own = trials[0], memory["recall"]
-    settings = best.settings(recall_settings(own, converted.layers).key_size)
+    settings = best.settings(recall_settings(own, converted.layers))
     rows = [_row("finalist", settings, held_out, best.gain)]
     if own is not None:
         rows.append(_row("current", RecallSettings.from_config(own), held_out, None))
@@ -179,10 +181,14 @@ def _judged(
 
 def _row(name: str, settings: RecallSettings, texts: list[Read], held_in: float | None) -> dict:
     """Gains on texts, nats a token; worst: of the document that gains least."""
-    gate = Gate(settings.gate_bias, settings.gate_slope, settings.gate_growth, settings.theta_low)
+    sure = settings.gate_confidence
+    gate = Gate(
+        settings.gate_bias, settings.gate_slope, settings.gate_growth, settings.theta_low,
+        (("sure", sure),) if sure else (),
+    )  # fmt: skip
     gains: dict[str, list[float]] = {}
     for text in texts:
-        found = text.recalled(settings.layers, settings.sharpness)
+        found = text.recalled(settings.layers, settings.sharpness, bool(sure))
         gains.setdefault(text.item.unit, []).append(float(gate.gains(found).mean()))
     each = [gain for parts in gains.values() for gain in parts]
     return {
