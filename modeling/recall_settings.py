@@ -37,9 +37,9 @@ class RecallSettings:
     gate_bias: float = real(-15.6)
     gate_slope: float = real(6.6)
     gate_growth: float = real(0.8)
-    gate_confidence: float = real(0.0)
     theta_low: float = real(0.4, low=-1, high=1)
     key_size: int = whole(192, low=1, high=MOST_SLOTS)
+    gate_confidence: float = real(0.0)
     outside: tuple[float, ...] = (27.0, -30.0, 28.0, 0.0, 3.0, 0.4)
 
     def __post_init__(self) -> None:

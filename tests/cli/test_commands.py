@@ -14,6 +14,7 @@ import pytest
 from helpers import pace_convert
 
 from pace_convert.families import FAMILIES
+from pace_convert.modeling.recall_settings import RecallSettings
 from pace_convert.modeling.reread_settings import RereadSettings
 from pace_convert.options import (
     EXPERT_OPTIONS,
@@ -161,6 +162,8 @@ def test_options_reach_the_config(make_source, tmp_path):
     assert window == asdict(
         RereadSettings(**{WINDOW_OPTIONS[n]: values[n] for n in WINDOW_OPTIONS})
     )
+    without_options = {name: recall.pop(name) for name in ("gate_confidence", "outside")}
+    assert without_options == {"gate_confidence": 0.0, "outside": list(RecallSettings().outside)}
     assert recall == {**{RECALL_OPTIONS[n]: values[n] for n in RECALL_OPTIONS}, "layers": [1, 2]}
 
 
