@@ -40,7 +40,7 @@ class RecallSettings:
     theta_low: float = real(0.4, low=-1, high=1)
     key_size: int = whole(192, low=1, high=MOST_SLOTS)
     gate_confidence: float = real(0.0)
-    outside: tuple[float, ...] = (27.0, -30.0, 28.0, 0.0, 3.0, 0.4)
+    outside: tuple[float, ...] = (40.0, -25.0, 22.0, 0.0, 3.0, 0.4)
 
     def __post_init__(self) -> None:
         check_fields(self, "recall")
