@@ -24,7 +24,7 @@ of the answer it is looked up anew, with these asking too (`every=8`), and what 
 
 With `recall=1` what follows in view is mixed into the prediction, by the parameters of --recall;
 with `far=1` what followed outside of it, too, found by re-reading's keys, with
-`far_gate_bias=-14` and the like in place of recall's defaults.
+`far_gate_bias=-14` and the like in place of the defaults.
 
 What is found of a text is one passage for each span, the same for all that find: the span and half
 a span on either side, the best one last (`order=text`: in the text's order). First tokens, passages
@@ -126,8 +126,10 @@ class Text:
             return
         start = window_start(Build(count, asked=True), settings)
         gate = {k.removeprefix("far_"): v for k, v in arm.items() if k.startswith("far_")}
+        own = RecallSettings().of_outside()
+        assert own is not None
         self.far = Far(
-            self.row(settings), start, self.model._reread_keys, settings, RecallSettings(**gate)
+            self.row(settings), start, self.model._reread_keys, settings, replace(own, **gate)
         )
         try:
             with self.far.listening():
