@@ -25,7 +25,7 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from pace_convert.evaluation.intervals import mean_of
-from pace_convert.evaluation.tune.recall_fit import Gate, fit, recalled
+from pace_convert.evaluation.tune.recall_fit import Gate, everything, fit, recalled
 from pace_convert.evaluation.tune.recall_record import Recording, record
 
 ROOT = Path(__file__).parents[2]
@@ -155,9 +155,15 @@ def careful_gate(
     """One gate for several models: it gains most in the mean, and has to gain on each text, early
     in it and over all of it. Judged on models, and on texts, that it was not fitted to.
     """
+
+    def before(first: int, stop: int) -> torch.Tensor:
+        return (
+            everything(first, stop).tril(first - beyond - 1) if beyond else everything(first, stop)
+        )
+
     texts = {
         folder.name: [
-            recalled(made, (layer,) if layers else tuple(made.keys), sharpness, beyond=beyond)
+            recalled(made, (layer,) if layers else tuple(made.keys), sharpness, which=before)
             for made in map(_recording, sorted(folder.glob("*.pt")))
         ]
         for folder, layer in zip(recorded, layers or range(len(recorded)))

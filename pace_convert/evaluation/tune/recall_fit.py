@@ -6,7 +6,7 @@ came and q recall's. A handful of numbers is fitted to tens of thousands of toke
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,13 +37,23 @@ class Recalled:
     features: dict[str, Tensor]
 
 
+Seen = Callable[[int, int], Tensor]
+
+
+def everything(first: int, stop: int) -> Tensor:
+    """Which tokens each of the tokens first to stop recalls from: all before it. [rows, stop]."""
+    return torch.arange(stop) < torch.arange(first, stop)[:, None]
+
+
 @torch.no_grad()
 def recalled(
-    text: Recording, layers: Sequence[int], sharpness: float, more: bool = False, beyond: int = 0
+    text: Recording,
+    layers: Sequence[int],
+    sharpness: float,
+    more: bool = False,
+    which: Seen = everything,
 ) -> Recalled:
-    """more: whether the other features are computed, too. beyond: only what stands further back
-    than so many tokens is recalled.
-    """
+    """more: whether the other features are computed, too. which: tokens that are recalled from."""
     keys = torch.cat([text.keys[layer].float() for layer in layers], 1) / len(layers) ** 0.5
     ids, n = text.ids, len(text.ids)
     values, place = ids[1:].unique(return_inverse=True)
@@ -53,7 +63,7 @@ def recalled(
         rows = slice(first, min(first + ROWS, n - 1))
         count = rows.stop - first
         cosines = keys[rows] @ keys[: rows.stop].T
-        seen = torch.arange(rows.stop) < torch.arange(first, rows.stop)[:, None] - beyond
+        seen = which(first, rows.stop)
         before = seen.sum(1).clamp_min(1)
         mean = torch.where(seen, cosines, 0).sum(1) / before
         room = (1 - mean).clamp_min(LEAST)
@@ -64,17 +74,16 @@ def recalled(
         followed = place[: rows.stop].expand(count, -1)
         q = torch.zeros(count, len(values)).scatter_add_(1, followed, weights)
         log_q = q.gather(1, came[rows, None])[:, 0].log()
-        found = [log_q, best]
+        found = [log_q, best, before.float()]
         if more:
             top = torch.searchsorted(values, text.top[rows]).clamp_max(len(values) - 1)
             agreed = q.gather(1, top[:, None])[:, 0] * (values[top] == text.top[rows])
             found += [q.amax(1), agreed]
         parts.append(tuple(found))
-    log_q, best, *rest = (torch.cat(part) for part in zip(*parts))
+    log_q, best, before, *rest = (torch.cat(part) for part in zip(*parts))
     features = {"entropy": text.entropy, "top": text.top_log_probs.exp()}
     if more:
         features |= {"sure": rest[0], "agreed": rest[1]}
-    before = (torch.arange(len(best)) - beyond).clamp_min(1).float()
     return Recalled(text.log_probs, log_q, best, before, features)
 
 
