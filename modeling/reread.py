@@ -406,6 +406,7 @@ class Rereader:
                 whole = made.new_zeros(len(rows), keep, made.shape[-1])
             columns = slice(None) if real is None else real[i, -keep:]
             whole[i, columns] = made
+        entry.outside = None
         if whole is None:
             raise ValueError("all columns of the call are padding")
         return rows, _replaced(output, whole)

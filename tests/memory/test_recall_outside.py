@@ -196,6 +196,19 @@ def test_caches_are_copied_cropped_and_reordered(qwen):
         close(qwen, got.flip(0), expected)
 
 
+def test_a_cache_whose_tokens_were_read_in_several_contexts_goes_on(qwen):
+    ids, mask = text(2, 90, seed=16), torch.ones(2, 90, dtype=torch.long)
+    mask[1, :9] = 0
+    with torch.no_grad():
+        cache = DynamicCache(config=qwen.config)
+        qwen(ids[:, :80], attention_mask=mask[:, :80], past_key_values=cache)
+        twin = copy.deepcopy(cache)
+        cache.reorder_cache(torch.tensor([1, 0]))
+        got = qwen(ids.flip(0)[:, 80:], attention_mask=mask.flip(0), past_key_values=cache).logits
+        expected = qwen(ids[:, 80:], attention_mask=mask, past_key_values=twin).logits
+        close(qwen, got.flip(0), expected)
+
+
 def test_one_graph_with_a_static_cache(qwen2_pair):
     model = prepared(qwen2_pair[1], torch.float32)
     ids = text(1, 70, seed=12)
