@@ -23,8 +23,8 @@ of the answer it is looked up anew, with these asking too (`every=8`), and what 
     find=all         the whole text, in a cache that is made once for it; `base` for short
 
 With `recall=1` what follows in view is mixed into the prediction, by the parameters of --recall;
-with `far=1` what followed outside of it, too, found by re-reading's keys, with
-`far_gate_bias=-14` and the like in place of the defaults.
+with `outside=1` what followed outside of it, too, found by re-reading's keys, with
+`outside_gate_bias=-14` and the like in place of the defaults.
 
 What is found of a text is one passage for each span, the same for all that find: the span and half
 a span on either side, the best one last (`order=text`: in the text's order). First tokens, passages
@@ -51,7 +51,7 @@ from typing import Any
 import torch
 from attend import attended, mixed
 from earned import chosen, gains
-from far_recall import Far
+from outside import Outside
 from peers import SMOOTH, Reform
 from reread_needles import rule_of, tokens, use_dtype
 
@@ -82,7 +82,7 @@ class Text:
         self.rows: dict[tuple, Row] = {}
         self.wholes: dict[bool, Any] = {}
         self.reform: Reform | None = None
-        self.far: Far | None = None
+        self.outside: Outside | None = None
 
     def row(self, settings: RereadSettings) -> Row:
         """The text with its keys."""
@@ -109,7 +109,7 @@ class Text:
         if "draft" in arm:  # what the model would answer asks too
             said = self._said(context, arm["draft"])
             context = self._context(arm, prompt, [*question, *said])
-        with recalling(self.model, recalls), self._far(arm, prompt):
+        with recalling(self.model, recalls), self._outside(arm, prompt):
             scores = self._scores(prompt, context, None)
             if "every" in arm:
                 scores["nats"] = max(
@@ -118,28 +118,28 @@ class Text:
         return {**scores, "tokens": len(context)}
 
     @contextmanager
-    def _far(self, arm: dict, prompt: Prompt) -> Iterator[None]:
+    def _outside(self, arm: dict, prompt: Prompt) -> Iterator[None]:
         settings = settings_of(self.model, arm)
         count = len(prompt.ids)
-        if not arm.get("far") or count <= settings.capacity:
+        if not arm.get("outside") or count <= settings.capacity:
             yield
             return
         start = window_start(Build(count, asked=True), settings)
-        gate = {k.removeprefix("far_"): v for k, v in arm.items() if k.startswith("far_")}
+        gate = {k.removeprefix("outside_"): v for k, v in arm.items() if k.startswith("outside_")}
         own = RecallSettings().of_outside()
         assert own is not None
-        self.far = Far(
+        self.outside = Outside(
             self.row(settings), start, self.model._reread_keys, settings, replace(own, **gate)
         )
         try:
-            with self.far.listening():
+            with self.outside.listening():
                 yield
         finally:
-            self.far = None
+            self.outside = None
 
     def _mixed(self, logits: torch.Tensor) -> torch.Tensor:
         """With what followed elsewhere; [1, L, V] -> log-probabilities [L, V]."""
-        logits = self.far.mixed(logits) if self.far is not None else logits
+        logits = self.outside.mixed(logits) if self.outside is not None else logits
         return logits[0].float().log_softmax(-1)
 
     def answer(self, arm: dict, prompt: Prompt, question: list[int], room: int) -> str:
