@@ -41,8 +41,10 @@ def smol(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def model(smol):
-    """It in transformers."""
-    return load_served(smol, ServeOptions(device="cpu"))
+    """It in transformers, recalling what is in view alone: so does vLLM."""
+    served = load_served(smol, ServeOptions(device="cpu"))
+    served.model.set_recall(outside=())
+    return served
 
 
 class Server:
