@@ -268,3 +268,35 @@ def test_wrong_gates_are_refused(qwen):
         with pytest.raises(ValueError, match="recall: outside"):
             qwen.set_recall(outside=wrong)
         assert qwen.recall_settings == before
+
+
+def test_labels_kept_logits_and_inference_mode(qwen):
+    ids, kept = text(1, LONG, seed=3), torch.tensor([3, 70])
+    output = qwen(ids, labels=ids)
+    output.loss.backward()
+    with torch.no_grad():
+        whole = qwen(ids).logits
+        close(qwen, qwen(ids, logits_to_keep=kept).logits, whole[:, kept])
+    close(qwen, output.logits.detach(), whole)
+    with torch.inference_mode():
+        cache = qwen.read(ids[:, :80])
+        first = qwen(ids[:, 80:85], past_key_values=cache).logits.clone()
+    with torch.no_grad():
+        second = qwen(ids[:, 85:], past_key_values=cache).logits
+    close(qwen, torch.cat([first, second], 1), whole[:, 80:])
+
+
+def test_a_row_held_whole_beside_a_long_one(qwen):
+    prompts = [text(1, n, seed=n)[0].tolist() for n in (20, LONG)]
+    made = generated(qwen, prompts, 50)
+    assert made == [generated(qwen, [prompt], 50)[0] for prompt in prompts]
+
+
+def test_a_bank_from_a_file(qwen, tmp_path):
+    ids = text(1, LONG, seed=5)
+    with torch.no_grad():
+        cache = qwen.read(ids[:, :70])
+        qwen.save_bank(cache, tmp_path / "bank.safetensors")
+        back = qwen.load_bank(tmp_path / "bank.safetensors")
+        expected = qwen(ids[:, 70:], past_key_values=cache).logits
+        close(qwen, qwen(ids[:, 70:], past_key_values=back).logits, expected)
