@@ -105,12 +105,14 @@ def main(threads: int, repeats: int, dtype: str, contexts: str, outside: str, pr
         found = ratio(lambda c=cache: model(one, past_key_values=c), recall, repeats)
         print(f"decode, {context} tokens: {found[0]:.4f} x ({found[1] * 1000:.1f} ms, recall "
               f"{found[2] * 1000:.2f} ms)", flush=True)  # fmt: skip
-    cache = StaticCache(config=model.config, max_cache_len=VIEW + repeats + 2)
+    reads = list(map(int, outside.split(",")))
+    room = VIEW + len(reads) * (repeats + 1) + 1
+    cache = StaticCache(config=model.config, max_cache_len=room)
     model(one, past_key_values=cache)
     for layer in cache.layers:
         layer.keys.normal_(), layer.values.normal_()
         layer.cumulative_length.fill_(VIEW)
-    for read in map(int, outside.split(",")):
+    for read in reads:
         more = far(read, x, signs, logits)
         found = ratio(lambda: model(one, past_key_values=cache), more, repeats)
         print(
