@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .served import Served
 
 GRACE = 30  # seconds that open answers have at the end
+KEEP_ALIVE = 75  # seconds: closed earlier, a connection goes while a client's pool uses it again
 
 
 def serve(
@@ -54,6 +55,7 @@ def serve(
             Service(served, engine, options, listening).app(),
             log_level="warning",
             timeout_graceful_shutdown=GRACE,
+            timeout_keep_alive=KEEP_ALIVE,
             server_header=False,
         )
         server = uvicorn.Server(config)

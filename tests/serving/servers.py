@@ -14,6 +14,7 @@ from pace_convert.serving.app import Service
 from pace_convert.serving.embedded import Embedded
 from pace_convert.serving.options import ServeOptions
 from pace_convert.serving.served import load_served
+from pace_convert.serving.server import KEEP_ALIVE
 
 WORDS = "the code of ada is river and the boat went down the hill to see a tree . "
 # A window of a few tokens.
@@ -36,7 +37,10 @@ def book(seed: int, words: int = 300) -> str:
 def running(app, port=0):
     """An ASGI application at a port, 0: of its own; yields its URL."""
     listener = socket.create_server(("127.0.0.1", port))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
+    config = uvicorn.Config(
+        app, log_level="critical", timeout_graceful_shutdown=1, timeout_keep_alive=KEEP_ALIVE
+    )
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
