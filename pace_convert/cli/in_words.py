@@ -108,7 +108,7 @@ def _window_line(window: dict | None) -> str:
     return (
         f"beyond {settings.capacity} tokens: the last {settings.window} to {2 * settings.window}, "
         f"and up to {settings.spans} passages found by layer {settings.layer}"
-        + (f", looked up anew every {every} tokens of an answer" if every else "")
+        + (f",\n             looked up anew every {every} tokens of an answer" if every else "")
     )
 
 
