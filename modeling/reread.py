@@ -37,7 +37,7 @@ from .reread_context import (
 )
 from .reread_keys import KeyReader
 from .reread_lookup import joined, look_up
-from .reread_outside import in_one_piece, outside_of
+from .reread_outside import in_one_piece, is_in_one_piece, outside_of
 from .reread_schedule import WHOLE, Build, build_of, segments, window_start
 from .reread_settings import RereadSettings
 
@@ -308,12 +308,22 @@ class Rereader:
     def _looked_up(self, rows: list[Row], builds: list[Build]) -> list[Row]:
         """Rows with what belongs into these contexts of theirs."""
         made: dict[tuple, Row] = {}
-        todo = {(id(row), build): row for row, build in zip(rows, builds) if row.looked != build}
+        todo = {
+            (id(row), build): row
+            for row, build in zip(rows, builds)
+            if row.looked != build or self._lacks_keys(row, build)
+        }
         counts = [build.count for _, build in todo]
         read = self.keys.read(list(todo.values()), counts, self.settings)
         for (name, build), row in zip(todo, read):
             made[name, build] = row if build == WHOLE else self._found(row, build)
         return [made.get((id(row), build), row) for row, build in zip(rows, builds)]
+
+    def _lacks_keys(self, row: Row, build: Build) -> bool:
+        """Whether recall needs keys of a row that its look-up does not need any more."""
+        if not self.recalls or not self.settings.spans or build == WHOLE:
+            return False
+        return len(row.blocks) < build.count // self.settings.block or not is_in_one_piece(row)
 
     def _recall(self, rows: list[Row], builds: list[Build], entry: RereadEntry) -> None:
         """What recall is given beside these contexts."""
@@ -323,6 +333,8 @@ class Rereader:
         if not self.settings.spans:
             return replace(row, looked=build)
         row = in_one_piece(row) if self.recalls else row
+        if row.looked == build:
+            return row
         start = window_start(build, self.settings)
         asks = what_asks(row, build, self.keys, self.settings)
         passages = look_up(row, asks, start, self.settings)

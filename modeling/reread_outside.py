@@ -62,8 +62,7 @@ def outside_of(
 
 def in_one_piece(row: Row) -> Row:
     """With its keys in one tensor, which its blocks are parts of; nothing is held twice."""
-    have = () if row.piece is None else row.piece.blocks
-    if len(row.blocks) <= len(have) and all(a is b for a, b in zip(row.blocks, have)):
+    if is_in_one_piece(row):
         return row
     keys = torch.cat([block.keys for block in row.blocks])
     parts = keys.split([len(block.spans) for block in row.blocks])
@@ -71,6 +70,12 @@ def in_one_piece(row: Row) -> Row:
     wide = torch.float64 if keys.dtype == torch.float64 else torch.float32
     lengths = torch.linalg.vector_norm(keys, dim=-1, dtype=wide).flatten()
     return replace(row, blocks=blocks, piece=Piece(keys, 1 / lengths.clamp_min(1e-12), blocks))
+
+
+def is_in_one_piece(row: Row) -> bool:
+    """Whether its blocks are the first of its piece."""
+    have = () if row.piece is None else row.piece.blocks
+    return len(row.blocks) <= len(have) and all(a is b for a, b in zip(row.blocks, have))
 
 
 def _pairs(row: Row, stop: int, settings: RereadSettings) -> Pairs | None:

@@ -300,3 +300,24 @@ def test_a_bank_from_a_file(qwen, tmp_path):
         back = qwen.load_bank(tmp_path / "bank.safetensors")
         expected = qwen(ids[:, 70:], past_key_values=cache).logits
         close(qwen, qwen(ids[:, 70:], past_key_values=back).logits, expected)
+
+
+@pytest.mark.parametrize("how", ["cut", "off"])
+def test_what_recall_needs_is_read_again(qwen2_pair, how):
+    """Though the look-up is kept: of a cut text whose full bank had let go of spans, and of one
+    that was looked up while recall was off.
+    """
+    model = prepared(qwen2_pair[1], bank_tokens=1024, forget="oldest")
+    ids = text(1, 1480, seed=17)
+    with torch.no_grad():
+        if how == "off":
+            model.set_recall(False)
+        cache = model.read(ids[:, :1400])
+        model(ids[:, 1400:1409], past_key_values=cache, look_up=True)
+        model.read(ids[:, 1409:], past_key_values=cache)
+        cache.crop(-68)
+        model.set_recall(**RECALL)
+        got = model(ids[:, 1412:1418], past_key_values=cache).logits
+        fresh = model.read(ids[:, :1400])
+        model(ids[:, 1400:1409], past_key_values=fresh, look_up=True)
+        close(model, got, model(ids[:, 1409:1418], past_key_values=fresh).logits[:, 3:])
