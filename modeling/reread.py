@@ -109,7 +109,7 @@ class Rereader:
         try:
             return self._long(asked, kwargs, cache, entry, real)
         except BaseException:
-            entry.contexts = None  # whatever the KV layers hold now
+            entry.contexts = entry.outside = None  # whatever the KV layers hold now
             raise
         finally:
             if cache is not None:
@@ -327,7 +327,8 @@ class Rereader:
 
     def _recall(self, rows: list[Row], builds: list[Build], entry: RereadEntry) -> None:
         """What recall is given beside these contexts."""
-        entry.outside = outside_of(rows, builds, self.settings) if self.recalls else None
+        reads = self.recalls and self.settings.spans
+        entry.outside = outside_of(rows, builds, self.settings) if reads else None
 
     def _found(self, row: Row, build: Build) -> Row:
         if not self.settings.spans:

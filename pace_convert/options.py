@@ -286,7 +286,10 @@ class ConvertOptions(BaseModel):
             raise ValueError("--exact-restarts goes with --cluster-method exact")
         for memory, options in OPTIONS_OF.items():
             given = sorted(self.model_fields_set & options.keys())
-            given = [name for name in given if getattr(self, name) != options[name]]
+            usual = {**options, **PRESETS[self.preset]}  # what a preset gave, nobody has given
+            given = [
+                name for name in given if getattr(self, name) not in (options[name], usual[name])
+            ]
             if given and not self.has(memory):
                 raise ValueError(
                     f"{option_name(given[0])} is for {memory}: give --memory with {memory} in it"

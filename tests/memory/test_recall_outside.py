@@ -321,3 +321,13 @@ def test_what_recall_needs_is_read_again(qwen2_pair, how):
         fresh = model.read(ids[:, :1400])
         model(ids[:, 1400:1409], past_key_values=fresh, look_up=True)
         close(model, got, model(ids[:, 1409:1418], past_key_values=fresh).logits[:, 3:])
+
+
+def test_a_bank_of_which_nothing_comes_back(qwen, tmp_path):
+    ids, own = text(1, LONG, seed=18), qwen.window_settings
+    with torch.no_grad():
+        qwen.save_bank(qwen.read(ids[:, :80]), tmp_path / "bank")
+        qwen.set_window(16, spans=0)
+        got = qwen(ids[:, 80:], past_key_values=qwen.load_bank(tmp_path / "bank")).logits
+        close(qwen, got, qwen(ids).logits[:, 80:])
+    qwen.set_window(16, spans=own.spans)

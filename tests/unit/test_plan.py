@@ -120,3 +120,7 @@ def test_wrong_yaml_is_named(tmp_path, text, message):
     (tmp_path / "o.yaml").write_text(text)
     with pytest.raises(CallError, match=message):
         load_options(tmp_path / "o.yaml", {})
+
+
+def test_a_preset_is_no_option_that_somebody_gave():
+    assert ConvertOptions(preset="paper", memory_layers="none").memory_layers == "none"
