@@ -116,7 +116,7 @@ class Recaller:
             entry.columns += given.shape[1]
         self._mix(output, keys, at, entry, kwargs)
         if outside is not None:
-            self._mix_outside(output, heard[outside.layer], outside, kwargs)
+            self._mix_outside(output, heard[outside.layer], outside, kwargs, model.config)
         if labels is not None:
             more = {name: kwargs[name] for name in ("num_items_in_batch",) if name in kwargs}
             size = model.config.get_text_config().vocab_size
@@ -233,7 +233,9 @@ class Recaller:
             pairs, codes = pairs[:, : entry.columns], codes[:, : entry.columns]
         output["logits"] = mix(logits, keys[:, rows], at[rows], pairs, codes, self.settings)
 
-    def _mix_outside(self, output: Any, x: Tensor, outside: Outside, kwargs: dict) -> None:
+    def _mix_outside(
+        self, output: Any, x: Tensor, outside: Outside, kwargs: dict, config: Any
+    ) -> None:
         """The same with what is not in view; rows with the same text are read together."""
         assert self.outside is not None
         x, logits, made, first = x[:, self._asked(kwargs)], output.logits, [], 0
@@ -246,7 +248,9 @@ class Recaller:
                 queries = normalize(wide, dim=-1).to(pairs.keys).flatten(0, 1)[None]
                 at = torch.full(queries.shape[1:2], len(pairs.ids), device=pairs.ids.device)
                 flat = part.flatten(0, 1)[None]
-                given = queries, at, pairs.keys[None], pairs.ids[None], self.outside, pairs.scale
+                codes = _predictable(pairs.ids[None], config)
+                assert codes is not None
+                given = queries, at, pairs.keys[None], codes, self.outside, pairs.scale
                 part = mix(flat, *given)[0].view_as(part)
             made.append(part)
         output["logits"] = made[0] if len(made) == 1 else torch.cat(made)
