@@ -238,20 +238,20 @@ class Recaller:
     ) -> None:
         """The same with what is not in view; rows with the same text are read together."""
         assert self.outside is not None
-        x, logits, made, first = x[:, self._asked(kwargs)], output.logits, [], 0
-        for count, pairs in outside.runs:
-            some = slice(first, first + count)
-            part, first = logits[some], first + count
+        x, logits, made = x[:, self._asked(kwargs)], output.logits, []
+        for some, pairs in outside.runs():
+            part = logits[some]
             if pairs is not None:
-                projected = (x[some] @ self.keys.projection(x, pairs.keys.shape[-1])).detach()
+                projected = (x[some] @ self.keys.projection(x, pairs.keys[0].shape[-1])).detach()
                 wide = projected if x.dtype == torch.float64 else projected.float()
-                queries = normalize(wide, dim=-1).to(pairs.keys).flatten(0, 1)[None]
+                queries = normalize(wide, dim=-1).to(pairs.keys[0]).flatten(0, 1)[None]
                 at = torch.full(queries.shape[1:2], len(pairs.ids), device=pairs.ids.device)
-                flat = part.flatten(0, 1)[None]
                 codes = _predictable(pairs.ids[None], config)
                 assert codes is not None
-                given = queries, at, pairs.keys[None], codes, self.outside, pairs.scale
-                part = mix(flat, *given)[0].view_as(part)
+                keys = tuple(part[None] for part in pairs.keys)
+                flat = part.flatten(0, 1)[None]
+                flat = mix(flat, queries, at, keys, codes, self.outside, pairs.scale)
+                part = flat[0].view_as(part)
             made.append(part)
         output["logits"] = made[0] if len(made) == 1 else torch.cat(made)
 

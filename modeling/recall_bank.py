@@ -28,6 +28,7 @@ from torch.nn.functional import logsigmoid
 from .recall_settings import RecallSettings
 
 LEAST = 0.02  # of 1 - m: keys in bf16 tell no finer
+ALL = [slice(None)]
 VALUES = 1 << 21  # numbers of a block's largest matrix: what a cache holds is four times as fast
 
 
@@ -35,7 +36,7 @@ def mix(
     logits: Tensor,
     queries: Tensor,
     at: Tensor,
-    keys: Tensor,
+    keys: Tensor | tuple[Tensor, ...],
     codes: Tensor,
     settings: RecallSettings,
     scale: Tensor | None = None,
@@ -45,12 +46,14 @@ def mix(
     logits: [B, L, V]. queries: [B, L, K] of length 1, the keys of the same tokens. at: [L] int64,
     their columns. keys: [B, T, K]: by column the key of the token before it; codes: [B, T], the
     column's own id, and below 0 where there is nothing to recall. A token recalls from columns up
-    to its own: from those of itself and before it. scale: [T], what keys of any length have to be
-    multiplied by; None: theirs is 1.
+    to its own: from those of itself and before it. Keys may come in parts, one behind the other.
+    scale: [T], what keys of any length have to be multiplied by; None: theirs is 1.
     """
     rows, length, vocabulary = logits.shape
-    step = max(1, VALUES // (rows * max(vocabulary, keys.shape[1])))
-    parts = [slice(first, first + step) for first in range(0, length, step)]
+    keys = keys if isinstance(keys, tuple) else (keys,)
+    step = max(1, VALUES // (rows * max(vocabulary, codes.shape[1])))
+    # A step's graph does not depend on how many columns there are.
+    parts = [slice(first, first + step) for first in range(0, length, step)] if length > 1 else ALL
     if logits.requires_grad:
         bank = keys, codes, settings, scale
         return torch.cat([_mixed(logits[:, p], queries[:, p], at[p], *bank) for p in parts], 1)
@@ -63,7 +66,7 @@ def _mixed(
     z: Tensor,
     queries: Tensor,
     at: Tensor,
-    keys: Tensor,
+    keys: tuple[Tensor, ...],
     codes: Tensor,
     settings: RecallSettings,
     scale: Tensor | None,
@@ -86,7 +89,7 @@ def _recalled(
     wide: Tensor,
     queries: Tensor,
     at: Tensor,
-    keys: Tensor,
+    keys: tuple[Tensor, ...],
     codes: Tensor,
     settings: RecallSettings,
     scale: Tensor | None = None,
@@ -95,12 +98,13 @@ def _recalled(
     is none, and n, at least 1, [B, l].
     """
     if queries.shape[1] == 1:  # on CPUs ten times as fast in bf16 as the other way round
-        cosines = (keys @ queries.transpose(1, 2)).transpose(1, 2).to(wide)
+        found = [(part @ queries.transpose(1, 2)).transpose(1, 2) for part in keys]
     else:
-        cosines = (queries @ keys.transpose(1, 2)).to(wide)
+        found = [queries @ part.transpose(1, 2) for part in keys]
+    cosines = (found[0] if len(found) == 1 else torch.cat(found, -1)).to(wide)
     if scale is not None:
         cosines = cosines * scale.to(wide)
-    columns = torch.arange(keys.shape[1], device=at.device)
+    columns = torch.arange(codes.shape[1], device=at.device)
     seen = (codes >= 0)[:, None] & (columns <= at[:, None])
     seen = seen.to(wide.device)
     count = seen.sum(-1).clamp_min(1).to(wide)

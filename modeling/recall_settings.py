@@ -57,7 +57,7 @@ class RecallSettings:
         """The parameters with which what is out of view is recalled; None: it is not. Raises
         ValueError.
         """
-        if not self.outside:
+        if self.outside == ():
             return None
         if not isinstance(self.outside, tuple) or len(self.outside) != len(GATE):
             raise ValueError(f"recall: outside is {self.outside!r}, not {', '.join(GATE)}, or ()")

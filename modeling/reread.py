@@ -23,6 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .memory_session import MASK
 from .memory_stack import real_columns
+from .recall_cache import is_static
 from .recurrent_cache import OF_STATES, USUAL
 from .reread_asking import what_asks
 from .reread_bank import Passage, Row
@@ -37,7 +38,7 @@ from .reread_context import (
 )
 from .reread_keys import KeyReader
 from .reread_lookup import joined, look_up
-from .reread_outside import in_one_piece, is_in_one_piece, outside_of
+from .reread_outside import OUTSIDE, Outside, outside_of
 from .reread_schedule import WHOLE, Build, build_of, segments, window_start
 from .reread_settings import RereadSettings
 
@@ -109,7 +110,7 @@ class Rereader:
         try:
             return self._long(asked, kwargs, cache, entry, real)
         except BaseException:
-            entry.contexts = entry.outside = None  # whatever the KV layers hold now
+            entry.contexts = None  # whatever the KV layers hold now
             raise
         finally:
             if cache is not None:
@@ -180,7 +181,7 @@ class Rereader:
         elif one_each and (real is None or bool(real[:, length - keep :].all())):
             builds, noted = [run[0][2] for run in runs], rows
             rows = self._looked_up(rows, builds)
-            if cache is not None and self._still_fits(noted, rows, builds, entry):
+            if cache is not None and self._still_fits(noted, rows, builds, cache, entry):
                 more = {**kwargs, "logits_to_keep": keep}
                 output = self._extend(asked.ids, more, cache, entry, real, counts)
             else:
@@ -201,7 +202,12 @@ class Rereader:
         return True
 
     def _still_fits(
-        self, before: list[Row], rows: list[Row], builds: list[Build], entry: RereadEntry
+        self,
+        before: list[Row],
+        rows: list[Row],
+        builds: list[Build],
+        cache: Cache,
+        entry: RereadEntry,
     ) -> bool:
         """Whether new look-ups have found what the KV layers hold already; then these contexts go
         on as the new ones. before: the rows with the look-ups of old.
@@ -215,7 +221,8 @@ class Rereader:
             if old.looked != was or places[0] != places[1] or starts[0] != starts[1]:
                 return False
         entry.contexts = replace(made, builds=tuple(builds))
-        self._recall(rows, builds, entry)
+        entry.open(cache)
+        entry.outside = self._outside(rows, builds, cache)
         return True
 
     def step(self, ids: Tensor, cache: Cache) -> dict | None:
@@ -239,7 +246,8 @@ class Rereader:
         assert made is not None
         mask = made.mask_with(None, 1)
         positions = torch.tensor(made.lengths, device=ids.device)[:, None]
-        inputs = {"attention_mask": None if mask is None else mask.long(), **entry.recalled()}
+        outside = {} if entry.outside is None else {OUTSIDE: entry.outside}
+        inputs = {"attention_mask": None if mask is None else mask.long(), **outside}
         return inputs | ({"position_ids": positions} if "position_ids" in self.names else {})
 
     def _prepare_step(self, ids: Tensor, cache: Cache, entry: RereadEntry) -> None:
@@ -248,7 +256,7 @@ class Rereader:
         if entry.contexts is None or list(entry.contexts.builds) != due:
             before = entry.settle()
             rows = entry.rows = self._looked_up(before, due)
-            if not self._still_fits(before, rows, due, entry):
+            if not self._still_fits(before, rows, due, cache, entry):
                 usual = {"use_cache": True, "return_dict": True}
                 self._rebuild(rows, due, 1, usual, cache, entry)
         entry.open(cache)
@@ -256,7 +264,9 @@ class Rereader:
     def read(
         self, ids: Tensor, mask: Tensor | None, cache: Cache, told: Callable[[int], None] | None
     ) -> None:
-        """Take tokens into a cache and read the keys of all complete blocks; no logits.
+        """Take tokens into a cache and read the keys of all complete blocks; no logits. Of a text
+        that the bank can't hold none is read, and none lets go of others, before a token's context
+        needs it.
 
         ids: [B, L]. mask: [B, L], of these alone. told: called with the tokens of the longest row
         that have been read.
@@ -269,7 +279,12 @@ class Rereader:
         real = None if mask is None or bool(mask.all()) else mask.bool()
         counts = [ids.shape[1]] * len(ids) if real is None else real.sum(1).tolist()
         rows = with_tokens(entry.settle(), ids, real, counts)
-        for made in self.keys.read_all(rows, self.settings):
+        full = self.settings.bank_tokens
+        counts = [
+            row.count if row.count <= full else build_of(row.count, row.ends, self.settings).count
+            for row in rows
+        ]
+        for made in self.keys.read_all(rows, self.settings, counts):
             rows = made
             if told is not None:
                 told(max(len(row.blocks) * self.settings.block for row in rows))
@@ -321,19 +336,18 @@ class Rereader:
 
     def _lacks_keys(self, row: Row, build: Build) -> bool:
         """Whether recall needs keys of a row that its look-up does not need any more."""
-        if not self.recalls or not self.settings.spans or build == WHOLE:
-            return False
-        return len(row.blocks) < build.count // self.settings.block or not is_in_one_piece(row)
+        return self.recalls and len(row.blocks) < build.count // self.settings.block
 
-    def _recall(self, rows: list[Row], builds: list[Build], entry: RereadEntry) -> None:
-        """What recall is given beside these contexts."""
-        reads = self.recalls and self.settings.spans
-        entry.outside = outside_of(rows, builds, self.settings) if reads else None
+    def _outside(self, rows: list[Row], builds: list[Build], cache: Cache | None) -> Outside | None:
+        """What recall is given beside these contexts; None where there is nothing."""
+        if not self.recalls or not self.settings.spans:  # without spans nobody reads keys
+            return None
+        made = outside_of(rows, builds, self.settings, cache is not None and is_static(cache))
+        return None if made.empty else made
 
     def _found(self, row: Row, build: Build) -> Row:
         if not self.settings.spans:
             return replace(row, looked=build)
-        row = in_one_piece(row) if self.recalls else row
         if row.looked == build:
             return row
         start = window_start(build, self.settings)
@@ -363,7 +377,7 @@ class Rereader:
         tokens = torch.ones_like(ids) if real is None else real.long()
         positions = (start + tokens.cumsum(1) - 1).clamp_min(0)
         mask = made.mask_with(real, ids.shape[1])
-        output = self._base(kwargs, ids, mask, positions, entry, past_key_values=cache)
+        output = self._base(kwargs, ids, mask, positions, entry.outside, past_key_values=cache)
         entry.contexts = made.longer(real, counts)
         return output
 
@@ -381,11 +395,12 @@ class Rereader:
         ids, mask, positions = side_by_side(pieces)
         if cache is not None:
             entry.empty(cache)
-        self._recall(rows, builds, entry)
-        more = {"past_key_values": cache, "use_cache": cache is not None}
-        output = self._base({**kwargs, "logits_to_keep": keep}, ids, mask, positions, entry, **more)
+        outside = self._outside(rows, builds, cache)
+        more = {"past_key_values": cache, "use_cache": cache is not None, "logits_to_keep": keep}
+        output = self._base(kwargs, ids, mask, positions, outside, **more)
         lengths = tuple(len(piece) for piece in pieces)
         entry.contexts = Contexts(tuple(builds), ids.shape[1], mask, lengths)
+        entry.outside = outside
         return output
 
     def _row_by_row(
@@ -409,8 +424,8 @@ class Rereader:
                 ids = context(rows[i], build, stop, self.settings)[None]
                 positions = torch.arange(ids.shape[1], device=ids.device)[None]
                 alone["logits_to_keep"] = stop - first
-                self._recall([rows[i]], [build], entry)
-                output = self._base(alone, ids, None, positions, entry)
+                outside = self._outside([rows[i]], [build], None)
+                output = self._base(alone, ids, None, positions, outside)
                 parts.append(_main(output)[0, -(stop - first) :])
             if not parts:
                 continue
@@ -419,7 +434,6 @@ class Rereader:
                 whole = made.new_zeros(len(rows), keep, made.shape[-1])
             columns = slice(None) if real is None else real[i, -keep:]
             whole[i, columns] = made
-        entry.outside = None
         if whole is None:
             raise ValueError("all columns of the call are padding")
         return rows, _replaced(output, whole)
@@ -430,11 +444,12 @@ class Rereader:
         ids: Tensor,
         mask: Tensor | None,
         positions: Tensor,
-        entry: RereadEntry,
+        outside: Outside | None,
         **more: Any,
     ) -> Any:
         """The base model on ids [B, L], with such of these arguments as it has."""
-        kwargs = {**kwargs, **more, "input_ids": ids, "return_dict": True, **entry.recalled()}
+        kwargs = {**kwargs, **more, "input_ids": ids, "return_dict": True}
+        kwargs |= {} if outside is None else {OUTSIDE: outside}
         kwargs |= {"attention_mask": None if mask is None else mask.long()}
         kwargs["position_ids"] = positions
         for name in NOT_OF_CONTEXTS:

@@ -41,22 +41,24 @@ class Passage:
 class KeyBlock:
     """Keys of a block's spans that are still there.
 
-    keys: [spans, span_width, R]. spans: their numbers in the row, ascending.
-    """
-
-    keys: Tensor
-    spans: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Keys of several blocks in one tensor. keys: [spans, span_width, R]. scale: by token, 1 over
-    the length of its key. blocks: their parts of it.
+    keys: [spans, span_width, R]. scale: [spans, span_width], 1 over the length of each. spans:
+    their numbers in the row, ascending.
     """
 
     keys: Tensor
     scale: Tensor
-    blocks: tuple[KeyBlock, ...]
+    spans: tuple[int, ...]
+
+    @classmethod
+    def of(cls, keys: Tensor, spans: tuple[int, ...]) -> KeyBlock:
+        """With the scale of its keys."""
+        wide = torch.float64 if keys.dtype == torch.float64 else torch.float32
+        lengths = torch.linalg.vector_norm(keys, dim=-1, dtype=wide)
+        return cls(keys, 1 / lengths.clamp_min(1e-12), spans)
+
+    def __reduce__(self) -> tuple:
+        # A view is pickled with all of the memory that it is a part of.
+        return KeyBlock, (self.keys.clone(), self.scale, self.spans)
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,9 @@ class Row:
     """ids: [n] int32. blocks: the keys, of the first complete blocks. prompts: that have ended.
 
     found: what the latest look-up has brought back; looked: for which build. answering: what was
-    found at the latest prompt's end and, by look-ups of their own, for its answer. piece: the keys
-    once more, for recall, in the same memory.
+    found at the latest prompt's end and, by look-ups of their own, for its answer. joints: of texts
+    that were joined, where one ends and the next begins: tokens that nothing of the text followed,
+    from the first to the one behind the last.
     """
 
     ids: Tensor
@@ -82,7 +85,7 @@ class Row:
     looked: Build | None = None
     found: tuple[Passage, ...] = ()
     answering: tuple[Passage, ...] | None = None
-    piece: Piece | None = None
+    joints: tuple[tuple[int, int], ...] = ()
 
     def __deepcopy__(self, memo: Any) -> Row:
         return self
@@ -139,7 +142,7 @@ class Row:
         """With the keys of its next block, [U, R]; a full bank lets spans go."""
         spans = keys.unflatten(0, (-1, settings.span_width))
         number = len(self.blocks) * len(spans)
-        block = KeyBlock(spans, tuple(range(number, number + len(spans))))
+        block = KeyBlock.of(spans, tuple(range(number, number + len(spans))))
         blocks = _gathered((*self.blocks, block))
         surplus = sum(len(block.spans) for block in blocks)
         surplus -= settings.bank_tokens // settings.span_width
@@ -190,5 +193,6 @@ def _kept(block: KeyBlock, gone: set[int]) -> KeyBlock:
     index = torch.tensor(stay, dtype=torch.int64, device=block.keys.device)
     return KeyBlock(
         block.keys.index_select(0, index),
+        block.scale.index_select(0, index),
         tuple(block.spans[i] for i in stay),
     )

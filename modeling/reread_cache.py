@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 from .memory_cache import entry_of, fill_lazy
 from .recurrent_cache import Columns, columns_seen
 from .reread_bank import Row
-from .reread_outside import OUTSIDE, Outside
+from .reread_outside import Outside
 from .reread_schedule import Build
 from .reread_settings import RereadSettings
 
@@ -75,7 +75,8 @@ class RereadEntry(Columns):
     """The rows of a cache, and what its KV layers hold of them.
 
     contexts: None where rows are held whole, as the base model would, or where what the layers
-    hold is of no use any more: `whole` tells which. outside: what recall is given beside them.
+    hold is of no use any more: `whole` tells which. outside: what recall is given beside them; it
+    is of no use either where they are not.
     """
 
     def __init__(self, settings: RereadSettings) -> None:
@@ -151,10 +152,6 @@ class RereadEntry(Columns):
             self.step(ids)
             if self.contexts is not None:
                 self.contexts = self.contexts.longer(None, [1] * len(self.counts))
-
-    def recalled(self) -> dict[str, Outside]:
-        """What a call in these contexts is given for recall, as an argument."""
-        return {} if self.outside is None else {OUTSIDE: self.outside}
 
     # Opened and closed.
 
@@ -283,13 +280,14 @@ class RereadEntry(Columns):
         self.shown = [(n, None if m is None else m[here.to(m.device)]) for n, m in self.shown]
         made = self.contexts
         states = [*zip(self.counts, self.ends, *((made.builds, made.lengths) if made else ()))]
-        texts = 1 if self.outside is None else len(self.outside.runs)
-        alike = texts == 1 and all(state == states[0] for state in states)
+        alike = self.outside is None or self.outside.alike
+        alike = alike and all(state == states[0] for state in states)
         order = [0] * len(here) if alike else index.tolist()  # to ask would wait for the device
         self.counts = [self.counts[i] for i in order]
         self.ends = [self.ends[i] for i in order]
-        self.outside = None if self.outside is None else self.outside.of_rows(order)
         if made is not None:
+            outside = self.outside
+            self.outside = None if outside is None else outside.of_rows(order)
             mask = None if made.mask is None else made.mask[here.to(made.mask.device)]
             self.contexts = Contexts(
                 tuple(made.builds[i] for i in order),

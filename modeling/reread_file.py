@@ -68,6 +68,7 @@ def save_row(row: Row, path: AnyPath, settings: RereadSettings, model: str, toke
         "format": FORMAT,
         "blocks": len(row.blocks),
         "block": settings.block,
+        "joints": row.joints,
         "model": model,
         "tokenizer": tokenizer,
         **{name: getattr(settings, name) for name in DEPENDS},
@@ -105,7 +106,8 @@ def load_row(
             what = {"model": "other weights", "tokenizer": "another tokenizer"}
             by = what.get(name, f"another {name}")
             raise ValueError(f"{path} was made with {by}; read the text again")
-    return Row(tensors["ids"], _blocks(tensors, facts["blocks"], settings))
+    joints = tuple((int(first), int(stop)) for first, stop in facts.get("joints", ()))
+    return Row(tensors["ids"], _blocks(tensors, facts["blocks"], settings), joints=joints)
 
 
 def _check_shapes(facts: dict, tensors: dict[str, Tensor]) -> None:
@@ -132,6 +134,6 @@ def _blocks(
         while stop < len(spans) and spans[stop] < (number + 1) * each:
             stop += 1
         keys = tensors["keys"][at:stop]
-        blocks.append(KeyBlock(keys, tuple(spans[at:stop])))
+        blocks.append(KeyBlock.of(keys, tuple(spans[at:stop])))
         at = stop
     return tuple(blocks)

@@ -118,16 +118,19 @@ class KeyReader:
 
         return read(pieces) if self.source is None else self.source(pieces, read)
 
-    def read_all(self, rows: list[Row], settings: RereadSettings) -> Iterator[list[Row]]:
-        """Rows with the keys of all their complete blocks, some more at a time. Rows that are the
-        same are read once.
+    def read_all(
+        self, rows: list[Row], settings: RereadSettings, counts: Sequence[int] | None = None
+    ) -> Iterator[list[Row]]:
+        """Rows with the keys of all complete blocks, or those up to these counts of tokens, some
+        more at a time. Rows that are the same are read once.
         """
+        counts = [row.count for row in rows] if counts is None else counts
         stride = settings.block * STRIDE
         first = min(len(row.blocks) for row in rows) * settings.block
-        longest = max(row.count for row in rows)
-        for count in range(first + stride, longest + stride, stride):
-            unique = {id(row): row for row in rows}
-            made = dict(zip(unique, self.read(list(unique.values()), count, settings)))
+        for upto in range(first + stride, max(counts) + stride, stride):
+            unique = {id(row): (row, min(upto, count)) for row, count in zip(rows, counts)}
+            some, until = zip(*unique.values())
+            made = dict(zip(unique, self.read(some, until, settings)))
             rows = [made[id(row)] for row in rows]
             yield rows
 
@@ -138,6 +141,7 @@ class KeyReader:
         """
         ids: list[Tensor] = []
         blocks: list[KeyBlock] = []
+        joints: list[tuple[int, int]] = []
         at = 0
         for number, row in enumerate(rows):
             count = row.count
@@ -146,8 +150,11 @@ class KeyReader:
             row = self.read([row], row.count, settings)[0]
             ids.append(row.ids)
             blocks += row.shifted(count, at, settings)
+            joints += [(at + first, at + stop) for first, stop in row.joints]
+            if number < len(rows) - 1:
+                joints.append((at + count - 1, at + row.count))
             at += row.count
-        return Row(torch.cat(ids), tuple(blocks))
+        return Row(torch.cat(ids), tuple(blocks), joints=tuple(joints))
 
     def query(
         self, row: Row, count: int, asking: Tensor | None, settings: RereadSettings
