@@ -206,10 +206,11 @@ class Recaller:
             output = base(**kwargs, return_dict=True)
         finally:
             current.heard = None
-        if any(layer not in heard for layer in (*self.settings.layers, *more)):
+        missing = [layer for layer in (*self.settings.layers, *more) if layer not in heard]
+        if missing:
             raise RuntimeError(
-                f"of recall's layers {self.settings.layers} {len(heard)} were computed; choose "
-                "others with model.set_recall(layers=...)"
+                f"layer {missing[0]}, which recall's keys are of, was not computed; choose others "
+                "with model.set_recall(layers=...) or set_window(window, layer=...)"
             )
         return heard, output
 

@@ -296,3 +296,23 @@ def load_alone(jobs: list[dict], modules: Path) -> list[dict]:
 def memory_of(cache):
     """The entry of the fusion memory in a cache, of whatever module its model was loaded from."""
     return next(layer for layer in cache.layers if hasattr(layer, "memories"))
+
+
+def in_float64(prepared, folder):
+    """A model as `prepared` makes it, in float64 where its attention can do that."""
+    model = prepared(folder)
+    eager = ("PaceGemma2ForCausalLM", "PaceGPTJForCausalLM", "PaceBloomForCausalLM")
+    return prepared(folder, torch.float32) if type(model).__name__ in eager else model
+
+
+def generated(model, prompts, new, **more):
+    """Greedy answers to prompts of unlike lengths, in one batch that is padded on the left."""
+    width = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, prompt in enumerate(prompts):
+        ids[i, width - len(prompt) :], mask[i, width - len(prompt) :] = torch.tensor(prompt), 1
+    made = model.generate(
+        ids, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=0, **more
+    )
+    return made[:, width:].tolist()

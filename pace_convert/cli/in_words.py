@@ -119,7 +119,7 @@ def _recall_line(recall: dict | None, rereads: bool) -> str:
     layers = ", ".join(map(str, settings.layers))
     return (
         f"what followed similar tokens, by layers {layers}, above a similarity of "
-        f"{settings.theta_low}" + (", out of view too" if settings.outside and rereads else "")
+        f"{settings.theta_low}" + (", out of view too" if recall.get("outside") and rereads else "")
     )
 
 

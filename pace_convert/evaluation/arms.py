@@ -86,9 +86,12 @@ def _defaults(layers: int, trained: int | None) -> dict[str, int]:
     return {"layer": default_layer(layers), "spans": min(plain.spans, spans)}
 
 
-def recall_settings(own: dict | None, layers: int) -> RecallSettings:
-    """How an arm recalls: as config.json's `pace.memory.recall` says, else by default."""
-    return RecallSettings.from_config({"layers": default_layers(layers), **(own or {})})
+def recall_parameters(own: dict | None, layers: int) -> dict[str, Any]:
+    """How an arm recalls: as config.json's `pace.memory.recall` says, what it does not say as the
+    folder's own files have it. Raises ValueError.
+    """
+    given = {"layers": default_layers(layers), **(own or {})}
+    return {**given, "layers": RecallSettings.from_config(given).layers}
 
 
 def as_parameters(settings: RereadSettings | None) -> dict[str, Any]:

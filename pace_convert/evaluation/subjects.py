@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..device import DType, resolve_device
 from ..errors import CallError, PaceError
 from ..modeling.reread_settings import RereadSettings
 from ..options import memory_in_effect
-from .arms import ARMS, AS_IT_IS, Arm, as_parameters, recall_settings, window_settings
+from .arms import ARMS, AS_IT_IS, Arm, as_parameters, recall_parameters, window_settings
 from .bm25 import Bm25Reader
 from .reader import Reader
 from .rereading import RereadingReader
@@ -299,8 +299,8 @@ def _switch_recall(loaded: Loaded, subject: Subject) -> None:
                 f"{subject.model} was converted by a version without recall", "convert it again"
             )
         return
-    settings = asdict(recall_settings(own, layer_count(subject.model))) if recalls else {}
-    loaded.model.set_recall(recalls, **settings)
+    given = recall_parameters(own, layer_count(subject.model)) if recalls else {}
+    loaded.model.set_recall(recalls, **given)
 
 
 @functools.lru_cache(maxsize=1)

@@ -4,7 +4,7 @@ held-out text, and nothing where nothing is gained.
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -171,3 +171,15 @@ def test_what_costs_a_document_is_no_rival(monkeypatch, worst, written):
     options, converted = SimpleNamespace(model="x", seed=0), SimpleNamespace(layers=4)
     facts = recall_choose._judged(options, converted, data, memory, [trial], [])
     assert (facts["winner"] is not None) == written
+
+
+NEWER = ("gate_confidence", "outside")
+
+
+def test_what_an_earlier_folder_does_not_know_is_not_written():
+    earlier = {n: v for n, v in asdict(RecallSettings()).items() if n not in NEWER}
+    settings = RecallSettings(layers=(2,), gate_bias=-3.0)
+    expected = {**earlier, "layers": (2,), "gate_bias": -3.0}
+    assert recall_choose._written(settings, earlier) == expected
+    assert "outside" in recall_choose._written(settings, {"outside": ()})
+    assert recall_choose._written(replace(settings, outside=()), earlier)["outside"] == ()

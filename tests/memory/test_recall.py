@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from helpers import family_of, load, pace_convert, random_ids
+from helpers import family_of, in_float64, load, pace_convert, random_ids
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from slow_recall import slow_recall
@@ -33,9 +33,7 @@ def prepared(folder, dtype=torch.float64, **changes):
 @pytest.fixture(scope="module")
 def recalling(family_pair):
     """Of each family, in float64 where its attention can do that."""
-    model = prepared(family_pair[1])
-    eager = ("PaceGemma2ForCausalLM", "PaceGPTJForCausalLM", "PaceBloomForCausalLM")
-    return prepared(family_pair[1], torch.float32) if type(model).__name__ in eager else model
+    return in_float64(prepared, family_pair[1])
 
 
 @pytest.fixture(scope="module")

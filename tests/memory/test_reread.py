@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from helpers import family_of, load, random_ids
+from helpers import family_of, generated, in_float64, load, random_ids
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -35,9 +35,7 @@ def prepared(folder, dtype=torch.float64):
 @pytest.fixture(scope="module")
 def reading(family_pair, request):
     """Of each family, in float64 where its attention can do that."""
-    model = prepared(family_pair[1])
-    eager = ("PaceGemma2ForCausalLM", "PaceGPTJForCausalLM", "PaceBloomForCausalLM")
-    return prepared(family_pair[1], torch.float32) if type(model).__name__ in eager else model
+    return in_float64(prepared, family_pair[1])
 
 
 @pytest.fixture(scope="module", params=[0, 5], ids=["once", "interval"])
@@ -81,18 +79,6 @@ def test_greedy_answers_are_those_of_the_rules(reading):
             close(reading, chosen, logits.max())  # float32 may break a tie
             ids.append(token)
             rules.ids = ids
-
-
-def generated(model, prompts, new, **more):
-    width = max(map(len, prompts))
-    ids = torch.zeros(len(prompts), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for i, prompt in enumerate(prompts):
-        ids[i, width - len(prompt) :], mask[i, width - len(prompt) :] = torch.tensor(prompt), 1
-    made = model.generate(
-        ids, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=0, **more
-    )
-    return made[:, width:].tolist()
 
 
 def test_short_texts_are_the_base_models(family_pair, reading):

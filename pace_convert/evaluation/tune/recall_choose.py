@@ -20,7 +20,7 @@ from ...options import memory_in_effect
 from ...progress import Progress
 from ...version import __version__
 from ...writing import write_json
-from ..arms import recall_settings
+from ..arms import recall_parameters
 from ..folder import RESULTS
 from ..intervals import difference
 from ..reader import Reader
@@ -83,7 +83,7 @@ def tune_recall(options: TuneOptions, converted: Converted, progress: Progress) 
     with search_folder(options.folder("tune"), options, converted, now) as memory:
         reader = reader_of(options, None)
         data = read_data(_request(options, reader), reader)
-        own = recall_settings(memory["recall"], converted.layers)
+        own = RecallSettings.from_config(recall_parameters(memory["recall"], converted.layers))
         held_in, held_out = (
             _read(reader, converted, items, own, progress, name)
             for items, name in ((data.held_in, "held-in"), (data.held_out, "held-out"))
@@ -158,13 +158,14 @@ def _judged(
     held_out: list[Read],
 ) -> dict:
     best, own = trials[0], memory["recall"]
-    settings = best.settings(recall_settings(own, converted.layers))
-    rows = [_row("finalist", settings, held_out, best.gain)]
+    known = recall_parameters(own, converted.layers)
+    settings = best.settings(RecallSettings.from_config(known))
+    rows = [_row("finalist", settings, held_out, best.gain, known)]
     if own is not None:
-        rows.append(_row("current", RecallSettings.from_config(own), held_out, None))
+        rows.append(_row("current", RecallSettings.from_config(own), held_out, None, own))
     rivals = [row["held_out"]["mean"] for row in rows[1:] if _gains(row)]
     wins = _gains(rows[0]) and best.gain > 0 and rows[0]["held_out"]["mean"] > max([0.0, *rivals])
-    winner = {**memory, "enabled": True, "recall": asdict(settings)} if wins else None
+    winner = {**memory, "enabled": True, "recall": _written(settings, known)} if wins else None
     return {
         "tunes": "recall",
         "model": options.model,
@@ -179,7 +180,17 @@ def _judged(
     }
 
 
-def _row(name: str, settings: RecallSettings, texts: list[Read], held_in: float | None) -> dict:
+def _written(settings: RecallSettings, known: dict) -> dict:
+    """As config.json has them. known: what it has now; another parameter is named where it is not
+    the default, as a folder of an earlier version does not know it.
+    """
+    usual = asdict(RecallSettings())
+    return {n: v for n, v in asdict(settings).items() if n in known or v != usual[n]}
+
+
+def _row(
+    name: str, settings: RecallSettings, texts: list[Read], held_in: float | None, known: dict
+) -> dict:
     """Gains on texts, nats a token; worst: of the document that gains least."""
     sure = settings.gate_confidence
     gate = Gate(
@@ -193,7 +204,7 @@ def _row(name: str, settings: RecallSettings, texts: list[Read], held_in: float 
     each = [gain for parts in gains.values() for gain in parts]
     return {
         "name": name,
-        "recall": asdict(settings),
+        "recall": _written(settings, known),
         "held_in": held_in,
         "held_out": difference([each], [[0.0] * len(each)]).as_dict(),
         "worst": min(float(np.mean(parts)) for parts in gains.values()),
