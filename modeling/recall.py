@@ -19,16 +19,9 @@ from transformers.cache_utils import Cache, DynamicCache
 from .memory_session import MASK, current
 from .memory_stack import StackMemory, real_columns, refuse_tracing
 from .recall_bank import mix
-from .recall_cache import (
-    ALONE,
-    ROOM,
-    RecallEntry,
-    entry_is_ready,
-    find_recall,
-    is_static,
-    recall_entry,
-)
+from .recall_cache import ALONE, ROOM, RecallEntry, entry_is_ready, find_recall, recall_entry
 from .recall_settings import RecallSettings, default_layers
+from .recurrent_cache import is_static
 from .reread_keys import KeyReader, entrance
 from .reread_outside import OUTSIDE, Outside
 

@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 
 from .memory_cache import _EmptyLayer, entry_of, fill_lazy
 from .recall_settings import RecallSettings
-from .recurrent_cache import columns_seen
+from .recurrent_cache import columns_seen, is_static
 
 NOTHING = -1  # padding, or a column that is not filled
 ALONE = -2  # a token with none before it, or one whose id is not known
@@ -197,13 +197,6 @@ def recall_entry(cache: Cache, settings: RecallSettings, num_hidden_layers: int)
 def find_recall(cache: object) -> RecallEntry | None:
     """The entry of a cache, if it has one."""
     return entry_of(cache, RecallEntry)
-
-
-def is_static(cache: Cache) -> bool:
-    """Whether the length of what a cache holds may be known to the device alone: asking for it
-    would wait at every step.
-    """
-    return any(hasattr(layer, "max_cache_len") for layer in cache.layers)
 
 
 def entry_is_ready(cache: object) -> bool:

@@ -1,5 +1,6 @@
-"""Columns that a cache has seen; and caches of models that have a state in place of attention
-(Mamba): their layers count none, and their forward knows the cache by another name.
+"""Columns that a cache has seen, and who knows them; and caches of models that have a state in
+place of attention (Mamba): their layers count none, and their forward knows the cache by another
+name.
 """
 
 from __future__ import annotations
@@ -90,6 +91,13 @@ def columns_seen(cache: Cache) -> Any:
     if not cache.layers or any(hasattr(layer, "get_seq_length") for layer in cache.layers):
         return cache.get_seq_length()
     return int(cache.has_previous_state())
+
+
+def is_static(cache: Cache) -> bool:
+    """Whether the length of what a cache holds may be known to the device alone: asking for it
+    would wait at every step.
+    """
+    return any(hasattr(layer, "max_cache_len") for layer in cache.layers)
 
 
 def cache_name(forward: Callable) -> str:

@@ -23,8 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .memory_session import MASK
 from .memory_stack import real_columns
-from .recall_cache import is_static
-from .recurrent_cache import OF_STATES, USUAL
+from .recurrent_cache import OF_STATES, USUAL, is_static
 from .reread_asking import what_asks
 from .reread_bank import Passage, Row
 from .reread_cache import Contexts, RereadEntry, held_length, reread_entry

@@ -26,6 +26,7 @@ SHAPE = {
     "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 1 << 17,
     "tie_word_embeddings": True,
 }  # fmt: skip
+BLOCK = 1024  # tokens whose keys lie together
 VIEW = 4096  # tokens in view where others are out of it
 
 
@@ -61,7 +62,8 @@ def filled(columns: int, room: int, dtype: torch.dtype, settings: RecallSettings
 def far(read: int, x: torch.Tensor, signs: torch.Tensor, logits: torch.Tensor) -> Callable:
     """Recall of so many tokens that re-reading has read."""
     gate = RecallSettings().of_outside()
-    keys = torch.randn(1, read, signs.shape[1]).to(x)
+    blocks = torch.randn(1, read, signs.shape[1]).to(x).split(BLOCK, 1)
+    keys = tuple(block.clone() for block in blocks)
     ids = torch.randint(SHAPE["vocab_size"], (1, read), dtype=torch.int32)
     scale, at = torch.full((read,), signs.shape[1] ** -0.5), torch.tensor([read])
 
