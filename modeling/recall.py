@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from .memory_session import MASK, current
 from .memory_stack import StackMemory, real_columns, refuse_tracing
-from .recall_bank import mix
+from .recall_bank import RecallBank, mix, order_of
 from .recall_cache import ALONE, ROOM, RecallEntry, entry_is_ready, find_recall, recall_entry
 from .recall_settings import RecallSettings, default_layers
 from .recurrent_cache import is_static
@@ -107,9 +107,10 @@ class Recaller:
         )
         if isinstance(cache, Cache) and not is_static(cache):
             entry.columns += given.shape[1]
-        self._mix(output, keys, at, entry, kwargs)
+        latest = self._mix(output, keys, at, entry, kwargs)
         if outside is not None:
-            self._mix_outside(output, heard[outside.layer], outside, kwargs, model.config)
+            x = heard[outside.layer]
+            self._mix_outside(output, x, latest, outside, kwargs, model.config)
         if labels is not None:
             more = {name: kwargs[name] for name in ("num_items_in_batch",) if name in kwargs}
             size = model.config.get_text_config().vocab_size
@@ -218,17 +219,24 @@ class Recaller:
             parts.append(part.to(heard[0]))
         return torch.cat(parts, -1)
 
-    def _mix(self, output: Any, keys: Tensor, at: Tensor, entry: RecallEntry, kwargs: dict) -> None:
-        """Into the logits that were asked for."""
+    def _mix(
+        self, output: Any, keys: Tensor, at: Tensor, entry: RecallEntry, kwargs: dict
+    ) -> Tensor:
+        """Into the logits that were asked for. Returns the ids up to their tokens,
+        [B, L, RUN].
+        """
         rows = self._asked(kwargs)
         logits, pairs, codes = output.logits, entry.pairs, entry.codes
         assert pairs is not None
         if entry.columns:  # else only the device knows how many are filled
             pairs, codes = pairs[:, : entry.columns], codes[:, : entry.columns]
-        output["logits"] = mix(logits, keys[:, rows], at[rows], pairs, codes, self.settings)
+        bank = RecallBank((pairs,), codes, order_of(codes))
+        latest = bank.order.latest(at[rows])
+        output["logits"] = mix(logits, keys[:, rows], latest, at[rows], bank, self.settings)
+        return latest
 
     def _mix_outside(
-        self, output: Any, x: Tensor, outside: Outside, kwargs: dict, config: Any
+        self, output: Any, x: Tensor, latest: Tensor, outside: Outside, kwargs: dict, config: Any
     ) -> None:
         """The same with what is not in view; rows with the same text are read together."""
         assert self.outside is not None
@@ -242,9 +250,10 @@ class Recaller:
                 at = torch.full(queries.shape[1:2], len(pairs.ids), device=pairs.ids.device)
                 codes = _predictable(pairs.ids[None], config)
                 assert codes is not None
-                keys = tuple(part[None] for part in pairs.keys)
-                flat = part.flatten(0, 1)[None]
-                flat = mix(flat, queries, at, keys, codes, self.outside, pairs.scale)
+                keys = tuple(key[None] for key in pairs.keys)
+                bank = RecallBank(keys, codes, order_of(codes), pairs.scale)
+                before = latest[some].flatten(0, 1)[None]
+                flat = mix(part.flatten(0, 1)[None], queries, before, at, bank, self.outside)
                 part = flat[0].view_as(part)
             made.append(part)
         output["logits"] = made[0] if len(made) == 1 else torch.cat(made)

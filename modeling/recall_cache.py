@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from .memory_cache import _EmptyLayer, entry_of, fill_lazy
+from .recall_bank import NOTHING
 from .recall_settings import RecallSettings
 from .recurrent_cache import columns_seen, is_static
 
-NOTHING = -1  # padding, or a column that is not filled
 ALONE = -2  # a token with none before it, or one whose id is not known
 ROOM = 256  # columns at first
 
@@ -26,9 +26,10 @@ ROOM = 256  # columns at first
 class RecallEntry(_EmptyLayer):
     """Pairs of the rows of a cache.
 
-    keys: [B, C, K] of length 1 in the model's dtype, `codes`: [B, C] int32, an id, NOTHING or
-    ALONE. latest: [B, K], the key of each row's latest token; begun: [B], whether it has one. seen:
-    columns filled, on the device; `columns`: the same here, unless only the device knows.
+    keys: [B, C, K] of length 1 in the model's dtype, `codes`: [B, C] int32, an id, NOTHING
+    (padding, or a column that is not filled) or ALONE. latest: [B, K], the key of each row's latest
+    token; begun: [B], whether it has one. seen: columns filled, on the device; `columns`: the same
+    here, unless only the device knows.
     """
 
     supports_early_init = False

@@ -9,7 +9,10 @@ from dataclasses import dataclass, fields, replace
 
 from .memory_settings import MOST_LAYERS, MOST_SLOTS, Bounds, check_fields, real, whole
 
-GATE = ("sharpness", "gate_bias", "gate_slope", "gate_growth", "gate_confidence", "theta_low")
+GATE = (
+    "sharpness", "gate_bias", "gate_slope", "gate_growth", "gate_confidence", "theta_low",
+    "gate_agreement", "run_weight", "model_weight",
+)  # fmt: skip
 
 
 def default_layers(layers: int) -> tuple[int, ...]:
@@ -22,10 +25,12 @@ class RecallSettings:
     """The parameters of recall, named as in config.json's `pace.memory.recall`.
 
     layers: 0-based decoder layers whose FFN inputs are the key, part by part. sharpness: beta.
-    gate_bias, gate_slope, gate_growth, gate_confidence: a, b, c and d. theta_low: a token that has
-    seen nothing more similar is left alone. key_size: R, numbers of a key's part. outside:
-    sharpness, a, b, c, d and theta_low of the gate for what was read and is out of view, whose keys
-    are those of re-reading; empty: it is not recalled. See `recall_bank` for the formulas.
+    gate_bias, gate_slope, gate_growth, gate_confidence, gate_agreement: a, b, c, d and e.
+    theta_low: a token that has seen nothing more similar is left alone. key_size: R, numbers of a
+    key's part. run_weight: g, what each token that is the same counts beside similarity.
+    model_weight: p, what the model's own opinion of what is recalled counts. outside: those of GATE
+    for what was read and is out of view, whose keys are those of re-reading; empty: it is not
+    recalled. See `recall_bank` for the formulas.
 
     Defaults are a careful gate, not one that fits every model: calibrate it (`pace tune`).
 
@@ -33,14 +38,17 @@ class RecallSettings:
     """
 
     layers: tuple[int, ...] = (0,)
-    sharpness: float = real(18.0, low=0, high=1000)
-    gate_bias: float = real(-15.6)
-    gate_slope: float = real(6.6)
+    sharpness: float = real(10.0, low=0, high=1000)
+    gate_bias: float = real(-12.8)
+    gate_slope: float = real(6.3)
     gate_growth: float = real(0.8)
     theta_low: float = real(0.4, low=-1, high=1)
     key_size: int = whole(192, low=1, high=MOST_SLOTS)
     gate_confidence: float = real(0.0)
-    outside: tuple[float, ...] = (40.0, -25.0, 22.0, 0.0, 3.0, 0.4)
+    gate_agreement: float = real(0.32)
+    run_weight: float = real(0.3, low=0, high=1000)
+    model_weight: float = real(0.3, low=0, high=1)
+    outside: tuple[float, ...] = (25.0, -20.0, 18.0, 0.0, 3.0, 0.4, 0.25, 0.3, 0.25)
 
     def __post_init__(self) -> None:
         check_fields(self, "recall")

@@ -44,17 +44,39 @@ def signs(width: int, size: int) -> Tensor:
 
 
 def mixed(z: Tensor, keys: list[Tensor], ids: list[int], t: int, settings) -> Tensor:
+    """With what followed the tokens before the t-th. The first token is like no other."""
     cosines = [float(keys[t] @ keys[s]) for s in range(t)]
-    mean = sum(cosines) / max(t, 1)
+    runs = [run(ids, s, ids[: t + 1]) for s in range(t)]
+    return with_recalled(z, cosines, runs, ids[1 : t + 1], settings)
+
+
+def run(ids: list[int], s: int, latest: list[int]) -> int:
+    """How many tokens up to s are the latest, at most 16; the first of all is none of them."""
+    length = 0
+    while length < min(16, s, len(latest) - 1) and ids[s - length] == latest[-1 - length]:
+        length += 1
+    return length
+
+
+def with_recalled(
+    z: Tensor, cosines: list[float], runs: list[int], followed: list[int], settings
+) -> Tensor:
+    mean = sum(cosines) / max(len(cosines), 1)
     alike = [(cosine - mean) / max(1 - mean, 0.02) for cosine in cosines]
     if not alike or max(alike) <= settings.theta_low:
         return z
-    weights = [math.exp(settings.sharpness * (r - max(alike))) for r in alike]
+    scores = [settings.sharpness * r + settings.run_weight * n for r, n in zip(alike, runs)]
+    likely = z.softmax(-1)
+    weights = [math.exp(score - max(scores)) for score in scores]
+    agreed = sum(w * float(likely[v]) for w, v in zip(weights, followed)) / sum(weights)
+    weights = [w * float(likely[v]) ** settings.model_weight for w, v in zip(weights, followed)]
     recalled = torch.zeros_like(z)
-    for s, weight in enumerate(weights):
-        recalled[ids[s + 1]] += weight / sum(weights)
+    for v, weight in zip(followed, weights):
+        recalled[v] += weight / sum(weights)
     gate = settings.gate_bias + settings.gate_slope * max(alike)
-    gate += settings.gate_growth * math.log(t) + settings.gate_confidence * float(recalled.max())
+    gate += settings.gate_growth * math.log(len(alike))
+    gate += settings.gate_confidence * float(recalled.max())
+    gate += settings.gate_agreement * max(-20.0, math.log(agreed))
     share = 1 / (1 + math.exp(-gate))
-    mixed = (1 - share) * z.softmax(-1) + share * recalled
+    mixed = (1 - share) * likely + share * recalled
     return mixed.log() + z.logsumexp(-1)

@@ -29,7 +29,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import KVCacheSpec, MLAAttentionSpec
 
-from ..modeling.recall_bank import mix
+from ..modeling.recall_bank import RecallBank, mix, order_of
 from ..modeling.recall_settings import RecallSettings
 from ..modeling.reread_keys import signs
 from . import base_class, check_version
@@ -214,7 +214,9 @@ class Bank(nn.Module, AttentionLayerBase):
         columns = torch.arange(keys.shape[1], device=keys.device)
         codes = ids.where(columns < before[:, None], -1)
         at = torch.tensor([keys.shape[1]], device=keys.device)
-        mix(logits[:, None], self.queries[tokens][:, None], at, keys, codes, self.settings)
+        bank = RecallBank((keys,), codes, order_of(codes))
+        latest = bank.order.latest(at)
+        mix(logits[:, None], self.queries[tokens][:, None], latest, at, bank, self.settings)
 
 
 def _hear(x: Tensor, name: str, part: int) -> Tensor:

@@ -17,7 +17,7 @@ import click
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
-from pace_convert.modeling.recall_bank import mix
+from pace_convert.modeling.recall_bank import RUN, RecallBank, mix, order_of
 from pace_convert.modeling.recall_cache import RecallEntry
 from pace_convert.modeling.recall_settings import RecallSettings
 
@@ -66,10 +66,12 @@ def far(read: int, x: torch.Tensor, signs: torch.Tensor, logits: torch.Tensor) -
     keys = tuple(block.clone() for block in blocks)
     ids = torch.randint(SHAPE["vocab_size"], (1, read), dtype=torch.int32)
     scale, at = torch.full((read,), signs.shape[1] ** -0.5), torch.tensor([read])
+    latest = ids[:, :RUN]
 
     def recall() -> None:
         query = torch.nn.functional.normalize(x @ signs, dim=-1)
-        mix(logits.clone(), query, at, keys, ids, gate, scale)
+        bank = RecallBank(keys, ids, order_of(ids), scale)
+        mix(logits.clone(), query, latest[:, None], at, bank, gate)
 
     return recall
 
@@ -102,7 +104,8 @@ def main(threads: int, repeats: int, dtype: str, contexts: str, outside: str, pr
             keys = torch.nn.functional.normalize(x.expand(1, length, -1) @ signs, dim=-1)
             at = entry.write(keys, one.expand(1, length), None)
             out = logits.expand(1, kept, -1).clone()
-            mix(out, keys[:, -kept:], at[-kept:], entry.pairs, entry.codes, settings)
+            bank = RecallBank((entry.pairs,), entry.codes, order_of(entry.codes))
+            mix(out, keys[:, -kept:], bank.order.latest(at[-kept:]), at[-kept:], bank, settings)
 
         found = ratio(lambda c=cache: model(one, past_key_values=c), recall, repeats)
         print(f"decode, {context} tokens: {found[0]:.4f} x ({found[1] * 1000:.1f} ms, recall "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from pace_convert.modeling.recall_bank import mix
+from pace_convert.modeling.recall_bank import NOTHING, RUN, RecallBank, mix, order_of
 from pace_convert.modeling.recall_settings import RecallSettings
 from pace_convert.modeling.reread_bank import Row
 from pace_convert.modeling.reread_keys import KeyReader, entrance
@@ -31,16 +31,21 @@ class Outside:
         # A column has the key of the token before it.
         self.keys = normalize(keys[:-1].float(), dim=-1)[None]
         self.codes = row.ids[1 : len(keys)][None]
+        self.order = order_of(self.codes)
         self.reader, self.settings, self.gate = reader, settings, gate
         self.heard: Any = None
 
-    def mixed(self, logits: Tensor) -> Tensor:
-        """Logits [1, L, V] of the latest call's last L tokens, in fp32."""
-        x = self.heard[:, -logits.shape[1] :]
+    def mixed(self, logits: Tensor, ids: list[int]) -> Tensor:
+        """Logits [1, L, V] of the latest call's last L tokens, in fp32. ids: up to the last."""
+        length = logits.shape[1]
+        x = self.heard[:, -length:]
         made = (x @ self.reader.projection(x, self.settings.key_size)).float()
-        at = torch.full((logits.shape[1],), self.codes.shape[1])
+        at = torch.full((length,), self.codes.shape[1])
+        behind = torch.tensor([NOTHING] * RUN + ids, dtype=self.codes.dtype)
+        latest = behind.unfold(0, RUN, 1)[-length:].flip(1)[None]
+        bank = RecallBank((self.keys,), self.codes, self.order)
         queries = normalize(made, dim=-1)
-        return mix(logits.float().clone(), queries, at, self.keys, self.codes, self.gate)
+        return mix(logits.float().clone(), queries, latest, at, bank, self.gate)
 
     @contextmanager
     def listening(self) -> Iterator[None]:

@@ -33,8 +33,9 @@ from torch.nn.functional import normalize
 
 from pace_convert.evaluation.intervals import mean_of
 from pace_convert.evaluation.subjects import Subject, load
-from pace_convert.evaluation.tune.recall_fit import fit, recalled
+from pace_convert.evaluation.tune.recall_fit import FITTED, fit, gains, recalled
 from pace_convert.evaluation.tune.recall_record import Recording, record
+from pace_convert.modeling.recall_settings import RecallSettings
 from pace_convert.modeling.reread_keys import signs
 
 ACTIVE = 8  # groups
@@ -114,10 +115,11 @@ def main() -> None:
 
 
 def _gain(texts: list[Recording], layer: int, beta: float) -> tuple:
-    found = [recalled(text, (layer,), beta) for text in texts]
-    halves = [fit(found[i::2]) for i in (1, 0)]
-    gains = [halves[i % 2].gains(text).mean().item() for i, text in enumerate(found)]
-    return mean_of([gains]), min(gains), beta
+    rule = RecallSettings(layers=(layer,), sharpness=beta, run_weight=0.0, model_weight=0.0)
+    found = [recalled(text, rule) for text in texts]
+    halves = [fit(found[i::2], rule, FITTED[:3]) for i in (1, 0)]
+    made = [gains(text, halves[i % 2]).mean().item() for i, text in enumerate(found)]
+    return mean_of([made]), min(made), beta
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python scripts/research/recall_outside.py record OUT --texts TEXTS --out runs/outside/NAME.pt
     python scripts/research/recall_outside.py fit runs/outside/*.pt
-    python scripts/research/recall_outside.py fit runs/outside/*.pt --gate=-25,22,0,3
+    python scripts/research/recall_outside.py fit runs/outside/*.pt --gate=-25,22,0,3,0
 
 OUT is a converted model, TEXTS a folder of long .txt files. Where so many tokens were read before a
 window, the model predicts what follows it with the first tokens and the window alone in view. Kept
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,29 +25,32 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, normalize
 
 from pace_convert.evaluation.subjects import Subject, load
-from pace_convert.modeling.recall_bank import LEAST
+from pace_convert.modeling.recall_bank import LEAST, LEAST_AGREED, RUN, order_of
 from pace_convert.modeling.recall_settings import RecallSettings
 from pace_convert.modeling.reread_bank import Row
 
-RUNS = (1, 2, 3)  # tokens that are matched in a row
-SHARPNESS = (12.0, 18.0, 27.0, 40.0)
+RULES = tuple(product((15.0, 25.0, 40.0), (0.0, 0.3), (0.0, 0.25, 0.4)))  # beta, g and p
 LEAST_GAIN = 0.001  # nats a token: what a text loses counts by its square over this
+AT_ONCE = 64  # tokens, for memory
+
+Rule = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
 class Sample:
     """Predictions behind a window, and what recall from what stands before it says of them.
 
-    read: tokens before the window. By token, [n]: log_p of what came; by tokens that are matched in
-    a row the best similarity, and by these and sharpness log_q of what came and the largest q.
+    read: tokens before the window. By token, [n]: log_p of what came, the best similarity; by rule
+    log_q of what came, the largest q, and ln of the agreement.
     """
 
     text: str
     read: int
     log_p: Tensor
-    best: dict[int, Tensor]
-    log_q: dict[tuple[int, float], Tensor]
-    sure: dict[tuple[int, float], Tensor]
+    best: Tensor
+    log_q: dict[Rule, Tensor]
+    sure: dict[Rule, Tensor]
+    agreed: dict[Rule, Tensor]
 
 
 @torch.no_grad()
@@ -58,47 +62,54 @@ def samples(model: Any, ids: Tensor, name: str, counts: list[int], window: int) 
         row = rows[0]
     for count in counts:
         outside = Outside(row, count - count % settings.block, reader, settings, RecallSettings())
-        values, place = outside.codes[0].long().unique(return_inverse=True)
         for first in range(count, count + 8 * window, 2 * window):
             piece = ids[first : first + 2 * window]
             given = torch.cat([ids[: settings.first], piece])[None]
             with outside.listening():
                 logits = model(given, logits_to_keep=window + 1).logits[0, :-1].float()
-            came = piece[window:]
-            log_p = logits.log_softmax(-1).gather(1, came[:, None])[:, 0]
-            x = outside.heard[:, -window - max(RUNS) : -1]
+            log_p = logits.log_softmax(-1)
+            x = outside.heard[:, -window - 1 : -1]
             made = normalize((x @ reader.projection(x, settings.key_size)).float(), dim=-1)[0]
-            best, log_q, sure = {}, {}, {}
-            for part in range(0, window, 64):  # few at a time, for memory
-                at = torch.searchsorted(values, came[part : part + 64]).clamp_max(len(values) - 1)
-                cosines = made[part : part + 64 + max(RUNS) - 1] @ outside.keys[0].T
-                for run in RUNS:
-                    alike = _similar(cosines, run)
-                    best.setdefault(run, []).append(alike.amax(1))
-                    for beta in SHARPNESS:
-                        weights = (beta * (alike - alike.amax(1, keepdim=True))).exp()
-                        q = torch.zeros(len(alike), len(values)).index_add_(1, place, weights)
-                        q /= weights.sum(1, keepdim=True)
-                        right = q.gather(1, at[:, None])[:, 0]
-                        right = torch.where(values[at] == came[part : part + 64], right, 0).log()
-                        log_q.setdefault((run, beta), []).append(right)
-                        sure.setdefault((run, beta), []).append(q.amax(1))
-            joined = [{k: torch.cat(v) for k, v in d.items()} for d in (best, log_q, sure)]
-            yield Sample(name, outside.codes.shape[1], log_p, *joined)
+            parts = [
+                _said(outside, log_p[part], made[part], piece.to(row.ids), window + part.start)
+                for first in range(0, window, AT_ONCE)
+                for part in [slice(first, first + AT_ONCE)]
+            ]
+            best = torch.cat([part[0] for part in parts])
+            by_rule = [
+                {rule: torch.cat([part[1][rule][n] for part in parts]) for rule in RULES}
+                for n in range(3)
+            ]
+            came = log_p.gather(1, piece[window:, None])[:, 0]
+            yield Sample(name, outside.codes.shape[1], came, best, *by_rule)
 
 
-def _similar(cosines: Tensor, run: int) -> Tensor:
-    """Similarities of tokens whose `run` - 1 predecessors are matched as well, the mean of all.
-
-    cosines: [max(RUNS) - 1 + n, T] -> [n, T].
+def _said(
+    outside: Outside, log_p: Tensor, queries: Tensor, piece: Tensor, first: int
+) -> tuple[Tensor, dict[Rule, tuple[Tensor, ...]]]:
+    """The best similarities of some tokens; by rule log_q of what came, the largest q and ln of the
+    agreement. log_p: [n, V]. piece: what is in view; its token `first` is the first that came.
     """
-    back = max(RUNS) - 1
-    total = torch.zeros_like(cosines[back:])
-    for k in range(run):
-        total[:, k:] += cosines[back - k : len(cosines) - k, : cosines.shape[1] - k]
-    alike = total / run
-    mean = alike.mean(1, keepdim=True)
-    return (alike - mean) / (1 - mean).clamp_min(LEAST)
+    codes, n = outside.codes, len(queries)
+    values, place = codes[0].long().unique(return_inverse=True)
+    cosines = queries @ outside.keys[0].T
+    mean = cosines.mean(1, keepdim=True)
+    alike = (cosines - mean) / (1 - mean).clamp_min(LEAST)
+    latest = torch.stack([piece[first - 1 - k : first - 1 - k + n] for k in range(RUN)], 1)
+    runs = order_of(codes).runs(latest[None])[0]
+    came, known = piece[first : first + n].long(), log_p[:, values]
+    at = torch.searchsorted(values, came).clamp_max(len(values) - 1)
+    there = values[at] == came
+    found: dict[Rule, tuple[Tensor, ...]] = {}
+    for beta, g in dict.fromkeys((beta, g) for beta, g, _ in RULES):
+        weights = (beta * alike + g * runs).softmax(-1)
+        log_w = torch.zeros_like(known).index_add_(1, place, weights).log()
+        agreed = (log_w + known).logsumexp(-1).clamp_min(LEAST_AGREED)
+        for p in dict.fromkeys(p for _, _, p in RULES):
+            log_q = (log_w + p * known).log_softmax(-1)
+            right = log_q.gather(1, at[:, None])[:, 0].where(there, -torch.inf)
+            found[beta, g, p] = right, log_q.amax(-1).exp(), agreed
+    return alike.amax(1), found
 
 
 @click.group(help=__doc__.split("\n\n")[0])
@@ -134,23 +145,22 @@ Place = tuple[str, str, int]  # model, text, tokens read
 
 @main.command("fit")
 @click.argument("recorded", type=click.Path(path_type=Path), nargs=-1, required=True)
-@click.option("--sharpness", default=40.0, show_default=True)
-@click.option("--run", default=1, show_default=True, help="Tokens that are matched in a row.")
+@click.option("--rule", default="25,0.3,0.25", show_default=True, help="beta,g,p")
 @click.option("--price", default=1.0, show_default=True, help="Of what a text loses.")
 @click.option("--theta-low", default=0.4, show_default=True)
-@click.option("--growth", is_flag=True, help="c is fitted, too.")
-@click.option("--no-confidence", is_flag=True, help="d is 0.")
-@click.option("--gate", help="a,b,c,d to judge, and none is fitted.")
+@click.option("--free", default="abe", show_default=True, help="Of a, b, c, d and e.")
+@click.option("--gate", help="a,b,c,d,e to judge, and none is fitted.")
 def fit_gates(
-    recorded: tuple[Path, ...], sharpness: float, run: int, price: float, theta_low: float,
-    growth: bool, no_confidence: bool, gate: str | None,
+    recorded: tuple[Path, ...], rule: str, price: float, theta_low: float, free: str,
+    gate: str | None,
 ) -> None:  # fmt: skip
     """One gate for all; judged on models, and on texts, that it was not fitted to."""
-    places = {k: v for path in recorded for k, v in _places(path, sharpness, run).items()}
-    free = torch.tensor([1.0, 1.0, float(growth), float(not no_confidence)])
+    chosen = tuple(map(float, rule.split(",")))
+    places = {k: v for path in recorded for k, v in _places(path, chosen).items()}
+    some_free = torch.tensor([float(name in free) for name in "abcde"])
 
     def fitted(some: list[Place]) -> Tensor:
-        return _fit([places[place] for place in some], free, price, theta_low)
+        return _fit([places[place] for place in some], some_free, price, theta_low)
 
     if gate:
         z = torch.tensor([float(part) for part in gate.split(",")])
@@ -168,26 +178,28 @@ def fit_gates(
         _judge("other texts", fitted(here), places, others, theta_low)
 
 
-def _places(path: Path, sharpness: float, run: int) -> dict[Place, list[Tensor]]:
-    """log_p, log_q, best similarity, ln n and the largest q of the tokens of each place."""
+def _places(path: Path, rule: Rule) -> dict[Place, list[Tensor]]:
+    """log_p, log_q, best similarity, ln n, the largest q and ln of the agreement of the tokens of
+    each place.
+    """
     found: dict[Place, list[tuple]] = {}
     for one in torch.load(path):
-        best, name = one["best"][run], (run, sharpness)
-        count = torch.full_like(best, float(one["read"])).log()
-        said = (one["log_p"], one["log_q"][name], best, count, one["sure"][name])
+        count = torch.full_like(one["best"], float(one["read"])).log()
+        said = (one["log_p"], one["log_q"][rule], one["best"], count, one["sure"][rule],
+            one["agreed"][rule])  # fmt: skip
         found.setdefault((path.stem, one["text"], one["read"]), []).append(said)
     return {place: [torch.cat(x) for x in zip(*parts)] for place, parts in found.items()}
 
 
 def _gained(tokens: list[Tensor], z: Tensor, theta_low: float) -> Tensor:
-    log_p, log_q, best, count, sure = tokens
-    x = z[0] + z[1] * best.clamp_min(0) + z[2] * count + z[3] * sure
+    log_p, log_q, best, count, sure, agreed = tokens
+    x = z[0] + z[1] * best.clamp_min(0) + z[2] * count + z[3] * sure + z[4] * agreed
     gained = torch.logaddexp(logsigmoid(-x), logsigmoid(x) + log_q - log_p)
     return torch.where(best > theta_low, gained, 0.0).mean()
 
 
 def _fit(texts: list[list[Tensor]], free: Tensor, price: float, theta_low: float) -> Tensor:
-    z = torch.tensor([-10.0, 8.0, 0.0, 0.0], requires_grad=True)
+    z = torch.tensor([-10.0, 8.0, 0.0, 0.0, 0.0], requires_grad=True)
     solver = torch.optim.LBFGS([z], max_iter=200, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
@@ -206,7 +218,7 @@ def _judge(
     what: str, z: Tensor, places: dict[Place, list[Tensor]], some: list[Place], theta_low: float
 ) -> None:
     gains = {place: _gained(places[place], z, theta_low).item() for place in some}
-    print(f"{what}: a, b, c, d {', '.join(f'{x:.2f}' for x in z.tolist())}")
+    print(f"{what}: a, b, c, d, e {', '.join(f'{x:.2f}' for x in z.tolist())}")
     for model, read in sorted({(place[0], place[2]) for place in some}):
         own = {p[1]: gain for p, gain in gains.items() if (p[0], p[2]) == (model, read)}
         each = " ".join(f"{text} {gain:+.4f}" for text, gain in own.items())

@@ -26,7 +26,7 @@ from recall_study import _recording
 from torch import Tensor
 
 from pace_convert.evaluation.intervals import mean_of
-from pace_convert.evaluation.tune.recall_fit import Gate, Recalled, everything, fit, recalled
+from pace_convert.evaluation.tune.recall_fit import Recalled, everything, fit, gains, recalled
 from pace_convert.evaluation.tune.recall_record import Recording
 from pace_convert.modeling.recall_settings import RecallSettings
 
@@ -55,9 +55,9 @@ def kept(worths: Tensor, slots: int) -> Tensor:
     return torch.tensor(least)
 
 
-def read(text: Recording, layer: int, beta: float, rule: str, slots: int) -> Recalled:
+def read(text: Recording, settings: RecallSettings, rule: str, slots: int) -> Recalled:
     if rule == "all":
-        return recalled(text, (layer,), beta)
+        return recalled(text, settings)
     worths = worth(text, rule)
     least = kept(worths, slots)
 
@@ -65,7 +65,7 @@ def read(text: Recording, layer: int, beta: float, rule: str, slots: int) -> Rec
         enough = worths[None, :stop] >= least[first:stop, None]
         return everything(first, stop) & enough
 
-    return recalled(text, (layer,), beta, which=which)
+    return recalled(text, settings, which)
 
 
 def main() -> None:
@@ -73,7 +73,6 @@ def main() -> None:
     parser.add_argument("--window", type=Path, required=True)
     parser.add_argument("--whole", type=Path, required=True)
     parser.add_argument("--layer", type=int, required=True)
-    parser.add_argument("--sharpness", type=float, default=15.0)
     parser.add_argument("--slots", type=int, default=1024)
     parser.add_argument("--rules", default=",".join(RULES))
     asked = parser.parse_args()
@@ -83,16 +82,15 @@ def main() -> None:
     whole = [_recording(asked.whole / name) for name in names]
     lost = [(b.log_probs - a.log_probs).mean().item() for a, b in zip(texts, whole)]
     print(f"{len(names)} texts; the window costs {sum(lost) / len(lost):.4f} nats a token")
-    own = RecallSettings()
-    default = Gate(own.gate_bias, own.gate_slope, own.gate_growth, own.theta_low)
+    own = RecallSettings(layers=(asked.layer,))
     for rule in asked.rules.split(","):
-        found = [read(text, asked.layer, asked.sharpness, rule, asked.slots) for text in texts]
-        halves = [fit(found[i::2]) for i in (1, 0)]
-        for name, gates in (("fitted", halves), ("default", [default, default])):
-            gains = [gates[i % 2].gains(text).mean().item() for i, text in enumerate(found)]
-            mean, share = mean_of([gains]), sum(gains) / sum(lost)
+        found = [read(text, own, rule, asked.slots) for text in texts]
+        halves = [fit(found[i::2], own) for i in (1, 0)]
+        for name, gates in (("fitted", halves), ("default", [own, own])):
+            made = [gains(text, gates[i % 2]).mean().item() for i, text in enumerate(found)]
+            mean, share = mean_of([made]), sum(made) / sum(lost)
             print(f"{rule:10s} {name:8s} {mean.mean:+.4f} ({mean.low:+.4f} to {mean.high:+.4f}) "
-                  f"worst {min(gains):+.4f}, {share:.0%} of it", flush=True)  # fmt: skip
+                  f"worst {min(made):+.4f}, {share:.0%} of it", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

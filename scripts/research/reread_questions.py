@@ -137,9 +137,11 @@ class Text:
         finally:
             self.outside = None
 
-    def _mixed(self, logits: torch.Tensor) -> torch.Tensor:
-        """With what followed elsewhere; [1, L, V] -> log-probabilities [L, V]."""
-        logits = self.outside.mixed(logits) if self.outside is not None else logits
+    def _mixed(self, logits: torch.Tensor, ids: list[int]) -> torch.Tensor:
+        """With what followed elsewhere; [1, L, V] -> log-probabilities [L, V]. ids: up to the last
+        of these tokens.
+        """
+        logits = self.outside.mixed(logits, ids) if self.outside is not None else logits
         return logits[0].float().log_softmax(-1)
 
     def answer(self, arm: dict, prompt: Prompt, question: list[int], room: int) -> str:
@@ -289,7 +291,7 @@ class Text:
             torch.tensor([ids]), past_key_values=cache, use_cache=True, logits_to_keep=asked + 1
         )
         cache = out.past_key_values
-        logits = self._mixed(out.logits)
+        logits = self._mixed(out.logits, ids)
         own = logits[range(len(logits) - 1 - asked, len(logits) - 1), ids[len(ids) - asked :]]
         nats = []
         for answer in prompt.answers:
@@ -297,7 +299,7 @@ class Text:
             if len(answer) > 1:
                 behind = deepcopy(cache) if len(prompt.answers) > 1 else cache
                 more = self.model(torch.tensor([answer[:-1]]), past_key_values=behind).logits
-                more = self._mixed(more)
+                more = self._mixed(more, [*ids, *answer[:-1]])
                 chosen += list(more[range(len(answer) - 1), answer[1:]])
             nats.append(torch.stack(chosen).mean().item())
         return {"nats": max(nats), "asked": own.mean().item()}

@@ -16,7 +16,7 @@ from pace_convert.checkpoint.checkpoint import open_source
 from pace_convert.converted.opened import open_converted
 from pace_convert.evaluation.subjects import Subject, load
 from pace_convert.evaluation.tune import recall_choose
-from pace_convert.evaluation.tune.recall_fit import Gate, Recalled, fit, recalled
+from pace_convert.evaluation.tune.recall_fit import FITTED, Recalled, fit, gains, recalled
 from pace_convert.evaluation.tune.recall_record import record
 from pace_convert.modeling.recall_settings import RecallSettings
 from pace_convert.reference import reference_model
@@ -56,16 +56,17 @@ def test_what_was_fitted_is_what_the_model_does(out):
     made = record(reader.model, path, torch.tensor(ids), (1, 2), 48)
     base = reader.log_probs(ids)
     torch.testing.assert_close(made.log_probs, torch.tensor(base).float(), rtol=1e-4, atol=1e-4)
-    gate = Gate(-2.0, 1.5, 0.1, -1.0)  # keys of this model are much alike
-    expected = gate.gains(recalled(made, (1, 2), 12.0))
-    settings = RecallSettings((1, 2), 12.0, gate.bias, gate.slope, gate.growth, gate.theta_low, 48)
+    settings = RecallSettings(
+        (1, 2), 12.0, -2.0, 1.5, 0.1, -1.0, 48, gate_agreement=0.2, run_weight=0.5, model_weight=0.4
+    )  # keys of this model are much alike
+    expected = gains(recalled(made, settings), settings)
     reader.model.set_memory_enabled(True)
     reader.model.set_memory(layers=())
     reader.model.set_window()
     reader.model.set_recall(**vars(settings))
-    gains = torch.tensor(reader.log_probs(ids)) - torch.tensor(base)
-    assert gains.abs().max() > 0.1
-    torch.testing.assert_close(expected, gains.float(), rtol=1e-2, atol=2e-3)  # keys in fp16
+    gained = torch.tensor(reader.log_probs(ids)) - torch.tensor(base)
+    assert gained.abs().max() > 0.1
+    torch.testing.assert_close(expected, gained.float(), rtol=1e-2, atol=2e-3)  # keys in fp16
 
 
 def test_the_gate_is_the_most_likely_one():
@@ -74,21 +75,28 @@ def test_the_gate_is_the_most_likely_one():
     best = torch.rand(500)
     good = torch.rand(500) < best
     log_q = torch.where(good, torch.tensor(-0.1), torch.tensor(-torch.inf))
-    text = Recalled(torch.full((500,), -2.0), log_q, best, torch.rand(500) * 400 + 1, {})
-    gate = fit([text])
-    gain = gate.gains(text).mean()
-    assert gain > 0.3 and gate.slope > 0
-    for bias, slope in ((0.3, 0.0), (-0.3, 0.0), (0.0, 0.5), (0.0, -0.5)):
-        other = Gate(gate.bias + bias, gate.slope + slope, gate.growth, gate.theta_low)
-        assert other.gains(text).mean() <= gain + 1e-6
+    agreed = torch.where(good, -0.5, -3.0) * torch.rand(500)
+    text = Recalled(
+        torch.full((500,), -2.0), log_q, best, torch.rand(500) * 400 + 1, torch.ones(500), agreed
+    )
+    made = fit([text], RecallSettings())
+    gain = gains(text, made).mean()
+    assert gain > 0.3 and made.gate_slope > 0 and made.gate_agreement > 0
+    assert made.gate_confidence == 0
+    for name in FITTED:
+        for more in (0.3, -0.3):
+            other = replace(made, **{name: getattr(made, name) + more})
+            assert gains(text, other).mean() <= gain + 1e-6
+    without = fit([text], RecallSettings(), FITTED[:3])
+    assert without.gate_agreement == 0 and gains(text, without).mean() < gain
 
 
 def test_a_gate_that_errs_nowhere_is_one_that_can_be():
     best = torch.linspace(0, 1, 400)
     log_q = torch.where(best > 0.5, torch.tensor(0.0), torch.tensor(-torch.inf))
-    gate = fit([Recalled(torch.full((400,), -3.0), log_q, best, torch.ones(400), {})])
-    settings = RecallSettings((0,), 1.0, gate.bias, gate.slope, gate.growth, gate.theta_low)
-    assert settings.gate_slope > 10
+    one, none = torch.ones(400), torch.zeros(400)
+    text = Recalled(torch.full((400,), -3.0), log_q, best, one, one, none)
+    assert fit([text], RecallSettings()).gate_slope > 10
 
 
 def test_what_gains_is_written(out, text, tmp_path):
@@ -166,20 +174,28 @@ def test_what_costs_a_document_is_no_rival(monkeypatch, worst, written):
 
     monkeypatch.setattr(recall_choose, "_row", row)
     memory = {"recall": asdict(RecallSettings())}
-    trial = recall_choose.Trial((0,), 8.0, Gate(-2.0, 1.0, 0.0, 0.3), 0.02)
+    monkeypatch.setattr(recall_choose, "names_of", lambda _: set(vars(RecallSettings())))
+    trial = recall_choose.Trial(RecallSettings(), 0.02)
     data = SimpleNamespace(as_dict=dict)
     options, converted = SimpleNamespace(model="x", seed=0), SimpleNamespace(layers=4)
     facts = recall_choose._judged(options, converted, data, memory, [trial], [])
     assert (facts["winner"] is not None) == written
 
 
-NEWER = ("gate_confidence", "outside")
-
-
-def test_what_an_earlier_folder_does_not_know_is_not_written():
-    earlier = {n: v for n, v in asdict(RecallSettings()).items() if n not in NEWER}
-    settings = RecallSettings(layers=(2,), gate_bias=-3.0)
-    expected = {**earlier, "layers": (2,), "gate_bias": -3.0}
-    assert recall_choose._written(settings, earlier) == expected
-    assert "outside" in recall_choose._written(settings, {"outside": ()})
-    assert recall_choose._written(replace(settings, outside=()), earlier)["outside"] == ()
+def test_a_folder_of_an_earlier_version_gets_what_it_knows(out, tmp_path):
+    """Its own files have no order and no model's opinion: nothing is fitted that goes by them."""
+    folder, newer = shutil.copytree(out, tmp_path / "out"), recall_choose.NEWER
+    rules = folder / "recall_settings.py"
+    lines = rules.read_text().splitlines(keepends=True)
+    rules.write_text("".join(x for x in lines if x.split(":")[0].strip() not in newer))
+    names = recall_choose.names_of(open_converted(folder))
+    assert names == set(vars(RecallSettings())) - newer
+    settings = recall_choose.settings_of({"layers": [2]}, names)
+    assert settings.layers == (2,) and all(getattr(settings, name) == 0 for name in newer)
+    reader = load(Subject(str(out), "base"), "cpu")
+    path = f"model.{open_converted(out).family.ffn_input}"
+    made = record(reader.model, path, torch.tensor([5, 9, 7, 8] * 20), (1, 2), 48)
+    text = recall_choose.Read(SimpleNamespace(prompt=[5]), made)
+    for trial in recall_choose.search([text], settings, names):
+        assert all(getattr(trial.settings, name) == 0 for name in newer)
+        assert set(recall_choose._written(trial.rounded, names)) == names

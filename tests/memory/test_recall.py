@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from slow_recall import slow_recall
 from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, StaticCache
 
-from pace_convert.modeling.recall_bank import mix
+from pace_convert.modeling.recall_bank import RecallBank, mix, order_of
 from pace_convert.modeling.recall_settings import RecallSettings
 
 SMALL = {"layers": (1, 2), "sharpness": 6.0, "gate_bias": -0.5, "gate_slope": 1.5,
-    "gate_growth": 0.2, "theta_low": 0.1, "key_size": 24}  # fmt: skip
+    "gate_growth": 0.2, "theta_low": 0.1, "key_size": 24, "gate_agreement": 0.2,
+    "run_weight": 0.4, "model_weight": 0.5}  # fmt: skip
 
 
 def prepared(folder, dtype=torch.float64, **changes):
@@ -316,7 +317,8 @@ def mixed(keys, common, settings):
     codes = text(1, n, seed=3).roll(-1, 1)
     before = torch.cat([keys[:, :1], keys[:, :-1]], 1)  # a column has the key of the token before
     codes[:, 0] = -1
-    return logits, mix(logits.clone(), keys, torch.arange(n), before, codes, settings)
+    bank, at = RecallBank((before,), codes, order_of(codes)), torch.arange(n)
+    return logits, mix(logits.clone(), keys, bank.order.latest(at), at, bank, settings)
 
 
 @given(common=st.floats(0, 0.9), seed=st.integers(0, 99))

@@ -11,7 +11,7 @@ import torch
 from helpers import family_of, generated, in_float64, load, random_ids
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from slow_recall import mixed, slow_recall
+from slow_recall import run, slow_recall, with_recalled
 from slow_reread import SlowReread, unit
 from transformers import CompileConfig, DynamicCache, StaticCache
 
@@ -22,7 +22,8 @@ WINDOW = {
 CAPACITY = 4 + 2 * 2 * 4 + 2 * 16
 RECALL = {"layers": (1, 2), "sharpness": 6.0, "gate_bias": -0.5, "gate_slope": 1.5,
     "gate_growth": 0.2, "theta_low": 0.1, "key_size": 24,
-    "outside": (5.0, -1.0, 2.0, 0.3, 0.7, 0.15)}  # fmt: skip
+    "gate_agreement": 0.2, "run_weight": 0.4, "model_weight": 0.5,
+    "outside": (5.0, -1.0, 2.0, 0.3, 0.7, 0.15, 0.3, 0.5, 0.4)}  # fmt: skip
 LONG = 90
 
 
@@ -70,10 +71,11 @@ class Slow(SlowReread):
             return z
         block, start = self.settings.block, (count // self.settings.window - 1)
         known = min(start * self.settings.window, count // block * block)
-        keys = [self.key(j) for j in range(known)] + [self._keys(ids)[-1]]
-        keys = [torch.from_numpy(unit(key)) for key in keys]
-        gate = self.model.recall_settings.of_outside()
-        return mixed(z, keys, self.ids[: known + 1], known, gate)
+        key = unit(self._keys(ids)[-1])
+        cosines = [float(key @ unit(self.key(j))) for j in range(known)]
+        runs = [run(self.ids, j, ids) for j in range(known)]
+        followed, gate = self.ids[1 : known + 1], self.model.recall_settings.of_outside()
+        return with_recalled(z, cosines, runs, followed, gate)
 
 
 def slow(model, ids, prompts=()):

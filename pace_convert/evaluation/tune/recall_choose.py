@@ -5,7 +5,8 @@ into config.json if they gain there.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+import re
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from typing import Any
 
@@ -28,36 +29,32 @@ from .data import LIKELIHOOD, Data, DataRequest, Item, read_data
 from .finalists import reader_of
 from .folder import search_folder
 from .options import TuneOptions
-from .recall_fit import Gate, Recalled, fit, recalled
+from .recall_fit import FITTED, GATE, Recalled, fit, gains, recalled
 from .recall_record import Recording, record
 from .report import difference_of
 
 DEPTHS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)  # of layers that are tried
-FIRST = 16.0  # sharpness while layers are chosen
-SHARPNESS = (8.0, 12.0, 16.0, 20.0, 25.0, 32.0, 45.0, 60.0)
+FIRST = 10.0  # sharpness while layers are chosen
+SHARPNESS = (5.0, 7.0, 10.0, 14.0, 20.0, 28.0, 40.0, 60.0)
+NEWER = {"run_weight", "model_weight", "gate_agreement"}  # an earlier version has none of these
 LENGTH = 2048  # tokens of a window
 HARM = 0.002  # nats a token that no document may lose
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Layers and sharpness with the gate that fits them, and what that gains on the held-in items,
-    nats a token.
+    """Settings with the gate that fits them, and what that gains on the held-in items, nats a
+    token.
     """
 
-    layers: tuple[int, ...]
-    sharpness: float
-    gate: Gate
+    settings: RecallSettings
     gain: float
 
-    def settings(self, own: RecallSettings) -> RecallSettings:
-        """As config.json has them, rounded; what is not tuned stays the model's own."""
-        gate = self.gate
-        return replace(
-            own, layers=self.layers, sharpness=self.sharpness, gate_bias=round(gate.bias, 3),
-            gate_slope=round(gate.slope, 3), gate_growth=round(gate.growth, 3),
-            gate_confidence=0.0, theta_low=gate.theta_low,
-        )  # fmt: skip
+    @property
+    def rounded(self) -> RecallSettings:
+        """As config.json has them."""
+        gate = {name: round(getattr(self.settings, name), 3) for name in GATE}
+        return replace(self.settings, **gate)
 
 
 @dataclass(frozen=True)
@@ -67,14 +64,9 @@ class Read:
     item: Item
     text: Recording
 
-    def recalled(self, layers: tuple[int, ...], sharpness: float, more: bool = False) -> Recalled:
+    def recalled(self, settings: RecallSettings) -> Recalled:
         """Of the tokens that count."""
-        found = recalled(self.text, layers, sharpness, more)
-        first = max(0, len(self.item.prompt) - 1)
-        return Recalled(
-            found.log_p[first:], found.log_q[first:], found.best[first:], found.count[first:],
-            {name: feature[first:] for name, feature in found.features.items()},
-        )  # fmt: skip
+        return recalled(self.text, settings).behind(max(0, len(self.item.prompt) - 1))
 
 
 def tune_recall(options: TuneOptions, converted: Converted, progress: Progress) -> dict:
@@ -83,12 +75,13 @@ def tune_recall(options: TuneOptions, converted: Converted, progress: Progress) 
     with search_folder(options.folder("tune"), options, converted, now) as memory:
         reader = reader_of(options, None)
         data = read_data(_request(options, reader), reader)
-        own = RecallSettings.from_config(recall_parameters(memory["recall"], converted.layers))
+        names = names_of(converted)
+        own = settings_of(recall_parameters(memory["recall"], converted.layers), names)
         held_in, held_out = (
             _read(reader, converted, items, own, progress, name)
             for items, name in ((data.held_in, "held-in"), (data.held_out, "held-out"))
         )
-        trials = search(held_in)
+        trials = search(held_in, own, names)
         facts = _judged(options, converted, data, memory, trials, held_out)
         if facts["winner"] and not options.dry_run:
             tuned = _record(options, data, facts)
@@ -98,27 +91,42 @@ def tune_recall(options: TuneOptions, converted: Converted, progress: Progress) 
     return facts
 
 
-def search(texts: list[Read]) -> list[Trial]:
+def names_of(converted: Converted) -> set[str]:
+    """Parameters that the folder's own files know: an earlier version's know fewer."""
+    text = (converted.files.folder / "recall_settings.py").read_text(encoding="utf-8")
+    names = [parameter.name for parameter in fields(RecallSettings)]
+    return {name for name in names if re.search(rf"^    {name}:", text, re.M)}
+
+
+def settings_of(recall: dict, names: set[str]) -> RecallSettings:
+    """As a folder whose files know parameters of these names reads them."""
+    return RecallSettings.from_config({**dict.fromkeys(NEWER - names, 0.0), **recall})
+
+
+def search(texts: list[Read], own: RecallSettings, names: set[str]) -> list[Trial]:
     """Trials, the best one first: the best single layer, each other layer beside it, and the
-    sharpness of the best of these.
+    sharpness of the best of these. own: what is not tuned. names: of parameters that there are.
     """
+    fitted = [name for name in FITTED if name in names]
+
+    def tried(layers: tuple[int, ...], sharpness: float) -> Trial:
+        rule = replace(own, layers=layers, sharpness=sharpness)
+        found = [text.recalled(rule) for text in texts]
+        made = fit(found, rule, fitted)
+        return Trial(made, float(np.mean([gains(x, made).mean() for x in found])))
+
     layers = sorted(texts[0].text.keys)
-    alone = max((_tried(texts, (layer,), FIRST) for layer in layers), key=_gain)
-    pairs = [tuple(sorted({layer, *alone.layers})) for layer in layers if layer not in alone.layers]
-    trials = [alone, *(_tried(texts, pair, FIRST) for pair in pairs)]
-    chosen = max(trials, key=_gain).layers
-    trials += [_tried(texts, chosen, beta) for beta in SHARPNESS if beta != FIRST]
+    alone = max((tried((layer,), FIRST) for layer in layers), key=_gain)
+    first = alone.settings.layers
+    pairs = [tuple(sorted({layer, *first})) for layer in layers if layer not in first]
+    trials = [alone, *(tried(pair, FIRST) for pair in pairs)]
+    chosen = max(trials, key=_gain).settings.layers
+    trials += [tried(chosen, beta) for beta in SHARPNESS if beta != FIRST]
     return sorted(trials, key=_gain, reverse=True)
 
 
 def _gain(trial: Trial) -> float:
     return trial.gain
-
-
-def _tried(texts: list[Read], layers: tuple[int, ...], sharpness: float) -> Trial:
-    found = [text.recalled(layers, sharpness) for text in texts]
-    gate = fit(found)
-    return Trial(layers, sharpness, gate, float(np.mean([gate.gains(x).mean() for x in found])))
 
 
 def _request(options: TuneOptions, reader: Reader) -> DataRequest:
@@ -158,14 +166,14 @@ def _judged(
     held_out: list[Read],
 ) -> dict:
     best, own = trials[0], memory["recall"]
-    known = recall_parameters(own, converted.layers)
-    settings = best.settings(RecallSettings.from_config(known))
-    rows = [_row("finalist", settings, held_out, best.gain, known)]
+    names = names_of(converted)
+    settings = best.rounded
+    rows = [_row("finalist", settings, held_out, best.gain, names)]
     if own is not None:
-        rows.append(_row("current", RecallSettings.from_config(own), held_out, None, own))
+        rows.append(_row("current", settings_of(own, names), held_out, None, names))
     rivals = [row["held_out"]["mean"] for row in rows[1:] if _gains(row)]
     wins = _gains(rows[0]) and best.gain > 0 and rows[0]["held_out"]["mean"] > max([0.0, *rivals])
-    winner = {**memory, "enabled": True, "recall": _written(settings, known)} if wins else None
+    winner = {**memory, "enabled": True, "recall": _written(settings, names)} if wins else None
     return {
         "tunes": "recall",
         "model": options.model,
@@ -173,41 +181,33 @@ def _judged(
         "seed": options.seed,
         "data": data.as_dict(),
         "before": memory,
-        "trials": [{**asdict(trial), "gain": trial.gain} for trial in trials],
+        "trials": [asdict(trial) for trial in trials],
         "finalists": rows,
         "winner": winner,
         "written": False,
     }
 
 
-def _written(settings: RecallSettings, known: dict) -> dict:
-    """As config.json has them. known: what it has now; another parameter is named where it is not
-    the default, as a folder of an earlier version does not know it.
-    """
-    usual = asdict(RecallSettings())
-    return {n: v for n, v in asdict(settings).items() if n in known or v != usual[n]}
+def _written(settings: RecallSettings, names: set[str]) -> dict:
+    """As config.json has them, where the folder's files know parameters of these names."""
+    return {name: value for name, value in asdict(settings).items() if name in names}
 
 
 def _row(
-    name: str, settings: RecallSettings, texts: list[Read], held_in: float | None, known: dict
+    name: str, settings: RecallSettings, texts: list[Read], held_in: float | None, names: set[str]
 ) -> dict:
     """Gains on texts, nats a token; worst: of the document that gains least."""
-    sure = settings.gate_confidence
-    gate = Gate(
-        settings.gate_bias, settings.gate_slope, settings.gate_growth, settings.theta_low,
-        (("sure", sure),) if sure else (),
-    )  # fmt: skip
-    gains: dict[str, list[float]] = {}
+    found: dict[str, list[float]] = {}
     for text in texts:
-        found = text.recalled(settings.layers, settings.sharpness, bool(sure))
-        gains.setdefault(text.item.unit, []).append(float(gate.gains(found).mean()))
-    each = [gain for parts in gains.values() for gain in parts]
+        gained = float(gains(text.recalled(settings), settings).mean())
+        found.setdefault(text.item.unit, []).append(gained)
+    each = [gain for parts in found.values() for gain in parts]
     return {
         "name": name,
-        "recall": _written(settings, known),
+        "recall": _written(settings, names),
         "held_in": held_in,
         "held_out": difference([each], [[0.0] * len(each)]).as_dict(),
-        "worst": min(float(np.mean(parts)) for parts in gains.values()),
+        "worst": min(float(np.mean(parts)) for parts in found.values()),
     }
 
 

@@ -1,25 +1,31 @@
 """The gate of recall, fitted to recorded texts by maximum likelihood.
 
 What a token gains is log((1 - lambda) p + lambda q) - log p, with p the model's probability of what
-came and q recall's. A handful of numbers is fitted to tens of thousands of tokens, by LBFGS.
+came and q recall's (see `recall_bank`). A handful of numbers is fitted to tens of thousands of
+tokens, by LBFGS.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from ...modeling.memory_settings import MOST_WEIGHT
-from ...modeling.recall_bank import LEAST
+from ...modeling.recall_bank import LEAST, LEAST_AGREED, order_of
+from ...modeling.recall_settings import RecallSettings
 from .recall_record import Recording
 
 ROWS = 512  # tokens whose cosines are computed at once
 STEPS = 60  # of LBFGS
 MOST = MOST_WEIGHT - 1.0
 THRESHOLDS = (-1.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+GATE = ("gate_bias", "gate_slope", "gate_growth", "gate_confidence", "gate_agreement")
+START = (-5.0, 4.0, 0.0, 0.0, 0.0)
+FITTED = ("gate_bias", "gate_slope", "gate_growth", "gate_agreement")
 
 
 @dataclass(frozen=True)
@@ -27,14 +33,20 @@ class Recalled:
     """What recall says of each token of a text but the last, [n - 1] each.
 
     log_p, log_q: of what came next, by the model and by recall. best: the largest similarity.
-    count: tokens that are recalled from, at least 1. features: more that a gate may go by, by name.
+    count: tokens that are recalled from, at least 1. sure: the largest q. agreed: ln of how well
+    model and recall agree.
     """
 
     log_p: Tensor
     log_q: Tensor
     best: Tensor
     count: Tensor
-    features: dict[str, Tensor]
+    sure: Tensor
+    agreed: Tensor
+
+    def behind(self, first: int) -> Recalled:
+        """From one token on."""
+        return Recalled(*(part[first:] for part in vars(self).values()))
 
 
 Seen = Callable[[int, int], Tensor]
@@ -46,73 +58,55 @@ def everything(first: int, stop: int) -> Tensor:
 
 
 @torch.no_grad()
-def recalled(
-    text: Recording,
-    layers: Sequence[int],
-    sharpness: float,
-    more: bool = False,
-    which: Seen = everything,
-) -> Recalled:
-    """more: whether the other features are computed, too. which: tokens that are recalled from."""
+def recalled(text: Recording, settings: RecallSettings, which: Seen = everything) -> Recalled:
+    """By layers, sharpness and weights of these settings. which: tokens that are recalled from."""
+    layers = settings.layers
     keys = torch.cat([text.keys[layer].float() for layer in layers], 1) / len(layers) ** 0.5
-    ids, n = text.ids, len(text.ids)
-    values, place = ids[1:].unique(return_inverse=True)
-    came = place  # the place of what came after token t among values, for t = 0 ... n - 2
+    values, place = text.ids[1:].unique(return_inverse=True)
+    # What follows token t is at column t + 1; the first column has none before it.
+    order = order_of(torch.cat([text.ids.new_full((1,), -2), text.ids[1:]])[None])
     parts: list[tuple[Tensor, ...]] = []
-    for first in range(0, n - 1, ROWS):
-        rows = slice(first, min(first + ROWS, n - 1))
-        count = rows.stop - first
+    for first in range(0, len(text.ids) - 1, ROWS):
+        rows = slice(first, min(first + ROWS, len(text.ids) - 1))
         cosines = keys[rows] @ keys[: rows.stop].T
         seen = which(first, rows.stop)
         before = seen.sum(1).clamp_min(1)
         mean = torch.where(seen, cosines, 0).sum(1) / before
         room = (1 - mean).clamp_min(LEAST)
         alike = ((cosines - mean[:, None]) / room[:, None]).masked_fill(~seen, -torch.inf)
-        best = alike.amax(1)
-        weights = (sharpness * (alike - best.clamp_min(0)[:, None])).exp()
+        scores = settings.sharpness * alike
+        if settings.run_weight:
+            runs = order.runs(order.latest(torch.arange(first, rows.stop)))
+            scores = scores + settings.run_weight * runs[0, :, 1 : rows.stop + 1]
+        most = scores.amax(1, keepdim=True)
+        weights = (scores - torch.where(most.isfinite(), most, 0)).exp()
         weights = weights / weights.sum(1, keepdim=True).clamp_min(1e-30)
-        followed = place[: rows.stop].expand(count, -1)
-        q = torch.zeros(count, len(values)).scatter_add_(1, followed, weights)
-        log_q = q.gather(1, came[rows, None])[:, 0].log()
-        found = [log_q, best, before.float()]
-        if more:
-            top = torch.searchsorted(values, text.top[rows]).clamp_max(len(values) - 1)
-            agreed = q.gather(1, top[:, None])[:, 0] * (values[top] == text.top[rows])
-            found += [q.amax(1), agreed]
-        parts.append(tuple(found))
-    log_q, best, before, *rest = (torch.cat(part) for part in zip(*parts))
-    features = {"entropy": text.entropy, "top": text.top_log_probs.exp()}
-    if more:
-        features |= {"sure": rest[0], "agreed": rest[1]}
-    return Recalled(text.log_probs, log_q, best, before, features)
+        followed = place[: rows.stop].expand(len(alike), -1)
+        log_w = torch.zeros(len(alike), len(values)).scatter_add_(1, followed, weights).log()
+        known = text.known[rows].float()
+        agreed = (log_w + known).logsumexp(1).clamp_min(LEAST_AGREED)
+        log_q = (log_w + settings.model_weight * known).log_softmax(1)
+        log_q = log_q.masked_fill(log_q.isnan(), -torch.inf)  # of those that see nothing
+        came = log_q.gather(1, place[rows, None])[:, 0]
+        parts.append((came, alike.amax(1), before.float(), log_q.amax(1).exp(), agreed))
+    return Recalled(text.log_probs, *(torch.cat(part) for part in zip(*parts)))
 
 
-@dataclass(frozen=True)
-class Gate:
-    """lambda = sigmoid(bias + slope s_max + growth ln n + weights of more features), 0 up to
-    theta_low.
+def gains(text: Recalled, settings: RecallSettings) -> Tensor:
+    """Of each token in nats, with the gate of these settings."""
+    z = torch.tensor([getattr(settings, name) for name in GATE])
+    return _gains(z, _inputs(text), text, settings.theta_low)
+
+
+def fit(
+    texts: Sequence[Recalled], settings: RecallSettings, fitted: Sequence[str] = FITTED
+) -> RecallSettings:
+    """With the gate that gains most, each text counting the same. fitted: which of GATE are; the
+    others are 0. If it is the bias alone lambda is one number, which goes by nothing.
     """
-
-    bias: float
-    slope: float
-    growth: float
-    theta_low: float
-    weights: tuple[tuple[str, float], ...] = ()
-
-    def gains(self, text: Recalled) -> Tensor:
-        """Of each token in nats."""
-        z = torch.tensor([self.bias, self.slope, self.growth, *(w for _, w in self.weights)])
-        return _gains(z, _inputs(text, [name for name, _ in self.weights]), text, self.theta_low)
-
-
-def fit(texts: Sequence[Recalled], features: Sequence[str] = (), constant: bool = False) -> Gate:
-    """The gate that gains most, each text counting the same. constant: lambda is one number."""
-    inputs = [_inputs(text, features) for text in texts]
-    z = torch.zeros(3 + len(features))
-    z[0], z[1] = (-2.0, 0.0) if constant else (-5.0, 4.0)
-    free = torch.ones_like(z)
-    free[1:3] = 0.0 if constant else 1.0
-    z.requires_grad_()
+    inputs = [_inputs(text) for text in texts]
+    free = torch.tensor([float(name in fitted) for name in GATE])
+    z = torch.tensor(START).requires_grad_()
     solver = torch.optim.LBFGS([z], max_iter=STEPS, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
@@ -127,11 +121,9 @@ def fit(texts: Sequence[Recalled], features: Sequence[str] = (), constant: bool 
     with torch.no_grad():
         made = [
             (sum(_gains(z, x, t, low).mean() for x, t in zip(inputs, texts)), -low, low)
-            for low in (THRESHOLDS[:1] if constant else THRESHOLDS)
+            for low in (THRESHOLDS if len(fitted) > 1 else THRESHOLDS[:1])
         ]
-    low = max(made)[2]
-    bias, slope, growth, *weights = z.tolist()
-    return Gate(bias, slope, growth, low, tuple(zip(features, weights)))
+    return replace(settings, **dict(zip(GATE, z.tolist())), theta_low=max(made)[2])
 
 
 def _bounded(z: Tensor) -> Tensor:
@@ -139,16 +131,13 @@ def _bounded(z: Tensor) -> Tensor:
     return MOST * torch.tanh(z / MOST)
 
 
-def _inputs(text: Recalled, features: Sequence[str]) -> Tensor:
-    """[n - 1, 3 + features]."""
+def _inputs(text: Recalled) -> Tensor:
+    """[n - 1, 5], in the order of GATE."""
     best = text.best.clamp_min(0)
-    more = [text.features[name] for name in features]
-    columns = [torch.ones_like(best), best, text.count.log(), *more]
-    return torch.stack(columns, 1)
+    return torch.stack([torch.ones_like(best), best, text.count.log(), text.sure, text.agreed], 1)
 
 
 def _gains(z: Tensor, inputs: Tensor, text: Recalled, theta_low: float) -> Tensor:
     gate = inputs @ z
-    stay = torch.nn.functional.logsigmoid(-gate)
-    gained = torch.nn.functional.logsigmoid(gate) + text.log_q - text.log_p
-    return torch.where(text.best > theta_low, torch.logaddexp(stay, gained), 0.0)
+    gained = logsigmoid(gate) + text.log_q - text.log_p
+    return torch.where(text.best > theta_low, torch.logaddexp(logsigmoid(-gate), gained), 0.0)

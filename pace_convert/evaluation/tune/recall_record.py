@@ -22,16 +22,14 @@ class Recording:
     """A text of n tokens as the base model reads it.
 
     ids: [n]. keys: by layer, [n, R] of length 1 in fp16. log_probs: [n - 1], of the second to the
-    last token, each given all before it. entropy: [n - 1] in nats; top, top_log_probs: [n - 1],
-    the most probable next id and its log-probability.
+    last token, each given all before it. known: [n - 1, U] in fp16, in the same places those of
+    each of the text's own ids, `ids[1:].unique()`.
     """
 
     ids: Tensor
     keys: dict[int, Tensor]
     log_probs: Tensor
-    entropy: Tensor
-    top: Tensor
-    top_log_probs: Tensor
+    known: Tensor
 
 
 @torch.no_grad()
@@ -42,16 +40,16 @@ def record(
     layers: Sequence[int],
     size: int = 192,
     window: int = 0,
-    cache: Any = None,
 ) -> Recording:
     """One pass over ids [n], in calls of some hundred tokens.
 
     model: a causal LM whose memory is off. path: of the FFN's first linear layer below the model,
     see `entrance`. size: R. window: how many tokens attention sees beside the first
-    four; 0: all. cache: of what stands before ids; it goes on.
+    four; 0: all.
     """
-    if cache is None:  # under a window all layers hold all: the mask says what they see
-        cache = DynamicCache() if window else DynamicCache(config=model.config)
+    # Under a window all layers hold all: the mask says what they see.
+    cache = DynamicCache() if window else DynamicCache(config=model.config)
+    own = ids[1:].unique()
     heard: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     found: list[tuple[Tensor, ...]] = []
     step = max(1, min(MOST, LOGIT_VALUES // model.config.get_text_config().vocab_size))
@@ -60,20 +58,13 @@ def record(
             part = ids[None, first : first + step].to(model.device)
             more = {"attention_mask": _mask(first, part.shape[1], window)} if window else {}
             logits = model(part, past_key_values=cache, use_cache=True, **more).logits[0].float()
-            found.append(_said(logits, ids[first + 1 : first + 1 + len(logits)].to(logits.device)))
-    said = [torch.cat(parts).cpu() for parts in zip(*found)]
+            following = ids[first + 1 : first + 1 + len(logits)].to(logits.device)
+            logs = logits[: len(following)].log_softmax(-1)
+            came = logs.gather(-1, following[:, None])[:, 0]
+            found.append((came, logs[:, own.to(logs.device)].half()))
+    came, known = (torch.cat(parts).cpu() for parts in zip(*found))
     keys = {layer: torch.cat(parts).cpu() for layer, parts in heard.items()}
-    return Recording(ids.cpu(), keys, said[0], *(part[:-1] for part in said[1:]))
-
-
-def _said(logits: Tensor, following: Tensor) -> tuple[Tensor, ...]:
-    """Log-probabilities of what followed, entropies, the most probable ids and their
-    log-probabilities. logits: [L, V] in fp32. following: [L] or, at the text's end, one less.
-    """
-    logs = logits.log_softmax(-1)
-    top = logs.max(-1)
-    came = logs[: len(following)].gather(-1, following[:, None])[:, 0]
-    return came, -(logs.exp() * logs).sum(-1), top.indices, top.values
+    return Recording(ids.cpu(), keys, came, known)
 
 
 @contextmanager
