@@ -8,7 +8,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -251,8 +251,8 @@ class Recaller:
                 codes = _predictable(pairs.ids[None], config)
                 assert codes is not None
                 keys = tuple(key[None] for key in pairs.keys)
-                bank = RecallBank(keys, codes, order_of(codes), pairs.scale)
-                before = latest[some].flatten(0, 1)[None]
+                bank = RecallBank(keys, codes, pairs.order, pairs.scale)
+                before = latest[some].flatten(0, 1)[None].to(pairs.ids.device)
                 flat = mix(part.flatten(0, 1)[None], queries, before, at, bank, self.outside)
                 part = flat[0].view_as(part)
             made.append(part)
@@ -309,7 +309,7 @@ class RecallMixin:
         pace = self.config.pace or {}
         memory = pace.get("memory") or {}
         layers = self.config.get_text_config().num_hidden_layers
-        now = memory.get("recall") or {"layers": default_layers(layers)}
+        now = memory.get("recall") or asdict(RecallSettings(default_layers(layers)))
         given = {**now, **parameters} if on else None
         if parameters and not on:
             raise ValueError("recall: give parameters, or on=False")

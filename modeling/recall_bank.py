@@ -6,7 +6,8 @@ that row is worth v_s, the id of token s + 1, which is known when t is read. Wit
 logits for the token behind t, and P = softmax(z):
 
     r_s = (cos(k_t, k_s) - m) / (1 - m)             m: the mean cosine over all s < t
-    l_s = how many tokens up to s are those up to t, one by one, at most RUN
+    l_s = how many tokens up to s are those up to t, one by one, at most RUN; the row's first token
+          is like no other
     u_s = beta r_s + g l_s + p log P(v_s)
     w = softmax(u) over all s < t                   q(v) = sum of the w_s whose v_s is v
     A = sum of P(v_s) by softmax(beta r + g l)      how well recall and model agree
@@ -43,8 +44,8 @@ VALUES = 1 << 21  # numbers of a block's largest matrix: what a cache holds is f
 
 
 class Order(NamedTuple):
-    """A row's tokens one behind the other. ids: [B, RUN + T + 1], RUN of none before the first.
-    upto: [B, T], how many of the row's tokens there are up to a column; place: before it.
+    """A row's tokens one behind the other. ids: [B, RUN + n], RUN of none before the first. By
+    column, [B, T], upto: how many of the row's tokens there are up to it; place: before it, < n.
     """
 
     ids: Tensor
@@ -59,15 +60,15 @@ class Order(NamedTuple):
 
     def runs(self, latest: Tensor) -> Tensor:
         """l of each column for tokens up to which these ids stand, [B, L, T]."""
-        columns = self.place.shape[1]
+        tokens = self.ids.shape[1] - RUN
         latest = latest.masked_fill(latest < 0, UNLIKE)
         same = latest.new_ones((), dtype=torch.bool)
-        run = latest.new_zeros((*latest.shape[:2], columns), dtype=torch.uint8)
-        for n in range(RUN):  # the token before a column, the one before that, ...
+        run = latest.new_zeros((*latest.shape[:2], tokens), dtype=torch.uint8)
+        for n in range(RUN):  # the token before each, the one before that, ...
             first = RUN - 1 - n
-            same = same & (self.ids[:, None, first : first + columns] == latest[..., n, None])
+            same = same & (self.ids[:, None, first : first + tokens] == latest[..., n, None])
             run += same
-        return run.gather(2, self.place[:, None].expand(run.shape))
+        return run.gather(2, self.place[:, None].expand(-1, latest.shape[1], -1))
 
 
 def order_of(codes: Tensor) -> Order:
@@ -136,28 +137,32 @@ def _mixed(
     wide = z.double() if z.dtype == torch.float64 else z.float()
     total = wide.logsumexp(-1)
     found = _found(wide, queries.detach(), at, bank)
-    ids = found.ids
-    here = wide.gather(-1, ids)
+    here = wide.gather(-1, found.ids)
     runs = bank.order.runs(latest) if settings.run_weight else None
-    share, agreed = _recalled(wide, here - total[..., None], found, runs, settings)
+    q, agreed = _recalled(wide, here - total[..., None], found, runs, settings)
     gate = settings.gate_bias + settings.gate_slope * found.best.clamp_min(0.0)
     gate = gate + settings.gate_growth * found.number.log() + settings.gate_agreement * agreed
     if settings.gate_confidence:
-        gate = gate + settings.gate_confidence * share.amax(-1)
-    stay = logsigmoid(-gate)[..., None]
-    moved = (logsigmoid(gate) + total)[..., None] + share.log()
-    there = torch.logaddexp(here + stay, moved)
-    mixed = (wide + stay).scatter(-1, ids, there)  # the same value wherever an id occurs
+        gate = gate + settings.gate_confidence * q.amax(-1)
+    stay, moved = logsigmoid(-gate)[..., None], (logsigmoid(gate) + total)[..., None]
+    if wide.requires_grad:
+        # A scatter's gradient counts an id as often as it occurs.
+        there = torch.logaddexp(wide + stay, moved + q.clamp_min(torch.finfo(q.dtype).tiny).log())
+        mixed = torch.where(q > 0, there, wide + stay)
+    else:
+        there = torch.logaddexp(here + stay, moved + q.gather(-1, found.ids).log())
+        mixed = (wide + stay).scatter(-1, found.ids, there)  # the same value wherever an id occurs
     return torch.where((found.best > settings.theta_low)[..., None], mixed, wide).to(z.dtype)
 
 
 class _Found(NamedTuple):
-    """By column its id and its r, -inf where there is none to see, [B, L, T]; the largest r and
-    n, at least 1, [B, L].
+    """By column its id, its r and whether it is seen, [B, L, T]; the largest r, -inf where none
+    is, and n, at least 1, [B, L].
     """
 
     ids: Tensor
     alike: Tensor
+    seen: Tensor
     best: Tensor
     number: Tensor
 
@@ -178,26 +183,26 @@ def _found(wide: Tensor, queries: Tensor, at: Tensor, bank: RecallBank) -> _Foun
     count = seen.sum(-1).clamp_min(1).to(wide)
     mean = (torch.where(seen, cosines, 0).sum(-1) / count)[..., None]
     alike = (cosines - mean) / (1 - mean).clamp_min(LEAST)
-    alike = alike.masked_fill(~seen, -torch.inf)
+    best = alike.masked_fill(~seen, -torch.inf).amax(-1)
     ids = codes.clamp_min(0).long().to(wide.device)[:, None].expand(alike.shape)
-    return _Found(ids, alike, alike.amax(-1), count)
+    return _Found(ids, alike, seen, best, count)
 
 
 @torch.no_grad()
 def _recalled(
     wide: Tensor, log_p: Tensor, found: _Found, runs: Tensor | None, settings: RecallSettings
 ) -> tuple[Tensor, Tensor]:
-    """By column q of its id, [B, L, T], and ln A, [B, L]. log_p: by column ln P of its id."""
+    """q, [B, L, V], and ln A, [B, L]. log_p: by column ln P of its id."""
     scores = settings.sharpness * found.alike
     if runs is not None:
         scores = scores + settings.run_weight * runs.to(wide)
+    scores = scores.masked_fill(~found.seen, -torch.inf)
     tiny = torch.finfo(wide.dtype).tiny
     weights = _shares(scores, tiny)
     agreed = (weights * log_p.exp()).sum(-1).clamp_min(tiny).log().clamp_min(LEAST_AGREED)
     if settings.model_weight:
         weights = _shares(scores + settings.model_weight * log_p, tiny)
-    q = torch.zeros_like(wide).scatter_add_(-1, found.ids, weights)
-    return q.gather(-1, found.ids), agreed
+    return torch.zeros_like(wide).scatter_add_(-1, found.ids, weights), agreed
 
 
 def _shares(scores: Tensor, tiny: float) -> Tensor:

@@ -6,6 +6,7 @@ Only the standard library is needed to read it.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from .memory_settings import MOST_LAYERS, MOST_SLOTS, Bounds, check_fields, real, whole
 
@@ -13,6 +14,8 @@ GATE = (
     "sharpness", "gate_bias", "gate_slope", "gate_growth", "gate_confidence", "theta_low",
     "gate_agreement", "run_weight", "model_weight",
 )  # fmt: skip
+
+NEWER = GATE[6:]  # an earlier version wrote none of these, and went by none
 
 
 def default_layers(layers: int) -> tuple[int, ...]:
@@ -76,16 +79,24 @@ class RecallSettings:
 
     @classmethod
     def from_config(cls, recall: dict) -> RecallSettings:
-        """From config.json's `pace.memory.recall`. Raises ValueError, also for what this version
-        does not know.
+        """From config.json's `pace.memory.recall`, what an earlier version wrote as it meant it.
+        Raises ValueError, also for what this version does not know.
         """
         if not isinstance(recall, dict):
             raise ValueError(f"recall: {recall!r} is not an object")
         unknown = sorted(set(recall) - {parameter.name for parameter in fields(cls)})
         if unknown:
             raise ValueError(f"recall: unknown parameter {', '.join(unknown)}")
-        lists = {name: tuple(value) for name, value in recall.items() if isinstance(value, list)}
-        return cls(**{**recall, **lists})
+        given: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in recall.items()
+        }
+        if "sharpness" in given:  # which was written with all others
+            given = {**dict.fromkeys(NEWER, 0.0), **given}
+        outside = given.get("outside")
+        if isinstance(outside, tuple) and len(outside) == len(GATE) - len(NEWER):
+            given["outside"] = (*outside, *(0.0 for _ in NEWER))
+        return cls(**given)
 
     def check_model(self, layers: int) -> None:
         """Whether a model of so many layers can have them. Raises ValueError."""

@@ -13,39 +13,46 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .recall_bank import NOTHING, RUN, Order
 from .reread_bank import Row
 from .reread_schedule import Build, window_start
 from .reread_settings import RereadSettings
 
 OUTSIDE = "recall_outside"  # a base model's argument, which recall takes away
-NOTHING = -1  # in place of an id: nothing to recall
+FIRST = -2  # in place of a text's first id, in the order: it is like no other
 
 
 class Pairs(NamedTuple):
     """Of n tokens of a row. keys: [n_i, R], together n. scale: [n], 1 / length of each. ids: [n]
-    int32, of the tokens that followed.
+    int32, of the tokens that followed. order: of all of the row's tokens, also those let go.
     """
 
     keys: tuple[Tensor, ...]
     scale: Tensor
     ids: Tensor
+    order: Order
 
     def in_one_graph(self) -> Pairs:
         """With keys in one tensor, and a length that a compiled graph does not depend on."""
-        made = Pairs((torch.cat(self.keys),), self.scale.clone(), self.ids.clone())
+        order = Order(*(part.clone() for part in self.order))
+        made = Pairs((torch.cat(self.keys),), self.scale.clone(), self.ids.clone(), order)
         for tensor in (*made.keys, made.scale, made.ids):
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        for tensor in order:
+            torch._dynamo.maybe_mark_dynamic(tensor, 1)
         return made
 
     def __reduce__(self) -> tuple:
         # A view is pickled with all of the memory that it is a part of.
-        return Pairs, (tuple(part.clone() for part in self.keys), self.scale, self.ids)
+        return Pairs, (tuple(part.clone() for part in self.keys), *self[1:])
 
     def nothing(self) -> Pairs:
         """The same of two tokens of which nothing is recalled."""
         keys = self.keys[0]
         scale, ids = self.scale.new_ones(2), self.ids.new_full((2,), NOTHING)
-        return Pairs((keys.new_zeros(2, keys.shape[1]),), scale, ids).in_one_graph()
+        place = torch.arange(2, device=ids.device)[None]
+        order = Order(ids.new_full((1, RUN + 3), NOTHING), place, place)
+        return Pairs((keys.new_zeros(2, keys.shape[1]),), scale, ids, order).in_one_graph()
 
 
 class Outside(NamedTuple):
@@ -123,6 +130,10 @@ def _pairs(row: Row, stop: int, settings: RereadSettings) -> Pairs | None:
     at = torch.tensor(spans, device=row.ids.device)[:, None] * width
     at = (at + torch.arange(width, device=at.device)).flatten()[: len(spans) * width - surplus]
     ids = row.ids[at + 1]
+    order = torch.nn.functional.pad(row.ids[: stop + 1], (RUN, 0), value=NOTHING)
+    order[RUN] = FIRST
     for first, behind in row.joints:
         ids = ids.masked_fill((at >= first) & (at < behind), NOTHING)
-    return Pairs(tuple(keys), torch.cat(scale), ids)
+        order[RUN + first + 1 : RUN + behind + 1] = FIRST
+    place = at[None] + 1
+    return Pairs(tuple(keys), torch.cat(scale), ids, Order(order[None], place + 1, place))

@@ -39,7 +39,9 @@ WINDOW_OPTIONS = {
 RECALL_OPTIONS = {
     "recall_layers": "layers", "recall_sharpness": "sharpness", "recall_bias": "gate_bias",
     "recall_slope": "gate_slope", "recall_growth": "gate_growth",
-    "recall_theta_low": "theta_low", "recall_key_size": "key_size",
+    "recall_agreement": "gate_agreement", "recall_theta_low": "theta_low",
+    "recall_key_size": "key_size", "recall_run_weight": "run_weight",
+    "recall_model_weight": "model_weight",
 }  # fmt: skip
 MEMORIES = ("fusion", "reread", "recall")
 SMALLEST_CONTEXT = 512  # tokens that a model must have been trained to, for a window by default
@@ -253,8 +255,17 @@ class ConvertOptions(BaseModel):
     recall_growth: float = _recall(
         "recall_growth", "Slope of the gate over the log of the tokens recalled from, c."
     )
+    recall_agreement: float = _recall(
+        "recall_agreement", "Slope of the gate over how well recall and model agree, e."
+    )
     recall_theta_low: float = _recall("recall_theta_low", "Recall nothing up to this similarity.")
     recall_key_size: int = _recall("recall_key_size", "Numbers of a token's key, of each layer.")
+    recall_run_weight: float = _recall(
+        "recall_run_weight", "What each token in a row that is the same counts, g."
+    )
+    recall_model_weight: float = _recall(
+        "recall_model_weight", "What the model's opinion of what is recalled counts, p."
+    )
     no_memory: bool = Field(
         False, description="Only cluster the weights; keep the original architecture."
     )

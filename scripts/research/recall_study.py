@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pace_convert.evaluation.intervals import mean_of
 from pace_convert.evaluation.tune.recall_fit import (
     FITTED,
-    GATE,
+    WEIGHTS,
     Recalled,
     everything,
     fit,
@@ -102,7 +102,7 @@ def record_texts(
 @main.command("fit")
 @click.option("--recorded", type=click.Path(path_type=Path), required=True, multiple=True)
 @click.option("--layers", default="", help="Like 10+24,24; each that was recorded by default.")
-@click.option("--rule", "rules", default=("10,0.3,0.25",), show_default=True, multiple=True,
+@click.option("--rule", "rules", default=("10,0.3,0.3",), show_default=True, multiple=True,
     help="beta,g,p")  # fmt: skip
 @click.option("--fitted", default=",".join(FITTED), show_default=True, help="Of the gate.")
 def fit_gates(recorded: tuple[Path, ...], layers: str, rules: tuple[str, ...], fitted: str) -> None:
@@ -131,7 +131,7 @@ def fit_gates(recorded: tuple[Path, ...], layers: str, rules: tuple[str, ...], f
 
 @main.command("careful")
 @click.option("--recorded", type=click.Path(path_type=Path), required=True, multiple=True)
-@click.option("--rule", default="10,0.3,0.25", show_default=True, help="beta,g,p")
+@click.option("--rule", default="10,0.3,0.3", show_default=True, help="beta,g,p")
 @click.option("--price", default=10.0, show_default=True, help="Of what a text loses.")
 @click.option("--theta-low", default=0.4, show_default=True)
 @click.option("--growth", type=float, default=0.8, show_default=True, help="c.")
@@ -230,7 +230,7 @@ def _by_kind(folder: Path, gains: list[float]) -> str:
 
 
 def _said(settings: RecallSettings) -> str:
-    gate = " ".join(f"{name[5:]} {getattr(settings, name):.2f}" for name in GATE)
+    gate = " ".join(f"{name[5:]} {getattr(settings, name):.2f}" for name in WEIGHTS)
     return f"{gate} above {settings.theta_low:g}"
 
 

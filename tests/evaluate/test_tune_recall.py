@@ -18,7 +18,7 @@ from pace_convert.evaluation.subjects import Subject, load
 from pace_convert.evaluation.tune import recall_choose
 from pace_convert.evaluation.tune.recall_fit import FITTED, Recalled, fit, gains, recalled
 from pace_convert.evaluation.tune.recall_record import record
-from pace_convert.modeling.recall_settings import RecallSettings
+from pace_convert.modeling.recall_settings import NEWER, RecallSettings
 from pace_convert.reference import reference_model
 from pace_convert.reference.words import CODES, NAMES
 
@@ -184,7 +184,7 @@ def test_what_costs_a_document_is_no_rival(monkeypatch, worst, written):
 
 def test_a_folder_of_an_earlier_version_gets_what_it_knows(out, tmp_path):
     """Its own files have no order and no model's opinion: nothing is fitted that goes by them."""
-    folder, newer = shutil.copytree(out, tmp_path / "out"), recall_choose.NEWER
+    folder, newer = shutil.copytree(out, tmp_path / "out"), {*NEWER}
     rules = folder / "recall_settings.py"
     lines = rules.read_text().splitlines(keepends=True)
     rules.write_text("".join(x for x in lines if x.split(":")[0].strip() not in newer))
@@ -198,4 +198,8 @@ def test_a_folder_of_an_earlier_version_gets_what_it_knows(out, tmp_path):
     text = recall_choose.Read(SimpleNamespace(prompt=[5]), made)
     for trial in recall_choose.search([text], settings, names):
         assert all(getattr(trial.settings, name) == 0 for name in newer)
-        assert set(recall_choose._written(trial.rounded, names)) == names
+        written = recall_choose._written(trial.rounded, names)
+        assert set(written) == names - {"outside"}  # it has its own
+    earlier = {"sharpness": 9.0, "outside": [40.0, -25.0, 22.0, 0.0, 3.0, 0.4]}
+    settings = recall_choose.settings_of(earlier, names)
+    assert recall_choose._written(settings, names)["outside"] == tuple(earlier["outside"])

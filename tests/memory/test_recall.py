@@ -441,3 +441,52 @@ def test_however_small_the_blocks_are(monkeypatch, qwen):
     monkeypatch.setattr(bank, "VALUES", 1)
     with torch.no_grad():
         close(qwen, qwen(ids).logits, whole)
+
+
+def test_what_an_earlier_version_wrote_is_what_it_meant():
+    """Parameters and values of `outside` that came later are 0; what nobody wrote, the default."""
+    earlier = {"layers": [2], "sharpness": 18.0, "gate_bias": -15.6, "gate_slope": 6.6,
+        "gate_growth": 0.8, "theta_low": 0.4, "key_size": 192}  # fmt: skip
+    outside = [40.0, -25.0, 22.0, 0.0, 3.0, 0.4]
+    read = RecallSettings.from_config({**earlier, "gate_confidence": 0.1, "outside": outside})
+    for rule in (read, read.of_outside()):
+        assert rule.run_weight == rule.model_weight == rule.gate_agreement == 0
+    assert read.of_outside().gate_confidence == 3.0 and read.gate_confidence == 0.1
+    assert RecallSettings.from_config(earlier).run_weight == 0
+    assert RecallSettings.from_config({"layers": [2]}) == RecallSettings((2,))
+
+
+def random_bank(seed, dtype=torch.float64, tokens=30):
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.randn(1, tokens, 24, dtype=dtype, generator=generator)
+    keys = torch.nn.functional.normalize(keys, dim=-1)
+    codes = torch.randint(0, 6, (1, tokens), generator=generator)
+    codes[:, 0] = -2
+    bank = RecallBank((keys,), codes, order_of(codes))
+    at = torch.arange(tokens - 4, tokens)
+    z = torch.randn(1, 4, 9, dtype=dtype, generator=generator)
+    return z, keys.roll(-1, 1)[:, at], bank.order.latest(at), at, bank
+
+
+def test_gradients_are_those_of_what_it_computes():
+    """Of logits, weights and gate held fast: an id that was there often counts once."""
+    z, *others = random_bank(0)
+    rules = RecallSettings(**{**SMALL, "model_weight": 0.0, "gate_agreement": 0.0})
+    assert torch.autograd.gradcheck(lambda x: mix(x, *others, rules), z.requires_grad_())
+    plain = mix(z.detach().clone(), *others, rules)
+    torch.testing.assert_close(mix(z, *others, rules).detach(), plain, rtol=1e-12, atol=1e-12)
+    far = z.detach().clone()
+    far[..., :6] = -torch.inf  # all that could be recalled
+    made = mix(far.requires_grad_(), *others, rules)
+    made[..., 6:].sum().backward()
+    assert far.grad.isfinite().all() and not made.isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_no_sharpness_and_no_likelihood_are_numbers(dtype):
+    z, *others = random_bank(1, dtype)
+    rules = RecallSettings(**{**SMALL, "sharpness": 0.0})
+    made = mix(z.clone(), *others, rules)
+    assert made.isfinite().all() and not torch.equal(made, z)
+    z[..., 1:] = -torch.inf
+    assert not mix(z.clone(), *others, rules).isnan().any()

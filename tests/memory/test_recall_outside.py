@@ -5,6 +5,7 @@ re-reading logits are those of the rules, however a sequence came to be read.
 import copy
 import pickle
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,11 @@ from hypothesis import strategies as st
 from slow_recall import run, slow_recall, with_recalled
 from slow_reread import SlowReread, unit
 from transformers import CompileConfig, DynamicCache, StaticCache
+
+from pace_convert.modeling.recall_bank import RUN
+from pace_convert.modeling.reread_bank import Row
+from pace_convert.modeling.reread_outside import outside_of
+from pace_convert.modeling.reread_schedule import Build
 
 WINDOW = {
     "window": 16, "first": 4, "spans": 2, "span_width": 4, "layer": 1, "key_size": 24,
@@ -391,3 +397,23 @@ def test_a_bank_of_which_nothing_comes_back(qwen, tmp_path):
         got = qwen(ids[:, 80:], past_key_values=qwen.load_bank(tmp_path / "bank")).logits
         close(qwen, got, qwen(ids).logits[:, 80:])
     qwen.set_window(16, spans=own.spans)
+
+
+def test_order_is_that_of_the_text(qwen):
+    """Also where a full bank let go of tokens between, and a text begins behind another."""
+    reader, rules = qwen._reread_keys, qwen.window_settings
+    row = Row(text(1, LONG, 3)[0].to(torch.int32))
+    for rows in reader.read_all([row], rules):
+        row = rows[0]
+    kept = [block for n, block in enumerate(row.blocks) if n % 2 == 0]
+    row = replace(row, blocks=tuple(kept), joints=((40, 43),))
+    outside = outside_of([row], [Build(LONG, asked=True)], rules, False)
+    (pairs,) = outside.rows
+    latest = row.ids[-RUN:].flip(0)
+    ids = row.ids.tolist()
+    ids[41:44] = [-1] * 3
+    spans = [s for block in kept for s in block.spans]
+    tokens = [t for s in spans for t in range(4 * s, 4 * s + 4)][: len(pairs.ids)]
+    expected = [run(ids, t, row.ids.tolist()) for t in tokens]
+    found = pairs.order.runs(latest[None, None])[0, 0].tolist()
+    assert found == expected and max(expected) > 0

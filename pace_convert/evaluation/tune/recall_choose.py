@@ -16,7 +16,7 @@ import torch
 from ...converted.format import Tuned
 from ...converted.opened import Converted
 from ...converted.retune import write_memory
-from ...modeling.recall_settings import RecallSettings
+from ...modeling.recall_settings import NEWER, RecallSettings
 from ...options import memory_in_effect
 from ...progress import Progress
 from ...version import __version__
@@ -29,14 +29,13 @@ from .data import LIKELIHOOD, Data, DataRequest, Item, read_data
 from .finalists import reader_of
 from .folder import search_folder
 from .options import TuneOptions
-from .recall_fit import FITTED, GATE, Recalled, fit, gains, recalled
+from .recall_fit import FITTED, WEIGHTS, Recalled, fit, gains, recalled
 from .recall_record import Recording, record
 from .report import difference_of
 
 DEPTHS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)  # of layers that are tried
 FIRST = 10.0  # sharpness while layers are chosen
 SHARPNESS = (5.0, 7.0, 10.0, 14.0, 20.0, 28.0, 40.0, 60.0)
-NEWER = {"run_weight", "model_weight", "gate_agreement"}  # an earlier version has none of these
 LENGTH = 2048  # tokens of a window
 HARM = 0.002  # nats a token that no document may lose
 
@@ -53,7 +52,7 @@ class Trial:
     @property
     def rounded(self) -> RecallSettings:
         """As config.json has them."""
-        gate = {name: round(getattr(self.settings, name), 3) for name in GATE}
+        gate = {name: round(getattr(self.settings, name), 3) for name in WEIGHTS}
         return replace(self.settings, **gate)
 
 
@@ -100,7 +99,7 @@ def names_of(converted: Converted) -> set[str]:
 
 def settings_of(recall: dict, names: set[str]) -> RecallSettings:
     """As a folder whose files know parameters of these names reads them."""
-    return RecallSettings.from_config({**dict.fromkeys(NEWER - names, 0.0), **recall})
+    return RecallSettings.from_config({**dict.fromkeys({*NEWER} - names, 0.0), **recall})
 
 
 def search(texts: list[Read], own: RecallSettings, names: set[str]) -> list[Trial]:
@@ -190,7 +189,12 @@ def _judged(
 
 def _written(settings: RecallSettings, names: set[str]) -> dict:
     """As config.json has them, where the folder's files know parameters of these names."""
-    return {name: value for name, value in asdict(settings).items() if name in names}
+    made = {name: value for name, value in asdict(settings).items() if name in names}
+    if not names.issuperset(NEWER) and any(settings.outside[-len(NEWER) :]):
+        made.pop("outside", None)  # this version's, of a folder that had no recall: it has its own
+    elif not names.issuperset(NEWER) and "outside" in made:
+        made["outside"] = settings.outside[: -len(NEWER)]
+    return made
 
 
 def _row(

@@ -23,7 +23,7 @@ ROWS = 512  # tokens whose cosines are computed at once
 STEPS = 60  # of LBFGS
 MOST = MOST_WEIGHT - 1.0
 THRESHOLDS = (-1.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-GATE = ("gate_bias", "gate_slope", "gate_growth", "gate_confidence", "gate_agreement")
+WEIGHTS = ("gate_bias", "gate_slope", "gate_growth", "gate_confidence", "gate_agreement")
 START = (-5.0, 4.0, 0.0, 0.0, 0.0)
 FITTED = ("gate_bias", "gate_slope", "gate_growth", "gate_agreement")
 
@@ -73,11 +73,12 @@ def recalled(text: Recording, settings: RecallSettings, which: Seen = everything
         before = seen.sum(1).clamp_min(1)
         mean = torch.where(seen, cosines, 0).sum(1) / before
         room = (1 - mean).clamp_min(LEAST)
-        alike = ((cosines - mean[:, None]) / room[:, None]).masked_fill(~seen, -torch.inf)
+        alike = (cosines - mean[:, None]) / room[:, None]
         scores = settings.sharpness * alike
         if settings.run_weight:
             runs = order.runs(order.latest(torch.arange(first, rows.stop)))
             scores = scores + settings.run_weight * runs[0, :, 1 : rows.stop + 1]
+        scores = scores.masked_fill(~seen, -torch.inf)
         most = scores.amax(1, keepdim=True)
         weights = (scores - torch.where(most.isfinite(), most, 0)).exp()
         weights = weights / weights.sum(1, keepdim=True).clamp_min(1e-30)
@@ -88,24 +89,25 @@ def recalled(text: Recording, settings: RecallSettings, which: Seen = everything
         log_q = (log_w + settings.model_weight * known).log_softmax(1)
         log_q = log_q.masked_fill(log_q.isnan(), -torch.inf)  # of those that see nothing
         came = log_q.gather(1, place[rows, None])[:, 0]
-        parts.append((came, alike.amax(1), before.float(), log_q.amax(1).exp(), agreed))
+        best = alike.masked_fill(~seen, -torch.inf).amax(1)
+        parts.append((came, best, before.float(), log_q.amax(1).exp(), agreed))
     return Recalled(text.log_probs, *(torch.cat(part) for part in zip(*parts)))
 
 
 def gains(text: Recalled, settings: RecallSettings) -> Tensor:
     """Of each token in nats, with the gate of these settings."""
-    z = torch.tensor([getattr(settings, name) for name in GATE])
+    z = torch.tensor([getattr(settings, name) for name in WEIGHTS])
     return _gains(z, _inputs(text), text, settings.theta_low)
 
 
 def fit(
     texts: Sequence[Recalled], settings: RecallSettings, fitted: Sequence[str] = FITTED
 ) -> RecallSettings:
-    """With the gate that gains most, each text counting the same. fitted: which of GATE are; the
+    """With the gate that gains most, each text counting the same. fitted: which of WEIGHTS are; the
     others are 0. If it is the bias alone lambda is one number, which goes by nothing.
     """
     inputs = [_inputs(text) for text in texts]
-    free = torch.tensor([float(name in fitted) for name in GATE])
+    free = torch.tensor([float(name in fitted) for name in WEIGHTS])
     z = torch.tensor(START).requires_grad_()
     solver = torch.optim.LBFGS([z], max_iter=STEPS, line_search_fn="strong_wolfe")
 
@@ -123,7 +125,7 @@ def fit(
             (sum(_gains(z, x, t, low).mean() for x, t in zip(inputs, texts)), -low, low)
             for low in (THRESHOLDS if len(fitted) > 1 else THRESHOLDS[:1])
         ]
-    return replace(settings, **dict(zip(GATE, z.tolist())), theta_low=max(made)[2])
+    return replace(settings, **dict(zip(WEIGHTS, z.tolist())), theta_low=max(made)[2])
 
 
 def _bounded(z: Tensor) -> Tensor:
@@ -132,7 +134,7 @@ def _bounded(z: Tensor) -> Tensor:
 
 
 def _inputs(text: Recalled) -> Tensor:
-    """[n - 1, 5], in the order of GATE."""
+    """[n - 1, 5], in the order of WEIGHTS."""
     best = text.best.clamp_min(0)
     return torch.stack([torch.ones_like(best), best, text.count.log(), text.sure, text.agreed], 1)
 
