@@ -2,14 +2,15 @@
 
 Token t of a row has a key k_t: the inputs x of the FFNs of some layers, each projected to R numbers
 by a fixed matrix of signs (`reread_keys.signs`) and normed, one behind the other. Token s < t of
-that row is worth v_s, the id of token s + 1, which is known when t is read. With z the model's
-logits for the token behind t, and P = softmax(z):
+that row is worth v_s, the id of token s + 1, which is known when t is read. It recalls from all s
+that are more than `beyond` tokens before it: what it is saying itself is no evidence. With z the
+model's logits for the token behind t, and P = softmax(z):
 
-    r_s = (cos(k_t, k_s) - m) / (1 - m)             m: the mean cosine over all s < t
+    r_s = (cos(k_t, k_s) - m) / (1 - m)             m: the mean cosine over all these s
     l_s = how many tokens up to s are those up to t, one by one, at most RUN; the row's first token
           is like no other
     u_s = beta r_s + g l_s + p log P(v_s)
-    w = softmax(u) over all s < t                   q(v) = sum of the w_s whose v_s is v
+    w = softmax(u) over all these s                 q(v) = sum of the w_s whose v_s is v
     A = sum of P(v_s) by softmax(beta r + g l)      how well recall and model agree
     lambda = sigmoid(a + b max_s r_s + c ln n       n: tokens s that there are
                      + d max_v q(v) + e ln A)
@@ -108,7 +109,7 @@ def mix(
 
     logits: [B, L, V]. queries: [B, L, K] of length 1, the keys of the same tokens; latest:
     [B, L, RUN], the ids up to them, the latest first; at: [L] int64, their columns. A token recalls
-    from columns up to its own: from those of itself and before it. What is recalled, and how much,
+    from columns up to its own. What is recalled, and how much,
     has no gradient.
     """
     rows, length, vocabulary = logits.shape
@@ -136,7 +137,7 @@ def _mixed(
 ) -> Tensor:
     wide = z.double() if z.dtype == torch.float64 else z.float()
     total = wide.logsumexp(-1)
-    found = _found(wide, queries.detach(), at, bank)
+    found = _found(wide, queries.detach(), at, bank, settings.beyond)
     here = wide.gather(-1, found.ids)
     runs = bank.order.runs(latest) if settings.run_weight else None
     q, agreed = _recalled(wide, here - total[..., None], found, runs, settings)
@@ -168,7 +169,7 @@ class _Found(NamedTuple):
 
 
 @torch.no_grad()
-def _found(wide: Tensor, queries: Tensor, at: Tensor, bank: RecallBank) -> _Found:
+def _found(wide: Tensor, queries: Tensor, at: Tensor, bank: RecallBank, beyond: int) -> _Found:
     if queries.shape[1] == 1:  # on CPUs ten times as fast in bf16 as the other way round
         made = [(part @ queries.transpose(1, 2)).transpose(1, 2) for part in bank.keys]
     else:
@@ -179,6 +180,9 @@ def _found(wide: Tensor, queries: Tensor, at: Tensor, bank: RecallBank) -> _Foun
     codes = bank.codes
     columns = torch.arange(codes.shape[1], device=at.device)
     seen = (codes >= 0)[:, None] & (columns <= at[:, None])
+    if beyond:
+        upto = bank.order.upto[:, at.clamp_max(codes.shape[1] - 1)]
+        seen = seen & (upto[..., None] - bank.order.place[:, None] > beyond)
     seen = seen.to(wide.device)
     count = seen.sum(-1).clamp_min(1).to(wide)
     mean = (torch.where(seen, cosines, 0).sum(-1) / count)[..., None]

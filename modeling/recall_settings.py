@@ -5,6 +5,7 @@ Only the standard library is needed to read it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -15,7 +16,13 @@ GATE = (
     "gate_agreement", "run_weight", "model_weight",
 )  # fmt: skip
 
-NEWER = GATE[6:]  # an earlier version wrote none of these, and went by none
+# An earlier version wrote none of these, and went by none; its `outside` had so many values.
+NEWER, EARLIER = ("gate_agreement", "run_weight", "model_weight", "beyond"), 6
+
+
+def before(names: Iterable[str]) -> dict[str, float]:
+    """Those of NEWER with these names, as if they were not there."""
+    return {name: 0 if name == "beyond" else 0.0 for name in names}
 
 
 def default_layers(layers: int) -> tuple[int, ...]:
@@ -31,7 +38,8 @@ class RecallSettings:
     gate_bias, gate_slope, gate_growth, gate_confidence, gate_agreement: a, b, c, d and e.
     theta_low: a token that has seen nothing more similar is left alone. key_size: R, numbers of a
     key's part. run_weight: g, what each token that is the same counts beside similarity.
-    model_weight: p, what the model's own opinion of what is recalled counts. outside: those of GATE
+    model_weight: p, what the model's own opinion of what is recalled counts. beyond: a token
+    recalls nothing from so many before it, which are its own sentence. outside: those of GATE
     for what was read and is out of view, whose keys are those of re-reading; empty: it is not
     recalled. See `recall_bank` for the formulas.
 
@@ -51,6 +59,7 @@ class RecallSettings:
     gate_agreement: float = real(0.32)
     run_weight: float = real(0.3, low=0, high=1000)
     model_weight: float = real(0.3, low=0, high=1)
+    beyond: int = whole(64, low=0, high=MOST_SLOTS)
     outside: tuple[float, ...] = (25.0, -20.0, 18.0, 0.0, 3.0, 0.4, 0.25, 0.3, 0.25)
 
     def __post_init__(self) -> None:
@@ -73,7 +82,8 @@ class RecallSettings:
         if not isinstance(self.outside, tuple) or len(self.outside) != len(GATE):
             raise ValueError(f"recall: outside is {self.outside!r}, not {', '.join(GATE)}, or ()")
         try:
-            return replace(self, outside=(), **dict(zip(GATE, self.outside)))  # type: ignore
+            given: Any = dict(zip(GATE, self.outside))
+            return replace(self, outside=(), beyond=0, **given)
         except ValueError as error:
             raise ValueError(f"recall: outside: {str(error).removeprefix('recall: ')}") from error
 
@@ -92,10 +102,10 @@ class RecallSettings:
             for name, value in recall.items()
         }
         if "sharpness" in given:  # which was written with all others
-            given = {**dict.fromkeys(NEWER, 0.0), **given}
+            given = {**before(NEWER), **given}
         outside = given.get("outside")
-        if isinstance(outside, tuple) and len(outside) == len(GATE) - len(NEWER):
-            given["outside"] = (*outside, *(0.0 for _ in NEWER))
+        if isinstance(outside, tuple) and len(outside) == EARLIER:
+            given["outside"] = (*outside, *(0.0 for _ in GATE[EARLIER:]))
         return cls(**given)
 
     def check_model(self, layers: int) -> None:

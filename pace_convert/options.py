@@ -41,7 +41,7 @@ RECALL_OPTIONS = {
     "recall_slope": "gate_slope", "recall_growth": "gate_growth",
     "recall_agreement": "gate_agreement", "recall_theta_low": "theta_low",
     "recall_key_size": "key_size", "recall_run_weight": "run_weight",
-    "recall_model_weight": "model_weight",
+    "recall_model_weight": "model_weight", "recall_beyond": "beyond",
 }  # fmt: skip
 MEMORIES = ("fusion", "reread", "recall")
 SMALLEST_CONTEXT = 512  # tokens that a model must have been trained to, for a window by default
@@ -266,6 +266,7 @@ class ConvertOptions(BaseModel):
     recall_model_weight: float = _recall(
         "recall_model_weight", "What the model's opinion of what is recalled counts, p."
     )
+    recall_beyond: int = _recall("recall_beyond", "A token recalls nothing from so many before it.")
     no_memory: bool = Field(
         False, description="Only cluster the weights; keep the original architecture."
     )

@@ -44,10 +44,11 @@ def signs(width: int, size: int) -> Tensor:
 
 
 def mixed(z: Tensor, keys: list[Tensor], ids: list[int], t: int, settings) -> Tensor:
-    """With what followed the tokens before the t-th. The first token is like no other."""
-    cosines = [float(keys[t] @ keys[s]) for s in range(t)]
-    runs = [run(ids, s, ids[: t + 1]) for s in range(t)]
-    return with_recalled(z, cosines, runs, ids[1 : t + 1], settings)
+    """With what followed the tokens long enough before the t-th. The first is like no other."""
+    known = range(max(0, t - settings.beyond))
+    cosines = [float(keys[t] @ keys[s]) for s in known]
+    runs = [run(ids, s, ids[: t + 1]) for s in known]
+    return with_recalled(z, cosines, runs, [ids[s + 1] for s in known], settings)
 
 
 def run(ids: list[int], s: int, latest: list[int]) -> int:

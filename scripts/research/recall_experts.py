@@ -115,7 +115,9 @@ def main() -> None:
 
 
 def _gain(texts: list[Recording], layer: int, beta: float) -> tuple:
-    rule = RecallSettings(layers=(layer,), sharpness=beta, run_weight=0.0, model_weight=0.0)
+    rule = RecallSettings(
+        layers=(layer,), sharpness=beta, run_weight=0.0, model_weight=0.0, beyond=0
+    )
     found = [recalled(text, rule) for text in texts]
     halves = [fit(found[i::2], rule, FITTED[:3]) for i in (1, 0)]
     made = [gains(text, halves[i % 2]).mean().item() for i, text in enumerate(found)]

@@ -27,7 +27,6 @@ from pace_convert.evaluation.tune.recall_fit import (
     FITTED,
     WEIGHTS,
     Recalled,
-    everything,
     fit,
     gains,
     recalled,
@@ -139,7 +138,7 @@ def fit_gates(recorded: tuple[Path, ...], layers: str, rules: tuple[str, ...], f
     "--less", default=0.0, show_default=True, help="Taken from each fitted a, for safety."
 )
 @click.option("--gate", help="a,b,c,e to judge, and none is fitted.")
-@click.option("--beyond", default=0, show_default=True, help="Recall only what is so far back.")
+@click.option("--beyond", default=64, show_default=True, help="Recall only what is so far back.")
 @click.option("--layer", "layers", type=int, multiple=True, help="Of each --recorded, in order.")
 def careful_gate(
     recorded: tuple[Path, ...], rule: str, price: float, theta_low: float, growth: float,
@@ -148,16 +147,11 @@ def careful_gate(
     """One gate for several models: it gains most in the mean, and has to gain on each text, early
     in it and over all of it. Judged on models, and on texts, that it was not fitted to.
     """
-    start = replace(_rule(rule), theta_low=theta_low, gate_growth=growth, gate_confidence=0.0)
-
-    def before(first: int, stop: int) -> torch.Tensor:
-        return (
-            everything(first, stop).tril(first - beyond - 1) if beyond else everything(first, stop)
-        )
+    start = replace(_rule(rule), theta_low=theta_low, gate_growth=growth, beyond=beyond)
 
     texts = {
         folder.name: [
-            recalled(made, replace(start, layers=(layer,) if layers else tuple(made.keys)), before)
+            recalled(made, replace(start, layers=(layer,) if layers else tuple(made.keys)))
             for made in map(_recording, sorted(folder.glob("*.pt")))
         ]
         for folder, layer in zip(recorded, layers or range(len(recorded)))

@@ -143,7 +143,7 @@ def test_options_reach_the_config(make_source, tmp_path):
         "memory": "fusion,reread,recall", "recall_layers": "1,2", "recall_sharpness": 9.5,
         "recall_bias": -3.0, "recall_slope": 2.5, "recall_growth": 0.25,
         "recall_theta_low": 0.125, "recall_key_size": 24, "recall_agreement": 0.5,
-        "recall_run_weight": 0.75, "recall_model_weight": 0.625,
+        "recall_run_weight": 0.75, "recall_model_weight": 0.625, "recall_beyond": 3,
     }  # fmt: skip
     others = {"no_memory", "no_experts", "preset"}
     assert {*values, "match_norm"} == set(ConvertOptions.model_fields) - others

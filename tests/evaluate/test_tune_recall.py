@@ -28,7 +28,7 @@ WORDS = ["the", "code", "of", "ada", "is", "river", ".", "hill", "and", "bob"]
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tune") / "out"
-    convert_folder(reference_model(), folder, experts=16, memory="fusion,recall")
+    convert_folder(reference_model(), folder, experts=16, memory="fusion,recall", recall_beyond=2)
     return folder
 
 
@@ -57,7 +57,17 @@ def test_what_was_fitted_is_what_the_model_does(out):
     base = reader.log_probs(ids)
     torch.testing.assert_close(made.log_probs, torch.tensor(base).float(), rtol=1e-4, atol=1e-4)
     settings = RecallSettings(
-        (1, 2), 12.0, -2.0, 1.5, 0.1, -1.0, 48, gate_agreement=0.2, run_weight=0.5, model_weight=0.4
+        (1, 2),
+        12.0,
+        -2.0,
+        1.5,
+        0.1,
+        -1.0,
+        48,
+        gate_agreement=0.2,
+        run_weight=0.5,
+        model_weight=0.4,
+        beyond=2,
     )  # keys of this model are much alike
     expected = gains(recalled(made, settings), settings)
     reader.model.set_memory_enabled(True)
@@ -155,7 +165,9 @@ def test_a_conversion_that_is_calibrated(tmp_path):
     ):
         on = data if "auto" not in options else tmp_path / "absent.jsonl"
         refuse(pace_convert(source, out, *options, "--calibrate", on), 2, words, out=out)
-    done = pace_convert(source, out, "--experts", 16, "--calibrate", data, "--json")
+    done = pace_convert(
+        source, out, "--experts", 16, "--recall-beyond", 2, "--calibrate", data, "--json"
+    )
     assert done.returncode == 0, done.stderr
     last = json.loads(done.stdout.splitlines()[-1])
     assert last["event"] == "calibrated" and last["written"]

@@ -20,7 +20,7 @@ from pace_convert.modeling.recall_settings import RecallSettings
 
 SMALL = {"layers": (1, 2), "sharpness": 6.0, "gate_bias": -0.5, "gate_slope": 1.5,
     "gate_growth": 0.2, "theta_low": 0.1, "key_size": 24, "gate_agreement": 0.2,
-    "run_weight": 0.4, "model_weight": 0.5}  # fmt: skip
+    "run_weight": 0.4, "model_weight": 0.5, "beyond": 2}  # fmt: skip
 
 
 def prepared(folder, dtype=torch.float64, **changes):
@@ -348,7 +348,7 @@ def test_a_default_conversion_recalls(make_source, tmp_path):
     model = load(tmp_path / "out")
     assert asdict(model.recall_settings) == asdict(RecallSettings(layers=(3,)))
     base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float64).eval()
-    again = torch.arange(2, 40).repeat(2)[None]
+    again = torch.arange(2, 90).repeat(2)[None]  # recalled from more than 64 tokens away
     with torch.no_grad():
         assert not torch.allclose(model(again).logits, base(again).logits, rtol=1e-6, atol=1e-6)
         model.set_recall(False)
@@ -450,7 +450,7 @@ def test_what_an_earlier_version_wrote_is_what_it_meant():
     outside = [40.0, -25.0, 22.0, 0.0, 3.0, 0.4]
     read = RecallSettings.from_config({**earlier, "gate_confidence": 0.1, "outside": outside})
     for rule in (read, read.of_outside()):
-        assert rule.run_weight == rule.model_weight == rule.gate_agreement == 0
+        assert rule.run_weight == rule.model_weight == rule.gate_agreement == rule.beyond == 0
     assert read.of_outside().gate_confidence == 3.0 and read.gate_confidence == 0.1
     assert RecallSettings.from_config(earlier).run_weight == 0
     assert RecallSettings.from_config({"layers": [2]}) == RecallSettings((2,))

@@ -28,7 +28,7 @@ WINDOW = {
 CAPACITY = 4 + 2 * 2 * 4 + 2 * 16
 RECALL = {"layers": (1, 2), "sharpness": 6.0, "gate_bias": -0.5, "gate_slope": 1.5,
     "gate_growth": 0.2, "theta_low": 0.1, "key_size": 24,
-    "gate_agreement": 0.2, "run_weight": 0.4, "model_weight": 0.5,
+    "gate_agreement": 0.2, "run_weight": 0.4, "model_weight": 0.5, "beyond": 2,
     "outside": (5.0, -1.0, 2.0, 0.3, 0.7, 0.15, 0.3, 0.5, 0.4)}  # fmt: skip
 LONG = 90
 

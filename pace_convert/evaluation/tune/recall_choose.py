@@ -16,7 +16,7 @@ import torch
 from ...converted.format import Tuned
 from ...converted.opened import Converted
 from ...converted.retune import write_memory
-from ...modeling.recall_settings import NEWER, RecallSettings
+from ...modeling.recall_settings import EARLIER, NEWER, RecallSettings, before
 from ...options import memory_in_effect
 from ...progress import Progress
 from ...version import __version__
@@ -99,7 +99,7 @@ def names_of(converted: Converted) -> set[str]:
 
 def settings_of(recall: dict, names: set[str]) -> RecallSettings:
     """As a folder whose files know parameters of these names reads them."""
-    return RecallSettings.from_config({**dict.fromkeys({*NEWER} - names, 0.0), **recall})
+    return RecallSettings.from_config({**before({*NEWER} - names), **recall})
 
 
 def search(texts: list[Read], own: RecallSettings, names: set[str]) -> list[Trial]:
@@ -190,10 +190,10 @@ def _judged(
 def _written(settings: RecallSettings, names: set[str]) -> dict:
     """As config.json has them, where the folder's files know parameters of these names."""
     made = {name: value for name, value in asdict(settings).items() if name in names}
-    if not names.issuperset(NEWER) and any(settings.outside[-len(NEWER) :]):
+    if not names.issuperset(NEWER) and any(settings.outside[EARLIER:]):
         made.pop("outside", None)  # this version's, of a folder that had no recall: it has its own
     elif not names.issuperset(NEWER) and "outside" in made:
-        made["outside"] = settings.outside[: -len(NEWER)]
+        made["outside"] = settings.outside[:EARLIER]
     return made
 
 

@@ -69,7 +69,7 @@ def recalled(text: Recording, settings: RecallSettings, which: Seen = everything
     for first in range(0, len(text.ids) - 1, ROWS):
         rows = slice(first, min(first + ROWS, len(text.ids) - 1))
         cosines = keys[rows] @ keys[: rows.stop].T
-        seen = which(first, rows.stop)
+        seen = which(first, rows.stop).tril(first - settings.beyond - 1)
         before = seen.sum(1).clamp_min(1)
         mean = torch.where(seen, cosines, 0).sum(1) / before
         room = (1 - mean).clamp_min(LEAST)
