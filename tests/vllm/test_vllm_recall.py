@@ -192,7 +192,7 @@ def test_a_folder_as_it_is(make_source, tmp_path, how):
     """With two layers' keys: vLLM's graph around the one op, and weights on two workers."""
     options = ConvertOptions(
         memory=("recall",), recall_layers=(1, 3), recall_bias=-5.0, recall_theta_low=0.0,
-        experts=None,
+        recall_beyond=2, experts=None,
     )  # fmt: skip
     out = convert(make_source("llama", head_dim=32, mlp_bias=False), tmp_path / "out", options).out
     model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, dtype=torch.float32)
