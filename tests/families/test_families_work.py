@@ -20,7 +20,7 @@ WINDOW = {"window": 16, "span_width": 4, "spans": 2, "first_tokens": 4}
 CAPACITY = 4 + 2 * 2 * 4 + 2 * 16
 GATE = {
     "recall_sharpness": 6.0, "recall_bias": -0.5, "recall_slope": 1.5, "recall_growth": 0.2,
-    "recall_theta_low": 0.1,
+    "recall_theta_low": 0.1, "recall_beyond": 2,
 }  # fmt: skip
 # Their attention overflows to NaN in float64.
 FP32 = (

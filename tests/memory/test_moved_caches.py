@@ -64,7 +64,8 @@ def test_a_model_that_lets_go_of_its_cache(phi, rows):
 def test_recall_in_a_model_that_lets_go_of_its_cache(phi):
     """Padding is padding in the call that reads all tokens anew."""
     ids, mask = padded()
-    phi.set_recall(sharpness=6.0, gate_bias=-0.5, gate_slope=1.5, gate_growth=0.2, theta_low=0.1)
+    rule = {"sharpness": 6.0, "gate_bias": -0.5, "gate_slope": 1.5, "gate_growth": 0.2}
+    phi.set_recall(**rule, theta_low=0.1, beyond=2)
     try:
         made = phi.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False)
         for row, n in enumerate(LENGTHS):
