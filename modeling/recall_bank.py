@@ -109,8 +109,7 @@ def mix(
 
     logits: [B, L, V]. queries: [B, L, K] of length 1, the keys of the same tokens; latest:
     [B, L, RUN], the ids up to them, the latest first; at: [L] int64, their columns. A token recalls
-    from columns up to its own. What is recalled, and how much,
-    has no gradient.
+    from columns up to its own. What is recalled, and how much, has no gradient.
     """
     rows, length, vocabulary = logits.shape
     step = max(1, VALUES // (rows * max(vocabulary, bank.codes.shape[1])))

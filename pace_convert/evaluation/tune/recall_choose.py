@@ -190,10 +190,11 @@ def _judged(
 def _written(settings: RecallSettings, names: set[str]) -> dict:
     """As config.json has them, where the folder's files know parameters of these names."""
     made = {name: value for name, value in asdict(settings).items() if name in names}
-    if not names.issuperset(NEWER) and any(settings.outside[EARLIER:]):
-        made.pop("outside", None)  # this version's, of a folder that had no recall: it has its own
-    elif not names.issuperset(NEWER) and "outside" in made:
-        made["outside"] = settings.outside[:EARLIER]
+    if "outside" in made and not names.issuperset(NEWER):
+        if any(settings.outside[EARLIER:]):
+            del made["outside"]  # this version's, where a folder had no recall: it has its own
+        else:
+            made["outside"] = settings.outside[:EARLIER]
     return made
 
 
