@@ -309,7 +309,7 @@ class RecallMixin:
         pace = self.config.pace or {}
         memory = pace.get("memory") or {}
         layers = self.config.get_text_config().num_hidden_layers
-        now = memory.get("recall") or asdict(RecallSettings(default_layers(layers)))
+        now = asdict(self.recall_settings or RecallSettings(default_layers(layers)))
         given = {**now, **parameters} if on else None
         if parameters and not on:
             raise ValueError("recall: give parameters, or on=False")

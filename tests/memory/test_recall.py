@@ -490,3 +490,14 @@ def test_no_sharpness_and_no_likelihood_are_numbers(dtype):
     assert made.isfinite().all() and not torch.equal(made, z)
     z[..., 1:] = -torch.inf
     assert not mix(z.clone(), *others, rules).isnan().any()
+
+
+def test_what_is_given_changes_nothing_else(qwen2_pair):
+    """Also where a config, written by hand, names the layers alone."""
+    model = load(qwen2_pair[1])
+    model.config.pace = {**model.config.pace, "memory": {"recall": {"layers": [2]}}}
+    model.set_recall(sharpness=5.0)
+    assert model.recall_settings == RecallSettings((2,), 5.0)
+    model.set_recall(False)
+    model.set_recall(gate_bias=-2.0, layers=[1])
+    assert model.recall_settings == RecallSettings((1,), gate_bias=-2.0)
