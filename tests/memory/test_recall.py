@@ -497,7 +497,7 @@ def test_what_is_given_changes_nothing_else(qwen2_pair):
     model = load(qwen2_pair[1])
     model.config.pace = {**model.config.pace, "memory": {"recall": {"layers": [2]}}}
     model.set_recall(sharpness=5.0)
-    assert model.recall_settings == RecallSettings((2,), 5.0)
+    assert asdict(model.recall_settings) == asdict(RecallSettings((2,), 5.0))
     model.set_recall(False)
     model.set_recall(gate_bias=-2.0, layers=[1])
-    assert model.recall_settings == RecallSettings((1,), gate_bias=-2.0)
+    assert asdict(model.recall_settings) == asdict(RecallSettings((1,), gate_bias=-2.0))
