@@ -28,14 +28,15 @@ class Recorder:
     async def __call__(self, scope, receive, send):
         parts = []
 
-        async def noted():
+        async def noted():  # before anything is answered: the client may look as soon as it is
             message = await receive()
-            parts.append(message.get("body", b""))
+            if message["type"] == "http.request" and scope["method"] == "POST":
+                parts.append(message.get("body", b""))
+                if not message.get("more_body", False):
+                    self.bodies.append(b"".join(parts))
             return message
 
         await self.app(scope, noted, send)
-        if scope["type"] == "http" and scope["method"] == "POST":
-            self.bodies.append(b"".join(parts))
 
 
 @pytest.fixture(scope="module")
