@@ -23,22 +23,20 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .memory_session import MASK
 from .memory_stack import real_columns
-from .recurrent_cache import OF_STATES, USUAL, is_static
-from .reread_asking import what_asks
 from .reread_bank import Passage, Row
-from .reread_cache import Contexts, RereadEntry, held_length, reread_entry
+from .reread_cache import RereadEntry, held_length, reread_entry
+from .reread_calls import ContextCalls
 from .reread_context import (
     context,
     kept_tokens,
     prompt_ends,
-    side_by_side,
     with_prompts,
     with_tokens,
 )
+from .reread_finder import Finder
 from .reread_keys import KeyReader
-from .reread_lookup import joined, look_up
-from .reread_outside import OUTSIDE, Outside, outside_of
-from .reread_schedule import WHOLE, Build, build_of, segments, window_start
+from .reread_outside import OUTSIDE
+from .reread_schedule import Build, build_of, segments, window_start
 from .reread_settings import RereadSettings
 
 EMBEDS = "a part was given as inputs_embeds"
@@ -78,7 +76,9 @@ class Rereader:
     keys: KeyReader
     recalls: bool = False
 
-    # A call of the model.
+    def __post_init__(self) -> None:
+        self._finder = Finder(self.settings, self.keys, self.recalls)
+        self._calls = ContextCalls(self.base, self.names, self.settings, self._finder)
 
     def call(self, asked: Asked, kwargs: dict) -> Any:
         """The output of the base model for what was asked. kwargs: its arguments, by name."""
@@ -156,9 +156,9 @@ class Rereader:
         if length == 1 and real is None and asked.prompt is None and entry.contexts is not None:
             due = [build_of(n, e, self.settings) for n, e in zip(entry.counts, entry.ends)]
             if cache is not None and list(entry.contexts.builds) == due:
-                output = self._extend(asked.ids, kwargs, cache, entry, None, [1] * len(due))
+                output = self._calls.extend(asked.ids, kwargs, cache, entry, None, [1] * len(due))
                 entry.step(asked.ids)
-                return self._finished(output, 0, 1, kwargs, cache)
+                return self._calls.finished(output, 0, 1, kwargs, cache)
         before, old = entry.counts, entry.settle()
         counts = [length] * len(old) if real is None else real.sum(1).tolist()
         rows = with_tokens(old, asked.ids, real, counts)
@@ -176,19 +176,19 @@ class Rereader:
         one_each = all(len(run) == 1 for run in runs)
         if cache is not None and self._goes_on(entry, before, rows):
             more = {**kwargs, "logits_to_keep": keep}
-            output = self._extend(asked.ids, more, cache, entry, real, counts)
+            output = self._calls.extend(asked.ids, more, cache, entry, real, counts)
         elif one_each and (real is None or bool(real[:, length - keep :].all())):
             builds, noted = [run[0][2] for run in runs], rows
-            rows = self._looked_up(rows, builds)
+            rows = self._finder.looked_up(rows, builds)
             if cache is not None and self._still_fits(noted, rows, builds, cache, entry):
                 more = {**kwargs, "logits_to_keep": keep}
-                output = self._extend(asked.ids, more, cache, entry, real, counts)
+                output = self._calls.extend(asked.ids, more, cache, entry, real, counts)
             else:
-                output = self._rebuild(rows, builds, keep, kwargs, cache, entry)
+                output = self._calls.rebuild(rows, builds, keep, kwargs, cache, entry)
         else:
-            rows, output = self._row_by_row(rows, runs, keep, real, kwargs, entry)
+            rows, output = self._calls.row_by_row(rows, runs, keep, real, kwargs, entry)
         entry.follow(rows, length, real)
-        return self._finished(output, kept, keep, kwargs, cache)
+        return self._calls.finished(output, kept, keep, kwargs, cache)
 
     def _goes_on(self, entry: RereadEntry, before: list[int], rows: list[Row]) -> bool:
         """Whether all tokens of a call are read in the contexts that the KV layers hold."""
@@ -221,7 +221,7 @@ class Rereader:
                 return False
         entry.contexts = replace(made, builds=tuple(builds))
         entry.open(cache)
-        entry.outside = self._outside(rows, builds, cache)
+        entry.outside = self._finder.outside(rows, builds, cache)
         return True
 
     def step(self, ids: Tensor, cache: Cache) -> dict | None:
@@ -254,10 +254,10 @@ class Rereader:
         due = [build_of(n, ends, self.settings) for n, ends in zip(entry.counts, entry.ends)]
         if entry.contexts is None or list(entry.contexts.builds) != due:
             before = entry.settle()
-            rows = entry.rows = self._looked_up(before, due)
+            rows = entry.rows = self._finder.looked_up(before, due)
             if not self._still_fits(before, rows, due, cache, entry):
                 usual = {"use_cache": True, "return_dict": True}
-                self._rebuild(rows, due, 1, usual, cache, entry)
+                self._calls.rebuild(rows, due, 1, usual, cache, entry)
         entry.open(cache)
 
     def read(
@@ -298,7 +298,7 @@ class Rereader:
         queries = None if query is None else query[None]
         row = with_prompts([row], [row.count], queries, self.settings)[0]
         build = build_of(row.count - 1, row.ends, self.settings)
-        row = self._looked_up([row], [build])[0]
+        row = self._finder.looked_up([row], [build])[0]
         return context(row, build, row.count, self.settings), row.found
 
     def _noted(
@@ -316,159 +316,6 @@ class Rereader:
         if cache is not None:
             entry.close(cache)
         return CausalLMOutputWithPast(past_key_values=cache)
-
-    # Its parts.
-
-    def _looked_up(self, rows: list[Row], builds: list[Build]) -> list[Row]:
-        """Rows with what belongs into these contexts of theirs."""
-        made: dict[tuple, Row] = {}
-        todo = {
-            (id(row), build): row
-            for row, build in zip(rows, builds)
-            if row.looked != build or self._lacks_keys(row, build)
-        }
-        counts = [build.count for _, build in todo]
-        read = self.keys.read(list(todo.values()), counts, self.settings)
-        for (name, build), row in zip(todo, read):
-            made[name, build] = row if build == WHOLE else self._found(row, build)
-        return [made.get((id(row), build), row) for row, build in zip(rows, builds)]
-
-    def _lacks_keys(self, row: Row, build: Build) -> bool:
-        """Whether recall needs keys of a row that its look-up does not need any more."""
-        return self.recalls and len(row.blocks) < build.count // self.settings.block
-
-    def _outside(self, rows: list[Row], builds: list[Build], cache: Cache | None) -> Outside | None:
-        """What recall is given beside these contexts; None where there is nothing."""
-        if not self.recalls or not self.settings.spans:  # without spans nobody reads keys
-            return None
-        made = outside_of(rows, builds, self.settings, cache is not None and is_static(cache))
-        return None if made.empty else made
-
-    def _found(self, row: Row, build: Build) -> Row:
-        if not self.settings.spans:
-            return replace(row, looked=build)
-        if row.looked == build:
-            return row
-        start = window_start(build, self.settings)
-        asks = what_asks(row, build, self.keys, self.settings)
-        passages = look_up(row, asks, start, self.settings)
-        answering = row.answering
-        if build.asked:
-            answering = passages
-        elif answering is not None and self.settings.look_up_interval:
-            answering = joined(answering, passages)
-        return replace(row, looked=build, found=passages, answering=answering)
-
-    def _extend(
-        self,
-        ids: Tensor,
-        kwargs: dict,
-        cache: Cache,
-        entry: RereadEntry,
-        real: Tensor | None,
-        counts: list[int],
-    ) -> Any:
-        """The contexts go on."""
-        entry.open(cache)
-        made = entry.contexts
-        assert made is not None
-        start = torch.tensor(made.lengths, device=ids.device)[:, None]
-        tokens = torch.ones_like(ids) if real is None else real.long()
-        positions = (start + tokens.cumsum(1) - 1).clamp_min(0)
-        mask = made.mask_with(real, ids.shape[1])
-        output = self._base(kwargs, ids, mask, positions, entry.outside, past_key_values=cache)
-        entry.contexts = made.longer(real, counts)
-        return output
-
-    def _rebuild(
-        self,
-        rows: list[Row],
-        builds: list[Build],
-        keep: int,
-        kwargs: dict,
-        cache: Cache | None,
-        entry: RereadEntry,
-    ) -> Any:
-        """New contexts, read as prompts; logits of the latest `keep` tokens."""
-        pieces = [context(row, build, row.count, self.settings) for row, build in zip(rows, builds)]
-        ids, mask, positions = side_by_side(pieces)
-        if cache is not None:
-            entry.empty(cache)
-        outside = self._outside(rows, builds, cache)
-        more = {"past_key_values": cache, "use_cache": cache is not None, "logits_to_keep": keep}
-        output = self._base(kwargs, ids, mask, positions, outside, **more)
-        lengths = tuple(len(piece) for piece in pieces)
-        entry.contexts = Contexts(tuple(builds), ids.shape[1], mask, lengths)
-        entry.outside = outside
-        return output
-
-    def _row_by_row(
-        self,
-        rows: list[Row],
-        runs: list[list[tuple[int, int, Build]]],
-        keep: int,
-        real: Tensor | None,
-        kwargs: dict,
-        entry: RereadEntry,
-    ) -> tuple[list[Row], Any]:
-        """Logits of tokens in several contexts; what the KV layers hold is of no use then."""
-        entry.whole, entry.contexts = False, None
-        output: Any = None
-        whole: Tensor | None = None
-        alone = {**kwargs, "past_key_values": None, "use_cache": False}
-        for i, run in enumerate(runs):
-            parts = []
-            for first, stop, build in run:
-                rows[i] = self._looked_up([rows[i]], [build])[0]
-                ids = context(rows[i], build, stop, self.settings)[None]
-                positions = torch.arange(ids.shape[1], device=ids.device)[None]
-                alone["logits_to_keep"] = stop - first
-                outside = self._outside([rows[i]], [build], None)
-                output = self._base(alone, ids, None, positions, outside)
-                parts.append(_main(output)[0, -(stop - first) :])
-            if not parts:
-                continue
-            made = torch.cat(parts)
-            if whole is None:
-                whole = made.new_zeros(len(rows), keep, made.shape[-1])
-            columns = slice(None) if real is None else real[i, -keep:]
-            whole[i, columns] = made
-        if whole is None:
-            raise ValueError("all columns of the call are padding")
-        return rows, _replaced(output, whole)
-
-    def _base(
-        self,
-        kwargs: dict,
-        ids: Tensor,
-        mask: Tensor | None,
-        positions: Tensor,
-        outside: Outside | None,
-        **more: Any,
-    ) -> Any:
-        """The base model on ids [B, L], with such of these arguments as it has."""
-        kwargs = {**kwargs, **more, "input_ids": ids, "return_dict": True}
-        kwargs |= {} if outside is None else {OUTSIDE: outside}
-        kwargs |= {"attention_mask": None if mask is None else mask.long()}
-        kwargs["position_ids"] = positions
-        for name in NOT_OF_CONTEXTS:
-            kwargs.pop(name, None)
-        for name in ("position_ids", "logits_to_keep"):
-            if name not in self.names:
-                kwargs.pop(name, None)
-        return self.base(**kwargs)
-
-    def _finished(
-        self, output: Any, kept: Any, keep: int, kwargs: dict, cache: Cache | None
-    ) -> Any:
-        """The output as the caller asked for it."""
-        main = _main(output)[:, -keep:]
-        if isinstance(kept, Tensor):
-            main = main[:, kept]
-        output = _replaced(output, main)
-        if cache is not None:
-            output[OF_STATES if hasattr(output, OF_STATES) else USUAL] = cache
-        return output if kwargs.get("return_dict") is not False else output.to_tuple()
 
 
 def passages(entry: RereadEntry | None) -> list[list[Passage]]:
@@ -492,13 +339,3 @@ def _shows_images(kwargs: dict) -> bool:
     """Whether a call's arguments hold images, or what an encoder has made of them."""
     given = [value for name, value in kwargs.items() if name.startswith(NOT_TOKENS)]
     return any(value is not None and not (isinstance(value, dict) and not value) for value in given)
-
-
-def _main(output: Any) -> Tensor:
-    """Logits, or the last hidden state. [B, L, V or H]."""
-    return output.logits if "logits" in output else output.last_hidden_state
-
-
-def _replaced(output: Any, main: Tensor) -> Any:
-    output["logits" if "logits" in output else "last_hidden_state"] = main
-    return output
