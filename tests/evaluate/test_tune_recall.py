@@ -16,6 +16,7 @@ from pace_convert.checkpoint.checkpoint import open_source
 from pace_convert.converted.opened import open_converted
 from pace_convert.evaluation.subjects import Subject, load
 from pace_convert.evaluation.tune import recall_choose
+from pace_convert.evaluation.tune.data import LIKELIHOOD
 from pace_convert.evaluation.tune.recall_fit import FITTED, Recalled, fit, gains, recalled
 from pace_convert.evaluation.tune.recall_record import record
 from pace_convert.modeling.recall_settings import NEWER, RecallSettings
@@ -77,6 +78,21 @@ def test_what_was_fitted_is_what_the_model_does(out):
     gained = torch.tensor(reader.log_probs(ids)) - torch.tensor(base)
     assert gained.abs().max() > 0.1
     torch.testing.assert_close(expected, gained.float(), rtol=1e-2, atol=2e-3)  # keys in fp16
+
+
+@pytest.mark.parametrize("behind", [1, 7, 600])
+def test_of_an_answer_what_counts_is_recorded(out, behind):
+    """The same as of the whole text, and of its last tokens alone; in calls of 512 tokens."""
+    reader, ids = load(Subject(str(out), "base"), "cpu"), torch.tensor([5, 9, 7, 8, 9, 5, 5] * 90)
+    path = f"model.{open_converted(out).family.ffn_input}"
+    whole = record(reader.model, path, ids, (2,), 48)
+    part = record(reader.model, path, ids, (2,), 48, behind=behind)
+    assert len(part.log_probs) == len(part.known) == len(ids) - behind
+    settings = RecallSettings((2,), beyond=2)
+    for a, b in zip(
+        vars(recalled(part, settings)).values(), vars(recalled(whole, settings)).values()
+    ):
+        torch.testing.assert_close(a, b[behind - 1 :])
 
 
 def test_the_gate_is_the_most_likely_one():
@@ -149,13 +165,16 @@ def test_where_nothing_is_gained_off_is_recommended(out, tmp_path):
 
 
 def test_a_conversion_that_is_calibrated(tmp_path):
-    """On questions: the answer stood behind the same words before."""
+    """On questions: the answer stood behind the same words before, but that of every eighth, which
+    recall makes less likely.
+    """
     rng, data = np.random.default_rng(2), tmp_path / "questions.jsonl"
     rows = []
-    for _ in range(48):
-        words = [str(word) for word in rng.choice([*NAMES, *CODES], 12, replace=False)]
-        seen, begun = " ".join(words), " ".join(words[:8])
-        rows.append({"prompt": f"{seen} . {seen} . {begun}", "answer": " ".join(words[8:])})
+    for number in range(48):
+        words = [str(word) for word in rng.choice([*NAMES, *CODES], 16, replace=False)]
+        seen, begun = " ".join(words[:12]), " ".join(words[:8])
+        answer = words[8:12] if number % 8 else words[12:]
+        rows.append({"prompt": f"{seen} . {seen} . {begun}", "answer": " ".join(answer)})
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     source, out = reference_model(), tmp_path / "out"
     for options, words in (
@@ -171,6 +190,7 @@ def test_a_conversion_that_is_calibrated(tmp_path):
     assert done.returncode == 0, done.stderr
     last = json.loads(done.stdout.splitlines()[-1])
     assert last["event"] == "calibrated" and last["written"]
+    assert last["finalists"][0]["worst"] < -0.002
     pace = json.loads((out / "config.json").read_text())["pace"]
     assert pace["memory"]["recall"] == last["winner"]["recall"] and "tuned_recall" in pace
 
@@ -188,7 +208,7 @@ def test_what_costs_a_document_is_no_rival(monkeypatch, worst, written):
     memory = {"recall": asdict(RecallSettings())}
     monkeypatch.setattr(recall_choose, "names_of", lambda _: set(vars(RecallSettings())))
     trial = recall_choose.Trial(RecallSettings(), 0.02)
-    data = SimpleNamespace(as_dict=dict)
+    data = SimpleNamespace(as_dict=dict, metric=LIKELIHOOD)
     options, converted = SimpleNamespace(model="x", seed=0), SimpleNamespace(layers=4)
     facts = recall_choose._judged(options, converted, data, memory, [trial], [])
     assert (facts["winner"] is not None) == written

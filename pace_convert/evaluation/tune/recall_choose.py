@@ -29,13 +29,14 @@ from .data import LIKELIHOOD, Data, DataRequest, Item, read_data
 from .finalists import reader_of
 from .folder import search_folder
 from .options import TuneOptions
-from .recall_fit import FITTED, WEIGHTS, Recalled, fit, gains, recalled
+from .recall_fit import FITTED, WEIGHTS, fit, gains, recalled
 from .recall_record import Recording, record
 from .report import difference_of
 
 DEPTHS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)  # of layers that are tried
 FIRST = 10.0  # sharpness while layers are chosen
 SHARPNESS = (5.0, 7.0, 10.0, 14.0, 20.0, 28.0, 40.0, 60.0)
+RUN_WEIGHTS = (0.0, 0.3, 0.6, 1.0, 1.5)
 LENGTH = 2048  # tokens of a window
 HARM = 0.002  # nats a token that no document may lose
 
@@ -62,10 +63,6 @@ class Read:
 
     item: Item
     text: Recording
-
-    def recalled(self, settings: RecallSettings) -> Recalled:
-        """Of the tokens that count."""
-        return recalled(self.text, settings).behind(max(0, len(self.item.prompt) - 1))
 
 
 def tune_recall(options: TuneOptions, converted: Converted, progress: Progress) -> dict:
@@ -103,24 +100,29 @@ def settings_of(recall: dict, names: set[str]) -> RecallSettings:
 
 
 def search(texts: list[Read], own: RecallSettings, names: set[str]) -> list[Trial]:
-    """Trials, the best one first: the best single layer, each other layer beside it, and the
-    sharpness of the best of these. own: what is not tuned. names: of parameters that there are.
+    """Trials, the best one first: the best single layer, each other layer beside it, the sharpness
+    of the best of these, and the weight of order at that. own: what is not tuned. names: of
+    parameters that there are.
     """
     fitted = [name for name in FITTED if name in names]
 
-    def tried(layers: tuple[int, ...], sharpness: float) -> Trial:
-        rule = replace(own, layers=layers, sharpness=sharpness)
-        found = [text.recalled(rule) for text in texts]
+    def tried(layers: tuple[int, ...], sharpness: float, run_weight: float) -> Trial:
+        rule = replace(own, layers=layers, sharpness=sharpness, run_weight=run_weight)
+        found = [recalled(text.text, rule) for text in texts]
         made = fit(found, rule, fitted)
         return Trial(made, float(np.mean([gains(x, made).mean() for x in found])))
 
     layers = sorted(texts[0].text.keys)
-    alone = max((tried((layer,), FIRST) for layer in layers), key=_gain)
+    order = own.run_weight
+    alone = max((tried((layer,), FIRST, order) for layer in layers), key=_gain)
     first = alone.settings.layers
     pairs = [tuple(sorted({layer, *first})) for layer in layers if layer not in first]
-    trials = [alone, *(tried(pair, FIRST) for pair in pairs)]
+    trials = [alone, *(tried(pair, FIRST, order) for pair in pairs)]
     chosen = max(trials, key=_gain).settings.layers
-    trials += [tried(chosen, beta) for beta in SHARPNESS if beta != FIRST]
+    trials += [tried(chosen, beta, order) for beta in SHARPNESS if beta != FIRST]
+    best = max(trials, key=_gain).settings
+    weights = RUN_WEIGHTS if "run_weight" in names else ()
+    trials += [tried(best.layers, best.sharpness, g) for g in weights if g != order]
     return sorted(trials, key=_gain, reverse=True)
 
 
@@ -151,7 +153,8 @@ def _read(
     with progress.step(f"reading {name} texts", len(items), "text") as bar:
         for item in items:
             ids = torch.tensor([*item.prompt, *item.target])
-            made.append(Read(item, record(reader.model, path, ids, layers, own.key_size)))
+            read = record(reader.model, path, ids, layers, own.key_size, behind=len(item.prompt))
+            made.append(Read(item, read))
             bar.update(1)
     return made
 
@@ -170,8 +173,13 @@ def _judged(
     rows = [_row("finalist", settings, held_out, best.gain, names)]
     if own is not None:
         rows.append(_row("current", settings_of(own, names), held_out, None, names))
-    rivals = [row["held_out"]["mean"] for row in rows[1:] if _gains(row)]
-    wins = _gains(rows[0]) and best.gain > 0 and rows[0]["held_out"]["mean"] > max([0.0, *rivals])
+    metric = data.metric
+    rivals = [row["held_out"]["mean"] for row in rows[1:] if _gains(row, metric)]
+    wins = (
+        _gains(rows[0], metric)
+        and best.gain > 0
+        and rows[0]["held_out"]["mean"] > max([0.0, *rivals])
+    )
     winner = {**memory, "enabled": True, "recall": _written(settings, names)} if wins else None
     return {
         "tunes": "recall",
@@ -204,7 +212,7 @@ def _row(
     """Gains on texts, nats a token; worst: of the document that gains least."""
     found: dict[str, list[float]] = {}
     for text in texts:
-        gained = float(gains(text.recalled(settings), settings).mean())
+        gained = float(gains(recalled(text.text, settings), settings).mean())
         found.setdefault(text.item.unit, []).append(gained)
     each = [gain for parts in found.values() for gain in parts]
     return {
@@ -216,9 +224,15 @@ def _row(
     }
 
 
-def _gains(row: dict) -> bool:
-    """Beyond noise, at no document's cost."""
-    return (row["held_out"]["low"] or 0) > 0 and row["worst"] >= -HARM
+def _gains(row: dict, metric: str) -> bool:
+    """Beyond noise, and at no document's cost. An answer of a few tokens is none: some lose by any
+    gate that opens.
+    """
+    return (row["held_out"]["low"] or 0) > 0 and not _costs(row, metric)
+
+
+def _costs(row: dict, metric: str) -> bool:
+    return metric == LIKELIHOOD and row["worst"] < -HARM
 
 
 def _record(options: TuneOptions, data: Data, facts: dict) -> Tuned:
@@ -235,20 +249,22 @@ def _record(options: TuneOptions, data: Data, facts: dict) -> Tuned:
 
 def recall_text(facts: dict) -> str:
     """What was found, in words, with what to do."""
-    first = facts["finalists"][0]
+    first, metric = facts["finalists"][0], facts["data"]["metric"]
+    unit = "document" if metric == LIKELIHOOD else "question"
     lines = [f"recall, {LIKELIHOOD}, less the base's:"]
     for row in facts["finalists"]:
         held_out, recall = difference_of(row["held_out"]), row["recall"]
         layers = ",".join(map(str, recall["layers"]))
         lines.append(
             f"  {row['name']:9} layers {layers}, sharpness {recall['sharpness']:g}, above "
-            f"{recall['theta_low']:g}: {held_out} on held-out, its worst document "
+            f"{recall['theta_low']:g}: {held_out} on held-out, its worst {unit} "
             f"{row['worst']:+.3g}"
         )
-    if facts["winner"] is None and any(_gains(row) for row in facts["finalists"][1:]):
+    if facts["winner"] is None and any(_gains(row, metric) for row in facts["finalists"][1:]):
         said = "Recall as it is gains as much, or more. Nothing was written."
     elif facts["winner"] is None:
-        why = "gains nothing beyond noise" if first["worst"] >= -HARM else "costs a document more"
+        costs = _costs(first, metric)
+        why = "costs a document more" if costs else "gains nothing beyond noise"
         said = f"Recall {why}. Recommended: off, model.set_recall(False). Nothing was written."
     elif facts["written"]:
         said = f"Recall gains beyond noise. Wrote {facts['model']}/config.json."

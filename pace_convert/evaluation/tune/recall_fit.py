@@ -30,7 +30,7 @@ FITTED = ("gate_bias", "gate_slope", "gate_growth", "gate_agreement")
 
 @dataclass(frozen=True)
 class Recalled:
-    """What recall says of each token of a text but the last, [n - 1] each.
+    """What recall says of each of the tokens whose log_probs were recorded, [m] each.
 
     log_p, log_q: of what came next, by the model and by recall. best: the largest similarity.
     count: tokens that are recalled from, at least 1. sure: the largest q. agreed: ln of how well
@@ -43,10 +43,6 @@ class Recalled:
     count: Tensor
     sure: Tensor
     agreed: Tensor
-
-    def behind(self, first: int) -> Recalled:
-        """From one token on."""
-        return Recalled(*(part[first:] for part in vars(self).values()))
 
 
 Seen = Callable[[int, int], Tensor]
@@ -66,7 +62,8 @@ def recalled(text: Recording, settings: RecallSettings, which: Seen = everything
     # What follows token t is at column t + 1; the first column has none before it.
     order = order_of(torch.cat([text.ids.new_full((1,), -2), text.ids[1:]])[None])
     parts: list[tuple[Tensor, ...]] = []
-    for first in range(0, len(text.ids) - 1, ROWS):
+    begin = len(text.ids) - 1 - len(text.log_probs)
+    for first in range(begin, len(text.ids) - 1, ROWS):
         rows = slice(first, min(first + ROWS, len(text.ids) - 1))
         cosines = keys[rows] @ keys[: rows.stop].T
         seen = which(first, rows.stop).tril(first - settings.beyond - 1)
@@ -84,7 +81,7 @@ def recalled(text: Recording, settings: RecallSettings, which: Seen = everything
         weights = weights / weights.sum(1, keepdim=True).clamp_min(1e-30)
         followed = place[: rows.stop].expand(len(alike), -1)
         log_w = torch.zeros(len(alike), len(values)).scatter_add_(1, followed, weights).log()
-        known = text.known[rows].float()
+        known = text.known[first - begin : rows.stop - begin].float()
         agreed = (log_w + known).logsumexp(1).clamp_min(LEAST_AGREED)
         log_q = (log_w + settings.model_weight * known).log_softmax(1)
         log_q = log_q.masked_fill(log_q.isnan(), -torch.inf)  # of those that see nothing
@@ -134,7 +131,7 @@ def _bounded(z: Tensor) -> Tensor:
 
 
 def _inputs(text: Recalled) -> Tensor:
-    """[n - 1, 5], in the order of WEIGHTS."""
+    """[m, 5], in the order of WEIGHTS."""
     best = text.best.clamp_min(0)
     return torch.stack([torch.ones_like(best), best, text.count.log(), text.sure, text.agreed], 1)
 

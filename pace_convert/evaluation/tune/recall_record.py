@@ -21,9 +21,9 @@ MOST = 512  # tokens of a call
 class Recording:
     """A text of n tokens as the base model reads it.
 
-    ids: [n]. keys: by layer, [n, R] of length 1 in fp16. log_probs: [n - 1], of the second to the
-    last token, each given all before it. known: [n - 1, U] in fp16, in the same places those of
-    each of the text's own ids, `ids[1:].unique()`.
+    ids: [n]. keys: by layer, [n, R] of length 1 in fp16. log_probs: [m], of the last m tokens, each
+    given all before it; of a whole text m is n - 1. known: [m, U] in fp16, in the same places those
+    of each of the text's own ids, `ids[1:].unique()`.
     """
 
     ids: Tensor
@@ -40,12 +40,13 @@ def record(
     layers: Sequence[int],
     size: int = 192,
     window: int = 0,
+    behind: int = 0,
 ) -> Recording:
     """One pass over ids [n], in calls of some hundred tokens.
 
     model: a causal LM whose memory is off. path: of the FFN's first linear layer below the model,
     see `entrance`. size: R. window: how many tokens attention sees beside the first
-    four; 0: all.
+    four; 0: all. behind: log_probs are of what comes behind so many tokens, at least one.
     """
     # Under a window all layers hold all: the mask says what they see.
     cache = DynamicCache() if window else DynamicCache(config=model.config)
@@ -53,13 +54,15 @@ def record(
     heard: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     found: list[tuple[Tensor, ...]] = []
     step = max(1, min(MOST, LOGIT_VALUES // model.config.get_text_config().vocab_size))
-    with _listening(model, path, heard, size):
+    with listening(model, path, heard, size):
         for first in range(0, len(ids), step):
             part = ids[None, first : first + step].to(model.device)
             more = {"attention_mask": _mask(first, part.shape[1], window)} if window else {}
             logits = model(part, past_key_values=cache, use_cache=True, **more).logits[0].float()
-            following = ids[first + 1 : first + 1 + len(logits)].to(logits.device)
-            logs = logits[: len(following)].log_softmax(-1)
+            counted = logits[max(0, behind - 1 - first) :]
+            following = ids[first + 1 + len(logits) - len(counted) :][: len(counted)]
+            following = following.to(logits.device)
+            logs = counted[: len(following)].log_softmax(-1)
             came = logs.gather(-1, following[:, None])[:, 0]
             found.append((came, logs[:, own.to(logs.device)].half()))
     came, known = (torch.cat(parts).cpu() for parts in zip(*found))
@@ -68,7 +71,7 @@ def record(
 
 
 @contextmanager
-def _listening(
+def listening(
     model: nn.Module, path: str, heard: dict[int, list[Tensor]], size: int
 ) -> Iterator[None]:
     """Keys of the layers, as they pass."""
