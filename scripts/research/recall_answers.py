@@ -96,7 +96,7 @@ def _answers(reader: Reader, context: Any, layer: int) -> list[Recording]:
 
 @main.command("fit")
 @click.argument("recorded", type=click.Path(path_type=Path))
-@click.option("--rule", "rules", default=("10,0.3,0.3",), multiple=True, help="beta,g,p")
+@click.option("--rule", "rules", default=("10,0.5,0.3",), multiple=True, help="beta,g,p")
 def fit_gates(recorded: Path, rules: tuple[str, ...]) -> None:
     """The default gate, and one fitted to answers by each rule."""
     paths = sorted(recorded.glob("*.pt"))

@@ -19,14 +19,12 @@ from pydoc_data.topics import topics
 
 import click
 import torch
-from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pace_convert.evaluation.intervals import mean_of
 from pace_convert.evaluation.tune.recall_fit import (
     FITTED,
     WEIGHTS,
-    Recalled,
     fit,
     gains,
     recalled,
@@ -101,7 +99,7 @@ def record_texts(
 @main.command("fit")
 @click.option("--recorded", type=click.Path(path_type=Path), required=True, multiple=True)
 @click.option("--layers", default="", help="Like 10+24,24; each that was recorded by default.")
-@click.option("--rule", "rules", default=("10,0.3,0.3",), show_default=True, multiple=True,
+@click.option("--rule", "rules", default=("10,0.5,0.3",), show_default=True, multiple=True,
     help="beta,g,p")  # fmt: skip
 @click.option("--fitted", default=",".join(FITTED), show_default=True, help="Of the gate.")
 def fit_gates(recorded: tuple[Path, ...], layers: str, rules: tuple[str, ...], fitted: str) -> None:
@@ -126,88 +124,6 @@ def fit_gates(recorded: tuple[Path, ...], layers: str, rules: tuple[str, ...], f
                       f"{sum(early) / len(early):+.4f} worst {min(early):+.4f} "
                       f"{' | '.join(map(_said, halves))}", flush=True)  # fmt: skip
                 print("   ", _by_kind(folder, means), flush=True)
-
-
-@main.command("careful")
-@click.option("--recorded", type=click.Path(path_type=Path), required=True, multiple=True)
-@click.option("--rule", default="10,0.3,0.3", show_default=True, help="beta,g,p")
-@click.option("--price", default=10.0, show_default=True, help="Of what a text loses.")
-@click.option("--theta-low", default=0.4, show_default=True)
-@click.option("--growth", type=float, default=0.8, show_default=True, help="c.")
-@click.option(
-    "--less", default=0.0, show_default=True, help="Taken from each fitted a, for safety."
-)
-@click.option("--gate", help="a,b,c,e to judge, and none is fitted.")
-@click.option("--beyond", default=64, show_default=True, help="Recall only what is so far back.")
-@click.option("--layer", "layers", type=int, multiple=True, help="Of each --recorded, in order.")
-def careful_gate(
-    recorded: tuple[Path, ...], rule: str, price: float, theta_low: float, growth: float,
-    less: float, gate: str | None, beyond: int, layers: tuple[int, ...],
-) -> None:  # fmt: skip
-    """One gate for several models: it gains most in the mean, and has to gain on each text, early
-    in it and over all of it. Judged on models, and on texts, that it was not fitted to.
-    """
-    start = replace(_rule(rule), theta_low=theta_low, gate_growth=growth, beyond=beyond)
-
-    texts = {
-        folder.name: [
-            recalled(made, replace(start, layers=(layer,) if layers else tuple(made.keys)))
-            for made in map(_recording, sorted(folder.glob("*.pt")))
-        ]
-        for folder, layer in zip(recorded, layers or range(len(recorded)))
-    }
-    named = [(name, text) for name, some in texts.items() for text in some]
-
-    def careful(some: list[Recalled]) -> RecallSettings:
-        made = _careful(some, start, price)
-        return replace(made, gate_bias=made.gate_bias - less)
-
-    if gate:
-        a, b, c, e = map(float, gate.split(","))
-        given = replace(start, gate_bias=a, gate_slope=b, gate_growth=c, gate_agreement=e)
-        _judge("given", given, texts)
-        return
-    for name in texts if len(texts) > 1 else ():
-        _judge(f"without {name}", careful([t for n, t in named if n != name]), {name: texts[name]})
-    for half in (0, 1):
-        others = {name: some[1 - half :: 2] for name, some in texts.items()}
-        _judge(f"half {half}, others", careful([t for _, t in named[half::2]]), others)
-    _judge("all", careful([t for _, t in named]), texts)
-
-
-def _careful(texts: list[Recalled], start: RecallSettings, price: float) -> RecallSettings:
-    z = torch.tensor([-12.0, 6.0, 0.3], requires_grad=True)
-    solver = torch.optim.LBFGS([z], max_iter=200, line_search_fn="strong_wolfe")
-
-    def loss() -> torch.Tensor:
-        solver.zero_grad()
-        total = torch.zeros(())
-        for text in texts:
-            x = z[0] + z[1] * text.best.clamp_min(0) + z[2] * text.agreed
-            x = x + start.gate_growth * text.count.log()
-            gained = logsigmoid(x) + text.log_q - text.log_p
-            gained = torch.logaddexp(logsigmoid(-x), gained)
-            gained = torch.where(text.best > start.theta_low, gained, 0.0)
-            parts = [gained[:n].mean() for n in (EARLY // 4, EARLY, None)]
-            lacking = sum((-part / 0.001).clamp_min(0) ** 2 for part in parts) * 0.001
-            total = total + (price * lacking - parts[-1]) / len(texts)
-        total.backward()
-        return total
-
-    solver.step(loss)
-    a, b, e = z.detach().tolist()
-    return replace(start, gate_bias=a, gate_slope=b, gate_agreement=e)
-
-
-def _judge(what: str, settings: RecallSettings, texts: dict[str, list[Recalled]]) -> None:
-    print(f"{what}: {_said(settings)}")
-    for name, some in texts.items():
-        made = [gains(text, settings) for text in some]
-        for early in (EARLY // 4, EARLY, None):
-            each = [gain[:early].mean().item() for gain in made]
-            print(f"  {name} {f'first {early}' if early else 'all':10s} mean "
-                  f"{sum(each) / len(each):+.4f} worst "
-                  f"{' '.join(f'{x:+.4f}' for x in sorted(each)[:4])}", flush=True)  # fmt: skip
 
 
 def _rule(text: str) -> RecallSettings:
