@@ -65,11 +65,17 @@ def competitor(
     """A function of the seed."""
     if case == "floor":
         matrices = [rows, rows.clone(), rows.T.clone()]
-        return lambda seed: [matrix.clone() for matrix in matrices] and None
+
+        def copy(seed: int) -> None:
+            list(map(torch.clone, matrices))
+
+        return copy
     if case == "released":
         return _released(rows, experts, released)
-    if case in ("fast", "exact"):
-        return lambda seed: cluster_neurons(rows, experts, seed, case)  # type: ignore[arg-type]
+    if case == "fast":
+        return lambda seed: cluster_neurons(rows, experts, seed, "fast")
+    if case == "exact":
+        return lambda seed: cluster_neurons(rows, experts, seed, "exact")
     return lambda seed: cluster_neurons(
         rows, experts, seed, "exact", restarts=int(case.removeprefix("library-"))
     )

@@ -59,9 +59,10 @@ def convert(source: Path, out: Path, jobs: int) -> tuple[float, int]:
     peak = 0
     while process.poll() is None:
         for one in [process, *process.children(recursive=True)]:
-            with contextlib.suppress(OSError, psutil.Error, TypeError):
+            with contextlib.suppress(OSError, psutil.Error):
                 status = Path(f"/proc/{one.pid}/status").read_text()
-                peak = max(peak, int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024)  # type: ignore[index]
+                for size in re.findall(r"VmHWM:\s+(\d+) kB", status):  # none of one that has ended
+                    peak = max(peak, int(size) * 1024)
         time.sleep(0.05)
     if process.returncode:
         raise click.ClickException(f"{command} failed")

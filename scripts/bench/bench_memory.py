@@ -17,12 +17,13 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import click
 import torch
-from torch import nn
 from tqdm import tqdm
 from transformers import DynamicCache, Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
@@ -53,7 +54,9 @@ class Ffn:
             )
         self.centres = torch.randn(400, hidden, device=device)
         self.settings = MemorySettings(layers=(0,))
-        self.released = _released_ffn(released, self.mlp).to(device).eval() if released else None
+        self.released: Any = None
+        if released:
+            self.released = _released_ffn(released, self.mlp).to(device).eval()
 
     def tokens(self, rows: int, length: int) -> torch.Tensor:
         noise = torch.randn(rows, length, self.hidden, device=self.device)
@@ -74,7 +77,7 @@ class Ffn:
         return self.mlp.down_proj(h)
 
 
-def _released_ffn(folder: Path, mlp: nn.Module) -> nn.Module:
+def _released_ffn(folder: Path, mlp: Qwen2MLP) -> Any:
     sys.path.insert(0, str(folder))
     # The released code.
     from pacellm.activation_memory_bank import ActivationMemoryConfig, AMBFeedForward
@@ -145,11 +148,14 @@ def decode(ffn: Ffn, rows: int, context: int, repeats: int) -> dict[str, float]:
     entry, one = MemoryEntry(ffn.settings), ffn.tokens(rows, 1)
     for part in ffn.tokens(rows, context).split(1024, 1):
         ffn.with_memory(part, entry)
-    variants = {"plain": lambda: ffn.plain(one), "memory": lambda: ffn.with_memory(one, entry)}
+    variants: dict[str, Callable[[], object]] = {
+        "plain": lambda: ffn.plain(one),
+        "memory": lambda: ffn.with_memory(one, entry),
+    }
     if ffn.released is not None:
         ffn.released.reset_memory()
         ffn.released(ffn.tokens(1, min(context, 150)))
-        variants["released"] = lambda: ffn.released(one)  # type: ignore[misc]
+        variants["released"] = lambda: ffn.released(one)
     return compare(variants, repeats, ffn.device)
 
 
@@ -229,7 +235,7 @@ def _print_peak(shape: str, dtype: str, variant: str, released: Path | None) -> 
     with torch.no_grad():
         ffn.plain(x)
         before = peak(x.device)
-        ffn.with_memory(x, MemoryEntry(ffn.settings)) if variant == "memory" else ffn.released(x)  # type: ignore[misc]
+        ffn.with_memory(x, MemoryEntry(ffn.settings)) if variant == "memory" else ffn.released(x)
     print(peak(x.device) - before)
 
 
@@ -335,20 +341,14 @@ def _bench_ffn(ffn: Ffn, where: dict, lengths: list[int], repeats: int, results:
     cases: list[tuple[str, Callable[[], dict]]] = [
         (
             f"prefill {length}",
-            lambda length=length: prefill(
-                ffn, length, repeats if length < 10000 else max(1, repeats // 3)
-            ),
-        )  # type: ignore[misc]
+            partial(prefill, ffn, length, repeats if length < 10000 else max(1, repeats // 3)),
+        )
         for length in lengths
     ]
     for rows in (1, 8):
         for name, context in (("short", 200), ("long", 2048 + 100)):
-            cases.append(
-                (
-                    f"decode, batch {rows}, {name}",
-                    lambda r=rows, c=context: decode(ffn, r, c, 20 * repeats),
-                )
-            )  # type: ignore[misc]
+            case = partial(decode, ffn, rows, context, 20 * repeats)
+            cases.append((f"decode, batch {rows}, {name}", case))
     for name, run in cases:
         results.append({**where, "case": name, **run()})
         print(json.dumps(results[-1]), file=sys.stderr, flush=True)

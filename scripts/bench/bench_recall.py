@@ -11,21 +11,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import click
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers.cache_utils import StaticLayer
 
 from pace_convert.modeling.recall_bank import RUN, RecallBank, mix, order_of
 from pace_convert.modeling.recall_cache import RecallEntry
 from pace_convert.modeling.recall_settings import RecallSettings
 
-SHAPE = {
-    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-    "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 1 << 17,
-    "tie_word_embeddings": True,
-}  # fmt: skip
+SHAPE = LlamaConfig(
+    vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+    num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=1 << 17,
+    tie_word_embeddings=True,
+)  # fmt: skip
 BLOCK = 1024  # tokens whose keys lie together
 VIEW = 4096  # tokens in view where others are out of it
 
@@ -47,6 +49,15 @@ def timed(function: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
+def fill(cache: StaticCache, tokens: int) -> None:
+    """Noise, as of so many tokens, into a cache that was used once."""
+    for layer in cache.layers:
+        assert isinstance(layer, StaticLayer)
+        assert layer.keys is not None and layer.values is not None
+        layer.keys.normal_(), layer.values.normal_()
+        layer.cumulative_length.fill_(tokens)
+
+
 def filled(columns: int, room: int, dtype: torch.dtype, settings: RecallSettings) -> RecallEntry:
     """A bank of one row with so many columns."""
     entry = RecallEntry(settings)
@@ -55,16 +66,17 @@ def filled(columns: int, room: int, dtype: torch.dtype, settings: RecallSettings
     for first in range(0, columns, 4096):
         count = min(4096, columns - first)
         keys = torch.nn.functional.normalize(torch.randn(1, count, size), dim=-1).to(dtype)
-        entry.write(keys, torch.randint(SHAPE["vocab_size"], (1, count)), None)
+        entry.write(keys, torch.randint(SHAPE.vocab_size, (1, count)), None)
     return entry
 
 
 def far(read: int, x: torch.Tensor, signs: torch.Tensor, logits: torch.Tensor) -> Callable:
     """Recall of so many tokens that re-reading has read."""
     gate = RecallSettings().of_outside()
+    assert gate is not None
     blocks = torch.randn(1, read, signs.shape[1]).to(x).split(BLOCK, 1)
     keys = tuple(block.clone() for block in blocks)
-    ids = torch.randint(SHAPE["vocab_size"], (1, read), dtype=torch.int32)
+    ids = torch.randint(SHAPE.vocab_size, (1, read), dtype=torch.int32)
     scale, at = torch.full((read,), signs.shape[1] ** -0.5), torch.tensor([read])
     latest = ids[:, :RUN]
 
@@ -87,36 +99,33 @@ def far(read: int, x: torch.Tensor, signs: torch.Tensor, logits: torch.Tensor) -
 def main(threads: int, repeats: int, dtype: str, contexts: str, outside: str, prompt: int) -> None:
     torch.set_num_threads(threads)
     kind, settings = getattr(torch, dtype), RecallSettings(layers=(24,))
-    model = LlamaForCausalLM(LlamaConfig(**SHAPE)).to(kind).eval()
+    model = LlamaForCausalLM(SHAPE).to(kind).eval()
     one = torch.zeros(1, 1, dtype=torch.long)
-    x, width = torch.randn(1, 1, SHAPE["hidden_size"]).to(kind), SHAPE["hidden_size"]
+    x, width = torch.randn(1, 1, SHAPE.hidden_size).to(kind), SHAPE.hidden_size
     signs = torch.randn(width, settings.key_size).to(kind)
     logits = model(one).logits
     for context in map(int, contexts.split(",")):
         cache = StaticCache(config=model.config, max_cache_len=context + repeats + 2)
         model(one, past_key_values=cache)
-        for layer in cache.layers:
-            layer.keys.normal_(), layer.values.normal_()
-            layer.cumulative_length.fill_(context)
+        fill(cache, context)
         entry = filled(context, context + repeats + 2, kind, settings)
 
         def recall(entry: RecallEntry = entry, length: int = 1, kept: int = 1) -> None:
             keys = torch.nn.functional.normalize(x.expand(1, length, -1) @ signs, dim=-1)
             at = entry.write(keys, one.expand(1, length), None)
+            assert entry.pairs is not None
             out = logits.expand(1, kept, -1).clone()
             bank = RecallBank((entry.pairs,), entry.codes, order_of(entry.codes))
             mix(out, keys[:, -kept:], bank.order.latest(at[-kept:]), at[-kept:], bank, settings)
 
-        found = ratio(lambda c=cache: model(one, past_key_values=c), recall, repeats)
+        found = ratio(partial(model, one, past_key_values=cache), recall, repeats)
         print(f"decode, {context} tokens: {found[0]:.4f} x ({found[1] * 1000:.1f} ms, recall "
               f"{found[2] * 1000:.2f} ms)", flush=True)  # fmt: skip
     reads = list(map(int, outside.split(",")))
     room = VIEW + len(reads) * (repeats + 1) + 1
     cache = StaticCache(config=model.config, max_cache_len=room)
     model(one, past_key_values=cache)
-    for layer in cache.layers:
-        layer.keys.normal_(), layer.values.normal_()
-        layer.cumulative_length.fill_(VIEW)
+    fill(cache, VIEW)
     for read in reads:
         more = far(read, x, signs, logits)
         found = ratio(lambda: model(one, past_key_values=cache), more, repeats)
@@ -138,7 +147,7 @@ def main(threads: int, repeats: int, dtype: str, contexts: str, outside: str, pr
             model(part, past_key_values=cache, logits_to_keep=1)
 
     for kept in (1, prompt):
-        found = ratio(prefill, lambda k=kept: write(k), 1)
+        found = ratio(prefill, partial(write, kept), 1)
         print(f"prefill, {prompt} tokens, recall for {kept}: {found[0]:.4f} x ({found[1]:.2f} s, "
               f"recall {found[2]:.3f} s)", flush=True)  # fmt: skip
 

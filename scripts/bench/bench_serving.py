@@ -72,6 +72,7 @@ async def ask(client: openai.AsyncOpenAI, model: str, prompt: str) -> Timed:
     except openai.APIError as error:
         return Timed(0, time.perf_counter() - start, 0, 0, str(error)[:200])
     whole = time.perf_counter() - start
+    assert usage is not None  # it was asked for
     return Timed(first or whole, whole, usage.prompt_tokens, usage.completion_tokens)
 
 

@@ -18,6 +18,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import openai
 import psutil
@@ -86,7 +87,7 @@ class Soak:
     def wrong(self) -> list[tuple[str, str, str]]:
         """Of a sample: prompt, answer, and what transformers says where it is another."""
         tokenizer = AutoTokenizer.from_pretrained(self.given.out)
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(  # its type has no `generate` to call
             self.given.out, trust_remote_code=True, dtype=torch.float32
         )
         found = []
@@ -94,6 +95,7 @@ class Soak:
             ids = tokenizer(self.prompts[number], return_tensors="pt")["input_ids"]
             made = model.generate(ids, max_new_tokens=ANSWER, do_sample=False)
             said = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+            assert isinstance(said, str)  # a list is of several rows
             if said != self.answers[number]:
                 found.append((self.prompts[number], self.answers[number], said))
         return found

@@ -18,6 +18,7 @@ SHARD_BYTES = 5 << 30
 
 def tensor_shapes(config: transformers.PretrainedConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor of a checkpoint, from the model on the meta device."""
+    assert config.architectures
     with torch.device("meta"):
         model = getattr(transformers, config.architectures[0])(config)
     # A tied one once.

@@ -22,7 +22,7 @@ import torch
 from reread_needles import rule_of, use_dtype
 from reread_questions import FILES, Text, arm_of, prompts_of, settings_of
 
-from pace_convert.evaluation.benchmarks.qa import read_contexts
+from pace_convert.evaluation.benchmarks.qa import Question, read_contexts
 from pace_convert.evaluation.bm25 import words
 from pace_convert.evaluation.intervals import ratio_difference
 from pace_convert.evaluation.subjects import Subject, load
@@ -37,7 +37,7 @@ def weights(answer: str, question: str, spans: Sequence[set[str]]) -> dict[str, 
     return {word: weight for word, weight in idf.items() if weight > 0}
 
 
-def shares(text: Text, made: list, questions: list, arm: dict) -> list[float]:
+def shares(text: Text, made: list, questions: Sequence[Question], arm: dict) -> list[float]:
     """Of each question to a text."""
     settings, decode = settings_of(text.model, arm), text.reader.decode
     width, found = settings.span_width, []

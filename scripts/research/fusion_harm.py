@@ -59,7 +59,7 @@ class Recorded(nn.Module):
 class Reader:
     """A converted model that reads one document under many settings."""
 
-    model: nn.Module
+    model: Any  # with a PaceMixin
     first: int  # the lowest layer that may have memory
     every: int = 1  # the loss is taken of every so many tokens
 

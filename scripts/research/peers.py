@@ -125,7 +125,8 @@ def _synthetic(reader: Reader, task: str, seed: int) -> tuple[list[int], Places,
 
 def _ranks(model: Any, ids: list[int], places: Places, question: list[int]) -> dict[Head, float]:
     """Of each head the mean rank of the right tokens, 0 the best, as a share of the text."""
-    asking, found = asking_states(model, question, ids[0]), {}
+    asking = asking_states(model, question, ids[0])
+    found: dict[Head, float] = {}
     right = [token for first, stop in places for token in range(first, stop)]
     for (layer, kind), text in read_states(model, ids).items():
         similar = similarity(text, asking[layer, kind])
@@ -152,7 +153,7 @@ class Reform:
         span's neighbours are as good then: passages touch, and as many spans are fewer tokens.
         """
         asking = asking_states(self.model, question, self.first, self.heads)
-        stop, total = min(stop, self.count), 0
+        stop, total = min(stop, self.count), torch.zeros(())
         for layer, kind, head in self.heads:
             text = self.states[layer, kind][settings.first : stop, head : head + 1]
             similar = similarity(text, asking[layer, kind][:, head : head + 1])

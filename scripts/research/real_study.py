@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -52,21 +53,23 @@ def run(name: str, part: str, data: Path, contexts: int) -> None:
     """One part of the study of one model; its results go to docs/real_models."""
     out, folder = RUNS / "real" / name, RUNS / "real" / f"{name}-{part}"
     lengths, generate = MODELS[name]
-    common = {"arms": "base", "out": folder, "progress": Progress()}
+    study = partial(evaluate, arms="base", out=folder, progress=Progress())
     held_out = texts(data)
     if part == "text":
         variants = [*PAPER, *OURS]
-        results = evaluate("text", out, on=[held_out], length="2k", variants=variants, **common)
+        results = study("text", out, on=[held_out], length="2k", variants=variants)
     elif part == "needle":
         haystack = str(held_out.with_suffix(".txt"))
-        grid = {"lengths": lengths, "depths": "0,50,100", "seeds": 1, "values": "numbers"}
-        more = [PAPER[-1], OURS[-1]]
-        results = evaluate("needle", out, haystack=haystack, variants=more, **grid, **common)
+        results = study(
+            "needle", out, haystack=haystack, variants=[PAPER[-1], OURS[-1]], lengths=lengths,
+            depths="0,50,100", seeds=1, values="numbers",
+        )  # fmt: skip
     else:
         files = [data / "multidoc_qa.jsonl", data / "scientific_qa.jsonl"]
-        cut = {"limit": contexts, "max_length": 4096, "no_generate": not generate}
-        more = [PAPER[-1], OURS[-1]]
-        results = evaluate("qa", out, on=files, variants=more, **cut, **common)
+        results = study(
+            "qa", out, on=files, variants=[PAPER[-1], OURS[-1]], limit=contexts, max_length=4096,
+            no_generate=not generate,
+        )  # fmt: skip
     for subject in results.facts["subjects"]:  # results are the same wherever they were made
         subject["model"] = str(out.relative_to(ROOT))
     write_json(RESULTS / f"{name}-{part}.json", results.facts)

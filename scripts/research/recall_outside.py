@@ -155,8 +155,8 @@ def fit_gates(
     gate: str | None,
 ) -> None:  # fmt: skip
     """One gate for all; judged on models, and on texts, that it was not fitted to."""
-    chosen = tuple(map(float, rule.split(",")))
-    places = {k: v for path in recorded for k, v in _places(path, chosen).items()}
+    beta, g, p = map(float, rule.split(","))
+    places = {k: v for path in recorded for k, v in _places(path, (beta, g, p)).items()}
     some_free = torch.tensor([float(name in free) for name in "abcde"])
 
     def fitted(some: list[Place]) -> Tensor:

@@ -48,7 +48,8 @@ def worth(text: Recording, rule: str) -> Tensor:
 
 def kept(worths: Tensor, slots: int) -> Tensor:
     """What a token must be worth to be in the bank when token t reads it, [n]."""
-    least, heap = [], []
+    least: list[float] = []
+    heap: list[float] = []
     for value in worths.tolist():
         least.append(heap[0] if len(heap) == slots else -torch.inf)
         (heapq.heappush if len(heap) < slots else heapq.heappushpop)(heap, value)

@@ -43,7 +43,7 @@ from pace_convert.evaluation.benchmarks.needle_kinds import (
     names,
     values_of,
 )
-from pace_convert.evaluation.benchmarks.needle_text import Needles, Prompt, split_sentences
+from pace_convert.evaluation.benchmarks.needle_text import Kind, Needles, Prompt, split_sentences
 from pace_convert.evaluation.subjects import Subject, load
 from pace_convert.modeling import reread_words
 from pace_convert.modeling.reread_asking import Asking, query_weights
@@ -53,6 +53,7 @@ from pace_convert.modeling.reread_schedule import Build, window_start
 from pace_convert.reference.words import CODES
 
 MARK = "\u0001"
+KINDS: dict[str, Kind] = {kind: kind for kind in COUNTS}  # by what is asked for
 TWOHOP = "twohop"  # in place of a kind: a fact that leads to another
 PAIRS = "pairs"  # in place of a text file: nothing but keys and values
 OWN = ("asks", "earn", "of", "order", "runs")  # of a rule, what is no parameter of the model's
@@ -109,14 +110,17 @@ class Lab:
 
     def with_needles(self, facts: list[tuple[float, str]], settings: Any) -> tuple[Row, list]:
         """The text with facts at their shares of it, and where each is. Made once for all rules."""
-        name = (facts[0], settings.layer, settings.key_size, settings.span_width, settings.block)
-        name += (settings.forget, settings.bank_tokens)
+        name = (
+            facts[0], settings.layer, settings.key_size, settings.span_width, settings.block,
+            settings.forget, settings.bank_tokens,
+        )  # fmt: skip
         if name not in self.written:
             self.written[name] = self._write(facts, settings)
         return self.written[name]
 
     def _write(self, facts: list[tuple[float, str]], settings: Any) -> tuple[Row, list]:
-        base, ids, places = self.row(settings), list(self.ids), []
+        base, ids = self.row(settings), list(self.ids)
+        places: list[tuple[int, int]] = []
         for share, fact in facts:
             made = self.tokenizer(f" {fact}", add_special_tokens=False)["input_ids"]
             wanted = int(share * (len(ids) - len(made) - 1))
@@ -211,9 +215,10 @@ def needle_of(kind: str, seed: int) -> Needle:
     if kind == TWOHOP:
         return chain_of(rng)
     depth = float(rng.random()) * 0.98
-    count = COUNTS[kind]
+    known = KINDS[kind]
+    count = COUNTS[known]
     people, what = names(rng, 10)[:count], WHAT.get(kind, "locker number")
-    values = values_of(rng, Needles(count=count, kind=kind))
+    values = values_of(rng, Needles(count=count, kind=known))
     facts = [f"The {what} of {name} is {value}." for name, value in zip(people, values)]
     shares = [depth, *rng.random(count - 1).tolist()]
     answer, asked, of = ANSWER.get(kind, "number"), 1, people[0]
@@ -275,7 +280,8 @@ def standing(
     """How the worst of the right spans stands among the others."""
     spans, found_scores = scored(row, asking, start, settings)
     scores, width = dict(zip(spans, found_scores)), settings.span_width
-    mine, near, inside = [], set(), []
+    mine: list[float] = []
+    near, inside = set(), []
     for first, stop in places:
         right = range(first // width, (stop - 1) // width + 1)
         near |= {span + step for span in right for step in (-1, 0, 1)}
@@ -283,7 +289,8 @@ def standing(
         if not inside[-1]:
             mine.append(max((scores.get(span, 0.0) for span in right), default=0.0))
     other = max((s for span, s in scores.items() if span not in near), default=0.0)
-    share = other / min(mine) if mine and min(mine) else 9.9 if mine else 0.0
+    least = min(mine, default=0.0)
+    share = other / least if least else 9.9 if mine else 0.0
     ranked = sorted(scores.items(), key=lambda one: -one[1])[:24]
     top = [(round(score / max(ranked[0][1], 1e-9), 3), span in near) for span, score in ranked]
     return {"first": share <= 1.0, "inside": all(inside), "share": share, "top": top}

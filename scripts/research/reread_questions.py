@@ -174,7 +174,7 @@ class Text:
         total, every = 0.0, arm["every"]
         for at in range(0, len(answer), every):
             part, before = answer[at : at + every], answer[:at]
-            more = replace(prompt, ids=prompt.ids + before, answers=(part,))
+            more = replace(prompt, ids=prompt.ids + before, answers=[part])
             context = self._context(arm, more, question + before)
             total += self._scores(more, context, None)["nats"] * len(part)
         return total / len(answer)
@@ -217,9 +217,9 @@ class Text:
         elif find == "both":
             row, asking = self._asking(arm, prompt, question, settings)
             numbers, by_keys = scored(row, asking, start, replace(settings, words=0.0))
-            first = [numbers[i] for i in sorted(range(len(numbers)), key=lambda i: -by_keys[i])]
+            alike = [numbers[i] for i in sorted(range(len(numbers)), key=lambda i: -by_keys[i])]
             words = best_spans(list(map(self._words, texts)), self._words(question), len(texts))
-            best = _fused(first, [spans[i] for i in words])[: settings.spans]
+            best = _fused(alike, [spans[i] for i in words])[: settings.spans]
             best = [spans.index(span) for span in best]
         elif find == "reform":
             self.reform = self.reform or Reform(self.reader, self.ids)
@@ -243,10 +243,10 @@ class Text:
         if arm.get("rank") == "attention":
             spans, scores = scored(row, asking, start, settings)
             top = sorted(zip(scores, spans), reverse=True)[: arm.get("of", 24)]
-            few = {span: score for score, span in top}
-            paid = attended(self.reader, row, list(few), question, start, settings)
-            few = mixed(few, paid, settings.spans, arm.get("mix", 1.0))
-            return passages_of(few, start, settings)
+            best = {span: score for score, span in top}
+            paid = attended(self.reader, row, list(best), question, start, settings)
+            best = mixed(best, paid, settings.spans, arm.get("mix", 1.0))
+            return passages_of(best, start, settings)
         if "earn" not in arm:
             return look_up(row, asking, start, settings)
         more = replace(settings, spans=arm.get("of", 16), stand_out=0.0)

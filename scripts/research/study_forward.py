@@ -88,14 +88,14 @@ class Reference:
             scores.append(torch.matmul(q[:, :, i, None], turned.transpose(2, 3)))
         return torch.cat(scores, 2)
 
-    def trunk(self, ids: Tensor, every: bool = False, ask: Tensor | None = None) -> Trunk:
-        """The base model's pass. Logits [B, Q, V], or [B, L, V] with `every`."""
+    def trunk(self, ids: Tensor) -> Trunk:
+        """The base model's pass, with logits of every position."""
         x, before = self.model.embed_tokens(ids), []
         for layer in range(len(self.layers)):
             x = self.attend(layer, x)
             before.append(x)
             x = x + self.layers[layer].mlp.down_proj(self.activation(layer, x))
-        return Trunk(before, self.logits(x if every else pick(x, ask)))
+        return Trunk(before, self.logits(x))
 
     def logits(self, x: Tensor) -> Tensor:
         return self.head(self.model.norm(x))

@@ -42,7 +42,7 @@ def batches(model: Reference, stories: list[Story]) -> Iterator[tuple[Batch, Ten
         part = stories[start : start + size]
         ids = encode(part)[0]
         ask = torch.tensor([[q.position - 1 for q in story.questions] for story in part])
-        yield Batch(model, ids, model.trunk(ids, every=True)), ask, part
+        yield Batch(model, ids, model.trunk(ids)), ask, part
 
 
 def sources(stories: list[Story]) -> Tensor:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from study_forward import Reference, pick
+from study_forward import Memory, Reference, pick
 from study_memory import EMBEDDING, Batch, Plain
 from study_stories import KINDS, SELECTION_SEED, batches, kinds, make_stories, sources
 from torch import Tensor
@@ -220,7 +220,7 @@ def _held(parts: list) -> dict:
     held = {
         f"slots_{name}": (kind == number).float().mean().item() for number, name in enumerate(KINDS)
     }
-    seen = {"code_held": [], "name_held": [], "fact_in_top_k": []}
+    seen: dict[str, list[bool]] = {"code_held": [], "name_held": [], "fact_in_top_k": []}
     for watch, ask, source, *_ in parts:
         for row in range(len(ask)):
             for a, s in zip(ask[row].tolist(), source[row].tolist()):
@@ -238,14 +238,16 @@ ORACLES = (
     ("own", False, 1.0),
     ("contrast", True, 1.0),
     ("contrast", True, 2.0),
-)
-ORACLES += (
     ("residual", True, 1.0),
     ("residual", True, 2.0),
     ("residual", True, 4.0),
     ("word", True, 1.0),
     ("word", True, 2.0),
 )
+
+
+def _always(fused: Tensor) -> Memory:
+    return lambda _: fused
 
 
 def oracle(model: Reference, length: int, count: int) -> list[dict]:
@@ -270,9 +272,8 @@ def oracle(model: Reference, length: int, count: int) -> list[dict]:
                     else torch.lerp(pick(h, ask), found, weight)
                 )
                 fused = h.scatter(1, ask[..., None].expand(-1, -1, h.shape[-1]), new)
-                logits = model.resume(
-                    batch.trunk.before_ffn[layer], layer, ask, {layer: lambda _, fused=fused: fused}
-                )
+                memories = {layer: _always(fused)}
+                logits = model.resume(batch.trunk.before_ffn[layer], layer, ask, memories)
                 right.setdefault((value, add, weight, layer), []).append(
                     logits.argmax(-1) == answers
                 )

@@ -329,7 +329,7 @@ def main(out: Path, work_dir: Path, steps: int, seed: int, threads: int, stories
     recipe = Recipe(seed=seed, steps=steps, threads=threads)
     started = time.time()
     model, curve = train(recipe, work_dir)
-    report = {
+    report: dict = {
         "recipe": asdict(recipe),
         "curriculum": [{"from_share": share, "lengths": lengths} for share, lengths in CURRICULUM],
         "parameters": sum(p.numel() for p in model.parameters()),
