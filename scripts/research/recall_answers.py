@@ -2,7 +2,7 @@
 and what one that was fitted to other texts' answers would. A table of docs/recall.md.
 
     python scripts/research/recall_answers.py record OUT --data DIR --layer 24 --out RECORDED
-    python scripts/research/recall_answers.py fit RECORDED --rule 10,0.3,0.3 --rule 10,1,0.3
+    python scripts/research/recall_answers.py fit RECORDED --rule 10,0.5,0.3 --rule 10,1,0.3
 
 OUT is a conversion, DIR as for reread_questions.py. RECORDED gets one file a text; a command goes
 on where it was. Of each question's right answers the one counts that the base finds likeliest.
@@ -101,11 +101,12 @@ def fit_gates(recorded: Path, rules: tuple[str, ...]) -> None:
     """The default gate, and one fitted to answers by each rule."""
     paths = sorted(recorded.glob("*.pt"))
     texts = [[Recording(**facts) for facts in torch.load(path)] for path in paths]
-    for number, rule in enumerate(rules):
-        settings = replace(_rule(rule), layers=tuple(texts[0][0].keys))
+    layers = tuple(texts[0][0].keys)
+    own = RecallSettings(layers=layers)
+    _judge("default", paths, [[recalled(one, own) for one in some] for some in texts], [own, own])
+    for rule in rules:
+        settings = replace(_rule(rule), layers=layers)
         found = [[recalled(one, settings) for one in some] for some in texts]
-        if not number:
-            _judge("default", paths, found, [RecallSettings(), RecallSettings()])
         whole = [_joined(some) for some in found]
         halves = [fit(whole[i::2], settings) for i in (1, 0)]
         _judge(f"fitted, {rule}", paths, found, halves)

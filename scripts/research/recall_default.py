@@ -51,7 +51,7 @@ class Heard:
 @click.option("--growth", default=DEFAULT.gate_growth, show_default=True, help="c.")
 @click.option("--theta-low", default=DEFAULT.theta_low, show_default=True)
 @click.option("--beyond", default=DEFAULT.beyond, show_default=True)
-@click.option("--worth", default=0.3, show_default=True, help="Of answers; of texts it is 1.")
+@click.option("--worth", default=0.15, show_default=True, help="Of answers; of texts it is 1.")
 @click.option("--less", default=0.0, show_default=True, help="Taken from a fitted a, for safety.")
 @click.option("--gate", help="a,b,e to judge, and none is fitted.")
 def main(
