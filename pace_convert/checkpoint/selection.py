@@ -29,6 +29,7 @@ KNOWN = (
     "*.json", "*.jinja", "*.model", "*.model.v*", "*.tiktoken", "*.vocab", "*.bpe", "*.spm",
     "*.txt", "*.yaml", "*.yml", "*.md", "*.rst", "*.bib", "*.cff", "*.pdf", "*.png", "*.jpg",
     "*.jpeg", "*.gif", "*.svg", "*.webp", "licen[cs]e*", "copying*", "notice*", "use_policy*",
+    "terms*", "*_terms.*",
 )  # fmt: skip
 # Configurations that mean nothing without weights of their own: name -> the weights.
 COMPANIONS = {

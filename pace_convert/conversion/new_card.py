@@ -21,7 +21,9 @@ from .plan import Plan
 
 MOST_NAMES = 20  # of files that were left out
 CARD_BYTES = 1 << 20  # of the source's card are searched for its metadata
-LICENCE_FILES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
+LICENCE_FILES = (
+    "LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*", "TERMS*", "*_TERMS.*",
+)  # fmt: skip
 # As they stand in the source's card. The Hub shows the extra_gated ones where a repository is
 # gated.
 INHERITED = ("license", "license_name", "license_link", "language")

@@ -173,7 +173,8 @@ def test_secrets_and_rubbish_stay_behind(source, tmp_path):
 def test_what_a_model_is_known_to_have_goes_along(source, tmp_path):
     known = [
         "chat_template.jinja", "tokenizer.model.v3", "merges.txt", "qwen.tiktoken", "LICENSE",
-        "NOTICE.txt", "USE_POLICY.md", "added_tokens.json", "img/a.png", "mergekit_config.yml",
+        "NOTICE.txt", "USE_POLICY.md", "GEMMA_TERMS.html", "TERMS_OF_USE.html",
+        "added_tokens.json", "img/a.png", "mergekit_config.yml",
         "special_tokens_map.json", "preprocessor_config.json", "custom_generate/generate.py",
     ]  # fmt: skip
     put(source, *known)
