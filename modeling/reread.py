@@ -21,7 +21,6 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .memory_session import MASK
 from .memory_stack import real_columns
 from .reread_bank import Passage, Row
 from .reread_cache import RereadEntry, held_length, reread_entry
@@ -41,9 +40,6 @@ from .reread_settings import RereadSettings
 
 EMBEDS = "a part was given as inputs_embeds"
 IMAGES = "a part is an image or a video"
-NOT_OF_CONTEXTS = (
-    "inputs_embeds", "labels", "cache_position", "token_type_ids", "mm_token_type_ids", MASK,
-)  # fmt: skip
 NOT_TOKENS = ("pixel_values", "mm_encoder_outputs")  # how names of arguments with images begin
 
 
