@@ -59,6 +59,11 @@ def main(
     growth: float, theta_low: float, beyond: int, worth: float, less: float, gate: str | None,
 ) -> None:  # fmt: skip
     torch.set_num_threads(1)
+    names = {folder.name for folder in recorded}
+    if len(names) != len(recorded) or len(layers) != len(recorded):
+        raise click.UsageError("give --recorded, folders of different names, and --layer in pairs")
+    if answers and len(answers) != len(recorded):
+        raise click.UsageError("give --answers once for each --recorded, or not at all")
     start = replace(_rule(rule), theta_low=theta_low, gate_growth=growth, beyond=beyond)
     models = {
         folder.name: _heard(folder, said, replace(start, layers=(layer,)))

@@ -2,7 +2,7 @@
 
     python scripts/real_models.py runs/models
     python scripts/research/recall_study.py record --data DIR --model SmolLM2-135M-Instruct
-    python scripts/research/recall_study.py fit --model SmolLM2-135M-Instruct
+    python scripts/research/recall_study.py fit --recorded runs/recall/SmolLM2-135M-Instruct-4096
 
 DIR holds multidoc_qa.jsonl, scientific_qa.jsonl (LongBench's format) and texts.jsonl (a `text` a
 line): here L-Eval's (An et al. 2023; GitHub OpenLMLab/LEval). What is recorded goes to

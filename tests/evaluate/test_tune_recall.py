@@ -193,6 +193,7 @@ def test_a_conversion_that_is_calibrated(tmp_path):
     assert last["finalists"][0]["worst"] < -0.002
     pace = json.loads((out / "config.json").read_text())["pace"]
     assert pace["memory"]["recall"] == last["winner"]["recall"] and "tuned_recall" in pace
+    assert recall_choose.OF_ANSWERS in recall_choose.recall_text(last)
 
 
 @pytest.mark.parametrize("worst, written", [(-0.01, True), (0.0, False)])

@@ -1,6 +1,6 @@
 """The story of `pace tune --tunes recall`: every text is read once by the base model; layers,
-sharpness and gate are fitted to the held-in ones, judged once on the held-out ones, and written
-into config.json if they gain there.
+sharpness, the weight of order and the gate are fitted to the held-in ones, judged once on the
+held-out ones, and written into config.json if they gain there.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ from .report import difference_of
 DEPTHS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)  # of layers that are tried
 FIRST = 10.0  # sharpness while layers are chosen
 SHARPNESS = (5.0, 7.0, 10.0, 14.0, 20.0, 28.0, 40.0, 60.0)
-RUN_WEIGHTS = (0.0, 0.3, 0.6, 1.0, 1.5)
+RUN_WEIGHTS = (0.0, 0.3, 0.5, 1.0, 1.5)
 LENGTH = 2048  # tokens of a window
+OF_ANSWERS = "It was fitted to answers: what the model says by itself may change for the worse."
 HARM = 0.002  # nats a token that no document may lose
 
 
@@ -268,6 +269,7 @@ def recall_text(facts: dict) -> str:
         said = f"Recall {why}. Recommended: off, model.set_recall(False). Nothing was written."
     elif facts["written"]:
         said = f"Recall gains beyond noise. Wrote {facts['model']}/config.json."
+        said += "" if metric == LIKELIHOOD else f" {OF_ANSWERS}"
     else:
         said = "Recall gains beyond noise. Nothing was written (--dry-run)."
     return "\n".join([*lines, said])
